@@ -1,0 +1,148 @@
+"""Trains the dense timm ViT of this example on Fashion-MNIST, on the CPU, and writes its weights.
+
+Nothing is selected by accuracy: the held-out images are only watched, and the test set is read
+once, with the averaged weights after the last epoch.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from adacomcat import data
+
+ARCHITECTURE = "vit_tiny_patch16_224"
+HOLDOUT_FRACTION = 1 / 12  # 5,000 of 60,000
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-dir", help="folder with Fashion-MNIST's four .gz files")
+    parser.add_argument("--output", default="examples/fashion_mnist/weights", type=Path)
+    parser.add_argument("--epochs", default=16, type=int)
+    parser.add_argument("--warmup-epochs", default=1, type=int)
+    parser.add_argument("--batch-size", default=256, type=int)
+    parser.add_argument("--lr", default=1.5e-3, type=float)
+    parser.add_argument("--weight-decay", default=0.05, type=float)
+    parser.add_argument("--smoothing", default=0.1, type=float)
+    parser.add_argument("--model-ema-decay", default=0.995, type=float)
+    parser.add_argument("--patch-size", default=7, type=int)
+    parser.add_argument("--depth", default=4, type=int)
+    parser.add_argument("--torchcompile", action="store_true")
+    parser.add_argument("--seed", default=0, type=int)
+    return parser.parse_args()
+
+
+def model_arguments(args: argparse.Namespace) -> dict[str, int]:
+    return {
+        "img_size": 28,
+        "patch_size": args.patch_size,
+        "in_chans": 1,
+        "num_classes": 10,
+        "embed_dim": 192,
+        "depth": args.depth,
+        "num_heads": 3,
+    }
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, dataset: data.TensorImages) -> float:
+    model.eval()
+    batches = data.loader(dataset, 500, shuffle=False, seed=0, epoch=0)
+    correct = sum((model(images).argmax(1) == labels).sum() for images, labels in batches)
+    return int(correct) / len(dataset)
+
+
+def train(model: nn.Module, dataset: data.TensorImages, args: argparse.Namespace) -> nn.Module:
+    """The exponential moving average of the weights after all epochs."""
+    train_part, holdout = data.split_holdout(dataset, HOLDOUT_FRACTION, args.seed)
+    optimizer = create_optimizer_v2(
+        model, opt="adamw", lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.98)
+    )
+    steps = len(train_part) // args.batch_size
+    scheduler = CosineLRScheduler(
+        optimizer,
+        t_initial=args.epochs * steps,
+        lr_min=1e-5,
+        warmup_t=args.warmup_epochs * steps,
+        warmup_lr_init=1e-5,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
+    criterion = LabelSmoothingCrossEntropy(args.smoothing)
+    average = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=True)
+    forward = torch.compile(model) if args.torchcompile else model
+    for epoch in range(args.epochs):
+        start, total = time.perf_counter(), 0.0
+        model.train()
+        batches = data.loader(
+            train_part, args.batch_size, shuffle=True, seed=args.seed, epoch=epoch, augment=True
+        )
+        for step, (images, labels) in enumerate(batches):
+            update = epoch * steps + step
+            scheduler.step_update(update)
+            loss = criterion(forward(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            average.update(model, step=update)
+            total += loss.item()
+        print(
+            f"epoch {epoch + 1}/{args.epochs}  loss {total / steps:.4f}  "
+            f"held-out {accuracy(average.module, holdout):.4f}  "
+            f"{time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
+    return average.module
+
+
+def save(model: nn.Module, test_accuracy: float, args: argparse.Namespace) -> None:
+    """model.safetensors and config.json, each complete before it gets its name."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architecture": ARCHITECTURE,
+        "model_args": model_arguments(args),
+        "dataset": "fashion-mnist",
+        "test_accuracy": test_accuracy,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "command": "python " + shlex.join(sys.argv),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+    weights, description = args.output / "model.safetensors", args.output / "config.json"
+    for path in (weights, description):
+        scratch = path.with_suffix(".partial")
+        if path == weights:
+            save_file(model.state_dict(), scratch, metadata={"format": "pt"})
+        else:
+            scratch.write_text(json.dumps(config, indent=2) + "\n")
+        scratch.rename(path)
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.manual_seed(args.seed)
+    torch.set_flush_denormal(True)
+    model = timm.create_model(ARCHITECTURE, **model_arguments(args))
+    model_cfg = data.model_data_config(model)
+    train_set, test_set = data.train_and_test("fashion-mnist", args.data_dir, model_cfg)
+    model = train(model, train_set, args)
+    test_accuracy = accuracy(model, test_set)
+    print(f"test accuracy {test_accuracy:.4f}", flush=True)
+    save(model, test_accuracy, args)
+
+
+if __name__ == "__main__":
+    main()
