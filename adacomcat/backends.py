@@ -1,0 +1,119 @@
+"""Which implementation of an op runs: what is available here, why not, and the choice."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from adacomcat import reference
+from adacomcat.errors import UserError
+
+
+def _load_extension() -> tuple[ModuleType | None, str | None]:
+    """The compiled extension, or the reason why there is none."""
+    try:
+        from adacomcat import _C
+    except ImportError as error:
+        if find_spec("adacomcat._C") is None:
+            return None, "the C++ extension was not built: install again where torch is installed"
+        return None, f"the C++ extension does not load ({error}): install again with this torch"
+    return _C, None
+
+
+_EXTENSION, _NO_EXTENSION = _load_extension()
+_FORCED: ContextVar[str | None] = ContextVar("adacomcat_backend", default=None)
+
+# What `pick` tries, in this order. The C++ kernel is not among them: on the machines measured so
+# far it is no faster than the two library GEMMs of the reference (see bench/test_ops.py).
+PREFERENCE = ("reference",)
+CPP_OPS = ("low_rank_linear",)
+
+
+def available() -> dict[str, str | None]:
+    """Every backend: None where it can run on this machine, else the reason why it cannot."""
+    return {
+        "reference": None,
+        "cpp": _NO_EXTENSION,
+        "triton": _no_triton(),
+        "cuda": _no_cuda(),
+    }
+
+
+def build_info() -> dict[str, object] | None:
+    """Compiler, torch and CPU features of the C++ extension; None without one."""
+    return None if _EXTENSION is None else _EXTENSION.build_info()
+
+
+def refusal(backend: str, op: str, x: Tensor) -> str | None:
+    """Why `backend` cannot run `op` on `x`; None if it can."""
+    reasons = available()
+    if backend not in reasons:
+        return f"there is no such backend; choose one of {', '.join(reasons)}"
+    if reasons[backend] is not None:
+        return reasons[backend]
+    return _no_cpp_kernel(op, x) if backend == "cpp" else None
+
+
+def pick(op: str, x: Tensor) -> str:
+    """The backend that runs `op` on `x`: the one in use, else the first able one preferred."""
+    forced = _FORCED.get()
+    if forced is not None:
+        reason = refusal(forced, op, x)
+        if reason is not None:
+            raise UserError(f"backend '{forced}' cannot run {op}: {reason}")
+        return forced
+    return next(name for name in PREFERENCE if refusal(name, op, x) is None)
+
+
+def kernel(op: str, x: Tensor) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    """The function that runs `op` on `x`, with the signature of the reference."""
+    if pick(op, x) == "cpp":
+        return getattr(torch.ops.adacomcat, f"{op}_cpu")
+    return getattr(reference, op)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op on one backend; an op that it cannot run raises UserError with the reason."""
+    reasons = available()
+    if name not in reasons:
+        raise UserError(f"unknown backend '{name}'; choose one of {', '.join(reasons)}")
+    if reasons[name] is not None:
+        raise UserError(f"backend '{name}' is not available here: {reasons[name]}")
+    token = _FORCED.set(name)
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
+def _no_cpp_kernel(op: str, x: Tensor) -> str | None:
+    if op not in CPP_OPS:
+        return f"it has no C++ kernel; those with one are {', '.join(CPP_OPS)}"
+    if x.device.type != "cpu":
+        return f"the kernel runs on the CPU and the input is on {x.device}"
+    if x.dtype != torch.float32:
+        return f"the kernel takes float32 and the input is {str(x.dtype).removeprefix('torch.')}"
+    return None
+
+
+def _no_triton() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    from adacomcat.kernels import KERNELS
+
+    return None if KERNELS else "this version has no Triton kernels"
+
+
+def _no_cuda() -> str | None:
+    if _EXTENSION is None:
+        return _NO_EXTENSION
+    if not _EXTENSION.build_info()["cuda"]:
+        return "the extension was built without CUDA kernels"
+    return None if torch.cuda.is_available() else "torch sees no GPU"

@@ -1,0 +1,156 @@
+"""The backward pass of every op: only the gradients that are asked for.
+
+`ctx` holds the tensor arguments and the kept intermediates in `saved_tensors`, the other arguments
+in `options`. Kept intermediates carry no graph of their own, so a backward pass that is itself
+differentiated computes them anew.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adacomcat.reference import activate, broadcast_mask, split_heads
+
+Gradient = Tensor | None
+
+
+def _reusable(ctx: Any) -> bool:
+    return ctx.keep and not torch.is_grad_enabled()
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _weight_grad(needed: bool, a: Tensor, b: Tensor) -> Gradient:
+    """aᵀ b over all rows."""
+    return _rows(a).t() @ _rows(b) if needed else None
+
+
+def _bias_grad(needed: bool, grad: Tensor) -> Gradient:
+    return _rows(grad).sum(0) if needed else None
+
+
+def _activation_backward(grad: Tensor, pre: Tensor, activation: str | None) -> Tensor:
+    """grad * act'(pre)."""
+    if activation is None:
+        return grad
+    if activation == "relu":
+        return grad * (pre > 0)
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(grad, pre)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward(grad, pre, approximate=approximate)
+
+
+def low_rank_linear(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, ...]:
+    x, v, u, bias, residual, middle = ctx.saved_tensors
+    need_x, need_v, need_u, need_bias, _, need_residual, _ = ctx.needs_input_grad
+    grad_residual = grad if need_residual else None
+    if not _reusable(ctx) and (need_u or ctx.options["activation"] is not None):
+        middle = x @ v
+    if ctx.options["activation"] is not None:
+        pre = F.linear(middle, u, bias)
+        grad = _activation_backward(grad, pre, ctx.options["activation"])
+    grad_middle = grad @ u if need_x or need_v else None
+    return (
+        grad_middle @ v.t() if need_x else None,
+        _weight_grad(need_v, x, grad_middle),
+        _weight_grad(need_u, grad, middle),
+        _bias_grad(need_bias, grad),
+        None,
+        grad_residual,
+        None,
+    )
+
+
+def gated_low_rank_linear(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, ...]:
+    x, v, gate, u, _, middle = ctx.saved_tensors
+    need_x, need_v, need_gate, need_u, need_bias, _ = ctx.needs_input_grad
+    if not _reusable(ctx) and (need_gate or need_u):
+        middle = x @ v
+    grad_gated = grad @ u if need_x or need_v or need_gate else None
+    grad_middle = grad_gated * gate if need_x or need_v else None
+    return (
+        grad_middle @ v.t() if need_x else None,
+        _weight_grad(need_v, x, grad_middle),
+        _rows(grad_gated * middle).sum(0) if need_gate else None,
+        _weight_grad(need_u, grad, middle * gate) if need_u else None,
+        _bias_grad(need_bias, grad),
+        None,
+    )
+
+
+def low_rank_mlp(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, ...]:
+    x, v1, u1, b1, v2, u2, _, middle1, middle2 = ctx.saved_tensors
+    need_x, need_v1, need_u1, need_b1, need_v2, need_u2, need_b2, *_ = ctx.needs_input_grad
+    reusable = _reusable(ctx)
+    middle1 = middle1 if reusable else x @ v1
+    pre = F.linear(middle1, u1, b1)
+    hidden = activate(pre, ctx.options["activation"])
+    middle2 = middle2 if reusable else hidden @ v2
+    grad_middle2 = grad @ u2
+    grad_pre = _activation_backward(grad_middle2 @ v2.t(), pre, ctx.options["activation"])
+    grad_middle1 = grad_pre @ u1 if need_x or need_v1 else None
+    return (
+        grad_middle1 @ v1.t() if need_x else None,
+        _weight_grad(need_v1, x, grad_middle1),
+        _weight_grad(need_u1, grad_pre, middle1),
+        _bias_grad(need_b1, grad_pre),
+        _weight_grad(need_v2, hidden, grad_middle2),
+        _weight_grad(need_u2, grad, middle2),
+        _bias_grad(need_b2, grad),
+        None,
+        None,
+    )
+
+
+def _merge_heads(x: Tensor) -> Tensor:
+    """(B, H, N, r) → (B, N, H·r)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _probability(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """softmax(q kᵀ · scale + mask), zero in rows that are masked entirely."""
+    logits = (q * scale) @ k.transpose(-2, -1)
+    if mask is None:
+        return logits.softmax(-1)
+    if mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    else:
+        logits = logits + mask
+    empty = (logits == float("-inf")).all(-1, keepdim=True)
+    return logits.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+
+
+def low_rank_attention(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, ...]:
+    x, wq, bq, wk, wv, wo, _, mask, q, k, v, context = ctx.saved_tensors
+    need_x, need_wq, need_bq, need_wk, need_wv, need_wo, need_bo = ctx.needs_input_grad[:7]
+    if not _reusable(ctx):
+        q, k, v = (F.linear(x, w, b) for w, b in ((wq, bq), (wk, None), (wv, None)))
+    num_heads, scale = ctx.options["num_heads"], ctx.options["scale"]
+    q, k, v = (split_heads(t, num_heads) for t in (q, k, v))
+    p = _probability(q, k, scale, broadcast_mask(mask))
+    if not _reusable(ctx):
+        context = _merge_heads(p @ v)
+    d_heads = split_heads(grad @ wo, num_heads)
+    dp = d_heads @ v.transpose(-2, -1)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    dq = _merge_heads(ds @ k) * scale
+    dk = _merge_heads(ds.transpose(-2, -1) @ q) * scale
+    dv = _merge_heads(p.transpose(-2, -1) @ d_heads)
+    return (
+        dq @ wq + dk @ wk + dv @ wv if need_x else None,
+        _weight_grad(need_wq, dq, x),
+        _bias_grad(need_bq, dq),
+        _weight_grad(need_wk, dk, x),
+        _weight_grad(need_wv, dv, x),
+        _weight_grad(need_wo, grad, context),
+        _bias_grad(need_bo, grad),
+        None,
+        None,
+        ds.sum_to_size(mask.shape) if ctx.needs_input_grad[9] else None,
+        None,
+    )

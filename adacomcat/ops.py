@@ -1,0 +1,304 @@
+"""The ops: public functions, schemas, shapes, gradients and flop formulas.
+
+Each op also returns the intermediates that its backward pass reuses; they are empty unless `keep`.
+The implementation is chosen in `backends.pick`.
+"""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from adacomcat import backends, gradients
+from adacomcat.errors import UserError
+from adacomcat.reference import ACTIVATIONS
+
+__all__ = ["gated_low_rank_linear", "low_rank_attention", "low_rank_linear", "low_rank_mlp"]
+
+Shapes = Callable[..., list[tuple[int, ...]]]
+Flops = Callable[..., int]
+_OPS = torch.ops.adacomcat
+_LIBRARY = torch.library.Library("adacomcat", "DEF")
+_LINEAR_ARGUMENTS = (
+    "Tensor x, Tensor v, Tensor u, Tensor? bias, str? activation, Tensor? residual"
+)
+
+
+def low_rank_linear(
+    x: Tensor,
+    v: Tensor,
+    u: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """act((x V) Uᵀ + b) + residual.
+
+    x (..., in), V (in, r), U (out, r), b (out,), residual (..., out); activation one of gelu,
+    gelu_tanh, silu, relu or None.
+    """
+    _check_activation(activation)
+    x, v, u, bias, residual = _autocast(x, v, u, bias, residual)
+    keep = _needs_grad(x, v, u, bias, residual)
+    return _OPS.low_rank_linear(x, v, u, bias, activation, residual, keep)[0]
+
+
+def gated_low_rank_linear(
+    x: Tensor, v: Tensor, gate: Tensor, u: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """((x V) * gate) Uᵀ + b.  x (..., in), V (in, r), gate (r,), U (out, r), b (out,)."""
+    x, v, gate, u, bias = _autocast(x, v, gate, u, bias)
+    keep = _needs_grad(x, v, gate, u, bias)
+    return _OPS.gated_low_rank_linear(x, v, gate, u, bias, keep)[0]
+
+
+def low_rank_mlp(
+    x: Tensor,
+    v1: Tensor,
+    u1: Tensor,
+    b1: Tensor | None,
+    v2: Tensor,
+    u2: Tensor,
+    b2: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """(h V2) U2ᵀ + b2 with h = act((x V1) U1ᵀ + b1).
+
+    x (..., in), V1 (in, r1), U1 (hidden, r1), V2 (hidden, r2), U2 (out, r2).
+    """
+    _check_activation(activation)
+    x, v1, u1, b1, v2, u2, b2 = _autocast(x, v1, u1, b1, v2, u2, b2)
+    keep = _needs_grad(x, v1, u1, b1, v2, u2, b2)
+    return _OPS.low_rank_mlp(x, v1, u1, b1, v2, u2, b2, activation, keep)[0]
+
+
+def low_rank_attention(
+    x: Tensor,
+    wq: Tensor,
+    bq: Tensor | None,
+    wk: Tensor,
+    wv: Tensor,
+    wo: Tensor,
+    bo: Tensor | None,
+    num_heads: int,
+    scale: float,
+    attn_mask: Tensor | None = None,
+) -> Tensor:
+    """concat_h[softmax(q_h k_hᵀ · scale + mask) v_h] Woᵀ + bo.
+
+    x (B, N, d), wq and wk (H·rq, d), wv (H·rv, d), wo (out, H·rv), rows head by head; attn_mask
+    broadcasts to (B, H, N, N), bool (True = keep) or additive.
+    """
+    x, wq, bq, wk, wv, wo, bo, attn_mask = _autocast(x, wq, bq, wk, wv, wo, bo, attn_mask)
+    keep = _needs_grad(x, wq, bq, wk, wv, wo, bo, attn_mask)
+    return _OPS.low_rank_attention(
+        x, wq, bq, wk, wv, wo, bo, num_heads, scale, attn_mask, keep
+    )[0]
+
+
+def _check_activation(activation: str | None) -> None:
+    if activation is not None and activation not in ACTIVATIONS:
+        raise UserError(
+            f"unknown activation '{activation}'; choose one of {', '.join(ACTIVATIONS)} or None"
+        )
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in autocast's dtype where it is on for their device; float64 stays."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# Shape checks: run by the fake and by the real implementation, so that both say the same.
+
+
+def _check_like(x: Tensor, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            torch._check(
+                tensor.dtype == x.dtype,
+                lambda n=name, t=tensor: f"{n} is {t.dtype} and x is {x.dtype}: cast one of them",
+            )
+            torch._check(
+                tensor.device == x.device,
+                lambda n=name, t=tensor: f"{n} is on {t.device} and x is on {x.device}",
+            )
+
+
+def _check_shape(name: str, tensor: Tensor | None, *shape: int) -> None:
+    if tensor is None:
+        return
+    message = f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}"
+    torch._check(tensor.dim() == len(shape), lambda: message)
+    for size, expected in zip(tensor.shape, shape, strict=True):
+        torch._check(size == expected, lambda: message)
+
+
+def _check_factors(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, suffix: str = "") -> None:
+    torch._check(v.dim() == 2 and u.dim() == 2, lambda: f"v{suffix}, u{suffix} must be matrices")
+    _check_shape(f"v{suffix}", v, x.shape[-1], v.shape[1])
+    _check_shape(f"u{suffix}", u, u.shape[0], v.shape[1])
+    _check_shape(f"bias{suffix}", bias, u.shape[0])
+
+
+def _check_input(x: Tensor) -> None:
+    torch._check(x.dim() > 0, lambda: "x must have at least one dimension (..., in)")
+    torch._check(x.is_floating_point(), lambda: f"x must be floating point, got {x.dtype}")
+
+
+def _shape_low_rank_linear(x, v, u, bias, activation, residual) -> list[tuple]:
+    _check_input(x)
+    _check_like(x, v=v, u=u, bias=bias, residual=residual)
+    _check_factors(x, v, u, bias)
+    out = (*x.shape[:-1], u.shape[0])
+    _check_shape("residual", residual, *out)
+    return [out, (*x.shape[:-1], v.shape[1])]
+
+
+def _shape_gated_low_rank_linear(x, v, gate, u, bias) -> list[tuple]:
+    _check_input(x)
+    _check_like(x, v=v, gate=gate, u=u, bias=bias)
+    _check_factors(x, v, u, bias)
+    _check_shape("gate", gate, v.shape[1])
+    return [(*x.shape[:-1], u.shape[0]), (*x.shape[:-1], v.shape[1])]
+
+
+def _shape_low_rank_mlp(x, v1, u1, b1, v2, u2, b2, activation) -> list[tuple]:
+    _check_input(x)
+    _check_like(x, v1=v1, u1=u1, b1=b1, v2=v2, u2=u2, b2=b2)
+    _check_factors(x, v1, u1, b1, "1")
+    torch._check(v2.dim() == 2 and u2.dim() == 2, lambda: "v2, u2 must be matrices")
+    _check_shape("v2", v2, u1.shape[0], v2.shape[1])
+    _check_shape("u2", u2, u2.shape[0], v2.shape[1])
+    _check_shape("b2", b2, u2.shape[0])
+    return [(*x.shape[:-1], n) for n in (u2.shape[0], v1.shape[1], v2.shape[1])]
+
+
+def _shape_low_rank_attention(x, wq, bq, wk, wv, wo, bo, heads, scale, mask) -> list[tuple]:
+    _check_input(x)
+    additive = mask if mask is not None and mask.dtype != torch.bool else None
+    _check_like(x, wq=wq, bq=bq, wk=wk, wv=wv, wo=wo, bo=bo, attn_mask=additive)
+    torch._check(x.dim() == 3, lambda: f"x must be (B, N, d), got {tuple(x.shape)}")
+    _check_shape("wq", wq, wq.shape[0], x.shape[2])
+    _check_shape("bq", bq, wq.shape[0])
+    _check_shape("wk", wk, wq.shape[0], x.shape[2])
+    _check_shape("wv", wv, wv.shape[0], x.shape[2])
+    _check_shape("wo", wo, wo.shape[0], wv.shape[0])
+    _check_shape("bo", bo, wo.shape[0])
+    for name, rows in (("wq and wk", wq.shape[0]), ("wv", wv.shape[0])):
+        torch._check(
+            heads > 0 and rows % heads == 0,
+            lambda n=name, r=rows: f"the {r} rows of {n} do not split into {heads} heads",
+        )
+    if mask is not None:
+        torch._check(mask.dim() <= 4, lambda: "attn_mask must broadcast to (B, H, N, N)")
+    widths = (wo.shape[0], wq.shape[0], wq.shape[0], wv.shape[0], wv.shape[0])
+    return [(*x.shape[:2], n) for n in widths]
+
+
+# Flops: two per multiply-add, one call per op and shape.
+
+
+def _flops_low_rank(x, v, u) -> int:
+    return 2 * prod(x[:-1]) * v[1] * (v[0] + u[0])
+
+
+def _flops_low_rank_linear(x, v, u, *_, **__) -> int:
+    return _flops_low_rank(x, v, u)
+
+
+def _flops_gated_low_rank_linear(x, v, gate, u, *_, **__) -> int:
+    return _flops_low_rank(x, v, u)
+
+
+def _flops_low_rank_mlp(x, v1, u1, b1, v2, u2, *_, **__) -> int:
+    return _flops_low_rank(x, v1, u1) + _flops_low_rank((*x[:-1], v2[0]), v2, u2)
+
+
+def _flops_low_rank_attention(x, wq, bq, wk, wv, wo, *_, **__) -> int:
+    projections = wq[0] * x[2] + wk[0] * x[2] + wv[0] * x[2] + wo[0] * wo[1]
+    return 2 * x[0] * x[1] * (projections + x[1] * (wq[0] + wv[0]))
+
+
+def _register(name: str, arguments: str, results: int, shapes: Shapes, flops: Flops) -> None:
+    """Schema, implementation, fake, gradient and flop formula of one op."""
+    returns = ", ".join(["Tensor"] * results)
+    tags = (torch.Tag.pt2_compliant_tag,)
+    _LIBRARY.define(f"{name}({arguments}, bool keep) -> ({returns})", tags=tags)
+    parameters = getattr(_OPS, name).default._schema.arguments[:-1]
+    names = [parameter.name for parameter in parameters]
+    options = [parameter.name for parameter in parameters if "Tensor" not in str(parameter.type)]
+
+    def implementation(*args: Any) -> tuple[Tensor, ...]:
+        *inputs, keep = args
+        shapes(*inputs)
+        x = inputs[0]
+        out, *kept = backends.kernel(name, x)(*inputs)
+        return (out.contiguous(), *(t.contiguous() if keep else x.new_empty(0) for t in kept))
+
+    def fake(*args: Any) -> tuple[Tensor, ...]:
+        *inputs, keep = args
+        out, *kept = shapes(*inputs)
+        x = inputs[0]
+        return (x.new_empty(out), *(x.new_empty(s if keep else (0,)) for s in kept))
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *arguments, ctx.keep = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        named = dict(zip(names, arguments, strict=True))
+        ctx.save_for_backward(*(named[n] for n in names if n not in options), *output[1:])
+        ctx.options = {n: named[n] for n in options}
+
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"adacomcat::{name}", fake, lib=_LIBRARY)
+    torch.library.register_autograd(
+        f"adacomcat::{name}", getattr(gradients, name), setup_context=setup_context, lib=_LIBRARY
+    )
+    register_flop_formula(getattr(_OPS, name))(flops)
+
+
+_register(
+    "low_rank_linear",
+    _LINEAR_ARGUMENTS,
+    2,
+    _shape_low_rank_linear,
+    _flops_low_rank_linear,
+)
+_register(
+    "gated_low_rank_linear",
+    "Tensor x, Tensor v, Tensor gate, Tensor u, Tensor? bias",
+    2,
+    _shape_gated_low_rank_linear,
+    _flops_gated_low_rank_linear,
+)
+_register(
+    "low_rank_mlp",
+    "Tensor x, Tensor v1, Tensor u1, Tensor? b1, Tensor v2, Tensor u2, Tensor? b2, "
+    "str? activation",
+    3,
+    _shape_low_rank_mlp,
+    _flops_low_rank_mlp,
+)
+_register(
+    "low_rank_attention",
+    "Tensor x, Tensor wq, Tensor? bq, Tensor wk, Tensor wv, Tensor wo, Tensor? bo, "
+    "int num_heads, float scale, Tensor? attn_mask",
+    5,
+    _shape_low_rank_attention,
+    _flops_low_rank_attention,
+)
+# Implemented in csrc/cpu/low_rank_linear.cpp under its own name, so that `pick` stays in charge.
+_LIBRARY.define(f"low_rank_linear_cpu({_LINEAR_ARGUMENTS}) -> (Tensor, Tensor)")
