@@ -1,0 +1,160 @@
+"""Budget → plan, without a search: a multiple-choice knapsack over truncation errors."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adacomcat.calibrate import calibration_batches, evaluating
+from adacomcat.convert import Factors, low_rank_module
+from adacomcat.cost import model_params, module_tokens, plan_macs, site_macs
+from adacomcat.errors import UserError
+from adacomcat.plan import RankPlan
+from adacomcat.progress import progress
+from adacomcat.sites import DENSE, MULTIPLE, Rank, Site, find_sites
+
+PROBE_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One candidate of one item: what it costs and how much it hurts."""
+
+    cost: float
+    error: float
+
+
+def knapsack(items: list[list[Choice]], budget: float) -> list[int] | None:
+    """One choice per item, least total error within ``budget``; None where nothing fits.
+
+    Walks the lower convex hull of every item's (cost, error) curve in order of error saved per
+    cost (the Lagrangian solution), then spends what is left on single upgrades.
+    """
+    chosen = [min(range(len(item)), key=lambda i: (item[i].cost, item[i].error))
+              for item in items]
+    spent = sum(item[i].cost for item, i in zip(items, chosen, strict=True))
+    if spent > budget:
+        return None
+    steps = [(slope, k, i, j) for k, item in enumerate(items)
+             for slope, i, j in _hull_steps(item, chosen[k])]
+    blocked: set[int] = set()
+    for _, k, i, j in sorted(steps, key=lambda step: -step[0]):
+        extra = items[k][j].cost - items[k][i].cost
+        if k in blocked or spent + extra > budget:
+            blocked.add(k)
+        else:
+            chosen[k], spent = j, spent + extra
+    _spend_rest(items, chosen, budget - spent)
+    return chosen
+
+
+def _hull_steps(item: list[Choice], start: int) -> list[tuple[float, int, int]]:
+    """Steps (error saved per cost, from, to) along the lower convex hull, steepest first."""
+    steps, here = [], start
+    while True:
+        ahead = [(((item[here].error - c.error) / (c.cost - item[here].cost)), j)
+                 for j, c in enumerate(item)
+                 if c.cost > item[here].cost and c.error < item[here].error]
+        if not ahead:
+            return steps
+        slope, best = max(ahead)
+        steps.append((slope, here, best))
+        here = best
+
+
+def _spend_rest(items: list[list[Choice]], chosen: list[int], rest: float) -> None:
+    while True:
+        upgrades = [(items[k][i].error - c.error, k, j)
+                    for k, i in enumerate(chosen) for j, c in enumerate(items[k])
+                    if c.error < items[k][i].error and c.cost - items[k][i].cost <= rest]
+        if not upgrades:
+            return
+        _, k, j = max(upgrades)
+        rest -= items[k][j].cost - items[k][chosen[k]].cost
+        chosen[k] = j
+
+
+@torch.no_grad()
+def sensitivities(model: nn.Module, factors: Factors, images: Tensor) -> dict[str, float]:
+    """How much of each site's own error reaches the outputs, measured.
+
+    Each site alone is truncated to half its break-even rank; the relative change of tokens and
+    outputs over the truncation error of that site is its sensitivity.
+    """
+    measured: dict[str, float] = {}
+    with evaluating(model):
+        dense = _tokens_and_outputs(model, images)
+        for site in progress(find_sites(model), "probing"):
+            rank = max(1, int(site.break_even) // 2)
+            whole = model.get_submodule(site.module)
+            plan = RankPlan({site.name: rank})
+            model.set_submodule(site.module, low_rank_module(whole, [site], plan, factors))
+            change = _relative_change(dense, _tokens_and_outputs(model, images))
+            model.set_submodule(site.module, whole)
+            measured[site.name] = change / max(factors[site.name].errors[rank].item(), 1e-30)
+    return measured
+
+
+def _tokens_and_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+    if not hasattr(model, "forward_head"):
+        return [model(images)]
+    tokens = model.forward_features(images)
+    return [tokens, model.forward_head(tokens)]
+
+
+def _relative_change(before: list[Tensor], after: list[Tensor]) -> float:
+    return sum(((b - a).square().sum() / (a - a.mean(0)).square().sum().clamp_min(1e-30)).item()
+               for a, b in zip(before, after, strict=True))
+
+
+def relative_sensitivities(sites: list[Site], factors: Factors) -> dict[str, float]:
+    """Data-free: every site's error counts relative to what the site computes."""
+    return {site.name: 1.0 / max(factors[site.name].errors[0].item(), 1e-30) for site in sites}
+
+
+def choices(site: Site, factors: Factors, sensitivity: float, cost: "Cost",
+            multiple: int) -> list[Choice]:
+    errors = factors[site.name].errors
+    return [Choice(cost(site, rank), 0.0 if rank == DENSE else sensitivity * errors[rank].item())
+            for rank in site.candidates(multiple)]
+
+
+def choose_plan(model: nn.Module, factors: Factors, *, keep_params: float | None = None,
+                keep_macs: float | None = None, calibration: Tensor | Iterable | None = None,
+                multiple: int = MULTIPLE) -> RankPlan:
+    """The knapsack's plan for a budget given as a fraction of the whole model.
+
+    Where the budget cannot be reached with ranks in steps of ``multiple``, the steps are halved.
+    """
+    keep = keep_params if keep_params is not None else keep_macs
+    if not 0 < keep <= 1:
+        raise UserError(f"keep must be a fraction in (0, 1], like 0.5; got {keep}")
+    sites = find_sites(model)
+    cost, whole = _parameter_cost(model) if keep_macs is None else _mac_cost(model, sites)
+    fixed = whole - sum(cost(site, DENSE) for site in sites)
+    weights = relative_sensitivities(sites, factors)
+    if calibration is not None:
+        images = calibration_batches(calibration, model)[0][:PROBE_IMAGES]
+        weights = sensitivities(model, factors, images)
+    while multiple:
+        items = [choices(s, factors, weights[s.name], cost, multiple) for s in sites]
+        chosen = knapsack(items, keep * whole - fixed)
+        if chosen is not None:
+            return RankPlan({site.name: site.candidates(multiple)[index]
+                             for site, index in zip(sites, chosen, strict=True)})
+        multiple //= 2
+    least = (fixed + sum(min(c.cost for c in item) for item in items)) / whole
+    raise UserError(f"keep {keep:g} is below what is reachable here; the least is {least:.4f}")
+
+
+Cost = Callable[[Site, Rank], float]
+
+
+def _parameter_cost(model: nn.Module) -> tuple[Cost, float]:
+    return (lambda site, rank: site.params(rank)), model_params(model)
+
+
+def _mac_cost(model: nn.Module, sites: list[Site]) -> tuple[Cost, float]:
+    tokens = module_tokens(model, (site.module for site in sites))
+    return (lambda site, rank: site_macs(site, rank, tokens)), plan_macs(model, RankPlan())

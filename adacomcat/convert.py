@@ -1,0 +1,191 @@
+"""A plan and a model → the compressed model."""
+
+import copy
+from collections.abc import Callable, Iterable
+from itertools import groupby
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from adacomcat.attention import attention_weights, low_rank_class
+from adacomcat.calibrate import Statistics, calibrate
+from adacomcat.errors import UserError
+from adacomcat.factorize import (
+    LinearFactors,
+    LinearStatistics,
+    ScoreFactors,
+    ValueFactors,
+    factorize_linear,
+    factorize_scores,
+    factorize_values,
+    require_finite,
+)
+from adacomcat.layers import LowRankLinear, LowRankMlp
+from adacomcat.plan import RankPlan
+from adacomcat.progress import progress
+from adacomcat.sequential import compress_blocks_, sequential_blocks
+from adacomcat.sites import DENSE, Site, find_sites
+
+Factors = dict[str, LinearFactors | ScoreFactors | ValueFactors]
+
+# Shrinkage of every whitening covariance; measured on DINOv2 ViT-S (examples/dinov2).
+SHRINKAGE = 0.1
+
+
+def factorize_site(model: nn.Module, site: Site, statistics: Statistics,
+                   shrinkage: float = SHRINKAGE) -> LinearFactors | ScoreFactors | ValueFactors:
+    """Full-rank nested factors of one site."""
+    module = model.get_submodule(site.module)
+    require_finite(site.module, **{name.replace(".", "_"): p for name, p in
+                                   module.named_parameters()})
+    found = statistics.get(site.module)
+    if site.kind == "linear":
+        return factorize_linear(*_weight_and_bias(module), _for_linear(found, site),
+                                shrinkage=shrinkage)
+    weights = attention_weights(module)
+    if site.kind == "qk":
+        return factorize_scores(weights.wq, weights.bq, weights.wk, module.scale, found,
+                                shrinkage=shrinkage)
+    if site.kind == "vo":
+        return factorize_values(weights.wv, weights.bv, weights.wo, weights.bo, found,
+                                shrinkage=shrinkage)
+    weight, bias = ((weights.wq, weights.bq) if site.kind == "q" else (weights.wk, weights.bk))
+    return factorize_linear(weight.flatten(0, 1), bias.flatten(), _for_linear(found, site),
+                            shrinkage=shrinkage)
+
+
+def _weight_and_bias(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+
+
+def _for_linear(found: object | None, site: Site) -> LinearStatistics | None:
+    """Without a bias to absorb the mean error, the mean belongs to the metric."""
+    if found is None:
+        return None
+    if site.bias:
+        return LinearStatistics(found.mean, found.covariance, found.tokens)
+    moment = found.covariance + torch.outer(found.mean, found.mean)
+    return LinearStatistics(torch.zeros_like(found.mean), moment, found.tokens)
+
+
+def factorize_model(model: nn.Module, statistics: Statistics | None = None,
+                    shrinkage: float = SHRINKAGE) -> Factors:
+    """Site name → full-rank nested factors, for every site."""
+    return {site.name: factorize_site(model, site, statistics or {}, shrinkage)
+            for site in progress(find_sites(model), "factorising")}
+
+
+def build_skeleton(model: nn.Module, plan: RankPlan) -> nn.Module:
+    """In place: low-rank modules of the plan's shapes, their factors not yet filled."""
+    return _swap(model, plan, lambda module, sites: _skeleton(module, sites, plan))
+
+
+@torch.no_grad()
+def install_(model: nn.Module, plan: RankPlan, factors: Factors) -> nn.Module:
+    """In place: replace what the plan names, with these factors cut to its ranks."""
+    return _swap(model, plan, lambda module, sites: low_rank_module(module, sites, plan, factors))
+
+
+def _swap(model: nn.Module, plan: RankPlan, make: Callable) -> nn.Module:
+    for name, group in groupby(plan.validate(model), key=lambda site: site.module):
+        sites = list(group)
+        if any(plan[site.name] != DENSE for site in sites):
+            model.set_submodule(name, make(model.get_submodule(name), sites))
+    join_mlps_(model)
+    model.rank_plan = plan
+    return model
+
+
+def low_rank_module(module: nn.Module, sites: list[Site], plan: RankPlan,
+                    factors: Factors) -> nn.Module:
+    """The drop-in for one dense module, filled. ``sites``: those of this module that shrink."""
+    replacement = _skeleton(module, sites, plan)
+    if isinstance(replacement, LowRankLinear):
+        replacement.set_(factors[sites[0].name])
+        return replacement
+    prefix = sites[0].module
+    if hasattr(replacement, "wq"):
+        replacement.set_scores_(factors[f"{prefix}.qk"])
+    for part in "qk":
+        if isinstance(projection := getattr(replacement, part, None), LowRankLinear):
+            projection.set_(factors[f"{prefix}.{part}"])
+    replacement.set_values_(factors[f"{prefix}.vo"])
+    return replacement
+
+
+def _skeleton(module: nn.Module, sites: list[Site], plan: RankPlan) -> nn.Module:
+    site, prefix = sites[0], sites[0].module
+    if site.kind == "linear":
+        return LowRankLinear.like(module, plan[site.name])
+
+    def folded(part: str) -> int:
+        rank = plan[f"{prefix}.{part}"]
+        return site.head_dim if rank == DENSE else rank
+
+    attention = low_rank_class(module, site.tier).like(module, folded("qk"), folded("vo"))
+    for part in "qk":
+        rank = plan[f"{prefix}.{part}"]
+        if site.tier == "B" and rank != DENSE:
+            setattr(attention, part, LowRankLinear.like(getattr(attention, part), rank))
+    return attention
+
+
+def join_mlps_(model: nn.Module) -> None:
+    """An MLP whose two projections are low-rank runs as one op."""
+    for name, module in list(model.named_modules()):
+        low_rank = type(module) is Mlp and all(
+            isinstance(part, LowRankLinear) for part in (module.fc1, module.fc2))
+        if low_rank and isinstance(module.norm, nn.Identity):
+            joined = LowRankMlp(module.fc1, module.act, module.fc2, module.drop1.p)
+            model.set_submodule(name, joined.train(module.training))
+
+
+def compress(model: nn.Module, *, keep_params: float | None = None,
+             keep_macs: float | None = None, plan: RankPlan | None = None,
+             calibration: Tensor | Iterable | None = None) -> nn.Module:
+    """A compressed copy of ``model``, training-free.
+
+    keep_params, keep_macs: fraction of the whole model's parameters or multiply-accumulates to
+    keep, in (0, 1]; or a ``plan`` of your own. calibration: images (N, C, H, W), or an iterable of
+    batches, as the model sees them; without it the decomposition is data-free.
+    """
+    return compress_(copy.deepcopy(model), keep_params=keep_params, keep_macs=keep_macs,
+                     plan=plan, calibration=calibration)
+
+
+def compress_(model: nn.Module, *, keep_params: float | None = None,
+              keep_macs: float | None = None, plan: RankPlan | None = None,
+              calibration: Tensor | Iterable | None = None) -> nn.Module:
+    """``compress`` in place."""
+    from adacomcat.allocate import choose_plan  # allocation scores candidates by converting
+    if sum(choice is not None for choice in (keep_params, keep_macs, plan)) != 1:
+        raise UserError("say exactly one of keep_params, keep_macs and plan")
+    require_finite_model(model)
+    if calibration is not None and not isinstance(calibration, Tensor):
+        calibration = list(calibration)
+    if plan is not None:
+        plan.validate(model)
+    statistics = calibrate(model, calibration) if calibration is not None else {}
+    factors = factorize_model(model, statistics)
+    if plan is None:
+        plan = choose_plan(model, factors, keep_params=keep_params, keep_macs=keep_macs,
+                           calibration=calibration)
+    return convert_(model, plan, factors, calibration)
+
+
+def convert_(model: nn.Module, plan: RankPlan, factors: Factors,
+             calibration: Tensor | Iterable | None = None) -> nn.Module:
+    """In place, at a given plan: block by block where the model allows it, else site by site."""
+    if calibration is None or not sequential_blocks(model):
+        return install_(model, plan, factors)
+    compress_blocks_(model, plan, calibration, SHRINKAGE)
+    outside = {name: rank for name, rank in plan.ranks.items() if not name.startswith("blocks.")}
+    install_(model, RankPlan(outside), factors)
+    model.rank_plan = plan
+    return model
+
+
+def require_finite_model(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        require_finite(name.rpartition(".")[0] or name, **{name.rpartition(".")[2]: parameter})

@@ -1,0 +1,122 @@
+"""What a model costs: parameters, multiply-accumulates, measured latency."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from adacomcat.attention import LowRankAttention
+from adacomcat.calibrate import evaluating
+from adacomcat.layers import LowRankLinear, LowRankMlp
+from adacomcat.plan import RankPlan
+from adacomcat.sites import DENSE, Rank, Site, find_sites
+
+InputSize = tuple[int, int, int]
+
+
+def model_params(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def plan_params(model: nn.Module, plan: RankPlan) -> int:
+    """Parameters that ``model`` will have under ``plan``."""
+    sites = find_sites(model)
+    fixed = model_params(model) - sum(site.dense_params for site in sites)
+    return fixed + plan.params(sites)
+
+
+def input_size(model: nn.Module) -> InputSize:
+    """(C, H, W) that the model was built for."""
+    embed = getattr(model, "patch_embed", None)
+    config = getattr(model, "pretrained_cfg", None) or {}
+    channels, height, width = config.get("input_size", (3, 224, 224))
+    size = getattr(embed, "img_size", None)
+    if size is not None:
+        height, width = size
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return (first.in_channels if first is not None else channels, height, width)
+
+
+@torch.no_grad()
+def module_tokens(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Module → (rows that it sees for one image, rows that attend to each other)."""
+    seen: dict[str, tuple[int, int]] = {}
+
+    def watch(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = args[0]
+            rows = x.numel() // x.shape[-1] + seen.get(name, (0, 0))[0]
+            seen[name] = (rows, x.shape[-2] if x.ndim > 2 else 1)
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name), with_kwargs=True)
+             for name in set(names)]
+    parameter = next(model.parameters())
+    try:
+        with evaluating(model):
+            model(torch.zeros(1, *input_size(model), device=parameter.device,
+                              dtype=parameter.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def site_macs(site: Site, rank: Rank, tokens: dict[str, tuple[int, int]]) -> int:
+    return site.macs(rank, *tokens.get(site.module, (0, 0)))
+
+
+def plan_macs(model: nn.Module, plan: RankPlan) -> int:
+    """Multiply-accumulates of one image that ``model`` will have under ``plan``."""
+    sites = find_sites(model)
+    tokens = module_tokens(model, (site.module for site in sites))
+    return _patch_macs(model) + sum(site_macs(s, plan[s.name], tokens) for s in sites)
+
+
+def model_macs(model: nn.Module) -> int:
+    """Multiply-accumulates of one image: patch embedding, projections and attention."""
+    sites = find_sites(model)
+    low_rank = {name: module for name, module in model.named_modules()
+                if isinstance(module, LowRankLinear | LowRankMlp | LowRankAttention)}
+    tokens = module_tokens(model, [*(site.module for site in sites), *low_rank])
+    dense = sum(site_macs(site, DENSE, tokens) for site in sites)
+    return _patch_macs(model) + dense + sum(
+        _low_rank_macs(module, *tokens.get(name, (0, 0))) for name, module in low_rank.items())
+
+
+def _low_rank_macs(module: nn.Module, rows: int, span: int) -> int:
+    if isinstance(module, LowRankLinear):
+        return rows * (module.v.numel() + module.u.numel())
+    if isinstance(module, LowRankMlp):
+        return _low_rank_macs(module.fc1, rows, span) + _low_rank_macs(module.fc2, rows, span)
+    weights = sum(getattr(module, name).numel() for name in ("wq", "wk", "wv", "wo")
+                  if hasattr(module, name))
+    return rows * (weights + module.num_heads * (module.rank_qk + module.rank_vo) * span)
+
+
+def _patch_macs(model: nn.Module) -> int:
+    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
+    if not isinstance(projection, nn.Conv2d):
+        return 0
+    _, height, width = input_size(model)
+    rows, columns = projection.stride
+    return projection.weight.numel() * (height // rows) * (width // columns)
+
+
+@torch.inference_mode()
+def latency(models: dict[str, nn.Module], batch: int = 1, repeats: int = 20) -> dict[str, float]:
+    """Median milliseconds of a forward pass of each model, measured in turn, A B A B …"""
+    spent: dict[str, list[float]] = {name: [] for name in models}
+    images = {name: torch.randn(batch, *input_size(model)).to(next(model.parameters()))
+              for name, model in models.items()}
+    for repeat in range(repeats + 2):  # the first two warm up
+        for name, model in models.items():
+            start = time.perf_counter()
+            model(images[name])
+            if images[name].is_cuda:
+                torch.cuda.synchronize()
+            if repeat >= 2:
+                spent[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(times) for name, times in spent.items()}

@@ -1,0 +1,180 @@
+"""Weights, and statistics of what flows into them, to factors. Everything in float64.
+
+All decompositions are nested: rank r is the first r columns, and the squared error of every rank
+is the tail of one spectrum.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adacomcat.errors import UserError
+
+# A covariance is never trusted below this fraction of its mean eigenvalue.
+EIGENVALUE_FLOOR = 1e-6
+
+
+class LinearStatistics(NamedTuple):
+    """Mean (d,) and centred covariance (d, d) of the tokens that enter a linear layer."""
+
+    mean: Tensor
+    covariance: Tensor
+    tokens: int
+
+
+class AttentionStatistics(NamedTuple):
+    """What whitens an attention, in the notation of its tokens x and their averages z_h = P_h x."""
+
+    mean: Tensor  # (d,) of x
+    covariance: Tensor  # (d, d) of x, centred
+    key_covariance: Tensor  # (d, d) of x, centred per image: a softmax ignores what keys share
+    value_mean: Tensor  # (H, d) of z
+    value_covariance: Tensor  # (H, d, d) of z, centred
+    tokens: int
+
+
+@dataclass
+class LinearFactors:
+    """y ≈ ((x V) Uᵀ) + b. ``errors[r]`` is E|y - ŷ|² at rank r, r = 0 … R."""
+
+    v: Tensor  # (in, R)
+    u: Tensor  # (out, R)
+    bias: Tensor  # (out,) of the dense layer
+    mean: Tensor  # (in,)
+    errors: Tensor  # (R + 1,)
+
+    def truncated_bias(self, rank: int) -> Tensor:
+        """b + (W - Ŵ) mean: the error of a truncation then has no mean."""
+        return self.bias + self.u[:, rank:] @ (self.mean @ self.v[:, rank:])
+
+
+class ScoreFactors(NamedTuple):
+    """Logits of head h: s (x wq_hᵀ + bq_h)(x wk_hᵀ)ᵀ."""
+
+    wq: Tensor  # (H, R, d)
+    bq: Tensor  # (H, R)
+    wk: Tensor  # (H, R, d)
+    errors: Tensor  # (R + 1,) of the scaled logits, summed over heads
+
+
+class ValueFactors(NamedTuple):
+    """Σ_h wo_h wv_h z_h + bo, where ``bo`` is that of the full rank."""
+
+    wv: Tensor  # (H, R, d)
+    wo: Tensor  # (H, out, R)
+    bo: Tensor  # (out,)
+    mean: Tensor  # (H, d)
+    errors: Tensor  # (R + 1,)
+
+    def truncated_bias(self, rank: int) -> Tensor:
+        lost = torch.einsum("hor,hrd,hd->o", self.wo[..., rank:], self.wv[:, rank:], self.mean)
+        return self.bo + lost
+
+
+def require_finite(name: str, **tensors: Tensor | None) -> None:
+    for what, tensor in tensors.items():
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise UserError(f"{name}: its {what} holds NaN or infinite values; "
+                            "repair the checkpoint or the calibration images")
+
+
+def shrink(covariance: Tensor, strength: float) -> Tensor:
+    """C + λ m I, m the mean of C's diagonal: directions that calibration never saw keep weight."""
+    mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    return covariance + strength * mean * identity
+
+
+def square_root(covariance: Tensor) -> Tensor:
+    """C^½ by eigh, with a floor relative to the mean eigenvalue: C is often singular."""
+    values, vectors = torch.linalg.eigh(covariance)
+    floor = EIGENVALUE_FLOOR * values.mean(-1, keepdim=True).clamp_min(0)
+    values = torch.maximum(values, floor)
+    return (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT
+
+
+def tail_errors(singular: Tensor) -> Tensor:
+    """(..., R) singular values → (R + 1,) Σ_{i>r} σ_i², summed over leading dimensions."""
+    energy = singular.square().reshape(-1, singular.shape[-1]).sum(0)
+    tail = energy.flip(0).cumsum(0).flip(0)
+    return torch.cat([tail, tail.new_zeros(1)])
+
+
+def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale the columns of ``left`` and ``right`` to equal norms, as training wants them."""
+    ratio = right.norm(dim=-2, keepdim=True) / left.norm(dim=-2, keepdim=True).clamp_min(1e-300)
+    ratio = ratio.sqrt().clamp(1e-8, 1e8)
+    return left * ratio, right / ratio
+
+
+def factorize_linear(weight: Tensor, bias: Tensor | None,
+                     statistics: LinearStatistics | None = None, *,
+                     shrinkage: float = 0.0) -> LinearFactors:
+    """Ŵ_r = P_r P_rᵀ W, P the left singular vectors of W C^½ (out × in): the best rank-r map in
+    E|x Wᵀ - x Ŵᵀ|², without ever inverting C^½. C = I without statistics."""
+    weight = weight.double()
+    out_features, in_features = weight.shape
+    whitened, mean = weight, weight.new_zeros(in_features)
+    if statistics is not None:
+        whitened = weight @ square_root(shrink(statistics.covariance.double(), shrinkage))
+        mean = statistics.mean.double()
+    left, singular, _ = torch.linalg.svd(whitened, full_matrices=False)
+    u, v = balance(left, weight.mT @ left)
+    bias = weight.new_zeros(out_features) if bias is None else bias.double()
+    return LinearFactors(v, u, bias, mean, tail_errors(singular))
+
+
+def factorize_scores(wq: Tensor, bq: Tensor, wk: Tensor, scale: float,
+                     statistics: AttentionStatistics | None = None, *,
+                     shrinkage: float = 0.0) -> ScoreFactors:
+    """M = [wq | bq]ᵀ wk per head, truncated in the metric of queries and keys.
+
+    With thin A = C̃q^½ [wq | bq]ᵀ and B = Ck^½ wkᵀ, and A = Qa Ra, B = Qb Rb, only the
+    head_dim × head_dim matrix Ra Rbᵀ = P S Tᵀ is decomposed. M̂_r = ŵqᵀ Ra⁻¹ P_r · P_rᵀ Ra wk.
+    """
+    wq, bq, wk = wq.double(), bq.double(), wk.double()
+    queries = torch.cat([wq, bq.unsqueeze(-1)], -1).mT  # (H, d + 1, head_dim)
+    keys = wk.mT
+    metric_q, metric_k = queries, keys
+    if statistics is not None:
+        metric_q = _augmented_root(statistics, shrinkage) @ queries
+        metric_k = square_root(shrink(statistics.key_covariance.double(), shrinkage)) @ keys
+    r_q = torch.linalg.qr(metric_q, mode="r").R
+    r_k = torch.linalg.qr(metric_k, mode="r").R
+    left, singular, _ = torch.linalg.svd(r_q @ r_k.mT)
+    into = torch.linalg.pinv(r_q, rtol=1e-12) @ left
+    factor_q, factor_k = balance(queries @ into, keys @ (r_q.mT @ left))
+    return ScoreFactors(factor_q[:, :-1].mT, factor_q[:, -1], factor_k.mT,
+                        tail_errors(singular * scale))
+
+
+def _augmented_root(statistics: AttentionStatistics, shrinkage: float) -> Tensor:
+    """Square root of E[x̃ x̃ᵀ] for x̃ = [x, 1]."""
+    mean = statistics.mean.double()
+    covariance = shrink(statistics.covariance.double(), shrinkage)
+    moment = mean.new_ones(len(mean) + 1, len(mean) + 1)
+    moment[:-1, :-1] = covariance + torch.outer(mean, mean)
+    moment[:-1, -1] = moment[-1, :-1] = mean
+    return square_root(moment)
+
+
+def factorize_values(wv: Tensor, bv: Tensor, wo: Tensor, bo: Tensor,
+                     statistics: AttentionStatistics | None = None, *,
+                     shrinkage: float = 0.0) -> ValueFactors:
+    """wo_h wv_h ≈ Q P_r · P_rᵀ R wv_h, Q R = wo_h and P the left singular vectors of R wv_h Cz^½.
+
+    The value bias passes the softmax unchanged (its rows sum to one), so bo + Σ_h wo_h bv_h.
+    """
+    wv, wo = wv.double(), wo.double()
+    bias = bo.double() + torch.einsum("hor,hr->o", wo, bv.double())
+    mean = wv.new_zeros(wv.shape[0], wv.shape[2])
+    whitened = wv
+    if statistics is not None:
+        mean = statistics.value_mean.double()
+        whitened = wv @ square_root(shrink(statistics.value_covariance.double(), shrinkage))
+    basis, inner = torch.linalg.qr(wo)
+    left, singular, _ = torch.linalg.svd(inner @ whitened, full_matrices=False)
+    factor_o, factor_v = balance(basis @ left, wv.mT @ (inner.mT @ left))
+    return ValueFactors(factor_v.mT, factor_o, bias, mean, tail_errors(singular))

@@ -1,0 +1,83 @@
+"""A rank for every site of a model: the one thing that search and allocation decide."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from adacomcat.errors import UserError
+from adacomcat.sites import DENSE, MULTIPLE, Rank, Site, find_sites
+
+
+@dataclass
+class RankPlan:
+    """Site name → rank (per head for '.qk' and '.vo') or 'dense'. Sites not named stay dense."""
+
+    ranks: dict[str, Rank] = field(default_factory=dict)
+
+    @classmethod
+    def full(cls, model: nn.Module) -> "RankPlan":
+        """Every site at its full rank: the same function, in factors."""
+        return cls({site.name: site.full_rank for site in find_sites(model)})
+
+    @classmethod
+    def dense(cls, model: nn.Module) -> "RankPlan":
+        return cls({site.name: DENSE for site in find_sites(model)})
+
+    @classmethod
+    def uniform(cls, model: nn.Module, fraction: float, multiple: int = MULTIPLE) -> "RankPlan":
+        """The largest candidate up to ``fraction`` of the break-even rank, everywhere."""
+        def largest(site: Site) -> Rank:
+            *ranks, _ = site.candidates(multiple)
+            fitting = [rank for rank in ranks if rank <= fraction * site.break_even]
+            return fitting[-1] if fitting else (ranks[0] if ranks else DENSE)
+        return cls({site.name: largest(site) for site in find_sites(model)})
+
+    def __getitem__(self, name: str) -> Rank:
+        return self.ranks.get(name, DENSE)
+
+    def validate(self, model: nn.Module) -> list[Site]:
+        """The model's sites, or an error that names the entry that does not fit the model."""
+        sites = {site.name: site for site in find_sites(model)}
+        for name, rank in self.ranks.items():
+            if name not in sites:
+                raise UserError(f"the plan names {name!r}, which this model does not have; its "
+                                f"sites are like {', '.join(list(sites)[:4]) or 'none'}")
+            full = sites[name].full_rank
+            if rank != DENSE and not (isinstance(rank, int) and 1 <= rank <= full):
+                raise UserError(f"the plan gives {name} the rank {rank!r}; "
+                                f"it must be 'dense' or a whole number from 1 to {full}")
+        return list(sites.values())
+
+    def params(self, sites: Iterable[Site]) -> int:
+        return sum(site.params(self[site.name]) for site in sites)
+
+    def to_json(self) -> str:
+        return json.dumps({"ranks": self.ranks}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "RankPlan":
+        try:
+            ranks = json.loads(text)["ranks"]
+        except (ValueError, KeyError, TypeError):
+            ranks = None
+        if not isinstance(ranks, Mapping):
+            raise UserError('not a rank plan: JSON like {"ranks": {"blocks.0.attn.qk": 32}} '
+                            "is expected")
+        return cls(dict(ranks))
+
+    def save(self, path: str | Path) -> None:
+        path = Path(path)
+        scratch = path.with_name(path.name + ".partial")
+        scratch.write_text(self.to_json())
+        os.replace(scratch, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RankPlan":
+        try:
+            return cls.from_json(Path(path).read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the rank plan {path}: {error}") from error

@@ -1,0 +1,149 @@
+"""Where a rank is chosen: every projection of a timm model that low-rank factors can replace.
+
+Exact type decides what may be done (subclasses may compute something else):
+
+A  fold QK and VO head by head: plain softmax attention, additive biases on the logits allowed
+B  fold VO only, q and k become low-rank linears: rotary embeddings or normalised queries and keys
+C  every other ``nn.Linear``
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from timm.layers import Attention, AttentionRope
+from timm.models.beit import Attention as BeitAttention
+from timm.models.eva import EvaAttention
+from timm.models.swin_transformer import WindowAttention
+from torch import nn
+
+DENSE = "dense"
+Rank = int | str
+
+# Ranks are multiples of 8 per head and 16 elsewhere: tensor cores and fused attention need it.
+MULTIPLE = 8
+
+FOLDABLE = (Attention, AttentionRope, EvaAttention, BeitAttention, WindowAttention)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One rank decision. ``rank`` is per head for kinds 'qk' and 'vo'."""
+
+    name: str
+    module: str
+    kind: str  # 'linear', 'q', 'k' (tier B projections), 'qk', 'vo'
+    in_features: int
+    out_features: int
+    num_heads: int = 1
+    head_dim: int = 0
+    tier: str = "C"
+    dense_bias: int = 0  # bias parameters of the dense projection
+    bias: int = 0  # bias parameters that stay, whatever the rank
+
+    @property
+    def folded(self) -> bool:
+        return self.kind in ("qk", "vo")
+
+    @property
+    def full_rank(self) -> int:
+        return self.head_dim if self.folded else min(self.in_features, self.out_features)
+
+    @property
+    def dense_params(self) -> int:
+        return self.params(DENSE)
+
+    @property
+    def break_even(self) -> float:
+        """Ranks below this one save parameters."""
+        if self.folded:
+            return self.head_dim
+        return self.in_features * self.out_features / (self.in_features + self.out_features)
+
+    def _weights(self, rank: Rank) -> int:
+        if self.folded:
+            rank = self.head_dim if rank == DENSE else rank
+            return self.num_heads * rank * (self.in_features + self.out_features)
+        if rank == DENSE:
+            return self.in_features * self.out_features
+        return rank * (self.in_features + self.out_features)
+
+    def params(self, rank: Rank) -> int:
+        """Parameters at this rank, biases included."""
+        if rank == DENSE:
+            return self._weights(rank) + self.dense_bias
+        per_rank = self.num_heads * rank if self.kind == "qk" else 0  # the query bias
+        return self._weights(rank) + self.bias + per_rank
+
+    def macs(self, rank: Rank, tokens: int, span: int = 0) -> int:
+        """Multiply-accumulates over ``tokens`` rows; ``span`` tokens attend to each other."""
+        attended = 0
+        if self.folded:
+            attended = self.num_heads * (self.head_dim if rank == DENSE else rank) * span
+        return tokens * (self._weights(rank) + attended)
+
+    def candidates(self, multiple: int = MULTIPLE) -> tuple[Rank, ...]:
+        """Ranks worth considering, ascending, then 'dense'; nothing above break-even."""
+        step = multiple if self.folded else 2 * multiple
+        ranks = range(step, self.full_rank + 1, step)
+        return (*(rank for rank in ranks if rank < self.break_even), DENSE)
+
+
+def attention_tier(attn: nn.Module, rotary: bool = False) -> str | None:
+    """'A', 'B', or None where not even the value path folds."""
+    if type(attn) not in FOLDABLE:
+        return None
+    between = (getattr(attn, "norm", None), getattr(attn, "gate", None))
+    if any(part is not None and not isinstance(part, nn.Identity) for part in between):
+        return None  # something stands between the values and the output projection
+    if getattr(attn, "num_kv_groups", 1) != 1:
+        return None
+    norms = (getattr(attn, "q_norm", None), getattr(attn, "k_norm", None))
+    normed = any(part is not None and not isinstance(part, nn.Identity) for part in norms)
+    return "B" if normed or rotary else "A"
+
+
+def _rotary(model: nn.Module, attn: nn.Module) -> bool:
+    """Rotary models hand the embedding to every attention at call time; ask the model."""
+    if type(attn) is AttentionRope:
+        return True
+    return type(attn) is EvaAttention and getattr(model, "rope", None) is not None
+
+
+def _attention_sites(name: str, attn: nn.Module, tier: str) -> Iterator[Site]:
+    heads = attn.num_heads
+    width = attn.proj.in_features
+    dim = (attn.qkv if attn.qkv is not None else attn.q_proj).in_features
+    out = attn.proj.out_features
+    biases = sum(p.numel() for n, p in attn.named_parameters()
+                 if n.split(".")[0] in ("qkv", "q_proj", "k_proj", "v_proj") and "bias" in n)
+    separate = [getattr(attn, f"{part}_bias", None) for part in "qv"]
+    biases += sum(p.numel() for p in separate if p is not None)
+    shape = dict(num_heads=heads, head_dim=width // heads, tier=tier)
+    third = biases // 3 if biases == 3 * width else biases // 2
+    if tier == "A":
+        yield Site(f"{name}.qk", name, "qk", dim, dim, dense_bias=biases - third, **shape)
+    else:
+        for part in "qk":
+            bias = third if part == "q" or biases == 3 * width else 0
+            yield Site(f"{name}.{part}", name, part, dim, width, tier="B",
+                       num_heads=heads, head_dim=width // heads, dense_bias=bias, bias=bias)
+    proj_bias = 0 if attn.proj.bias is None else out
+    yield Site(f"{name}.vo", name, "vo", dim, out, dense_bias=third + proj_bias, bias=out, **shape)
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """Every rank decision of ``model``, in the order of its modules."""
+    sites: list[Site] = []
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        tier = attention_tier(module, _rotary(model, module))
+        if tier is not None:
+            sites.extend(_attention_sites(name, module, tier))
+            inside = (*inside, name + ".")
+        elif type(module) is nn.Linear and "cpb_mlp" not in name:
+            bias = 0 if module.bias is None else module.out_features
+            sites.append(Site(name, name, "linear", module.in_features, module.out_features,
+                              dense_bias=bias, bias=bias))
+    return sites
