@@ -5,11 +5,12 @@ process then takes its rows: a resumed run and a run on several processes see th
 """
 
 import gzip
+import math
 import random
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ from timm.data import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from adacomcat.augmentation import Augmentation
 from adacomcat.errors import UserError
 
 ARRAY_DATASETS = ("digits", "fashion-mnist")
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_CACHE = Path("~/.cache/adacomcat/fashion-mnist")
-ERASE_PROBABILITY = 0.25
 
 
 @dataclass(frozen=True)
@@ -75,52 +76,6 @@ def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
     if len(values) == channels:
         return tuple(values)
     return (sum(values) / len(values),) * channels
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Parameters of a batch: flip (n,), shift (n, 2), erase (n, 4) = top, left, bottom, right."""
-
-    flip: Tensor
-    shift: Tensor
-    erase: Tensor
-
-    @classmethod
-    def draw(
-        cls, count: int, size: tuple[int, int], flips: bool, generator: torch.Generator
-    ) -> "Augmentation":
-        """Shifts reach 1/14 of the image (at least a pixel), erased boxes a third of a side."""
-        sides = torch.tensor(size)
-        reach = (sides // 14).clamp(min=1)
-        coin, erased = torch.rand(2, count, generator=generator)
-        shift = torch.rand(count, 2, generator=generator) * (2 * reach + 1)
-        lengths = (torch.rand(count, 2, generator=generator) * (sides // 3)).long() + 1
-        corner = (torch.rand(count, 2, generator=generator) * (sides - lengths + 1)).long()
-        lengths = lengths * (erased < ERASE_PROBABILITY).long()[:, None]
-        return cls(
-            flip=(coin < 0.5) & flips,
-            shift=shift.long() - reach,
-            erase=torch.cat([corner, corner + lengths], dim=1),
-        )
-
-    def shard(self, rows: slice) -> "Augmentation":
-        return Augmentation(*(getattr(self, field.name)[rows] for field in fields(self)))
-
-    def apply(self, images: Tensor) -> Tensor:
-        """Shifts (black flows in), flips, then erases to black; images: (n, C, H, W)."""
-        count, channels, height, width = images.shape
-        reach = max(1, height // 14, width // 14)
-        padded = F.pad(images, (reach,) * 4)
-        y, x = torch.arange(height), torch.arange(width)
-        rows = y + self.shift[:, :1] + reach  # (n, H)
-        columns = torch.where(self.flip[:, None], x.flip(0), x) + self.shift[:, 1:] + reach
-        n = torch.arange(count)[:, None, None, None]
-        c = torch.arange(channels)[:, None, None]
-        moved = padded[n, c, rows[:, None, :, None], columns[:, None, None, :]]
-        top, left, bottom, right = self.erase.unbind(1)
-        in_rows = (y >= top[:, None]) & (y < bottom[:, None])  # (n, H)
-        in_columns = (x >= left[:, None]) & (x < right[:, None])  # (n, W)
-        return moved.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0)
 
 
 class TensorImages(Dataset):
@@ -172,8 +127,8 @@ class FolderImages(Dataset):
     def __getitem__(self, index: int | tuple[int, int | None]) -> tuple[Tensor, int]:
         index, seed = index if isinstance(index, tuple) else (index, None)
         position = int(self.indices[index])
-        file, label = self.reader[position]
-        picture = _open_picture(file, self.reader.filename(position), self.image_format)
+        path, label = self.reader.samples[position]
+        picture = _open_picture(path, self.image_format)
         if seed is None:
             return self.transforms[False](picture), label
         return _seeded(seed, lambda: self.transforms[True](picture)), label
@@ -195,11 +150,12 @@ def _seeded(seed: int, function: Any) -> Any:
     return result
 
 
-def _open_picture(file: Any, name: str | Path, image_format: ImageFormat) -> Image.Image:
+def _open_picture(path: str | Path, image_format: ImageFormat) -> Image.Image:
     try:
-        return Image.open(file).convert(image_format.pil_mode())
+        with Image.open(path) as picture:
+            return picture.convert(image_format.pil_mode())
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise UserError(f"cannot read the picture {name}: {error}; mend or remove it") from error
+        raise UserError(f"cannot read the picture {path}: {error}; mend or remove it") from error
 
 
 def model_data_config(model: nn.Module) -> dict[str, Any]:
@@ -298,9 +254,9 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
             f"cannot read {path}: {error}; --data-dir must hold Fashion-MNIST's four .gz files"
         ) from error
     header = 4 + 4 * dimensions
-    shape = np.frombuffer(content[4:header], dtype=">u4").astype(int)
-    is_idx = content[:4] == bytes((0, 0, 8, dimensions)) and len(content) == header + shape.prod()
-    if not is_idx:
+    shape = [int.from_bytes(content[start : start + 4], "big") for start in range(4, header, 4)]
+    magic = bytes((0, 0, 8, dimensions))
+    if content[:4] != magic or len(content) != header + math.prod(shape):
         raise UserError(f"{path} is no IDX file of bytes with {dimensions} dimensions")
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())
 
@@ -326,11 +282,17 @@ def _read_split(root: Path, names: tuple[str, ...]) -> Any:
     """timm's reader of the first folder that exists among root/names."""
     found = [root / name for name in names if (root / name).is_dir()]
     if not found:
-        raise UserError(f"no folder {' or '.join(names)} in the data folder {root}")
+        raise UserError(
+            f"no folder {' or '.join(names)} in the data folder {root}; "
+            "it must hold train/CLASS/* and val/CLASS/*"
+        )
     try:
-        return create_dataset("", root=str(found[0]), search_split=False).reader
+        reader = create_dataset("", root=str(found[0]), search_split=False).reader
     except (RuntimeError, OSError) as error:
         raise UserError(f"no readable pictures in class folders under {found[0]}") from error
+    if "" in reader.class_to_idx:
+        raise UserError(f"{found[0]} holds pictures outside class folders; move or remove them")
+    return reader
 
 
 def image_tensor_files(folder: str | Path, model_cfg: dict[str, Any]) -> Tensor:
@@ -342,7 +304,7 @@ def image_tensor_files(folder: str | Path, model_cfg: dict[str, Any]) -> Tensor:
         raise UserError(f"no pictures in the folder {root}; give one that holds some")
     image_format = ImageFormat.from_config(model_cfg)
     transform = image_format.transform(is_training=False)
-    return torch.stack([transform(_open_picture(file, file, image_format)) for file in files])
+    return torch.stack([transform(_open_picture(file, image_format)) for file in files])
 
 
 def split_holdout(dataset: Any, fraction: float, seed: int) -> tuple[Any, Any]:
@@ -378,7 +340,7 @@ class Batches:
     def __len__(self) -> int:
         """Steps that are left. Shuffled epochs drop the last batch if it is not full."""
         whole, rest = divmod(len(self.dataset), self.batch_size)
-        return whole + (rest > 0 and not self.shuffle) - self.start_step
+        return max(0, whole + (rest > 0 and not self.shuffle) - self.start_step)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if isinstance(self.dataset, TensorImages):
@@ -414,7 +376,14 @@ class Batches:
                 seeds = torch.randint(2**32, (len(indices),), generator=generator).tolist()
             batch = list(zip(indices.tolist(), seeds, strict=True))
             samples.append(batch[self.rank :: self.world_size])
-        return iter(DataLoader(self.dataset, batch_sampler=samples, num_workers=self.num_workers))
+        return iter(
+            DataLoader(
+                self.dataset,
+                batch_sampler=samples,
+                num_workers=self.num_workers,
+                generator=_generator(self.seed, self.epoch),
+            )
+        )
 
 
 def loader(

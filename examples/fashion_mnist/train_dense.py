@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", help="folder with Fashion-MNIST's four .gz files")
     parser.add_argument("--output", default="examples/fashion_mnist/weights", type=Path)
-    parser.add_argument("--epochs", default=16, type=int)
+    parser.add_argument("--epochs", default=22, type=int)
     parser.add_argument("--warmup-epochs", default=1, type=int)
     parser.add_argument("--batch-size", default=256, type=int)
     parser.add_argument("--lr", default=1.5e-3, type=float)

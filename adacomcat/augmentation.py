@@ -1,0 +1,55 @@
+"""Augmentation of a whole batch of images as a few tensor operations."""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ERASE_PROBABILITY = 0.25
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Parameters of a batch: flip (n,), shift (n, 2), erase (n, 4) = top, left, bottom, right."""
+
+    flip: Tensor
+    shift: Tensor
+    erase: Tensor
+
+    @classmethod
+    def draw(
+        cls, count: int, size: tuple[int, int], flips: bool, generator: torch.Generator
+    ) -> "Augmentation":
+        """Shifts reach 1/14 of the image (at least a pixel), erased boxes a third of a side."""
+        sides = torch.tensor(size)
+        reach = (sides // 14).clamp(min=1)
+        coin, erased = torch.rand(2, count, generator=generator)
+        shift = torch.rand(count, 2, generator=generator) * (2 * reach + 1)
+        lengths = (torch.rand(count, 2, generator=generator) * (sides // 3)).long() + 1
+        corner = (torch.rand(count, 2, generator=generator) * (sides - lengths + 1)).long()
+        lengths = lengths * (erased < ERASE_PROBABILITY).long()[:, None]
+        return cls(
+            flip=(coin < 0.5) & flips,
+            shift=shift.long() - reach,
+            erase=torch.cat([corner, corner + lengths], dim=1),
+        )
+
+    def shard(self, rows: slice) -> "Augmentation":
+        return Augmentation(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Shifts (black flows in), flips, then erases to black; images: (n, C, H, W)."""
+        count, channels, height, width = images.shape
+        reach = max(1, height // 14, width // 14)
+        padded = F.pad(images, (reach,) * 4)
+        y, x = torch.arange(height), torch.arange(width)
+        rows = y + self.shift[:, :1] + reach  # (n, H)
+        columns = torch.where(self.flip[:, None], x.flip(0), x) + self.shift[:, 1:] + reach
+        n = torch.arange(count)[:, None, None, None]
+        c = torch.arange(channels)[:, None, None]
+        moved = padded[n, c, rows[:, None, :, None], columns[:, None, None, :]]
+        top, left, bottom, right = self.erase.unbind(1)
+        in_rows = (y >= top[:, None]) & (y < bottom[:, None])  # (n, H)
+        in_columns = (x >= left[:, None]) & (x < right[:, None])  # (n, W)
+        return moved.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0)
