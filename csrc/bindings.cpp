@@ -1,0 +1,49 @@
+// adacomcat._C: how the extension was built and what the CPU offers. Importing it registers the
+// kernels of the other files with PyTorch.
+#include <ATen/Version.h>
+#include <pybind11/pybind11.h>
+#include <torch/version.h>
+
+namespace py = pybind11;
+
+namespace {
+
+#if defined(__clang__)
+constexpr const char* kCompiler = "clang " __clang_version__;
+#elif defined(__GNUC__)
+constexpr const char* kCompiler = "gcc " __VERSION__;
+#else
+constexpr const char* kCompiler = "unknown";
+#endif
+
+#ifdef ADACOMCAT_CUDA
+constexpr bool kCuda = true;
+#else
+constexpr bool kCuda = false;
+#endif
+
+py::dict cpu_features() {
+  py::dict features;
+#if defined(__x86_64__) && defined(__GNUC__)
+  features["avx2"] = static_cast<bool>(__builtin_cpu_supports("avx2"));
+  features["fma"] = static_cast<bool>(__builtin_cpu_supports("fma"));
+  features["avx512f"] = static_cast<bool>(__builtin_cpu_supports("avx512f"));
+  features["avx512vnni"] = static_cast<bool>(__builtin_cpu_supports("avx512vnni"));
+  features["avx512bf16"] = static_cast<bool>(__builtin_cpu_supports("avx512bf16"));
+#endif
+  return features;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = kCompiler;
+  info["torch"] = TORCH_VERSION;
+  info["cuda"] = kCuda;
+  info["cpu_capability"] = at::get_cpu_capability();
+  info["cpu_features"] = cpu_features();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) { m.def("build_info", &build_info, "Compiler, torch, CUDA and CPU."); }
