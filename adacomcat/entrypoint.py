@@ -1,0 +1,78 @@
+"""The timm entry point that rebuilds a compressed model from a checkpoint folder's config.json."""
+
+import inspect
+import sys
+from types import ModuleType
+from typing import Any
+
+from timm.models import register_model
+
+ENTRYPOINT = "adacomcat_vit"
+
+
+def register(timm: ModuleType) -> None:
+    """Called once ``timm`` is imported."""
+    if not timm.is_model(ENTRYPOINT):
+        register_model(adacomcat_vit)
+
+
+def adacomcat_vit(pretrained: bool = False, **kwargs: Any) -> Any:
+    """timm's ``base`` architecture with the low-rank modules of ``plan`` (site name → rank).
+
+    Both stand in config.json's ``model_args``, beside the keyword arguments of ``base``.
+    """
+    from timm.models import build_model_with_cfg
+
+    from adacomcat.errors import UserError
+
+    if "base" not in kwargs:
+        raise UserError(f"{ENTRYPOINT} is the architecture of checkpoint folders: "
+                        "timm.create_model('local-dir:DIR', pretrained=True)")
+    kwargs["plan"] = _without_new_classifier(kwargs.get("plan") or {}, kwargs)
+    return build_model_with_cfg(
+        _build, ENTRYPOINT, pretrained, pretrained_filter_fn=_adapt_weights,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"}, **kwargs)
+
+
+def _build(base: str, plan: dict[str, int | str], **model_args: Any) -> Any:
+    import timm
+
+    from adacomcat.convert import build_skeleton
+    from adacomcat.plan import RankPlan
+
+    model = build_skeleton(timm.create_model(base, **model_args), RankPlan(dict(plan)))
+    runtime = ("device", "dtype")
+    model.adacomcat_config = {
+        "architecture": base,
+        "model_args": {k: v for k, v in model_args.items() if k not in runtime}}
+    return model
+
+
+def classifiers(pretrained_cfg: dict[str, Any]) -> tuple[str, ...]:
+    names = pretrained_cfg.get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _without_new_classifier(plan: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Another number of classes makes a fresh, dense classifier, as everywhere in timm."""
+    saved = kwargs.get("pretrained_cfg") or {}
+    if kwargs.get("num_classes", saved.get("num_classes")) == saved.get("num_classes"):
+        return plan
+    return {name: rank for name, rank in plan.items() if name not in classifiers(saved)}
+
+
+def _adapt_weights(weights: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Saved weights fit as they are, unless the caller asked for other classes or another size."""
+    wanted = model.state_dict()
+    changed = {name.rpartition(".")[0] for name in weights.keys() - wanted.keys()}
+    changed |= {name.rpartition(".")[0] for name, value in weights.items()
+                if name in wanted and wanted[name].shape != value.shape}
+    fresh = changed & set(classifiers(model.pretrained_cfg))
+    weights = {name: value for name, value in weights.items()
+               if name.rpartition(".")[0] not in fresh}
+    base = sys.modules[type(model).__module__]
+    adapt = getattr(base, "checkpoint_filter_fn", None)
+    if changed == fresh or adapt is None:
+        return weights
+    takes_model = len(inspect.signature(adapt).parameters) > 1
+    return adapt(weights, model) if takes_model else adapt(weights)
