@@ -1,0 +1,43 @@
+"""Fixtures and the tolerance that all tests share."""
+
+import zlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+# Relative error that is rounding and nothing else.
+FLOOR = 1e-6
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """||actual - exact|| / ||exact||, computed in float64."""
+    exact = exact.double()
+    scale = exact.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    return ((actual.double() - exact).norm() / scale).item()
+
+
+def assert_close_to_float64(actual: Tensor, exact: Tensor, plain: Tensor, what: str = "") -> None:
+    """At most twice the error of plain PyTorch at the same dtype, both against float64."""
+    assert actual.shape == exact.shape, f"{what}: {actual.shape} is not {exact.shape}"
+    assert actual.dtype == plain.dtype, f"{what}: {actual.dtype} is not {plain.dtype}"
+    if exact.numel() == 0:
+        return
+    error, allowed = relative_error(actual, exact), 2 * relative_error(plain, exact) + FLOOR
+    assert error <= allowed, f"{what}: relative error {error:.2e} exceeds {allowed:.2e}"
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> None:
+    """Every test draws its own numbers, the same in every run."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """New tensors, those of C++ included, hold NaN until something is written into them."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(64).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
