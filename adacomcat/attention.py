@@ -1,5 +1,6 @@
 """Low-rank multi-head attention, a drop-in for timm's attention modules."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from timm.layers import Attention, apply_rot_embed_cat
 from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
 from timm.models.swin_transformer import WindowAttention
+from timm.models.swin_transformer_v2 import WindowAttention as CosineAttention
 from torch import Tensor, nn
 
 from adacomcat import ops
@@ -20,7 +22,7 @@ from adacomcat.factorize import (
     factorize_scores,
     factorize_values,
 )
-from adacomcat.sites import attention_tier
+from adacomcat.sites import attention_tier, has_bias
 
 
 class AttentionWeights(NamedTuple):
@@ -39,7 +41,7 @@ class AttentionWeights(NamedTuple):
 def attention_weights(attn: nn.Module) -> AttentionWeights:
     """Read the weights of any attention that folds, whichever way timm stores its biases."""
     heads = attn.num_heads
-    if attn.qkv is not None:
+    if getattr(attn, "qkv", None) is not None:
         weights = attn.qkv.weight.detach().chunk(3)
         biases = [None] * 3 if attn.qkv.bias is None else list(attn.qkv.bias.detach().chunk(3))
         if getattr(attn, "q_bias", None) is not None:
@@ -111,9 +113,9 @@ class LowRankAttention(nn.Module):
         """Uninitialised, of ``attn``'s shape; what ``attn`` needs beside its projections is kept."""
         projection = attn.qkv if attn.qkv is not None else attn.q_proj
         weight = attn.proj.weight
-        module = cls(projection.in_features, attn.num_heads, rank_qk, rank_vo, scale=attn.scale,
-                     dim_out=attn.proj.out_features, attn_drop=attn.attn_drop.p,
-                     proj_drop=attn.proj_drop.p, device=weight.device, dtype=weight.dtype)
+        module = cls(projection.in_features, attn.num_heads, rank_qk, rank_vo,
+                     scale=getattr(attn, "scale", 1.0), dim_out=attn.proj.out_features,
+                     attn_drop=attn.attn_drop.p, proj_drop=attn.proj_drop.p, device=weight.device, dtype=weight.dtype)
         module._adopt(attn)
         return module.train(attn.training)
 
@@ -203,16 +205,10 @@ class LowRankWindowAttention(LowRankAttention):
                              persistent=False)
 
     def _bias(self) -> Tensor:
-        area = self.relative_position_index.shape[0]
-        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)]
-        return bias.view(area, area, -1).permute(2, 0, 1).unsqueeze(0)
+        return _gathered(self.relative_position_bias_table, self.relative_position_index)
 
     def score_context(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:
-        bias = self._bias()
-        if mask is not None:
-            windows = mask.shape[0]
-            bias = (bias + mask.unsqueeze(1)).repeat(x.shape[0] // windows, 1, 1, 1)
-        return bias, None
+        return _window_mask(x, self._bias(), mask), None
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.attend(x, *self.score_context(x, mask))
@@ -261,8 +257,11 @@ class LowRankRotaryAttention(LowRankAttention):
 
     def _adopt(self, attn: nn.Module) -> None:
         weights = attention_weights(attn)
-        self.q = _dense_projection(weights.wq, weights.bq)
-        self.k = _dense_projection(weights.wk, weights.bk if _has_key_bias(attn) else None)
+        self.q = _dense_projection(weights.wq, weights.bq if has_bias(attn, "q") else None)
+        self.k = _dense_projection(weights.wk, weights.bk if has_bias(attn, "k") else None)
+        self._adopt_scores(attn)
+
+    def _adopt_scores(self, attn: nn.Module) -> None:
         self.q_norm, self.k_norm = attn.q_norm, attn.k_norm
         self.num_prefix_tokens = getattr(attn, "num_prefix_tokens", 0)
         self.rotate_half = getattr(attn, "rotate_half", False)
@@ -303,9 +302,42 @@ class LowRankNormedAttention(LowRankRotaryAttention):
         return self.attend(x, *self.score_context(x, attn_mask, is_causal))
 
 
-def _has_key_bias(attn: nn.Module) -> bool:
-    projection = attn.qkv if attn.qkv is not None else attn.k_proj
-    return projection.bias is not None
+class LowRankCosineAttention(LowRankRotaryAttention):
+    """Tier B, swin v2: cosine similarity times a learned scale, plus a learned position bias."""
+
+    def _adopt_scores(self, attn: nn.Module) -> None:
+        self.scale = 1.0
+        self.logit_scale = nn.Parameter(attn.logit_scale.detach().clone())
+        self.cpb_mlp = attn.cpb_mlp
+        for name in ("relative_coords_table", "relative_position_index"):
+            self.register_buffer(name, getattr(attn, name).clone(), persistent=False)
+
+    def queries_and_keys(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        q = F.normalize(self._heads(self.q(x)), dim=-1)
+        k = F.normalize(self._heads(self.k(x)), dim=-1)
+        return q * self.logit_scale.clamp(max=math.log(100.0)).exp(), k
+
+    def _bias(self) -> Tensor:
+        table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
+        return 16 * torch.sigmoid(_gathered(table, self.relative_position_index))
+
+    def score_context(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:
+        return _window_mask(x, self._bias(), mask), None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.attend(x, *self.score_context(x, mask))
+
+
+def _gathered(table: Tensor, index: Tensor) -> Tensor:
+    """(positions, H) by (area, area) → (1, H, area, area)."""
+    return table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1).unsqueeze(0)
+
+
+def _window_mask(x: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    """The bias of every window, plus the shift's mask (windows, area, area)."""
+    if mask is None:
+        return bias
+    return (bias + mask.unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
 
 
 def _dense_projection(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -326,7 +358,8 @@ def low_rank_class(attn: nn.Module, tier: str | None) -> type[LowRankAttention]:
     """The drop-in for this exact type; folding QK of a tier-B module would be silently wrong."""
     kind = type(attn)
     if tier == "B":
-        return LowRankNormedAttention if kind is Attention else LowRankRotaryAttention
+        return {Attention: LowRankNormedAttention,
+                CosineAttention: LowRankCosineAttention}.get(kind, LowRankRotaryAttention)
     if tier is None or kind not in _FOLDED:
         raise UserError(f"{kind.__name__} does not fold; its linears can still be made low-rank")
     return _FOLDED[kind]

@@ -87,17 +87,27 @@ def shrink(covariance: Tensor, strength: float) -> Tensor:
     return covariance + strength * mean * identity
 
 
-def square_root(covariance: Tensor) -> Tensor:
-    """C^½ by eigh, with a floor relative to the mean eigenvalue: C is often singular."""
+def square_roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """C^½ and C^-½ by eigh, with a floor relative to the mean eigenvalue: C is often singular."""
     values, vectors = torch.linalg.eigh(covariance)
-    floor = EIGENVALUE_FLOOR * values.mean(-1, keepdim=True).clamp_min(0)
-    values = torch.maximum(values, floor)
-    return (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT
+    floor = EIGENVALUE_FLOOR * values.mean(-1, keepdim=True).clamp_min(1e-300)
+    roots = torch.maximum(values, floor).sqrt().unsqueeze(-2)
+    return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
 
 
-def tail_errors(singular: Tensor) -> Tensor:
-    """(..., R) singular values → (R + 1,) Σ_{i>r} σ_i², summed over leading dimensions."""
-    energy = singular.square().reshape(-1, singular.shape[-1]).sum(0)
+def square_root(covariance: Tensor) -> Tensor:
+    return square_roots(covariance)[0]
+
+
+def descending_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (clamped at 0) and eigenvectors, largest first."""
+    values, vectors = torch.linalg.eigh(gram)
+    return values.flip(-1).clamp_min(0), vectors.flip(-1)
+
+
+def tail_errors(energy: Tensor) -> Tensor:
+    """(..., R) squared singular values → (R + 1,) Σ_{i>r} σ_i², summed over leading dimensions."""
+    energy = energy.reshape(-1, energy.shape[-1]).sum(0)
     tail = energy.flip(0).cumsum(0).flip(0)
     return torch.cat([tail, tail.new_zeros(1)])
 
@@ -112,18 +122,28 @@ def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 def factorize_linear(weight: Tensor, bias: Tensor | None,
                      statistics: LinearStatistics | None = None, *,
                      shrinkage: float = 0.0) -> LinearFactors:
-    """Ŵ_r = P_r P_rᵀ W, P the left singular vectors of W C^½ (out × in): the best rank-r map in
-    E|x Wᵀ - x Ŵᵀ|², without ever inverting C^½. C = I without statistics."""
+    """Ŵ = SVD_r(W C^½) C^-½: the best rank-r map in E|x Wᵀ - x Ŵᵀ|². C = I without statistics.
+
+    By the eigenvectors of the smaller Gram matrix of W C^½: with P on the output side
+    Ŵ_r = P_r P_rᵀ W, with Q on the input side Ŵ_r = W C^½ Q_r (C^-½ Q_r)ᵀ.
+    """
     weight = weight.double()
     out_features, in_features = weight.shape
-    whitened, mean = weight, weight.new_zeros(in_features)
+    identity = torch.eye(in_features, dtype=weight.dtype, device=weight.device)
+    covariance, mean = identity, weight.new_zeros(in_features)
     if statistics is not None:
-        whitened = weight @ square_root(shrink(statistics.covariance.double(), shrinkage))
+        covariance = shrink(statistics.covariance.double(), shrinkage)
         mean = statistics.mean.double()
-    left, singular, _ = torch.linalg.svd(whitened, full_matrices=False)
-    u, v = balance(left, weight.mT @ left)
+    if out_features <= in_features:
+        energy, u = descending_eigh(weight @ covariance @ weight.mT)
+        v = weight.mT @ u
+    else:
+        root, inverse = (identity, identity) if statistics is None else square_roots(covariance)
+        whitened = weight @ root
+        energy, right = descending_eigh(whitened.mT @ whitened)
+        u, v = whitened @ right, inverse @ right
     bias = weight.new_zeros(out_features) if bias is None else bias.double()
-    return LinearFactors(v, u, bias, mean, tail_errors(singular))
+    return LinearFactors(*balance(v, u), bias, mean, tail_errors(energy))
 
 
 def factorize_scores(wq: Tensor, bq: Tensor, wk: Tensor, scale: float,
@@ -147,7 +167,7 @@ def factorize_scores(wq: Tensor, bq: Tensor, wk: Tensor, scale: float,
     into = torch.linalg.pinv(r_q, rtol=1e-12) @ left
     factor_q, factor_k = balance(queries @ into, keys @ (r_q.mT @ left))
     return ScoreFactors(factor_q[:, :-1].mT, factor_q[:, -1], factor_k.mT,
-                        tail_errors(singular * scale))
+                        tail_errors((singular * scale).square()))
 
 
 def _augmented_root(statistics: AttentionStatistics, shrinkage: float) -> Tensor:
@@ -177,4 +197,4 @@ def factorize_values(wv: Tensor, bv: Tensor, wo: Tensor, bo: Tensor,
     basis, inner = torch.linalg.qr(wo)
     left, singular, _ = torch.linalg.svd(inner @ whitened, full_matrices=False)
     factor_o, factor_v = balance(basis @ left, wv.mT @ (inner.mT @ left))
-    return ValueFactors(factor_v.mT, factor_o, bias, mean, tail_errors(singular))
+    return ValueFactors(factor_v.mT, factor_o, bias, mean, tail_errors(singular.square()))

@@ -18,6 +18,7 @@ from adacomcat.calibrate import BATCH, Moments, calibration_batches, evaluating
 from adacomcat.factorize import (
     AttentionStatistics,
     balance,
+    descending_eigh,
     factorize_scores,
     factorize_values,
 )
@@ -57,8 +58,9 @@ class Regression:
         R of L⁻¹ Cxy, C = L Lᵀ: v = B R, u = R.
         """
         whitened, lower = self._whitened()
-        right = torch.linalg.svd(whitened, full_matrices=False).Vh[:rank].mT
-        u, v = balance(right, torch.linalg.solve_triangular(lower.mT, whitened @ right, upper=True))
+        right = _top_right_singular_vectors(whitened, rank)
+        v = torch.linalg.solve_triangular(lower.mT, whitened @ right, upper=True)
+        v, u = balance(v, right)
         return v, u, self._bias(v @ u.mT)
 
     def solve_dense(self) -> tuple[Tensor, Tensor]:
@@ -79,6 +81,15 @@ class Regression:
         lower = torch.linalg.cholesky(covariance)
         cross = cross + ridge * self.weight.mT
         return torch.linalg.solve_triangular(lower, cross, upper=False), lower
+
+
+def _top_right_singular_vectors(matrix: Tensor, rank: int) -> Tensor:
+    """(columns, rank), from the smaller of the two Gram matrices."""
+    rows, columns = matrix.shape
+    if columns <= rows:
+        return descending_eigh(matrix.mT @ matrix)[1][:, :rank]
+    energy, left = descending_eigh(matrix @ matrix.mT)
+    return matrix.mT @ left[:, :rank] / energy[:rank].sqrt().clamp_min(1e-150)
 
 
 class BlockCompression:

@@ -3,7 +3,8 @@
 Exact type decides what may be done (subclasses may compute something else):
 
 A  fold QK and VO head by head: plain softmax attention, additive biases on the logits allowed
-B  fold VO only, q and k become low-rank linears: rotary embeddings or normalised queries and keys
+B  fold VO only, q and k become low-rank linears: rotary embeddings, normalised queries and keys,
+   cosine attention
 C  every other ``nn.Linear``
 """
 
@@ -14,6 +15,7 @@ from timm.layers import Attention, AttentionRope
 from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
 from timm.models.swin_transformer import WindowAttention
+from timm.models.swin_transformer_v2 import WindowAttention as CosineAttention
 from torch import nn
 
 DENSE = "dense"
@@ -22,7 +24,8 @@ Rank = int | str
 # Ranks are multiples of 8 per head and 16 elsewhere: tensor cores and fused attention need it.
 MULTIPLE = 8
 
-FOLDABLE = (Attention, AttentionRope, EvaAttention, BeitAttention, WindowAttention)
+FOLDABLE = (Attention, AttentionRope, EvaAttention, BeitAttention, WindowAttention,
+            CosineAttention)
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Site:
 
     def macs(self, rank: Rank, tokens: int, span: int = 0) -> int:
         """Multiply-accumulates over ``tokens`` rows; ``span`` tokens attend to each other."""
-        attended = 0
+        attended = self.num_heads * self.head_dim * span if self.kind == "q" else 0
         if self.folded:
             attended = self.num_heads * (self.head_dim if rank == DENSE else rank) * span
         return tokens * (self._weights(rank) + attended)
@@ -96,7 +99,7 @@ def attention_tier(attn: nn.Module, rotary: bool = False) -> str | None:
     if any(part is not None and not isinstance(part, nn.Identity) for part in between):
         return None  # something stands between the values and the output projection
     if getattr(attn, "num_kv_groups", 1) != 1:
-        return None
+        return None  # grouped queries share keys and values
     norms = (getattr(attn, "q_norm", None), getattr(attn, "k_norm", None))
     normed = any(part is not None and not isinstance(part, nn.Identity) for part in norms)
     return "B" if normed or rotary else "A"
@@ -104,31 +107,32 @@ def attention_tier(attn: nn.Module, rotary: bool = False) -> str | None:
 
 def _rotary(model: nn.Module, attn: nn.Module) -> bool:
     """Rotary models hand the embedding to every attention at call time; ask the model."""
-    if type(attn) is AttentionRope:
+    if type(attn) in (AttentionRope, CosineAttention):
         return True
     return type(attn) is EvaAttention and getattr(model, "rope", None) is not None
 
 
+def has_bias(attn: nn.Module, part: str) -> bool:
+    """Whether the projection ``part`` ('q', 'k' or 'v') of a dense attention has a bias."""
+    projection = attn.qkv if attn.qkv is not None else getattr(attn, f"{part}_proj")
+    separate = getattr(attn, f"{part}_bias", None)
+    return projection.bias is not None or isinstance(separate, nn.Parameter)
+
+
 def _attention_sites(name: str, attn: nn.Module, tier: str) -> Iterator[Site]:
-    heads = attn.num_heads
-    width = attn.proj.in_features
+    heads, width, out = attn.num_heads, attn.proj.in_features, attn.proj.out_features
     dim = (attn.qkv if attn.qkv is not None else attn.q_proj).in_features
-    out = attn.proj.out_features
-    biases = sum(p.numel() for n, p in attn.named_parameters()
-                 if n.split(".")[0] in ("qkv", "q_proj", "k_proj", "v_proj") and "bias" in n)
-    separate = [getattr(attn, f"{part}_bias", None) for part in "qv"]
-    biases += sum(p.numel() for p in separate if p is not None)
+    bias = {part: width * has_bias(attn, part) for part in "qkv"}
     shape = dict(num_heads=heads, head_dim=width // heads, tier=tier)
-    third = biases // 3 if biases == 3 * width else biases // 2
     if tier == "A":
-        yield Site(f"{name}.qk", name, "qk", dim, dim, dense_bias=biases - third, **shape)
+        yield Site(f"{name}.qk", name, "qk", dim, dim, dense_bias=bias["q"] + bias["k"], **shape)
     else:
         for part in "qk":
-            bias = third if part == "q" or biases == 3 * width else 0
-            yield Site(f"{name}.{part}", name, part, dim, width, tier="B",
-                       num_heads=heads, head_dim=width // heads, dense_bias=bias, bias=bias)
+            yield Site(f"{name}.{part}", name, part, dim, width,
+                       dense_bias=bias[part], bias=bias[part], **shape)
     proj_bias = 0 if attn.proj.bias is None else out
-    yield Site(f"{name}.vo", name, "vo", dim, out, dense_bias=third + proj_bias, bias=out, **shape)
+    yield Site(f"{name}.vo", name, "vo", dim, out, dense_bias=bias["v"] + proj_bias, bias=out,
+               **shape)
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -142,7 +146,9 @@ def find_sites(model: nn.Module) -> list[Site]:
         if tier is not None:
             sites.extend(_attention_sites(name, module, tier))
             inside = (*inside, name + ".")
-        elif type(module) is nn.Linear and "cpb_mlp" not in name:
+        elif name.endswith(".cpb_mlp"):  # swin v2's position bias: coordinates, not tokens
+            inside = (*inside, name + ".")
+        elif type(module) is nn.Linear:
             bias = 0 if module.bias is None else module.out_features
             sites.append(Site(name, name, "linear", module.in_features, module.out_features,
                               dense_bias=bias, bias=bias))
