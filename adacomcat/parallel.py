@@ -1,0 +1,87 @@
+"""The processes of one run, as torchrun starts them: gloo on CPUs, nccl on GPUs."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all; with one process every method is the identity."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def average_gradients_(self, parameters: Iterable[nn.Parameter]) -> None:
+        """One all-reduce over all gradients. Which sites have one changes with the ranks, so
+        parameters without a gradient are left out; they are the same on every process."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.world_size == 1 or not gradients:
+            return
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]),
+                                  strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def sum(self, values: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather_interleaved(self, shard: Tensor) -> Tensor:
+        """The global batch, of which every process holds the rows rank::world_size."""
+        if self.world_size == 1:
+            return shard
+        shards = [torch.empty_like(shard) for _ in range(self.world_size)]
+        dist.all_gather(shards, shard.contiguous())
+        return torch.stack(shards, 1).flatten(0, 1)
+
+    def shard(self, batch: Tensor) -> Tensor:
+        return batch[self.rank::self.world_size]
+
+    def broadcast_(self, module: nn.Module) -> None:
+        """Everyone takes over the first process's parameters and buffers."""
+        if self.world_size > 1:
+            for tensor in module.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+    def broadcast_object(self, value: object) -> object:
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, 0)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def start_processes(device: str | None = None) -> Processes:
+    """Join the group that torchrun describes in the environment, once; alone without it."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and world_size > 1:
+        kind = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    if world_size == 1:
+        return Processes(device=torch.device(kind))
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+    return Processes(dist.get_rank(), world_size, torch.device(kind))
+
+
+def stop_processes() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
