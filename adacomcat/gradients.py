@@ -40,7 +40,9 @@ def _activation_backward(grad: Tensor, pre: Tensor, activation: str | None) -> T
     if activation == "relu":
         return grad * (pre > 0)
     if activation == "silu":
-        return torch.ops.aten.silu_backward(grad, pre)
+        # aten.silu_backward has no derivative of its own.
+        sigmoid = pre.sigmoid()
+        return grad * sigmoid * (1 + pre * (1 - sigmoid))
     approximate = "tanh" if activation == "gelu_tanh" else "none"
     return torch.ops.aten.gelu_backward(grad, pre, approximate=approximate)
 

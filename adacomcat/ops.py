@@ -109,7 +109,7 @@ def _check_activation(activation: str | None) -> None:
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where it is on for their device; float64 stays."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -196,13 +196,13 @@ def _shape_low_rank_attention(x, wq, bq, wk, wv, wo, bo, heads, scale, mask) -> 
     _check_shape("bq", bq, wq.shape[0])
     _check_shape("wk", wk, wq.shape[0], x.shape[2])
     _check_shape("wv", wv, wv.shape[0], x.shape[2])
-    _check_shape("wo", wo, wo.shape[0], wv.shape[0])
-    _check_shape("bo", bo, wo.shape[0])
     for name, rows in (("wq and wk", wq.shape[0]), ("wv", wv.shape[0])):
         torch._check(
             heads > 0 and rows % heads == 0,
             lambda n=name, r=rows: f"the {r} rows of {n} do not split into {heads} heads",
         )
+    _check_shape("wo", wo, wo.shape[0], wv.shape[0])
+    _check_shape("bo", bo, wo.shape[0])
     if mask is not None:
         torch._check(mask.dim() <= 4, lambda: "attn_mask must broadcast to (B, H, N, N)")
     widths = (wo.shape[0], wq.shape[0], wq.shape[0], wv.shape[0], wv.shape[0])
@@ -246,6 +246,8 @@ def _register(name: str, arguments: str, results: int, shapes: Shapes, flops: Fl
         *inputs, keep = args
         shapes(*inputs)
         x = inputs[0]
+        # Fused attention on CPUs refuses a mask that requires a gradient, even here below autograd.
+        inputs = [a.detach() if isinstance(a, Tensor) else a for a in inputs]
         out, *kept = backends.kernel(name, x)(*inputs)
         return (out.contiguous(), *(t.contiguous() if keep else x.new_empty(0) for t in kept))
 
