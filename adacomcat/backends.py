@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -16,19 +17,19 @@ from adacomcat.errors import UserError
 def _load_extension() -> tuple[ModuleType | None, str | None]:
     """The compiled extension, or the reason why there is none."""
     try:
-        from adacomcat import _C
+        return import_module("adacomcat._C"), None
+    except ModuleNotFoundError:
+        return None, "the C++ extension was not built: install again where torch is installed"
     except ImportError as error:
-        if find_spec("adacomcat._C") is None:
-            return None, "the C++ extension was not built: install again where torch is installed"
         return None, f"the C++ extension does not load ({error}): install again with this torch"
-    return _C, None
 
 
 _EXTENSION, _NO_EXTENSION = _load_extension()
 _FORCED: ContextVar[str | None] = ContextVar("adacomcat_backend", default=None)
 
-# What `pick` tries, in this order. The C++ kernel is not among them: on the machines measured so
-# far it is no faster than the two library GEMMs of the reference (see bench/test_ops.py).
+# What `pick` tries, in this order. Not the C++ kernel: on AVX2 it takes 1.1 to 1.3 times as long as
+# the library's two products, and 4 times with a GELU, which it computes one element at a time
+# (bench/test_ops.py).
 PREFERENCE = ("reference",)
 CPP_OPS = ("low_rank_linear",)
 

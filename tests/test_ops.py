@@ -281,10 +281,12 @@ def test_compile_without_recompilation_for_other_batches() -> None:
     tensors = convert(case.draw(), torch.float32)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(case.call, fullgraph=True, dynamic=True, backend=counter)
+    compilations = []
     for batch in (5, 3, 7):  # none equals num_heads, or PyTorch would take them for one symbol
         tensors["x"] = torch.randn(batch, *tensors["x"].shape[1:])
         torch.testing.assert_close(compiled(tensors), case.call(tensors))
-    assert counter.frame_count == 1
+        compilations.append(counter.frame_count)
+    assert len(set(compilations)) == 1 and compilations[0] > 0
 
 
 @pytest.mark.parametrize("compiled", [False, True])
