@@ -91,7 +91,8 @@ class RankGates(nn.Module):
 
     @torch.no_grad()
     def plan(self, budget: float) -> RankPlan:
-        """The most likely plan of at most ``budget`` parameters in all sites together."""
+        """The most likely plan of at most ``budget`` parameters in all sites together; what that
+        leaves of the budget buys more rank where it is least unlikely."""
         log_probabilities = self._masked().double().log_softmax(-1).tolist()
         items = [[Choice(site.params(rank), -log_probability) for rank, log_probability
                   in zip(ranks, row, strict=False)]
@@ -100,8 +101,23 @@ class RankGates(nn.Module):
         chosen = knapsack(items, budget)
         if chosen is None:
             raise UserError(f"no plan has at most {budget:.0f} parameters in its projections")
+        _fill(items, chosen, budget)
         return RankPlan({site.name: ranks[index] for site, ranks, index
                          in zip(self.sites, self.candidates, chosen, strict=True)})
+
+
+def _fill(items: list[list[Choice]], chosen: list[int], budget: float) -> None:
+    """Raise single items to dearer candidates while the budget allows one."""
+    rest = budget - sum(item[i].cost for item, i in zip(items, chosen, strict=True))
+    while True:
+        upgrades = [(candidate.error - items[k][i].error, k, j)
+                    for k, i in enumerate(chosen) for j, candidate in enumerate(items[k])
+                    if 0 < candidate.cost - items[k][i].cost <= rest]
+        if not upgrades:
+            return
+        _, k, j = min(upgrades)
+        rest -= items[k][j].cost - items[k][chosen[k]].cost
+        chosen[k] = j
 
 
 def uniform_plan(sites: list[Site], budget: float, multiple: int) -> RankPlan:

@@ -1,0 +1,215 @@
+"""Dense model in, compressed and distilled model out: calibrate, allocate, search, train."""
+
+import copy
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from adacomcat import data
+from adacomcat.allocate import choose_plan
+from adacomcat.calibrate import calibrate
+from adacomcat.convert import convert_, factorize_model, require_finite_model
+from adacomcat.cost import model_params
+from adacomcat.distill.config import TrainConfig
+from adacomcat.distill.trainer import Trainer, evaluate
+from adacomcat.errors import UserError
+from adacomcat.parallel import Processes, start_processes
+from adacomcat.plan import RankPlan
+from adacomcat.randomness import derived_generator
+from adacomcat.search.gates import RankGates, reachable_multiple, uniform_plan
+from adacomcat.search.search import RankSearch
+from adacomcat.search.supernet import build_supernet, explicit_plan, finalize
+from adacomcat.sites import Site, find_sites
+from adacomcat.training_state import has_state, load_state
+
+CALIBRATION = 100  # the stream of random numbers that picks calibration images
+
+
+class TrainResult(NamedTuple):
+    """The trained model, and what happened: plain numbers, lists and dicts."""
+
+    model: nn.Module
+    results: dict[str, Any]
+
+
+def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = None, *,
+        teacher: nn.Module | None = None, plan: RankPlan | None = None) -> TrainResult:
+    """Compress and train a copy of ``model``; without keep_params and plan, train it as it is.
+
+    The dense model is its own teacher unless another is given. ``plan`` fixes the ranks and so
+    turns the search off.
+    """
+    config = config.checked()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    require_finite_model(model)
+    processes = start_processes(config.device)
+    model = copy.deepcopy(model).to(processes.device)
+    start = time.perf_counter()
+    if config.keep_params is None and plan is None:
+        trainer = _dense_trainer(model, config, train_set, processes, teacher)
+    elif config.total_epochs == 0:
+        return _training_free(model, config, train_set, test_set, plan, processes)
+    else:
+        trainer = _search_trainer(model, config, train_set, processes, teacher, plan)
+    _resume(trainer, config)
+    trainer.train(test_set)
+    trained = trainer.best_model
+    if trainer.search is not None:
+        trained = finalize(trained, trainer.search.plan)
+    seconds = time.perf_counter() - start
+    return TrainResult(trained.eval(), _results(model, trained, trainer, test_set, seconds))
+
+
+def _dense_trainer(model: nn.Module, config: TrainConfig, train_set: Any, processes: Processes,
+                   teacher: nn.Module | None) -> Trainer:
+    student = copy.deepcopy(model)
+    student.requires_grad_(True)
+    processes.broadcast_(student)
+    return Trainer(student, config, train_set, processes, teacher=_frozen(teacher, processes))
+
+
+def _search_trainer(model: nn.Module, config: TrainConfig, train_set: Any, processes: Processes,
+                    teacher: nn.Module | None, plan: RankPlan | None) -> Trainer:
+    if config.has_teacher:
+        teacher = _frozen(model if teacher is None else teacher, processes)
+    searching = config.search != "off" and plan is None
+    train_part, search_part = train_set, None
+    if searching:
+        train_part, search_part = data.split_holdout(train_set, config.search_fraction, config.seed)
+    source, images = prepared(model, config, train_set, processes)
+    search = start_search(source, images, config, plan, processes)
+    return Trainer(search.supernet, config, train_part, processes,
+                   teacher=teacher if config.has_teacher else None, search=search,
+                   search_part=search_part)
+
+
+def _frozen(teacher: nn.Module | None, processes: Processes) -> nn.Module | None:
+    if teacher is None:
+        return None
+    teacher = copy.deepcopy(teacher).to(processes.device)
+    return teacher.requires_grad_(False).eval()
+
+
+def prepared(model: nn.Module, config: TrainConfig, train_set: Any,
+             processes: Processes) -> tuple[nn.Module, Tensor | None]:
+    """The model whose weights are decomposed, and the calibration images, if any."""
+    if config.drop_attention_biases:
+        model = copy.deepcopy(model)
+        drop_attention_biases_(model, find_sites(model))
+    return model, calibration_images(train_set, config.calibration_images, config.seed, processes)
+
+
+def calibration_images(train_set: Any, count: int, seed: int,
+                       processes: Processes) -> Tensor | None:
+    """``count`` training images without augmentation, the same on every process."""
+    if not count:
+        return None
+    order = torch.randperm(len(train_set), generator=derived_generator(seed, CALIBRATION))
+    chosen = train_set.subset(order[:count])
+    batches = data.loader(chosen, count, shuffle=False, seed=seed, epoch=0)
+    return torch.cat([images for images, _ in batches]).to(processes.device)
+
+
+@torch.no_grad()
+def drop_attention_biases_(model: nn.Module, sites: list[Site]) -> None:
+    """Zero the biases of q, k, v and proj, as ComCAT's published code leaves them out."""
+    for name in {site.module for site in sites if site.kind != "linear"}:
+        attention = model.get_submodule(name)
+        for key, parameter in attention.named_parameters():
+            if key.endswith(("qkv.bias", "proj.bias", "q_bias", "k_bias", "v_bias")):
+                parameter.zero_()
+
+
+def start_search(model: nn.Module, images: Tensor | None, config: TrainConfig,
+                 plan: RankPlan | None, processes: Processes) -> RankSearch:
+    """Supernet, architecture parameters and the plan that training starts from."""
+    sites = find_sites(model)
+    if not sites:
+        raise UserError("this model has no projection that can be made low-rank")
+    whole = model_params(model)
+    fixed = whole - sum(site.dense_params for site in sites)
+    if plan is not None:
+        plan.validate(model)
+    target = fixed + plan.params(sites) if plan is not None else config.keep_params * whole
+    factors = factorize_model(model, None if images is None else calibrate(model, images))
+    supernet = build_supernet(model, factors)
+    supernet.requires_grad_(True)
+    if config.drop_attention_biases:
+        _freeze_attention_biases(supernet)
+    searching = plan is None and config.search != "off"
+    multiple = reachable_multiple(sites, target - fixed) if plan is None else 1
+    gates = RankGates(sites, multiple)
+    if plan is None and config.start_from_allocation:
+        plan = choose_plan(model, factors, keep_params=config.keep_params, calibration=images)
+        gates.start_at_(explicit_plan(plan, sites))
+    elif plan is None:
+        plan = uniform_plan(sites, target - fixed, multiple)
+    plan = processes.broadcast_object(explicit_plan(plan, sites))
+    processes.broadcast_(supernet)
+    policy = config.search if searching else "off"
+    return RankSearch(supernet, sites, gates.to(processes.device), plan,
+                      config.with_(search=policy).search_config(), target=target, fixed=fixed)
+
+
+def _freeze_attention_biases(supernet: nn.Module) -> None:
+    for name, parameter in supernet.named_parameters():
+        if name.endswith(("full.bq", "full.bo", "full.q.bias", "full.k.bias")):
+            parameter.requires_grad_(False)
+
+
+def _training_free(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any,
+                   plan: RankPlan | None, processes: Processes) -> TrainResult:
+    """No epochs: decompose at the plan that training would start from."""
+    start = time.perf_counter()
+    source, images = prepared(model, config, train_set, processes)
+    search = start_search(source, images, config, plan, processes)
+    if images is None:
+        trained = finalize(search.supernet, search.plan)
+    else:
+        trained = _sequential(source, search.plan, images)
+    results = _summary(model, trained, test_set, config, processes)
+    results["seconds"] = time.perf_counter() - start
+    return TrainResult(trained.eval(), results)
+
+
+def _sequential(model: nn.Module, plan: RankPlan, images: Tensor) -> nn.Module:
+    factors = factorize_model(model, calibrate(model, images))
+    return convert_(copy.deepcopy(model), plan, factors, images)
+
+
+def _resume(trainer: Trainer, config: TrainConfig) -> None:
+    if not config.resume:
+        return
+    if config.state_dir is None:
+        raise UserError("resume needs the folder of a training state")
+    if has_state(config.state_dir):
+        trainer.load_state_dict(load_state(config.state_dir))
+
+
+def _summary(dense: nn.Module, trained: nn.Module, test_set: Any, config: TrainConfig,
+             processes: Processes) -> dict[str, Any]:
+    results: dict[str, Any] = {"params": model_params(trained), "dense_params": model_params(dense),
+                               "history": [], "searches": [], "search_seconds": 0.0}
+    results["keep"] = results["params"] / results["dense_params"]
+    if getattr(trained, "rank_plan", None) is not None:
+        results["plan"] = dict(trained.rank_plan.ranks)
+    if test_set is not None:
+        size = 4 * config.batch_size
+        results |= evaluate(trained, test_set, size, processes, config.workers)
+        if results["keep"] != 1:
+            results["dense_top1"] = evaluate(dense, test_set, size, processes,
+                                             config.workers)["top1"]
+    return results
+
+
+def _results(dense: nn.Module, trained: nn.Module, trainer: Trainer, test_set: Any,
+             seconds: float) -> dict[str, Any]:
+    results = _summary(dense, trained, test_set, trainer.config, trainer.processes)
+    results |= {"history": trainer.history, "searches": trainer.searches, "seconds": seconds}
+    if trainer.search is not None:
+        results |= {"search_count": trainer.search.count,
+                    "search_seconds": trainer.search.seconds}
+    return results
