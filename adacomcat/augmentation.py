@@ -21,9 +21,9 @@ class Augmentation:
     def draw(
         cls, count: int, size: tuple[int, int], flips: bool, generator: torch.Generator
     ) -> "Augmentation":
-        """Shifts reach 1/14 of the image (at least a pixel), erased boxes a third of a side."""
+        """Shifts reach 1/28 of a side, erased boxes a third; larger ones slow short runs down."""
         sides = torch.tensor(size)
-        reach = (sides // 14).clamp(min=1)
+        reach = sides // 28
         coin, erased = torch.rand(2, count, generator=generator)
         shift = torch.rand(count, 2, generator=generator) * (2 * reach + 1)
         lengths = (torch.rand(count, 2, generator=generator) * (sides // 3)).long() + 1
@@ -41,7 +41,7 @@ class Augmentation:
     def apply(self, images: Tensor) -> Tensor:
         """Shifts (black flows in), flips, then erases to black; images: (n, C, H, W)."""
         count, channels, height, width = images.shape
-        reach = max(1, height // 14, width // 14)
+        reach = int(self.shift.abs().amax()) if count else 0
         padded = F.pad(images, (reach,) * 4)
         y, x = torch.arange(height), torch.arange(width)
         rows = y + self.shift[:, :1] + reach  # (n, H)

@@ -30,16 +30,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", help="folder with Fashion-MNIST's four .gz files")
     parser.add_argument("--output", default="examples/fashion_mnist/weights", type=Path)
-    parser.add_argument("--epochs", default=22, type=int)
+    parser.add_argument("--epochs", default=10, type=int)
     parser.add_argument("--warmup-epochs", default=1, type=int)
-    parser.add_argument("--batch-size", default=256, type=int)
+    parser.add_argument("--batch-size", default=128, type=int)
     parser.add_argument("--lr", default=1.5e-3, type=float)
     parser.add_argument("--weight-decay", default=0.05, type=float)
     parser.add_argument("--smoothing", default=0.1, type=float)
-    parser.add_argument("--model-ema-decay", default=0.995, type=float)
+    parser.add_argument("--model-ema-decay", default=0.998, type=float)
     parser.add_argument("--patch-size", default=7, type=int)
     parser.add_argument("--depth", default=4, type=int)
-    parser.add_argument("--torchcompile", action="store_true")
     parser.add_argument("--seed", default=0, type=int)
     return parser.parse_args()
 
@@ -82,7 +81,6 @@ def train(model: nn.Module, dataset: data.TensorImages, args: argparse.Namespace
     )
     criterion = LabelSmoothingCrossEntropy(args.smoothing)
     average = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=True)
-    forward = torch.compile(model) if args.torchcompile else model
     for epoch in range(args.epochs):
         start, total = time.perf_counter(), 0.0
         model.train()
@@ -92,7 +90,7 @@ def train(model: nn.Module, dataset: data.TensorImages, args: argparse.Namespace
         for step, (images, labels) in enumerate(batches):
             update = epoch * steps + step
             scheduler.step_update(update)
-            loss = criterion(forward(images), labels)
+            loss = criterion(model(images), labels)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
