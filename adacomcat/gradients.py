@@ -139,7 +139,7 @@ def low_rank_attention(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, 
         context = _merge_heads(p @ v)
     d_heads = split_heads(grad @ wo, num_heads)
     dp = d_heads @ v.transpose(-2, -1)
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
     dq = _merge_heads(ds @ k) * scale
     dk = _merge_heads(ds.transpose(-2, -1) @ q) * scale
     dv = _merge_heads(p.transpose(-2, -1) @ d_heads)
