@@ -1,0 +1,251 @@
+"""Flags of every command, in timm's spelling. Imports neither torch nor timm: --help is instant."""
+
+import argparse
+from collections.abc import Callable
+from typing import NoReturn
+
+from adacomcat.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """One line instead of a page of usage on wrong use; no abbreviated flags."""
+
+    def __init__(self, **kwargs: object) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def fraction(text: str) -> float:
+    """'0.5' or '50%' → 0.5, in (0, 1]."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(
+            f"must be a fraction in (0, 1], like 0.5 or 50%; got {text!r}")
+    return value
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number of at least {least}; got {text!r}")
+        return value
+    return whole
+
+
+def key_value(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, like depth=6; got {text!r}")
+    return key, value
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="adacomcat", description="Makes pretrained Vision Transformers smaller "
+                    "and faster by low-rank factors.")
+    parser.add_argument("--version", action="store_true", help="print the version")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (summary, groups) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("-c", "--config", metavar="FILE.yaml",
+                             help="defaults for these flags; the command line wins")
+        command.add_argument("--json", action="store_true",
+                             help="print one JSON object on stdout and nothing else")
+        for add in groups:
+            add(command)
+    return parser
+
+
+def _model(parser: Parser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("-m", "--model", metavar="NAME|DIR",
+                       help="timm architecture, or a checkpoint folder")
+    group.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
+    group.add_argument("--checkpoint", metavar="FILE",
+                       help="weights for the architecture: .safetensors, or .pth read with "
+                            "weights_only")
+    _model_size(group)
+
+
+def _model_size(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--num-classes", type=at_least(0), metavar="N")
+    group.add_argument("--img-size", type=at_least(1), metavar="N")
+    group.add_argument("--in-chans", type=at_least(1), metavar="N")
+    group.add_argument("--model-kwargs", type=key_value, nargs="*", default=[], metavar="K=V",
+                       help="more arguments of the timm architecture, like depth=6")
+
+
+def _device(parser: Parser) -> None:
+    parser.add_argument("--device", help="cpu, cuda …; default: a GPU where there is one")
+
+
+def _data(parser: Parser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", metavar="digits|fashion-mnist|FOLDER",
+                       help="a dataset, or a folder with train/CLASS/* and val/CLASS/*")
+    group.add_argument("--data-dir", metavar="FOLDER", help="where the dataset's files lie")
+    group.add_argument("-j", "--workers", type=at_least(0), default=0, metavar="N",
+                       help="processes that decode pictures")
+
+
+def _batch(default: int) -> Callable[[Parser], None]:
+    def add(parser: Parser) -> None:
+        parser.add_argument("-b", "--batch-size", type=at_least(1), default=default, metavar="N",
+                            help="images per step over all processes (default: %(default)s)")
+    return add
+
+
+def _seed(parser: Parser) -> None:
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+
+
+def _output(parser: Parser) -> None:
+    parser.add_argument("-o", "--output", metavar="DIR",
+                        help="checkpoint folder to write; must be absent or empty")
+
+
+def _report(parser: Parser) -> None:
+    parser.add_argument("--no-report", action="store_true",
+                        help="write no report.html beside the checkpoint")
+
+
+def _budget(parser: Parser) -> None:
+    group = parser.add_argument_group("budget (one of)")
+    _keep_params_or_plan(group)
+    group.add_argument("--keep-macs", type=fraction, metavar="FRACTION",
+                       help="part of the multiply-accumulates to keep")
+    parser.add_argument("--rank-multiple", type=at_least(1), default=8, metavar="N",
+                        help="step of the ranks per head; twice that elsewhere "
+                             "(default: %(default)s)")
+
+
+def _keep_params_or_plan(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--keep-params", type=fraction, metavar="FRACTION",
+                       help="part of the whole model's parameters to keep: 0.5 or 50%%")
+    group.add_argument("--plan", metavar="FILE", help="ranks of your own, as JSON")
+
+
+def _calibration(default: int) -> Callable[[Parser], None]:
+    def add(parser: Parser) -> None:
+        group = parser.add_argument_group("calibration (without images: data-free)")
+        group.add_argument("--calibration-images", type=at_least(0), default=default, metavar="N",
+                           help="taken at random from the training images "
+                                "(default: %(default)s)")
+        group.add_argument("--calibration-dir", metavar="FOLDER",
+                           help="take them from the pictures under this folder instead")
+    return add
+
+
+def _train(parser: Parser) -> None:
+    """Defaults are TrainConfig's or the preset's: a flag that is not given stays None."""
+    group = parser.add_argument_group("budget (one of)")
+    _keep_params_or_plan(group)
+    group.add_argument("--dense", action="store_true", help="train the model as it is")
+    _add(parser.add_argument_group("training"), {
+        "-b --batch-size": (at_least(1), "N", "images per step over all processes (default: 128)"),
+        "--epochs": (at_least(0), "N", "0 is legal (default: 10)"),
+        "--finetune-epochs": (at_least(0), "N", "more epochs at the ranks found (default: 0)"),
+        "--opt": (str, "NAME", "timm's name of an optimiser (default: adamw)"),
+        "--lr": (float, "LR", "default: 0.0005"),
+        "--weight-decay": (float, "W", "default: 0.05"),
+        "--clip-grad": (float, "NORM", "default: 1.0"),
+        "--sched": (str, "NAME", "timm's name of a schedule (default: cosine)"),
+        "--warmup-epochs": (float, "N", "default: 0.0"),
+        "--warmup-lr": (float, "LR", "default: 1e-06"),
+        "--min-lr": (float, "LR", "default: 1e-06"),
+        "--mixup": (float, "ALPHA", "default: 0.0"),
+        "--cutmix": (float, "ALPHA", "default: 0.0"),
+        "--smoothing": (float, "S", "label smoothing (default: 0.1)"),
+        "--model-ema-decay": (float, "D", "decay of the averaged weights (with --model-ema: "
+                                          "0.9998)"),
+        "--checkpoint-steps": (at_least(0), "N", "write the training state also every N steps"),
+        "--state-dir": (str, "DIR", "where the training state goes (default: OUTPUT.state)"),
+    })
+    for flag, text in (("--model-ema", "average the weights; the average is what is saved"),
+                       ("--no-augment", "train on the images as they are"),
+                       ("--amp", "bfloat16 autocast"),
+                       ("--resume", "go on from the training state")):
+        parser.add_argument(flag, action="store_true", help=text)
+
+
+def _search(parser: Parser) -> None:
+    group = parser.add_argument_group("rank search and distillation")
+    group.add_argument("--preset", choices=("adacomcat", "comcat"), default="adacomcat",
+                       help="comcat: plain SVD without attention biases, a search every epoch")
+    group.add_argument("--search", choices=("adaptive", "every", "graded", "off"),
+                       help="when to search (default: adaptive)")
+    group.add_argument("--kd", choices=("soft", "hard", "none"),
+                       help="distillation from the teacher (default: soft)")
+    group.add_argument("--align", choices=("mse", "manifold", "none"),
+                       help="alignment of block outputs (default: mse)")
+    _add(group, {
+        "--teacher": (str, "NAME|DIR", "default: the dense model that is given"),
+        "--kd-alpha": (float, "A", "weight of distillation (default: 0.5)"),
+        "--kd-temperature": (float, "T", "default: 2.0"),
+        "--align-weight": (float, "W", "default: 1.0"),
+        "--search-steps": (at_least(1), "N", "batches per search (default: 50)"),
+        "--search-fraction": (fraction, "F", "training images held out for it (default: 0.1)"),
+        "--calibration-images": (at_least(0), "N", "0: data-free (default: 256)"),
+    })
+
+
+def _add(group: argparse._ArgumentGroup, flags: dict[str, tuple]) -> None:
+    for names, (kind, metavar, text) in flags.items():
+        group.add_argument(*names.split(), type=kind, metavar=metavar, help=text)
+
+
+def _gate(parser: Parser) -> None:
+    parser.add_argument("--min-accuracy", type=float, metavar="PERCENT",
+                        help="exit code 3 where top-1 is below")
+
+
+def _errors(parser: Parser) -> None:
+    parser.add_argument("--errors", action="store_true",
+                        help="decompose, and show the error that truncation leaves")
+
+
+def _repeats(parser: Parser) -> None:
+    parser.add_argument("--repeats", type=at_least(1), default=20, metavar="N",
+                        help="timed passes of each model (default: %(default)s)")
+
+
+def _comcat(parser: Parser) -> None:
+    parser.add_argument("--ranks", metavar="FILE", help="the released ranks.txt")
+    parser.add_argument("--checkpoint", metavar="FILE", help="the released checkpoint.pth")
+    group = parser.add_argument_group("model")
+    group.add_argument("-m", "--model", metavar="NAME", help="timm architecture")
+    _model_size(group)
+
+
+# name → (summary, what adds its flags)
+COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
+    "doctor": ("Say what is installed and what runs here.", ()),
+    "inspect": ("List where ranks are chosen in a model.",
+                (_model, _errors, _data, _calibration(0), _seed, _device)),
+    "compress": ("Compress a model without training.",
+                 (_model, _budget, _data, _calibration(256), _output, _report, _seed, _device)),
+    "train": ("Search ranks, train and distil; or train a dense model.",
+              (_model, _data, _train, _search, _output, _report, _seed, _device)),
+    "evaluate": ("Measure accuracy on a dataset's test images.",
+                 (_model, _data, _batch(256), _gate, _device)),
+    "profile": ("Measure parameters, MACs and latency, dense against compressed.",
+                (_model, _budget, _batch(1), _repeats, _device)),
+    "import-comcat": ("Make a checkpoint folder of ComCAT's released files.",
+                      (_comcat, _output)),
+}
+
+REQUIRED = {
+    "doctor": (), "inspect": ("model",), "compress": ("model", "output"),
+    "train": ("model", "data", "output"), "evaluate": ("model", "data"), "profile": ("model",),
+    "import-comcat": ("ranks", "checkpoint", "model", "output"),
+}
+EXCLUSIVE = ("keep_params", "keep_macs", "plan")

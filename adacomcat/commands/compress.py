@@ -1,0 +1,30 @@
+"""adacomcat compress: training-free, from a budget or a plan."""
+
+import argparse
+
+from adacomcat import checkpoint, cost
+from adacomcat.commands import Outcome, inputs
+from adacomcat.report import Comparison, print_comparison, write_report
+from adacomcat.sites import find_sites
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    checkpoint.require_empty(args.output)
+    model = inputs.model(args).to(inputs.device(args))
+    images = inputs.calibration(args, model)
+    small = inputs.compressed(args, model, images)
+    comparison = Comparison({
+        "dense": {"params": cost.model_params(model), "macs": cost.model_macs(model)},
+        "compressed": {"params": cost.model_params(small), "macs": cost.model_macs(small)},
+    })
+    checkpoint.save(small, args.output)
+    if not args.no_report:
+        write_report(args.output, f"{args.model} compressed", comparison, find_sites(model),
+                     small.rank_plan)
+    data = {"output": args.output, "models": comparison.rows, "ranks": small.rank_plan.ranks,
+            "calibration_images": 0 if images is None else len(images)}
+
+    def show() -> None:
+        print_comparison(args.model, comparison)
+        print(f"written to {args.output}")
+    return Outcome(data, show)

@@ -1,0 +1,55 @@
+"""adacomcat doctor: versions, backends with reasons, the machine."""
+
+import argparse
+import platform
+from importlib import metadata
+
+import torch
+
+import adacomcat
+from adacomcat import backends
+from adacomcat.commands import Outcome
+from adacomcat.report import print_table
+
+_PACKAGES = ("torch", "timm", "triton", "torchvision", "safetensors", "numpy", "scikit-learn")
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    found = {
+        "versions": {"adacomcat": adacomcat.__version__, "python": platform.python_version()}
+        | {name: _version(name) for name in _PACKAGES},
+        "backends": backends.available(),
+        "build": backends.build_info(),
+        "machine": _machine(),
+    }
+    return Outcome(found, lambda: _show(found))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _machine() -> dict[str, object]:
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return {
+        "platform": platform.platform(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in gpus],
+    }
+
+
+def _show(found: dict[str, dict]) -> None:
+    print_table("versions", ["package", "version"],
+                [(name, version or "not installed") for name, version in
+                 found["versions"].items()])
+    print_table("backends", ["backend", "here"],
+                [(name, reason or "runs") for name, reason in found["backends"].items()])
+    if found["build"]:
+        print_table("extension", ["", ""], list(found["build"].items()))
+    print_table("machine", ["", ""],
+                [(name, ", ".join(value) or "none" if isinstance(value, list) else value)
+                 for name, value in found["machine"].items()])
