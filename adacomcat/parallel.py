@@ -39,6 +39,10 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def mean(self, value: Tensor) -> float:
+        """The mean of a scalar over all processes."""
+        return self.sum(value.detach().double()).item() / self.world_size
+
     def gather_interleaved(self, shard: Tensor) -> Tensor:
         """The global batch, of which every process holds the rows rank::world_size."""
         if self.world_size == 1:

@@ -142,8 +142,9 @@ class Trainer:
     def _search_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """``search_steps`` shuffled batches of the held-out part of the training images."""
         config, processes = self.config, self.processes
-        size = min(config.batch_size, len(self.search_part))
-        size -= size % processes.world_size
+        size, held_out = config.batch_size, len(self.search_part)
+        if size > held_out:  # a power of two: the same on one process and on several
+            size = 1 << (held_out.bit_length() - 1)
         left, turn = config.search_steps, 0
         while left:
             for batch in data.loader(self.search_part, size, shuffle=True,
@@ -185,7 +186,7 @@ class Trainer:
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.student, step=update + 1)
-        mean = self.processes.sum(loss.detach().double()).item() / self.processes.world_size
+        mean = self.processes.mean(loss)
         if not mean < float("inf"):
             raise UserError(f"the loss is {mean} at epoch {self.epoch}, step {self.step}; "
                             "a lower lr or clip_grad may mend it")

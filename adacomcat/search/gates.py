@@ -1,7 +1,5 @@
 """The architecture parameters: a distribution over the candidate ranks of every site."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -121,16 +119,15 @@ def _fill(items: list[list[Choice]], chosen: list[int], budget: float) -> None:
 
 
 def uniform_plan(sites: list[Site], budget: float, multiple: int) -> RankPlan:
-    """The largest common fraction of every site's break-even rank that meets ``budget``."""
-    def at(fraction: float) -> RankPlan:
-        ranks: Mapping[str, Rank] = {
-            site.name: max((rank for rank in candidates(site, multiple)[:-1]
-                            if rank <= fraction * site.break_even),
-                           default=candidates(site, multiple)[0]) for site in sites}
-        return RankPlan(dict(ranks))
+    """About the same fraction of the break-even rank everywhere, as large as ``budget`` allows."""
+    ranks = [candidates(site, multiple) for site in sites]
+    items = [[Choice(site.params(rank), _fraction(site, rank) ** 2) for rank in choices]
+             for site, choices in zip(sites, ranks, strict=True)]
+    chosen = [min(range(len(item)), key=lambda i, item=item: item[i].cost) for item in items]
+    _fill(items, chosen, budget)
+    return RankPlan({site.name: choices[index]
+                     for site, choices, index in zip(sites, ranks, chosen, strict=True)})
 
-    fractions = (step / 1000 for step in range(1000, 0, -1))
-    fitting = (plan for plan in map(at, fractions) if plan.params(sites) <= budget)
-    smallest = RankPlan({site.name: min(candidates(site, multiple), key=site.params)
-                         for site in sites})
-    return next(fitting, smallest)
+
+def _fraction(site: Site, rank: Rank) -> float:
+    return (site.full_rank if rank == DENSE else rank) / site.break_even

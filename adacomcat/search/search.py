@@ -89,7 +89,7 @@ class RankSearch:
         loss.backward()
         processes.average_gradients_([self.gates.logits])
         self.optimizer.step()
-        return loss.item()
+        return processes.mean(loss)
 
     def run(self, batches: Iterable[tuple[Tensor, Tensor]], *, epoch: int, epochs: int, seed: int,
             processes: Processes) -> dict[str, Any]:
