@@ -95,10 +95,6 @@ def written_whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def is_checkpoint_folder(folder: str | Path) -> bool:
-    return (Path(folder) / CONFIG).is_file()
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint folder {folder}")

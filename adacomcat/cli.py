@@ -110,7 +110,7 @@ def _run(args: argparse.Namespace) -> int:
     command = importlib.import_module(f"adacomcat.commands.{args.command.replace('-', '_')}")
     with _one_line_warnings(), _stdout_for_json(args.json):
         outcome = command.run(args)
-    if os.environ.get("RANK", "0") != "0":
+    if not first_process():
         return outcome.code
     if args.json:
         print(json.dumps(outcome.data))
@@ -118,6 +118,11 @@ def _run(args: argparse.Namespace) -> int:
         outcome.show()
     sys.stdout.flush()
     return outcome.code
+
+
+def first_process() -> bool:
+    """Under torchrun one process speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
@@ -130,7 +135,7 @@ def _stdout_for_json(wanted: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
     def show(message: Warning | str, category: type[Warning], *rest: object) -> None:
-        if issubclass(category, UserWarning | RuntimeWarning):
+        if first_process() and issubclass(category, UserWarning | RuntimeWarning):
             print(f"adacomcat: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     with warnings.catch_warnings():

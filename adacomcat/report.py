@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from rich.box import SIMPLE
@@ -69,7 +70,7 @@ def write_report(folder: str | Path, title: str, comparison: Comparison, sites: 
                  plan: RankPlan, history: Sequence[Mapping[str, float]] = ()) -> Path:
     """report.html in ``folder``: models before and after, ranks as a heat map, the history.
 
-    history: one mapping per epoch, with 'epoch' and any of loss, top1 …
+    history: one mapping per epoch, with 'epoch', and 'loss' or 'top1'
     """
     pictures = {"Ranks, as a part of the full rank": _rank_map(sites, plan)} if sites else {}
     if history:
@@ -91,12 +92,13 @@ def _rank_map(sites: Sequence[Site], plan: RankPlan) -> str:
     rows = list(dict.fromkeys(row for row, _ in cells))
     columns = list(dict.fromkeys(column for _, column in cells))
     image = np.full((len(rows), len(columns)), np.nan)
-    axes = _axes(1.5 + 0.7 * len(columns), 1.0 + 0.3 * len(rows))
+    axes = _axes(1.5 + 0.7 * len(columns), 1.0 + 0.3 * len(rows)).flat[0]
     for (row, column), site in cells.items():
         rank = plan[site.name]
         y, x = rows.index(row), columns.index(column)
         image[y, x] = 1.0 if rank == DENSE else rank / site.full_rank
-        axes.text(x, y, rank, ha="center", va="center", fontsize=7)
+        axes.text(x, y, rank, ha="center", va="center", fontsize=7,
+                  color="white" if image[y, x] > 0.6 else "black")
     axes.imshow(image, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
     axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=8)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
@@ -111,24 +113,25 @@ def _position(name: str) -> tuple[str, str]:
 
 
 def _curves(history: Sequence[Mapping[str, float]]) -> str:
-    names = [name for name in dict.fromkeys(n for row in history for n in row)
-             if name != "epoch" and any(isinstance(row.get(name), float) for row in history)]
-    axes = _axes(7, 2.2 * max(1, len(names)), count=max(1, len(names)))
-    for name, axis in zip(names, axes if len(names) > 1 else [axes], strict=False):
+    from matplotlib.ticker import MaxNLocator
+    names = [name for name in _LABELS if any(name in row for row in history)]
+    axes = _axes(7, 2.2 * len(names), count=len(names))
+    for name, axis in zip(names, axes.flat, strict=True):
         points = [(row.get("epoch", at), row[name]) for at, row in enumerate(history)
-                  if row.get(name) is not None]
+                  if name in row]
         axis.plot(*zip(*points, strict=True), marker=".")
-        axis.set_ylabel(name)
-        axis.set_xlabel("epoch")
-    return _png(axes[0] if len(names) > 1 else axes)
+        axis.set(ylabel=_LABELS[name][0], xlabel="epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _png(axes.flat[0])
 
 
-def _axes(width: float, height: float, count: int = 1):  # noqa: ANN202 (matplotlib's own types)
+def _axes(width: float, height: float, count: int = 1) -> Any:
+    """``count`` axes under each other, as an array."""
     from matplotlib.figure import Figure
-    return Figure(figsize=(width, height), layout="constrained").subplots(count)
+    return Figure(figsize=(width, height), layout="constrained").subplots(count, squeeze=False)
 
 
-def _png(axes: object) -> str:
+def _png(axes: Any) -> str:
     buffer = io.BytesIO()
     axes.figure.savefig(buffer, format="png", dpi=110)
     return base64.b64encode(buffer.getvalue()).decode()

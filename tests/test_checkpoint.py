@@ -73,6 +73,18 @@ def test_dense_models_save_and_load_and_are_compressed_after(tmp_path):
     assert adacomcat.load(tmp_path / "small").rank_plan.ranks
 
 
+def test_a_folder_needs_no_more_than_architecture_and_arguments(tmp_path):
+    model = dense_model()
+    adacomcat.save(model, tmp_path / "dense")
+    config = {"architecture": "vit_tiny_patch16_224", "dataset": "some",
+              "model_args": FAMILIES["vit_tiny_patch16_224"]}
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
+    loaded = adacomcat.load(tmp_path / "dense")
+    assert_same(loaded, model)
+    adacomcat.save(loaded, tmp_path / "again")
+    assert_same(timm.create_model(f"local-dir:{tmp_path}/again", pretrained=True), model)
+
+
 def test_changes_after_construction_are_saved(tmp_path):
     model = dense_model()
     model.reset_classifier(5, global_pool="avg")

@@ -443,3 +443,18 @@ def test_import_comcat_then_evaluate(tmp_path, run, run_json):
     (tmp_path / "ranks.txt").write_text("1,2")
     code, _, err = run(*flags, "--output", tmp_path / "other")
     assert code == 2 and "holds 2 ranks" in err and not (tmp_path / "other").exists()
+
+
+def test_two_processes_train_to_the_same_checkpoint(tmp_path, run_json):
+    flags = ["train", *GRAY, *QUICK, "--keep-params", 0.5, "--epochs", 1, "--device", "cpu",
+             "--no-report"]
+    alone = run_json(*flags, "--output", tmp_path / "one")
+    done = shell("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "adacomcat",
+                 *flags, "--output", tmp_path / "two", "--json")
+    assert done.returncode == 0, done.stderr
+    together = json.loads(done.stdout)
+    assert together["plan"] == alone["plan"]
+    assert together["history"][0]["loss"] == pytest.approx(alone["history"][0]["loss"], rel=1e-4)
+    one, two = (adacomcat.load(tmp_path / name) for name in ("one", "two"))
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], tensor, rtol=0, atol=1e-3)

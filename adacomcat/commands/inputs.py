@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -113,7 +112,3 @@ def compressed(args: argparse.Namespace, model: nn.Module, images: Tensor | None
         plan = choose_plan(model, factors, keep_params=args.keep_params, keep_macs=args.keep_macs,
                            calibration=images, multiple=args.rank_multiple)
     return convert_(copy.deepcopy(model), plan, factors, images)
-
-
-def first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"

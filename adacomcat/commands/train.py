@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from adacomcat import checkpoint, cost, data, train
+from adacomcat.cli import first_process
 from adacomcat.commands import Outcome, inputs
 from adacomcat.distill.config import TrainConfig
 from adacomcat.errors import UserError
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> Outcome:
     if plan is not None:
         plan.validate(model)
     trained, results = train.run(model, config, train_set, test_set, teacher=teacher, plan=plan)
-    first = inputs.first_process()
+    first = first_process()
     if first:
         checkpoint.save(trained.cpu(), args.output)
         shutil.rmtree(state, ignore_errors=True)
