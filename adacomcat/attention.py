@@ -110,12 +110,13 @@ class LowRankAttention(nn.Module):
 
     @classmethod
     def like(cls, attn: nn.Module, rank_qk: int, rank_vo: int) -> "LowRankAttention":
-        """Uninitialised, of ``attn``'s shape; what ``attn`` needs beside its projections is kept."""
+        """Uninitialised, of ``attn``'s shape, with what ``attn`` needs beside its projections."""
         projection = attn.qkv if attn.qkv is not None else attn.q_proj
         weight = attn.proj.weight
         module = cls(projection.in_features, attn.num_heads, rank_qk, rank_vo,
                      scale=getattr(attn, "scale", 1.0), dim_out=attn.proj.out_features,
-                     attn_drop=attn.attn_drop.p, proj_drop=attn.proj_drop.p, device=weight.device, dtype=weight.dtype)
+                     attn_drop=attn.attn_drop.p, proj_drop=attn.proj_drop.p,
+                     device=weight.device, dtype=weight.dtype)
         module._adopt(attn)
         return module.train(attn.training)
 

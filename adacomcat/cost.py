@@ -80,6 +80,8 @@ def model_macs(model: nn.Module) -> int:
     sites = find_sites(model)
     low_rank = {name: module for name, module in model.named_modules()
                 if isinstance(module, LowRankLinear | LowRankMlp | LowRankAttention)}
+    low_rank = {name: module for name, module in low_rank.items()  # an MLP counts its linears
+                if not isinstance(low_rank.get(name.rpartition(".")[0]), LowRankMlp)}
     tokens = module_tokens(model, [*(site.module for site in sites), *low_rank])
     dense = sum(site_macs(site, DENSE, tokens) for site in sites)
     return _patch_macs(model) + dense + sum(

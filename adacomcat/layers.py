@@ -3,12 +3,13 @@
 import math
 
 import torch
+from timm.layers import GELU, GELUTanh
 from torch import Tensor, nn
 
 from adacomcat import ops
 from adacomcat.factorize import LinearFactors, LinearStatistics, factorize_linear
 
-_ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu"}
+_ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", GELU: "gelu", GELUTanh: "gelu_tanh"}
 
 
 class LowRankLinear(nn.Module):

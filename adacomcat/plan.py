@@ -47,7 +47,7 @@ class RankPlan:
                 raise UserError(f"the plan names {name!r}, which this model does not have; its "
                                 f"sites are like {', '.join(list(sites)[:4]) or 'none'}")
             full = sites[name].full_rank
-            if rank != DENSE and not (isinstance(rank, int) and 1 <= rank <= full):
+            if rank != DENSE and not (type(rank) is int and 1 <= rank <= full):
                 raise UserError(f"the plan gives {name} the rank {rank!r}; "
                                 f"it must be 'dense' or a whole number from 1 to {full}")
         return list(sites.values())

@@ -1,0 +1,62 @@
+"""A real pretrained backbone, training-free: relative error of its final tokens on new photos."""
+
+import argparse
+import time
+
+import torch
+import torch.nn.functional as F
+from backbone import load_backbone
+from photos import crops, photo_files, split
+from torch import Tensor, nn
+
+import adacomcat
+from adacomcat.convert import factorize_model, install_
+from adacomcat.cost import model_params
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--keep-params", type=float, default=0.5)
+    parser.add_argument("--crops", type=int, default=256, help="calibration crops")
+    parser.add_argument("--test-crops", type=int, default=96)
+    parser.add_argument("--photos", action="append", default=[], metavar="FOLDER",
+                        help="more photos (jpg), split by file like the bundled ones")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+@torch.inference_mode()
+def tokens(model: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([model.forward_features(batch) for batch in images.split(16)])
+
+
+def compare(dense: Tensor, compressed: Tensor) -> tuple[float, float]:
+    """(relative error of the final tokens, 1 = no better than the mean; cls cosine)."""
+    spread = (dense - dense.mean((0, 1))).square().sum()
+    cosine = F.cosine_similarity(dense[:, 0], compressed[:, 0]).mean()
+    return ((compressed - dense).square().sum() / spread).item(), cosine.item()
+
+
+def main() -> None:
+    args = arguments()
+    model = load_backbone()
+    calibration_files, test_files = split(photo_files(args.photos))
+    calibration = crops(calibration_files, args.crops, args.seed)
+    test = crops(test_files, args.test_crops, args.seed + 1)
+    dense = tokens(model, test)
+    print(f"{len(calibration_files)} photos calibrate, {len(test_files)} test")
+
+    start = time.perf_counter()
+    compressed = adacomcat.compress(model, keep_params=args.keep_params, calibration=calibration)
+    seconds = time.perf_counter() - start
+    plain = install_(adacomcat.compress(model, plan=adacomcat.RankPlan()),
+                     compressed.rank_plan, factorize_model(model))
+    for name, network in (("plain SVD, same ranks", plain), ("adacomcat", compressed)):
+        error, cosine = compare(dense, tokens(network, test))
+        print(f"{name:24s} kept {model_params(network) / model_params(model):.3f}  "
+              f"error {error:.3f}  cls cosine {cosine:.3f}")
+    print(f"compressed in {seconds:.0f} s on {torch.get_num_threads()} threads")
+
+
+if __name__ == "__main__":
+    main()
