@@ -17,14 +17,13 @@ _HOME = {
     "UserError": "errors",
     "compress": "convert",
     "compress_": "convert",
-    "calibrate": "calibrate",
     "LowRankLinear": "layers",
     "LowRankMlp": "layers",
     "LowRankAttention": "attention",
     "save": "checkpoint",
     "load": "checkpoint",
 }
-_MODULES = ("allocate", "attention", "backends", "checkpoint", "convert", "cost", "factorize",
+_MODULES = ("allocate", "attention", "backends", "calibrate", "checkpoint", "convert", "cost", "factorize",
             "layers", "ops", "plan", "reference", "sites")
 
 __all__ = [*sorted(_HOME), *_MODULES]

@@ -1,0 +1,64 @@
+"""Tiers by exact type, and the arithmetic of every site."""
+
+import pytest
+import timm
+from timm.layers import Attention
+from torch import nn
+
+from adacomcat import RankPlan, UserError, find_sites
+from adacomcat.attention import LowRankAttention
+from adacomcat.cost import model_params
+from adacomcat.sites import DENSE, attention_tier
+
+TINY = {"img_size": 32, "embed_dim": 64, "depth": 1, "num_heads": 2}
+
+
+class OtherAttention(Attention):
+    """A subclass may compute anything: its type is not known."""
+
+
+@pytest.mark.parametrize(("arguments", "tier"), [
+    ({}, "A"), ({"qk_norm": True, "norm_layer": nn.LayerNorm}, "B"),
+    ({"scale_norm": True, "norm_layer": nn.LayerNorm}, None), ({"gated": True}, None)])
+def test_tiers_of_timm_attention(arguments: dict, tier: str | None) -> None:
+    assert attention_tier(Attention(32, 4, **arguments)) == tier
+    assert attention_tier(OtherAttention(32, 4, **arguments)) is None
+
+
+@pytest.mark.parametrize("arguments", [
+    {"qk_norm": True, "norm_layer": nn.LayerNorm}, {"gated": True}])
+def test_attention_that_does_not_fold_whole_is_refused(arguments: dict) -> None:
+    with pytest.raises(UserError, match="does not fold"):
+        LowRankAttention.from_timm(Attention(32, 4, **arguments), 4, 4)
+
+
+@pytest.mark.parametrize("name", [
+    "vit_tiny_patch16_224", "vit_small_patch16_rope_224", "eva02_tiny_patch14_224",
+    "beit_base_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_dense_sites_count_the_parameters_that_they_stand_for(name: str) -> None:
+    model = timm.create_model(name, **TINY | ({"img_size": 28} if "eva" in name else {}))
+    sites = find_sites(model)
+    for module in {site.module for site in sites}:
+        dense = model.get_submodule(module)
+        counted = sum(site.dense_params for site in sites if site.module == module)
+        tables = sum(p.numel() for n, p in dense.named_parameters() if "table" in n)
+        assert counted == model_params(dense) - tables, module
+
+
+def test_candidates_are_multiples_below_break_even_then_dense() -> None:
+    model = timm.create_model("vit_small_patch16_224", depth=1)
+    sites = {site.name: site for site in find_sites(model)}
+    assert sites["blocks.0.attn.qk"].candidates() == (*range(8, 64, 8), DENSE)
+    fc1 = sites["blocks.0.mlp.fc1"]
+    assert fc1.candidates() == (*range(16, 308, 16), DENSE)
+    assert all(fc1.params(rank) < fc1.params(DENSE) for rank in fc1.candidates()[:-1])
+    assert list(sites) == ["blocks.0.attn.qk", "blocks.0.attn.vo", "blocks.0.mlp.fc1",
+                           "blocks.0.mlp.fc2", "head"]
+
+
+def test_a_plan_validates_against_its_model() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", **TINY)
+    assert set(RankPlan.full(model).ranks.values()) == {32, 64}
+    RankPlan.full(model).validate(model)
+    with pytest.raises(UserError, match="from 1 to 32"):
+        RankPlan({"blocks.0.attn.qk": 33}).validate(model)
