@@ -23,8 +23,8 @@ _HOME = {
     "save": "checkpoint",
     "load": "checkpoint",
 }
-_MODULES = ("allocate", "attention", "backends", "calibrate", "checkpoint", "convert", "cost", "factorize",
-            "layers", "ops", "plan", "reference", "sites")
+_MODULES = ("allocate", "attention", "backends", "calibrate", "checkpoint", "convert", "cost",
+            "factorize", "layers", "ops", "plan", "reference", "sites", "train")
 
 __all__ = [*sorted(_HOME), *_MODULES]
 

@@ -9,7 +9,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from adacomcat.attention import attention_weights, low_rank_class
-from adacomcat.calibrate import Statistics, calibrate
+from adacomcat.calibrate import BATCH, Statistics, calibrate, calibration_batches
 from adacomcat.errors import UserError
 from adacomcat.factorize import (
     LinearFactors,
@@ -25,12 +25,15 @@ from adacomcat.layers import LowRankLinear, LowRankMlp
 from adacomcat.plan import RankPlan
 from adacomcat.progress import progress
 from adacomcat.sequential import compress_blocks_, sequential_blocks
-from adacomcat.sites import DENSE, Site, find_sites
+from adacomcat.sites import DENSE, MULTIPLE, Site, find_sites
 
 Factors = dict[str, LinearFactors | ScoreFactors | ValueFactors]
 
 # Shrinkage of every whitening covariance; measured on DINOv2 ViT-S (examples/dinov2).
 SHRINKAGE = 0.1
+
+# Images that measure the error curves of a model whose blocks are then fitted to all images.
+ALLOCATION_IMAGES = 64
 
 
 def factorize_site(model: nn.Module, site: Site, statistics: Statistics,
@@ -143,35 +146,45 @@ def join_mlps_(model: nn.Module) -> None:
 
 def compress(model: nn.Module, *, keep_params: float | None = None,
              keep_macs: float | None = None, plan: RankPlan | None = None,
-             calibration: Tensor | Iterable | None = None) -> nn.Module:
+             calibration: Tensor | Iterable | None = None,
+             multiple: int = MULTIPLE) -> nn.Module:
     """A compressed copy of ``model``, training-free.
 
     keep_params, keep_macs: fraction of the whole model's parameters or multiply-accumulates to
     keep, in (0, 1]; or a ``plan`` of your own. calibration: images (N, C, H, W), or an iterable of
-    batches, as the model sees them; without it the decomposition is data-free.
+    batches, as the model sees them; without it the decomposition is data-free. multiple: the step
+    of ranks per head (twice that elsewhere), halved where the budget cannot be reached otherwise.
     """
     return compress_(copy.deepcopy(model), keep_params=keep_params, keep_macs=keep_macs,
-                     plan=plan, calibration=calibration)
+                     plan=plan, calibration=calibration, multiple=multiple)
 
 
 def compress_(model: nn.Module, *, keep_params: float | None = None,
               keep_macs: float | None = None, plan: RankPlan | None = None,
-              calibration: Tensor | Iterable | None = None) -> nn.Module:
+              calibration: Tensor | Iterable | None = None,
+              multiple: int = MULTIPLE) -> nn.Module:
     """``compress`` in place."""
     from adacomcat.allocate import choose_plan  # allocation scores candidates by converting
     if sum(choice is not None for choice in (keep_params, keep_macs, plan)) != 1:
         raise UserError("say exactly one of keep_params, keep_macs and plan")
     require_finite_model(model)
-    if calibration is not None and not isinstance(calibration, Tensor):
-        calibration = list(calibration)
     if plan is not None:
         plan.validate(model)
-    statistics = calibrate(model, calibration) if calibration is not None else {}
-    factors = factorize_model(model, statistics)
+    batches = None if calibration is None else calibration_batches(calibration, model)
+    factors = factorize_model(model, model_statistics(model, batches))
     if plan is None:
         plan = choose_plan(model, factors, keep_params=keep_params, keep_macs=keep_macs,
-                           calibration=calibration)
-    return convert_(model, plan, factors, calibration)
+                           calibration=batches, multiple=multiple)
+    return convert_(model, plan, factors, batches)
+
+
+def model_statistics(model: nn.Module, batches: list[Tensor] | None) -> Statistics:
+    """Statistics of the dense model. Where the blocks will be fitted one after the other, they
+    only serve the allocation, and a part of the images is enough."""
+    if batches is None:
+        return {}
+    few = ALLOCATION_IMAGES // BATCH if sequential_blocks(model) else len(batches)
+    return calibrate(model, batches[:few])
 
 
 def convert_(model: nn.Module, plan: RankPlan, factors: Factors,

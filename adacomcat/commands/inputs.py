@@ -1,7 +1,6 @@
 """What several commands need: the model, the device, the data, calibration, compression."""
 
 import argparse
-import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,7 @@ import yaml
 from torch import Tensor, nn
 
 from adacomcat import checkpoint, data
-from adacomcat.allocate import choose_plan
-from adacomcat.calibrate import calibrate
-from adacomcat.convert import convert_, factorize_model, require_finite_model
+from adacomcat.convert import compress
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 
@@ -104,11 +101,5 @@ def compressed(args: argparse.Namespace, model: nn.Module, images: Tensor | None
     if args.keep_params is args.keep_macs is args.plan:
         raise UserError(f"{args.command} needs one of --keep-params, --keep-macs and --plan")
     plan = None if args.plan is None else RankPlan.load(args.plan)
-    if plan is not None:
-        plan.validate(model)
-    require_finite_model(model)
-    factors = factorize_model(model, {} if images is None else calibrate(model, images))
-    if plan is None:
-        plan = choose_plan(model, factors, keep_params=args.keep_params, keep_macs=args.keep_macs,
-                           calibration=images, multiple=args.rank_multiple)
-    return convert_(copy.deepcopy(model), plan, factors, images)
+    return compress(model, keep_params=args.keep_params, keep_macs=args.keep_macs, plan=plan,
+                    calibration=images, multiple=args.rank_multiple)
