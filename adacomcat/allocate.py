@@ -14,7 +14,7 @@ from adacomcat.plan import RankPlan
 from adacomcat.progress import progress
 from adacomcat.sites import DENSE, MULTIPLE, Rank, Site, find_sites
 
-PROBE_IMAGES = 8
+PROBE_IMAGES = 4
 
 
 @dataclass(frozen=True)

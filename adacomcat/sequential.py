@@ -36,17 +36,28 @@ def sequential_blocks(model: nn.Module) -> bool:
         for block in model.blocks)
 
 
+# Rows beyond these add time and little knowledge: tokens of one image resemble each other.
+ROWS_PER_DIMENSION = 24
+LEAST_ROWS = 32768
+
+
+def row_stride(tokens: int, width: int) -> int:
+    """Take every k-th of ``tokens`` rows of this width."""
+    return max(1, tokens // max(LEAST_ROWS, ROWS_PER_DIMENSION * width))
+
+
 class Regression:
     """Streaming least squares of targets (M, out) on inputs (M, in), shrunk towards ``weight``."""
 
-    def __init__(self, weight: Tensor, shrinkage: float) -> None:
+    def __init__(self, weight: Tensor, shrinkage: float, tokens: int = 0) -> None:
         self.weight, self.shrinkage = weight.double(), shrinkage
+        self.stride = row_stride(tokens, weight.shape[1])
         self.inputs = Moments()
         self.cross: Tensor | float = 0.0
         self.target_sum: Tensor | float = 0.0
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
-        inputs, targets = inputs.flatten(0, -2), targets.flatten(0, -2)
+        inputs, targets = (rows.flatten(0, -2)[::self.stride] for rows in (inputs, targets))
         self.inputs.add(inputs)
         self.cross = self.cross + (inputs.mT @ targets).double()
         self.target_sum = self.target_sum + targets.sum(0, dtype=torch.float64)
@@ -98,8 +109,10 @@ class BlockCompression:
     def __init__(self, block: Block, ranks: dict[str, int | str], shrinkage: float) -> None:
         self.dense, self.ranks, self.shrinkage = block, ranks, shrinkage
         self.block = copy.deepcopy(block)
+        self.tokens = 0
 
     def run(self, dense: Tensor, compressed: Tensor) -> tuple[Tensor, Tensor]:
+        self.tokens = dense.shape[0] * dense.shape[1]
         dense_middle = _mapped(lambda x: x + _attention(self.dense, x), dense)
         self._replace_attention(compressed, dense_middle)
         compressed = _mapped(lambda x: x + _attention(self.block, x), compressed)
@@ -138,17 +151,17 @@ class BlockCompression:
 
     def _value_statistics(self, stream: Tensor, replacement: LowRankAttention,
                           statistics: AttentionStatistics) -> AttentionStatistics:
-        values = Moments()
+        values, stride = Moments(), row_stride(self.tokens, stream.shape[-1])
         for x in _batches(stream):
             x = self.dense.norm1(x)
             averaged = replacement.average(x, x.unsqueeze(1), None)
-            values.add(averaged.transpose(0, 1).flatten(1, 2))
+            values.add(averaged.transpose(0, 1).flatten(1, 2)[:, ::stride])
         return statistics._replace(value_mean=values.mean, value_covariance=values.covariance)
 
     def _refit_output(self, stream: Tensor, dense_middle: Tensor) -> None:
         """The output projection of all heads at once, onto what the residual stream lacks."""
         attn, scale = self.block.attn, _layer_scale(self.block.ls1)
-        regression = Regression(attn.wo, self.shrinkage)
+        regression = Regression(attn.wo, self.shrinkage, self.tokens)
         for x, target in zip(_batches(stream), _batches(dense_middle), strict=True):
             normed = self.block.norm1(x)
             values = attn._heads(nn.functional.linear(normed, attn.wv))
@@ -162,7 +175,7 @@ class BlockCompression:
         rank, fc1 = self.ranks["mlp.fc1"], self.dense.mlp.fc1
         if rank == DENSE:
             return
-        regression = Regression(fc1.weight, self.shrinkage)
+        regression = Regression(fc1.weight, self.shrinkage, self.tokens)
         for x, dense in zip(_batches(stream), _batches(dense_middle), strict=True):
             regression.add(self.block.norm2(x), fc1(self.dense.norm2(dense)))
         self.block.mlp.fc1 = _low_rank(fc1, rank, *regression.solve(rank))
@@ -171,7 +184,7 @@ class BlockCompression:
         """Onto the dense stream after the block, in the metric of the stream."""
         rank, fc2, mlp = self.ranks["mlp.fc2"], self.dense.mlp.fc2, self.block.mlp
         scale = _layer_scale(self.block.ls2)
-        regression = Regression(scale.unsqueeze(1) * fc2.weight, self.shrinkage)
+        regression = Regression(scale.unsqueeze(1) * fc2.weight, self.shrinkage, self.tokens)
         for x, target in zip(_batches(stream), _batches(dense), strict=True):
             regression.add(mlp.act(mlp.fc1(self.block.norm2(x))), target - x)
         if rank == DENSE:
