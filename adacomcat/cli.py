@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import logging
 import os
 import sys
 import traceback
@@ -23,7 +24,8 @@ FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(sys.argv[1:] if argv is None else list(argv))
-        return _run(args)
+        with _told_on_stderr():
+            return _run(args)
     except UserError as error:
         message = " ".join(str(error).split())
         print(f"adacomcat: error: {message}", file=sys.stderr)
@@ -36,6 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return FAILED
+
+
+@contextlib.contextmanager
+def _told_on_stderr() -> Iterator[None]:
+    """What long work says as it goes, an epoch a line, beside the progress bars."""
+    logger, handler = logging.getLogger("adacomcat"), logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -20,6 +20,7 @@ from adacomcat.sites import DENSE, Site
 _LABELS = {
     "params": ("parameters", "{:,.0f}"), "macs": ("MACs per image", "{:,.0f}"),
     "top1": ("top-1 %", "{:.2f}"), "loss": ("loss", "{:.4f}"),
+    "test_loss": ("test loss", "{:.4f}"),
     "latency_ms": ("latency, ms", "{:.2f}"), "images_per_second": ("images/s", "{:,.1f}"),
 }
 

@@ -1,5 +1,6 @@
 """The training loop: steps, epochs, searches between them, and a state that can go on anywhere."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from adacomcat.randomness import derived_generator, derived_seed, numpy_seeded
 from adacomcat.search.search import RankSearch
 from adacomcat.search.supernet import set_ranks_
 from adacomcat.training_state import save_state
+
+LOG = logging.getLogger(__name__)
 
 # Streams of random numbers that must not be each other's.
 MIXUP, TOKENS, DROPOUT, SEARCH = range(101, 105)
@@ -120,12 +123,21 @@ class Trainer:
                       "search_seconds": trained - start,
                       "train_seconds": time.perf_counter() - trained}
             if test_set is not None:
-                record |= evaluate(self.best_model, test_set, 4 * self.config.batch_size,
-                                   self.processes, self.config.workers)
+                found = evaluate(self.best_model, test_set, 4 * self.config.batch_size,
+                                 self.processes, self.config.workers)
+                record |= {"top1": found["top1"], "test_loss": found["loss"]}
             self.history.append(record)
+            self._tell(record)
             self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
             self.searched = False
             self.save()
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        if self.processes.first:
+            top1 = f", top-1 {record['top1']:.2f} %" if "top1" in record else ""
+            seconds = record["search_seconds"] + record["train_seconds"]
+            LOG.info("epoch %d of %d: loss %.4f%s, %.0f s", record["epoch"],
+                     self.config.total_epochs, record["loss"], top1, seconds)
 
     def _maybe_search(self) -> None:
         search, config = self.search, self.config
