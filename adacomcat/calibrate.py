@@ -23,7 +23,7 @@ Statistics = dict[str, LinearStatistics | AttentionStatistics]
 
 
 class Moments:
-    """Running first and second moments of (..., M, d) rows; sums in float64."""
+    """Running first and second moments of (..., M, d) rows; batches are summed up in float64."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -35,7 +35,7 @@ class Moments:
             self.sum = rows.new_zeros(rows.shape[:-2] + rows.shape[-1:], dtype=torch.float64)
             self.products = self.sum.unsqueeze(-1) * self.sum.unsqueeze(-2)
         self.count += rows.shape[-2]
-        self.sum += rows.sum(-2, dtype=torch.float64)
+        self.sum += rows.sum(-2).double()
         self.products += (rows.mT @ rows).double()
 
     @property

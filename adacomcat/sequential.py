@@ -60,7 +60,7 @@ class Regression:
         inputs, targets = (rows.flatten(0, -2)[::self.stride] for rows in (inputs, targets))
         self.inputs.add(inputs)
         self.cross = self.cross + (inputs.mT @ targets).double()
-        self.target_sum = self.target_sum + targets.sum(0, dtype=torch.float64)
+        self.target_sum = self.target_sum + targets.sum(0).double()
 
     def solve(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """(v, u, bias) of the best map of this rank: reduced-rank regression.
