@@ -294,7 +294,7 @@ def make_search(config: SearchConfig, keep: float = 0.4) -> RankSearch:
 
 
 def test_a_search_moves_the_ranks_within_the_budget_and_leaves_the_weights() -> None:
-    search = make_search(SearchConfig(alpha_lr=0.5), keep=0.6)
+    search = make_search(SearchConfig(alpha_lr=0.5, confirm=False), keep=0.6)
     before = copy.deepcopy(search.supernet.state_dict())
     labels = torch.arange(8) % 5
     batches = [(images("vit", 8), labels) for _ in range(6)]
@@ -304,6 +304,28 @@ def test_a_search_moves_the_ranks_within_the_budget_and_leaves_the_weights() -> 
     for name, tensor in search.supernet.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert all(parameter.requires_grad for parameter in search.supernet.parameters())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_plan_is_adopted_only_where_held_out_images_like_it_better(seed: int) -> None:
+    torch.manual_seed(seed)
+    batches = [(images("vit", 8), torch.randint(5, (8,))) for _ in range(4)]
+    proposal = make_search(SearchConfig(alpha_lr=0.5, confirm=False), keep=0.6)
+    losses = []
+    for again in range(2):
+        with torch.no_grad():
+            losses.append(sum(F.cross_entropy(proposal.supernet(x), labels).item()
+                              for x, labels in batches))
+        if not again:
+            start = proposal.plan
+            proposal.run(batches, epoch=1, epochs=3, seed=seed, processes=Processes())
+    assert proposal.plan != start
+    search = make_search(SearchConfig(alpha_lr=0.5), keep=0.6)
+    report = search.run(batches, epoch=1, epochs=3, seed=seed, processes=Processes())
+    assert report["rejected"] == (losses[1] >= losses[0])
+    assert search.plan == (start if report["rejected"] else proposal.plan)
+    before = search.supernet.blocks[0].mlp.fc1.active
+    assert before == search.numeric(search.plan)[2]
 
 
 def test_search_state_goes_on_exactly() -> None:

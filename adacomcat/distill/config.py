@@ -12,7 +12,8 @@ from adacomcat.search.search import SearchConfig
 PRESETS = {
     "adacomcat": {},
     "comcat": {"search": "every", "kd": "hard", "align": "none", "calibration_images": 0,
-               "drop_attention_biases": True, "start_from_allocation": False, "tau_per": "search"},
+               "drop_attention_biases": True, "start_from_allocation": False, "tau_per": "search",
+               "confirm_plans": False},
 }
 
 
@@ -55,6 +56,7 @@ class TrainConfig:
     tau_start: float = 5.0
     tau_end: float = 0.1
     tau_per: str = "epoch"
+    confirm_plans: bool = True
     start_from_allocation: bool = True
     calibration_images: int = 256
     drop_attention_biases: bool = False
@@ -103,7 +105,8 @@ class TrainConfig:
 
     def search_config(self) -> SearchConfig:
         return SearchConfig(self.search, self.search_steps, self.alpha_lr, self.beta,
-                            self.tau_start, self.tau_end, self.tau_per)
+                            self.tau_start, self.tau_end, self.tau_per,
+                            self.confirm_plans)
 
     def identity(self) -> dict[str, object]:
         """What must agree between a run and its resumption."""

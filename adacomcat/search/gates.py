@@ -8,8 +8,9 @@ from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, MULTIPLE, Rank, Site
 
-# One candidate away from the allocation starts this much less likely, in logits.
-STEP_DOWN = 0.25
+# One candidate away from the allocation starts this much less likely, in logits: a few steps on α
+# can leave it behind.
+STEP_DOWN = 0.03
 MOST_STEPS = 6
 
 

@@ -29,6 +29,7 @@ class SearchConfig:
     tau_start: float = 5.0
     tau_end: float = 0.1
     tau_per: str = "epoch"  # 'epoch', or 'search': ComCAT's code anneals when it searches
+    confirm: bool = True  # a plan is adopted only where held-out images like it better
 
 
 def budget_loss(cross_entropy: Tensor, params: Tensor, target: float, beta: float) -> Tensor:
@@ -48,6 +49,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+# Batches that judge a plan that the search proposes.
+JUDGES = 8
 
 
 class RankSearch:
@@ -96,13 +101,16 @@ class RankSearch:
         """Search at the start of ``epoch``, adopt the plan that it finds, and say what it did."""
         start = time.perf_counter()
         temperature, losses = self.temperature(epoch, epochs), []
+        judges: list[tuple[Tensor, Tensor]] = []
         generator = derived_generator(seed, epoch, self.count)
         with frozen(self.supernet), evaluating(self.supernet):
             for images, labels in batches:
-                losses.append(self.step(images.to(processes.device), labels.to(processes.device),
-                                        temperature, generator, processes))
-        before = self.numeric(self.plan)
-        self.adopt(self.gates.plan(self.target - self.fixed))
+                batch = images.to(processes.device), labels.to(processes.device)
+                judges.extend([batch] if len(judges) < JUDGES else [])
+                losses.append(self.step(*batch, temperature, generator, processes))
+            before = self.numeric(self.plan)
+            rejected = not self._propose(self.gates.plan(self.target - self.fixed), judges,
+                                         processes)
         ranks = self.numeric(self.plan)
         self.policy.record(epoch, ranks)
         self.count += 1
@@ -110,9 +118,29 @@ class RankSearch:
         self.seconds += seconds
         return {"epoch": epoch, "temperature": temperature, "seconds": seconds,
                 "loss": sum(losses) / max(1, len(losses)),
+                "rejected": rejected,
                 "changed": sum(a != b for a, b in zip(before, ranks, strict=True)),
                 "params": int(self.fixed) + self.plan.params(self.sites),
                 "ranks": dict(self.plan.ranks)}
+
+    def _propose(self, plan: RankPlan, judges: list[tuple[Tensor, Tensor]],
+                 processes: Processes) -> bool:
+        """Adopt ``plan`` unless the plan in force does better on held-out images as things are."""
+        current = self.plan
+        if plan == current or not (self.config.confirm and judges):
+            self.adopt(plan)
+            return True
+        loss = self._loss(judges, processes)
+        self.adopt(plan)
+        better = self._loss(judges, processes) < loss
+        if not better:
+            self.adopt(current)
+        return better
+
+    @torch.no_grad()
+    def _loss(self, batches: list[tuple[Tensor, Tensor]], processes: Processes) -> float:
+        losses = [F.cross_entropy(self.supernet(images), labels) for images, labels in batches]
+        return processes.mean(torch.stack(losses).mean())
 
     def numeric(self, plan: RankPlan) -> list[int]:
         return [site.full_rank if plan[site.name] == DENSE else plan[site.name]
