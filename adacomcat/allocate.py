@@ -1,5 +1,7 @@
 """Budget → plan, without a search: a multiple-choice knapsack over truncation errors."""
 
+import math
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -80,20 +82,31 @@ def sensitivities(model: nn.Module, factors: Factors, images: Tensor) -> dict[st
     """How much of each site's own error reaches the outputs, measured.
 
     Each site alone is truncated to half its break-even rank; the relative change of tokens and
-    outputs over the truncation error of that site is its sensitivity.
+    outputs, steadied, over the truncation error of that site is its sensitivity.
     """
-    measured: dict[str, float] = {}
+    sites, changes, own = find_sites(model), [], []
     with evaluating(model):
         dense = _tokens_and_outputs(model, images)
-        for site in progress(find_sites(model), "probing"):
+        for site in progress(sites, "probing"):
             rank = max(1, int(site.break_even) // 2)
             whole = model.get_submodule(site.module)
             plan = RankPlan({site.name: rank})
             model.set_submodule(site.module, low_rank_module(whole, [site], plan, factors))
-            change = _relative_change(dense, _tokens_and_outputs(model, images))
+            changes.append(_relative_change(dense, _tokens_and_outputs(model, images)))
             model.set_submodule(site.module, whole)
-            measured[site.name] = change / max(factors[site.name].errors[rank].item(), 1e-30)
-    return measured
+            own.append(max(factors[site.name].errors[rank].item(), 1e-30))
+    return {site.name: change / error for site, change, error
+            in zip(sites, _steadied(sites, changes), own, strict=True)}
+
+
+def _steadied(sites: list[Site], changes: list[float]) -> list[float]:
+    """Few images measure with much noise: every log change goes halfway to the mean of the sites
+    of its kind and shape."""
+    logs = [math.log(max(change, 1e-30)) for change in changes]
+    kinds = [(site.kind, site.in_features, site.out_features) for site in sites]
+    means = {kind: statistics.fmean(log for log, k in zip(logs, kinds, strict=True) if k == kind)
+             for kind in kinds}
+    return [math.exp((log + means[kind]) / 2) for log, kind in zip(logs, kinds, strict=True)]
 
 
 def _tokens_and_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
