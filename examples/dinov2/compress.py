@@ -6,7 +6,7 @@ import time
 import torch
 import torch.nn.functional as F
 from backbone import load_backbone
-from photos import crops, photo_files, split
+from photos import crops, split
 from torch import Tensor, nn
 
 import adacomcat
@@ -40,7 +40,7 @@ def compare(dense: Tensor, compressed: Tensor) -> tuple[float, float]:
 def main() -> None:
     args = arguments()
     model = load_backbone()
-    calibration_files, test_files = split(photo_files(args.photos))
+    calibration_files, test_files = split(args.photos)
     calibration = crops(calibration_files, args.crops, args.seed)
     test = crops(test_files, args.test_crops, args.seed + 1)
     dense = tokens(model, test)
@@ -55,6 +55,10 @@ def main() -> None:
         error, cosine = compare(dense, tokens(network, test))
         print(f"{name:24s} kept {model_params(network) / model_params(model):.3f}  "
               f"error {error:.3f}  cls cosine {cosine:.3f}")
+    for index, path in enumerate(test_files):
+        mine = test[index::len(test_files)]
+        error, cosine = compare(tokens(model, mine), tokens(compressed, mine))
+        print(f"  {path.stem:40s} error {error:.3f}  cls cosine {cosine:.3f}")
     print(f"compressed in {seconds:.0f} s on {torch.get_num_threads()} threads")
 
 
