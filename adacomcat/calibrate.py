@@ -132,8 +132,12 @@ def collectors(model: nn.Module, sites: list[Site]) -> dict[str, LinearCollector
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, calibration: Tensor | Iterable) -> Statistics:
-    """Module name → statistics of its inputs, for every module that holds a site."""
+def calibrate(model: nn.Module, calibration: Tensor | Iterable,
+              share: float = 1.0) -> Statistics:
+    """Module name → statistics of its inputs, for every module that holds a site.
+
+    ``share``: which part of all images these are; it warns only where all would be too few.
+    """
     sites = find_sites(model)
     watching = collectors(model, sites)
     hooks = [model.get_submodule(name).register_forward_pre_hook(collect, with_kwargs=True)
@@ -148,15 +152,15 @@ def calibrate(model: nn.Module, calibration: Tensor | Iterable) -> Statistics:
             hook.remove()
     statistics = {name: collect.result() for name, collect in watching.items()
                   if (getattr(collect, "moments", None) or collect.inputs).count}
-    _check(statistics)
+    _check(statistics, share)
     return statistics
 
 
-def _check(statistics: Statistics) -> None:
+def _check(statistics: Statistics, share: float) -> None:
     thin = []
     for name, found in statistics.items():
         require_finite(name, covariance=found.covariance)
-        if found.tokens < len(found.mean):
+        if found.tokens < share * len(found.mean):
             thin.append(name)
     if thin:
         warnings.warn(f"calibration is thin: fewer tokens than dimensions in {len(thin)} layers "

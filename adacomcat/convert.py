@@ -183,8 +183,8 @@ def model_statistics(model: nn.Module, batches: list[Tensor] | None) -> Statisti
     only serve the allocation, and a part of the images is enough."""
     if batches is None:
         return {}
-    few = ALLOCATION_IMAGES // BATCH if sequential_blocks(model) else len(batches)
-    return calibrate(model, batches[:few])
+    few = batches[:ALLOCATION_IMAGES // BATCH] if sequential_blocks(model) else batches
+    return calibrate(model, few, share=len(few) / len(batches))
 
 
 def convert_(model: nn.Module, plan: RankPlan, factors: Factors,

@@ -193,6 +193,13 @@ def test_thin_calibration_warns_and_works() -> None:
     assert torch.isfinite(compressed(images(model))).all()
 
 
+def test_enough_images_do_not_warn() -> None:
+    model = randomised(*ARCHITECTURES["vit"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compress(model, keep_params=0.5, calibration=images(model, 256))
+
+
 def test_budgets_below_the_default_steps_use_smaller_ranks() -> None:
     model = randomised(*ARCHITECTURES["vit"])
     fine = compress(model, keep_params=0.4)
