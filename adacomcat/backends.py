@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -27,11 +28,10 @@ def _load_extension() -> tuple[ModuleType | None, str | None]:
 _EXTENSION, _NO_EXTENSION = _load_extension()
 _FORCED: ContextVar[str | None] = ContextVar("adacomcat_backend", default=None)
 
-# What `pick` tries, in this order. Not the C++ kernel: on AVX2 it takes 1.1 to 1.3 times as long as
-# the library's two products, and 4 times with a GELU, which it computes one element at a time
-# (bench/test_ops.py).
-PREFERENCE = ("reference",)
-CPP_OPS = ("low_rank_linear",)
+# What `pick` tries, in this order: bench/RESULTS.md shows that the C++ kernels win.
+PREFERENCE = ("cpp", "reference")
+CPP_OPS = ("low_rank_linear", "low_rank_mlp", "low_rank_attention")
+CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def available() -> dict[str, str | None]:
@@ -51,12 +51,12 @@ def build_info() -> dict[str, object] | None:
 
 def refusal(backend: str, op: str, x: Tensor) -> str | None:
     """Why `backend` cannot run `op` on `x`; None if it can."""
+    if backend == "cpp":
+        return _NO_EXTENSION or _no_cpp_kernel(op, x)
     reasons = available()
     if backend not in reasons:
         return f"there is no such backend; choose one of {', '.join(reasons)}"
-    if reasons[backend] is not None:
-        return reasons[backend]
-    return _no_cpp_kernel(op, x) if backend == "cpp" else None
+    return reasons[backend]
 
 
 def pick(op: str, x: Tensor) -> str:
@@ -70,11 +70,19 @@ def pick(op: str, x: Tensor) -> str:
     return next(name for name in PREFERENCE if refusal(name, op, x) is None)
 
 
-def kernel(op: str, x: Tensor) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+def kernel(op: str, x: Tensor, keep: bool = True) -> Callable[..., tuple[Tensor, ...]]:
     """The function that runs `op` on `x`, with the signature of the reference."""
     if pick(op, x) == "cpp":
-        return getattr(torch.ops.adacomcat, f"{op}_cpu")
+        return partial(getattr(torch.ops.adacomcat, f"{op}_cpu").default, keep=keep)
     return getattr(reference, op)
+
+
+def direct_kernel(op: str, x: Tensor) -> Callable[..., tuple[Tensor, ...]] | None:
+    """The C++ kernel where it is what `pick` would take and nothing is traced: no Python between."""
+    if (torch.compiler.is_compiling() or x.device.type != "cpu"
+            or _FORCED.get() not in (None, "cpp") or refusal("cpp", op, x) is not None):
+        return None
+    return getattr(torch.ops.adacomcat, f"{op}_cpu").default
 
 
 @contextmanager
@@ -97,8 +105,9 @@ def _no_cpp_kernel(op: str, x: Tensor) -> str | None:
         return f"it has no C++ kernel; those with one are {', '.join(CPP_OPS)}"
     if x.device.type != "cpu":
         return f"the kernel runs on the CPU and the input is on {x.device}"
-    if x.dtype != torch.float32:
-        return f"the kernel takes float32 and the input is {str(x.dtype).removeprefix('torch.')}"
+    if x.dtype not in CPP_DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in CPP_DTYPES)
+        return f"the kernel takes {names} and the input is {str(x.dtype).removeprefix('torch.')}"
     return None
 
 

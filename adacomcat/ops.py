@@ -43,6 +43,8 @@ def low_rank_linear(
     _check_activation(activation)
     x, v, u, bias, residual = _autocast(x, v, u, bias, residual)
     keep = _needs_grad(x, v, u, bias, residual)
+    if not keep and (kernel := backends.direct_kernel("low_rank_linear", x)):
+        return kernel(x, v, u, bias, activation, residual)[0]
     return _OPS.low_rank_linear(x, v, u, bias, activation, residual, keep)[0]
 
 
@@ -72,6 +74,8 @@ def low_rank_mlp(
     _check_activation(activation)
     x, v1, u1, b1, v2, u2, b2 = _autocast(x, v1, u1, b1, v2, u2, b2)
     keep = _needs_grad(x, v1, u1, b1, v2, u2, b2)
+    if not keep and (kernel := backends.direct_kernel("low_rank_mlp", x)):
+        return kernel(x, v1, u1, b1, v2, u2, b2, activation)[0]
     return _OPS.low_rank_mlp(x, v1, u1, b1, v2, u2, b2, activation, keep)[0]
 
 
@@ -94,6 +98,8 @@ def low_rank_attention(
     """
     x, wq, bq, wk, wv, wo, bo, attn_mask = _autocast(x, wq, bq, wk, wv, wo, bo, attn_mask)
     keep = _needs_grad(x, wq, bq, wk, wv, wo, bo, attn_mask)
+    if not keep and (kernel := backends.direct_kernel("low_rank_attention", x)):
+        return kernel(x, wq, bq, wk, wv, wo, bo, num_heads, scale, attn_mask)[0]
     return _OPS.low_rank_attention(
         x, wq, bq, wk, wv, wo, bo, num_heads, scale, attn_mask, keep
     )[0]
@@ -248,7 +254,7 @@ def _register(name: str, arguments: str, results: int, shapes: Shapes, flops: Fl
         x = inputs[0]
         # Fused attention on CPUs refuses a mask that requires a gradient, even here below autograd.
         inputs = [a.detach() if isinstance(a, Tensor) else a for a in inputs]
-        out, *kept = backends.kernel(name, x)(*inputs)
+        out, *kept = backends.kernel(name, x, keep)(*inputs)
         return (out.contiguous(), *(t.contiguous() if keep else x.new_empty(0) for t in kept))
 
     def fake(*args: Any) -> tuple[Tensor, ...]:
@@ -302,5 +308,28 @@ _register(
     _shape_low_rank_attention,
     _flops_low_rank_attention,
 )
-# Implemented in csrc/cpu/low_rank_linear.cpp under its own name, so that `pick` stays in charge.
-_LIBRARY.define(f"low_rank_linear_cpu({_LINEAR_ARGUMENTS}) -> (Tensor, Tensor)")
+
+
+def _register_cpu(name: str, extra: str, shapes: Shapes, flops: Flops) -> None:
+    """The C++ kernel of one op, under a name of its own: ``pick`` stays in charge."""
+    arguments = str(getattr(_OPS, name).default._schema).partition("(")[2].partition(", bool keep")
+    results = len(getattr(_OPS, name).default._schema.returns)
+    returns = ", ".join(["Tensor"] * results)
+    tags = (torch.Tag.pt2_compliant_tag,)
+    _LIBRARY.define(f"{name}_cpu({arguments[0]}, *, {extra}bool keep=False) -> ({returns})",
+                    tags=tags)
+
+    def fake(x: Tensor, *args: Any, keep: bool = False, **fused: Any) -> tuple[Tensor, ...]:
+        out, *kept = shapes(x, *args)
+        return (x.new_empty(out), *(x.new_empty(s if keep else (0,)) for s in kept))
+
+    torch.library.register_fake(f"adacomcat::{name}_cpu", fake, lib=_LIBRARY)
+    register_flop_formula(getattr(_OPS, f"{name}_cpu"))(flops)
+
+
+# Whole sublayers: x is normalised first where there is an epsilon (a layer norm whose weight and
+# bias are folded into the projections), and the residual is added last.
+_FUSED = "float? epsilon=None, Tensor? residual=None, "
+_register_cpu("low_rank_linear", "", _shape_low_rank_linear, _flops_low_rank_linear)
+_register_cpu("low_rank_mlp", _FUSED, _shape_low_rank_mlp, _flops_low_rank_mlp)
+_register_cpu("low_rank_attention", _FUSED, _shape_low_rank_attention, _flops_low_rank_attention)

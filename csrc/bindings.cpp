@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
+#include "cpu/engine.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -40,10 +42,15 @@ py::dict build_info() {
   info["torch"] = TORCH_VERSION;
   info["cuda"] = kCuda;
   info["cpu_capability"] = at::get_cpu_capability();
+  info["instruction_set"] = adacomcat::instruction_set();
   info["cpu_features"] = cpu_features();
   return info;
 }
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) { m.def("build_info", &build_info, "Compiler, torch, CUDA and CPU."); }
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", &build_info, "Compiler, torch, CUDA and CPU.");
+  m.def("use_instruction_set", &adacomcat::use_instruction_set,
+        "Run the CPU kernels on generic, avx2, avx512 or avx512_bf16; False where this CPU cannot.");
+}

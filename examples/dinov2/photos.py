@@ -14,6 +14,24 @@ PHOTOGRAPHS = {
     "sklearn": ("datasets/images", ("china.jpg", "flower.jpg")),
     "matplotlib": ("mpl-data/sample_data", ("grace_hopper.jpg",)),
 }
+# Debian's mate-backgrounds, lomiri-wallpapers-16.04 and opencv-doc, where they are installed; of
+# each scene one photograph.
+INSTALLED = {
+    "/usr/share/backgrounds/mate/nature": (
+        "Aqua", "Blinds", "Dune", "FreshFlower", "Garden", "GreenMeadow", "LadyBird", "RainDrops",
+        "Storm", "TwoWings", "Wood", "YellowFlower"),
+    "/usr/share/backgrounds": (
+        "Bridge_by_Sander_Klootwijk", "Dragonfly_by_Bolly", "Picture_0B_by_freespace",
+        "Picture_1A_by_freespace", "Wine_by_Jakkub_Mede", "aitzgorri_by_Aitzol_Berasategi",
+        "analogpattern_by_Peter_Nerlich", "free_by_Peter_Nerlich", "friends_by_Aitzol_Berasategi",
+        "greentock_by_Peter_Nerlich", "life_by_Aitzol_Berasategi",
+        "picosdeeuropa_by_Aitzol_Berasategi", "seeding_by_Clements_Engelhardt",
+        "sunset_by_Aitzol_Berasategi", "umang_by_Abhishek_Mudgal"),
+    "/usr/share/doc/opencv-doc/examples/data": (
+        "aero1", "aero3", "aloeL", "apple", "baboon", "board", "building", "butterfly",
+        "ela_original", "fruits", "home", "left", "leuvenA", "licenseplate_motion", "messi5",
+        "orange", "squirrel_cls", "stuff"),
+}
 # Textures, microscopy, astronomy: they widen the calibration, and nothing is judged on them.
 OTHERS = {
     "skimage": ("data", ("brick.png", "camera.png", "cell.png", "coins.png", "grass.png",
@@ -27,6 +45,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def split(folders: list[str]) -> tuple[list[Path], list[Path]]:
     """(calibration, test), by file: the bundled pictures and the .jpg photos of your folders."""
     photographs = _bundled(PHOTOGRAPHS)
+    photographs += [path for folder, names in INSTALLED.items() for name in names
+                    if (path := Path(folder, f"{name}.jpg")).exists()]
     for folder in folders:
         photographs += [path for path in Path(folder).iterdir()
                         if path.suffix.lower() in (".jpg", ".jpeg")]

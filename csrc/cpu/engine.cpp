@@ -1,0 +1,93 @@
+// Which engine serves this CPU: the widest instruction set that it has, or ADACOMCAT_CPU.
+#include "engine.h"
+
+#include <c10/util/Exception.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <string>
+
+namespace adacomcat {
+
+namespace generic {
+extern const Engine kEngine;
+}
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define ADACOMCAT_X86
+namespace avx2 {
+extern const Engine kEngine;
+}
+namespace avx512 {
+extern const Engine kEngine;
+}
+namespace avx512_bf16 {
+extern const Engine kEngine;
+}
+#endif
+
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  bool present;
+  const Engine* full;  // float32, and what has no engine of its own
+  const Engine* bf16;
+};
+
+const InstructionSet* instruction_sets(size_t& count) {
+#ifdef ADACOMCAT_X86
+  __builtin_cpu_init();
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                             __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  static const InstructionSet sets[] = {
+      {"avx512_bf16", avx512 && __builtin_cpu_supports("avx512bf16"), &avx512::kEngine,
+       &avx512_bf16::kEngine},
+      {"avx512", avx512, &avx512::kEngine, &avx512::kEngine},
+      {"avx2", avx2, &avx2::kEngine, &avx2::kEngine},
+      {"generic", true, &generic::kEngine, &generic::kEngine},
+  };
+#else
+  static const InstructionSet sets[] = {{"generic", true, &generic::kEngine, &generic::kEngine}};
+#endif
+  count = sizeof sets / sizeof sets[0];
+  return sets;
+}
+
+const InstructionSet* find(const char* name) {
+  size_t count;
+  const InstructionSet* sets = instruction_sets(count);
+  for (size_t i = 0; i < count; ++i) {
+    if (sets[i].present && (!name || std::string(name) == sets[i].name)) return &sets[i];
+  }
+  return nullptr;
+}
+
+std::atomic<const InstructionSet*>& chosen() {
+  static std::atomic<const InstructionSet*> set = [] {
+    const char* wish = std::getenv("ADACOMCAT_CPU");
+    const InstructionSet* found = find(wish && *wish ? wish : nullptr);
+    TORCH_CHECK(found, "ADACOMCAT_CPU=", wish, " is not an instruction set of this CPU; it has ",
+                find(nullptr)->name, " and what comes before: avx512_bf16, avx512, avx2, generic");
+    return found;
+  }();
+  return set;
+}
+
+}  // namespace
+
+const Engine& engine(Dtype dtype) {
+  const InstructionSet* set = chosen().load(std::memory_order_relaxed);
+  return dtype == Dtype::bf16 ? *set->bf16 : *set->full;
+}
+
+const char* instruction_set() { return chosen().load()->name; }
+
+bool use_instruction_set(const char* name) {
+  const InstructionSet* set = find(name);
+  if (set) chosen().store(set);
+  return set != nullptr;
+}
+
+}  // namespace adacomcat

@@ -1,0 +1,87 @@
+// What the ops ask of a CPU: products with a packed right side, and operations on rows.
+//
+// An engine is one instruction set and one operand format. Left operands are row-major in the
+// operand format (float, or bfloat16 where the CPU multiplies it); right operands are packed once
+// into panels; sums are fp32.
+#pragma once
+
+#include <cstdint>
+
+namespace adacomcat {
+
+enum class Dtype { f32, bf16, f16 };
+enum class Activation { none, gelu, gelu_tanh, silu, relu };
+
+inline int64_t dtype_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// Rows of any dtype; `stride` in elements.
+struct Rows {
+  const void* data;
+  int64_t stride;
+  Dtype dtype;
+};
+
+// C (m, n) = A (m, k) · B (k, n). B is packed; of its `b_rows` rows those from `b_first` on count.
+struct Product {
+  int64_t m, n, k;
+  const void* a;
+  int64_t a_stride;
+  const void* b;
+  int64_t b_rows, b_first;
+};
+
+// What becomes of a tile of C while it is in cache: out = act(C · row_scale + bias) + residual.
+struct Finish {
+  void* out;
+  int64_t stride;
+  Dtype dtype;
+  Rows bias{nullptr, 0, Dtype::f32};  // (n)
+  Activation activation = Activation::none;
+  Rows residual{nullptr, 0, Dtype::f32};
+  const float* row_scale = nullptr;  // (m)
+};
+
+// Added to the logits of one head: element (i, j) at i * row + j * column; bytes where boolean.
+struct Mask {
+  const void* data = nullptr;
+  int64_t row = 0, column = 0;
+  bool boolean = false;
+  Dtype dtype = Dtype::f32;
+};
+
+struct Engine {
+  const char* name;
+  Dtype operand;
+  int64_t tile_rows;  // rows of one tile of C
+  int64_t width;      // lanes: packed columns are padded to a multiple
+  int64_t group;      // rows of B that one packed lane holds; odd tails are padded with zeros
+
+  // Packed element (i, j) comes from b + i * row + j * column.
+  void (*pack)(int64_t k, int64_t n, const void* b, int64_t row, int64_t column, Dtype dtype,
+               void* packed);
+  void (*multiply)(const Product&, const Finish&);
+  // sum (m, stride) = or += C; columns up to the padded n are written.
+  void (*accumulate)(const Product&, float* sum, int64_t stride, bool add);
+  // Rows to the operand format, `k` columns, padded with zeros up to the group.
+  void (*load)(int64_t m, int64_t k, Rows x, void* out, int64_t stride);
+  // The same after (x - mean) / sqrt(variance + epsilon) of each row.
+  void (*normalize)(int64_t m, int64_t k, Rows x, float epsilon, void* out, int64_t stride);
+  // Unnormalised softmax of logits * scale + mask in the operand format, and 1 / its row sums;
+  // rows that are masked entirely give zeros. `out` may be the logits themselves.
+  void (*softmax)(int64_t m, int64_t n, float* logits, int64_t stride, float scale, Mask mask,
+                  void* out, int64_t out_stride, float* inverse_sum);
+
+  int64_t operand_size() const { return dtype_size(operand); }
+  int64_t padded_k(int64_t k) const { return (k + group - 1) / group * group; }
+  int64_t padded_n(int64_t n) const { return (n + width - 1) / width * width; }
+};
+
+// The engine of this CPU for tensors of this dtype.
+const Engine& engine(Dtype dtype);
+
+// What engine() chooses from: "generic", "avx2", "avx512", "avx512_bf16", as far as this CPU goes.
+const char* instruction_set();
+// Takes another one, for tests; false where this CPU lacks it.
+bool use_instruction_set(const char* name);
+
+}  // namespace adacomcat

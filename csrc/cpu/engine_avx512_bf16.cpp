@@ -1,0 +1,23 @@
+// AVX-512 BF16: products of bfloat16 pairs with fp32 sums.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <c10/util/Half.h>
+#include <immintrin.h>
+
+#include "engine.h"
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c,prefer-vector-width=512")
+#define ADACOMCAT_BF16_DOT
+
+namespace adacomcat {
+namespace avx512_bf16 {
+namespace {
+constexpr int kLanes = 16, kTileRows = 12, kPanel = 2;
+#include "engine_body.h"
+}  // namespace
+
+extern const Engine kEngine;
+const Engine kEngine{"avx512_bf16", kOperand, kTileRows, kLanes, kGroup, pack, multiply, accumulate,
+                     load_rows, normalize_rows, softmax_rows};
+}  // namespace avx512_bf16
+}  // namespace adacomcat
+#endif

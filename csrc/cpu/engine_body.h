@@ -1,0 +1,16 @@
+// One engine. Before including this, an engine_*.cpp includes <c10/util/Half.h> and "engine.h",
+// selects its target and defines ENGINE (a namespace), kLanes, kTileRows and kPanel there.
+
+// std::integer_sequence would be shared between instruction sets; this is not.
+template <int... I>
+struct Sequence {};
+template <int N, int... I>
+struct MakeSequence : MakeSequence<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeSequence<0, I...> {
+  using type = Sequence<I...>;
+};
+
+#include "vector.h"
+#include "product.h"
+#include "rows.h"

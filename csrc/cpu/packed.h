@@ -1,0 +1,28 @@
+// Weights packed for an engine: once for each weight, engine and orientation.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+
+#include "engine.h"
+
+namespace adacomcat {
+
+Dtype dtype_of(const at::Tensor& t);
+
+// A right operand B (k, n) in panels.
+struct Packed {
+  int64_t k = 0, n = 0;
+  std::shared_ptr<const void> data;
+};
+
+// `weight` is B, or Bᵀ where `transposed`. Kept, for all threads, until the weight changes or goes;
+// a change through `.data`, which PyTorch does not count, is noticed by a sample of the elements.
+Packed packed(const Engine& engine, const at::Tensor& weight, bool transposed);
+
+// The same for anything that a pointer and strides describe; not kept.
+Packed pack_now(const Engine& engine, int64_t k, int64_t n, const void* b, int64_t row,
+                int64_t column, Dtype dtype);
+
+}  // namespace adacomcat

@@ -1,0 +1,184 @@
+// Products on packed panels: a tile of kTileRows rows by kPanel vectors stays in registers.
+
+#ifdef ADACOMCAT_BF16_DOT
+constexpr int kGroup = 2;
+typedef uint32_t Lane;  // two consecutive k
+inline Lane read_lane(const void* a) {
+  Lane lane;
+  __builtin_memcpy(&lane, a, sizeof lane);
+  return lane;
+}
+inline Vector multiply_add(Vector sum, Lane a, Vector b) {
+  return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+}
+constexpr Dtype kOperand = Dtype::bf16;
+constexpr int kOperandSize = 2;
+#else
+constexpr int kGroup = 1;
+inline float read_lane(const void* a) { return *static_cast<const float*>(a); }
+inline Vector multiply_add(Vector sum, float a, Vector b) { return sum + a * b; }
+constexpr Dtype kOperand = Dtype::f32;
+constexpr int kOperandSize = 4;
+#endif
+constexpr int kStep = kGroup * kOperandSize;  // bytes of one lane of A
+
+// c (R, P vectors) = or += a · b over `steps` lanes of k; the packed rows of b are P vectors apart.
+template <int R, int P>
+void multiply_tile(int64_t steps, const char* a, int64_t a_stride, const float* b, float* c,
+                   int64_t c_stride, bool add) {
+  Vector sum[R][P];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) sum[r][p] = add ? load(c + r * c_stride + p * kLanes) : Vector{};
+  }
+  for (int64_t i = 0; i < steps; ++i) {
+    Vector right[P];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) right[p] = load(b + p * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const auto left = read_lane(a + r * a_stride);
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) sum[r][p] = multiply_add(sum[r][p], left, right[p]);
+    }
+    a += kStep;
+    b += P * kLanes;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) store(c + r * c_stride + p * kLanes, sum[r][p]);
+  }
+}
+
+using MultiplyTile = void (*)(int64_t, const char*, int64_t, const float*, float*, int64_t, bool);
+
+template <int P, int... R>
+constexpr MultiplyTile tile_of(int rows, Sequence<R...>) {
+  constexpr MultiplyTile tiles[] = {multiply_tile<R + 1, P>...};
+  return tiles[rows - 1];
+}
+
+inline MultiplyTile find_tile(int64_t rows, int64_t vectors) {
+  using Tiles = typename MakeSequence<kTileRows>::type;
+  return vectors == kPanel ? tile_of<kPanel>(rows, Tiles{}) : tile_of<1>(rows, Tiles{});
+}
+
+// Calls `visit(row, rows, column, vectors)` for each tile of C, panel by panel: a panel of B is
+// read once for all rows. The last panel is one vector wide where that is enough.
+template <typename Visit>
+inline void for_each_tile(int64_t m, int64_t n, Visit visit) {
+  for (int64_t column = 0; column < n; column += kPanel * kLanes) {
+    const int64_t vectors = n - column <= kLanes ? 1 : kPanel;
+    for (int64_t row = 0; row < m; row += kTileRows) {
+      visit(row, least(kTileRows, m - row), column, vectors);
+    }
+  }
+}
+
+inline const char* left_of(const Product& p, int64_t row) {
+  return static_cast<const char*>(p.a) + row * p.a_stride * kOperandSize;
+}
+
+inline const float* right_of(const Product& p, int64_t column, int64_t vectors) {
+  const int64_t lanes = column * p.b_rows + p.b_first * vectors * kLanes;
+  return reinterpret_cast<const float*>(static_cast<const char*>(p.b) + lanes * kOperandSize);
+}
+
+inline int64_t steps_of(const Product& p) { return (p.k + kGroup - 1) / kGroup; }
+
+void accumulate(const Product& p, float* sum, int64_t stride, bool add) {
+  for_each_tile(p.m, p.n, [&](int64_t row, int64_t rows, int64_t column, int64_t vectors) {
+    find_tile(rows, vectors)(steps_of(p), left_of(p, row), p.a_stride * kOperandSize,
+                             right_of(p, column, vectors), sum + row * stride + column, stride,
+                             add);
+  });
+}
+
+// One vector of a finished tile; the switch on the activation stays outside the loops.
+template <Activation A>
+inline void finish_tile(const Finish& f, const float* tile, int64_t row, int64_t rows,
+                        int64_t column, int64_t columns, int64_t tile_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t out = (row + i) * f.stride;
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      const int64_t count = least(kLanes, columns - j), at = column + j;
+      Vector x = load(tile + i * tile_stride + j);
+      if (f.row_scale) x *= f.row_scale[row + i];
+      if (f.bias.data) x += load_some(f.bias.data, at, f.bias.dtype, count);
+      x = activate(x, A);
+      if (f.residual.data) {
+        x += load_some(f.residual.data, (row + i) * f.residual.stride + at, f.residual.dtype,
+                       count);
+      }
+      store_some(f.out, out + at, f.dtype, x, count);
+    }
+  }
+}
+
+template <Activation A>
+void multiply_with(const Product& p, const Finish& f) {
+  constexpr int64_t stride = kPanel * kLanes;
+  alignas(64) float tile[kTileRows * stride];
+  for_each_tile(p.m, p.n, [&](int64_t row, int64_t rows, int64_t column, int64_t vectors) {
+    find_tile(rows, vectors)(steps_of(p), left_of(p, row), p.a_stride * kOperandSize,
+                             right_of(p, column, vectors), tile, stride, false);
+    finish_tile<A>(f, tile, row, rows, column, least(vectors * kLanes, p.n - column), stride);
+  });
+}
+
+void multiply(const Product& p, const Finish& f) {
+  switch (f.activation) {
+    case Activation::gelu:
+      return multiply_with<Activation::gelu>(p, f);
+    case Activation::gelu_tanh:
+      return multiply_with<Activation::gelu_tanh>(p, f);
+    case Activation::silu:
+      return multiply_with<Activation::silu>(p, f);
+    case Activation::relu:
+      return multiply_with<Activation::relu>(p, f);
+    case Activation::none:
+      return multiply_with<Activation::none>(p, f);
+  }
+}
+
+inline float read_one(const void* p, int64_t i, Dtype dtype) {
+  return load_some(p, i, dtype, 1)[0];
+}
+
+inline void write_operand(void* out, int64_t i, float x) {
+  store_some(out, i, kOperand, broadcast(x), 1);
+}
+
+// Panel after panel; in a panel, group after group of rows; in a group, lane after lane.
+void pack(int64_t k, int64_t n, const void* b, int64_t row, int64_t column, Dtype dtype,
+          void* packed) {
+  const int64_t size = dtype_size(dtype), padded = (k + kGroup - 1) / kGroup * kGroup;
+  const bool copy = dtype == kOperand;
+  int64_t at = 0;
+  for (int64_t first = 0; first < n; first += kPanel * kLanes) {
+    const int64_t lanes = n - first <= kLanes ? kLanes : kPanel * kLanes;
+    const int64_t columns = least(lanes, n - first);
+    for (int64_t i = 0; i < padded; i += kGroup) {
+      for (int g = 0; g < kGroup; ++g) {
+        char* out = static_cast<char*>(packed) + (at + g) * kOperandSize;
+        const char* from = static_cast<const char*>(b) + ((i + g) * row + first * column) * size;
+        const int64_t filled = i + g < k ? columns : 0;
+        if (copy && kGroup == 1 && column == 1) {
+          __builtin_memcpy(out, from, filled * kOperandSize);
+        } else if (copy) {
+          for (int64_t j = 0; j < filled; ++j) {
+            __builtin_memcpy(out + j * kStep, from + j * column * size, kOperandSize);
+          }
+        } else {
+          for (int64_t j = 0; j < filled; ++j) {
+            write_operand(out + j * kStep, 0, read_one(from, j * column, dtype));
+          }
+        }
+        for (int64_t j = filled; j < lanes; ++j) __builtin_memset(out + j * kStep, 0, kOperandSize);
+      }
+      at += lanes * kGroup;
+    }
+  }
+}

@@ -1,0 +1,170 @@
+// What the tensor shells of the CPU ops share: rows of a tensor, scratch memory, work per thread.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "packed.h"
+
+namespace adacomcat {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline Activation parse_activation(const std::optional<std::string_view>& name) {
+  if (!name) return Activation::none;
+  if (*name == "gelu") return Activation::gelu;
+  if (*name == "gelu_tanh") return Activation::gelu_tanh;
+  if (*name == "silu") return Activation::silu;
+  TORCH_CHECK(*name == "relu", "unknown activation '", *name, "'");
+  return Activation::relu;
+}
+
+inline void check(const at::Tensor& x, const at::Tensor& t, const char* name,
+                  at::IntArrayRef shape) {
+  TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " is ", t.scalar_type(), " and x is ",
+              x.scalar_type(), ": cast one of them");
+  TORCH_CHECK(t.device().is_cpu(), name, " is on ", t.device(), " and x is on the CPU");
+  TORCH_CHECK(t.sizes() == shape, name, " must have shape ", shape, ", got ", t.sizes());
+}
+
+inline std::vector<int64_t> with_last(const at::Tensor& x, int64_t size) {
+  auto shape = x.sizes().vec();
+  shape.back() = size;
+  return shape;
+}
+
+inline int64_t row_count(const at::Tensor& x) {
+  return c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
+}
+
+// x (..., k) as rows with one stride; copied only where its layout has none.
+struct RowsOf {
+  at::Tensor held;
+  Rows rows{nullptr, 0, Dtype::f32};
+
+  explicit RowsOf(const at::Tensor& x) : held(x) {
+    const int64_t k = x.size(-1);
+    bool regular = x.stride(-1) == 1 || k <= 1;
+    for (int64_t d = 0; d + 2 < x.dim(); ++d) {
+      regular = regular && x.stride(d) == x.stride(d + 1) * x.size(d + 1);
+    }
+    if (!regular) held = x.contiguous();
+    rows = {held.const_data_ptr(), held.dim() > 1 ? held.stride(-2) : k, dtype_of(held)};
+  }
+};
+
+inline Rows rows_from(const Rows& x, int64_t row) {
+  if (!x.data) return x;
+  return {static_cast<const char*>(x.data) + row * x.stride * dtype_size(x.dtype), x.stride,
+          x.dtype};
+}
+
+// A bias, contiguous.
+struct Bias {
+  at::Tensor held;
+  Rows rows{nullptr, 0, Dtype::f32};
+
+  explicit Bias(const OptionalTensor& bias) {
+    if (!bias) return;
+    held = bias->contiguous();
+    rows = {held.const_data_ptr(), 0, dtype_of(held)};
+  }
+
+  Rows from(int64_t column) const {
+    if (!rows.data) return rows;
+    return {static_cast<const char*>(rows.data) + column * dtype_size(rows.dtype), 0, rows.dtype};
+  }
+};
+
+// Memory of this thread, reused from call to call; `get` invalidates nothing of the same frame.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) {
+    thread_local std::vector<char> memory;
+    if (static_cast<int64_t>(memory.size()) < bytes + 64) memory.resize(bytes + 64);
+    next_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~63ull);
+  }
+
+  static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+  template <typename T = void>
+  T* take(int64_t bytes) {
+    char* here = next_;
+    next_ += aligned(bytes);
+    return reinterpret_cast<T*>(here);
+  }
+
+ private:
+  char* next_;
+};
+
+// Rows per block: whole tiles, at most kTilesPerBlock so that a block's middles stay in the L2
+// cache, and as many blocks as the threads divide evenly.
+constexpr int64_t kTilesPerBlock = 12;
+
+inline int64_t block_rows(const Engine& engine, int64_t rows) {
+  const int64_t tiles = ceil_div(rows, engine.tile_rows), threads = at::get_num_threads();
+  const int64_t rounds = std::max<int64_t>(ceil_div(tiles, threads * kTilesPerBlock), 1);
+  return std::max<int64_t>(ceil_div(tiles, threads * rounds), 1) * engine.tile_rows;
+}
+
+template <typename Body>
+inline void for_each_block(const Engine& engine, int64_t rows, Body body) {
+  const int64_t block = block_rows(engine, rows);
+  at::parallel_for(0, ceil_div(rows, block), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i * block, std::min(block, rows - i * block));
+  });
+}
+
+// Rows of x as a left operand: in place where the format is right, else in `scratch`.
+struct Left {
+  const void* data;
+  int64_t stride;
+};
+
+inline Left left_operand(const Engine& engine, int64_t m, int64_t k, const Rows& x,
+                         std::optional<double> epsilon, void* scratch) {
+  const int64_t stride = engine.padded_k(k);
+  if (epsilon) {
+    engine.normalize(m, k, x, static_cast<float>(*epsilon), scratch, stride);
+  } else if (x.dtype == engine.operand && k % engine.group == 0) {
+    return {x.data, x.stride};
+  } else {
+    engine.load(m, k, x, scratch, stride);
+  }
+  return {scratch, stride};
+}
+
+// Rows (m, k) from operand format into a contiguous tensor's memory.
+inline void keep_rows(int64_t m, int64_t k, const void* from, int64_t stride, Dtype operand,
+                      const at::Tensor& to, int64_t row) {
+  // The generic conversion is a product's finish; here formats are equal or fp32 to 16 bits.
+  const Dtype dtype = dtype_of(to);
+  char* out = static_cast<char*>(to.mutable_data_ptr()) + row * k * dtype_size(dtype);
+  for (int64_t i = 0; i < m; ++i) {
+    const char* in = static_cast<const char*>(from) + i * stride * dtype_size(operand);
+    if (dtype == operand) {
+      std::memcpy(out + i * k * dtype_size(dtype), in, k * dtype_size(dtype));
+      continue;
+    }
+    const float* values = reinterpret_cast<const float*>(in);
+    for (int64_t j = 0; j < k; ++j) {
+      if (dtype == Dtype::bf16) {
+        reinterpret_cast<at::BFloat16*>(out)[i * k + j] = values[j];
+      } else {
+        reinterpret_cast<at::Half*>(out)[i * k + j] = values[j];
+      }
+    }
+  }
+}
+
+}  // namespace adacomcat
