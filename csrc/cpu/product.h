@@ -65,13 +65,13 @@ inline MultiplyTile find_tile(int64_t rows, int64_t vectors) {
   return vectors == kPanel ? tile_of<kPanel>(rows, Tiles{}) : tile_of<1>(rows, Tiles{});
 }
 
-// Calls `visit(row, rows, column, vectors)` for each tile of C, panel by panel: a panel of B is
-// read once for all rows. The last panel is one vector wide where that is enough.
+// Calls `visit(row, rows, column, vectors)` for each tile of C. The last panel is one vector wide
+// where that is enough.
 template <typename Visit>
 inline void for_each_tile(int64_t m, int64_t n, Visit visit) {
-  for (int64_t column = 0; column < n; column += kPanel * kLanes) {
-    const int64_t vectors = n - column <= kLanes ? 1 : kPanel;
-    for (int64_t row = 0; row < m; row += kTileRows) {
+  for (int64_t row = 0; row < m; row += kTileRows) {
+    for (int64_t column = 0; column < n; column += kPanel * kLanes) {
+      const int64_t vectors = n - column <= kLanes ? 1 : kPanel;
       visit(row, least(kTileRows, m - row), column, vectors);
     }
   }
@@ -96,50 +96,62 @@ void accumulate(const Product& p, float* sum, int64_t stride, bool add) {
   });
 }
 
-// One vector of a finished tile; the switch on the activation stays outside the loops.
-template <Activation A>
-inline void finish_tile(const Finish& f, const float* tile, int64_t row, int64_t rows,
-                        int64_t column, int64_t columns, int64_t tile_stride) {
+// One vector column of a tile, all its rows: the bias stays in a register.
+template <Activation A, Dtype D>
+inline void finish_column(const Finish& f, const float* tile, int64_t tile_stride, int64_t row,
+                          int64_t rows, int64_t column, int64_t count) {
+  const bool whole = count == kLanes;
+  const Vector bias = f.bias.data ? load_some(f.bias.data, column, f.bias.dtype, count) : Vector{};
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t out = (row + i) * f.stride;
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      const int64_t count = least(kLanes, columns - j), at = column + j;
-      Vector x = load(tile + i * tile_stride + j);
-      if (f.row_scale) x *= f.row_scale[row + i];
-      if (f.bias.data) x += load_some(f.bias.data, at, f.bias.dtype, count);
-      x = activate(x, A);
-      if (f.residual.data) {
-        x += load_some(f.residual.data, (row + i) * f.residual.stride + at, f.residual.dtype,
-                       count);
-      }
-      store_some(f.out, out + at, f.dtype, x, count);
+    const int64_t out = (row + i) * f.stride + column;
+    Vector x = load(tile + i * tile_stride);
+    if (f.row_scale) x *= f.row_scale[row + i];
+    x = activate(x + bias, A);
+    if (f.residual.data) {
+      x += load_some(f.residual.data, (row + i) * f.residual.stride + column, f.residual.dtype,
+                     count);
+    }
+    if (whole) {
+      store(f.out, out, D, x);
+    } else {
+      store_some(f.out, out, D, x, count);
     }
   }
 }
 
-template <Activation A>
+template <Activation A, Dtype D>
 void multiply_with(const Product& p, const Finish& f) {
   constexpr int64_t stride = kPanel * kLanes;
   alignas(64) float tile[kTileRows * stride];
   for_each_tile(p.m, p.n, [&](int64_t row, int64_t rows, int64_t column, int64_t vectors) {
     find_tile(rows, vectors)(steps_of(p), left_of(p, row), p.a_stride * kOperandSize,
                              right_of(p, column, vectors), tile, stride, false);
-    finish_tile<A>(f, tile, row, rows, column, least(vectors * kLanes, p.n - column), stride);
+    const int64_t columns = least(vectors * kLanes, p.n - column);
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      finish_column<A, D>(f, tile + j, stride, row, rows, column + j, least(kLanes, columns - j));
+    }
   });
+}
+
+template <Activation A>
+void multiply_to(const Product& p, const Finish& f) {
+  if (f.dtype == Dtype::f32) return multiply_with<A, Dtype::f32>(p, f);
+  if (f.dtype == Dtype::bf16) return multiply_with<A, Dtype::bf16>(p, f);
+  multiply_with<A, Dtype::f16>(p, f);
 }
 
 void multiply(const Product& p, const Finish& f) {
   switch (f.activation) {
     case Activation::gelu:
-      return multiply_with<Activation::gelu>(p, f);
+      return multiply_to<Activation::gelu>(p, f);
     case Activation::gelu_tanh:
-      return multiply_with<Activation::gelu_tanh>(p, f);
+      return multiply_to<Activation::gelu_tanh>(p, f);
     case Activation::silu:
-      return multiply_with<Activation::silu>(p, f);
+      return multiply_to<Activation::silu>(p, f);
     case Activation::relu:
-      return multiply_with<Activation::relu>(p, f);
+      return multiply_to<Activation::relu>(p, f);
     case Activation::none:
-      return multiply_with<Activation::none>(p, f);
+      return multiply_to<Activation::none>(p, f);
   }
 }
 

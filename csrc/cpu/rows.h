@@ -74,7 +74,7 @@ void softmax_rows(int64_t m, int64_t n, float* logits, int64_t stride, float sca
     Vector sums{};
     char* to = static_cast<char*>(out) + i * out_stride * kOperandSize;
     for (int64_t j = 0; j < n; j += kLanes) {
-      const Vector x = exponential(load(row + j) - peak);
+      const Vector x = decay(load(row + j) - peak);
       sums += x;
       store(to, j, kOperand, x);
     }
