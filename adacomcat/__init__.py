@@ -22,9 +22,10 @@ _HOME = {
     "LowRankAttention": "attention",
     "save": "checkpoint",
     "load": "checkpoint",
+    "optimize": "fuse",
 }
 _MODULES = ("allocate", "attention", "backends", "calibrate", "checkpoint", "convert", "cost",
-            "factorize", "layers", "ops", "plan", "reference", "sites", "train")
+            "factorize", "fuse", "layers", "ops", "plan", "reference", "sites", "train")
 
 __all__ = [*sorted(_HOME), *_MODULES]
 

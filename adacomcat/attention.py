@@ -68,7 +68,7 @@ def factorize_attention(attn: nn.Module, statistics: AttentionStatistics | None 
     return scores, values
 
 
-def _causal(mask: Tensor | None, x: Tensor, is_causal: bool) -> Tensor | None:
+def causal_mask(mask: Tensor | None, x: Tensor, is_causal: bool) -> Tensor | None:
     if not is_causal:
         return mask
     tokens = x.shape[1]
@@ -185,12 +185,12 @@ class LowRankAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
-        return self.attend(x, _causal(attn_mask, x, is_causal))
+        return self.attend(x, causal_mask(attn_mask, x, is_causal))
 
     def score_context(self, x: Tensor, attn_mask: Tensor | None = None,
                       is_causal: bool = False) -> tuple[Tensor | None, Tensor | None]:
         """(mask, rope) that a call with these arguments attends under."""
-        return _causal(attn_mask, x, is_causal), None
+        return causal_mask(attn_mask, x, is_causal), None
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, rank_qk={self.rank_qk}, rank_vo={self.rank_vo}"
@@ -241,7 +241,7 @@ class LowRankEvaAttention(LowRankAttention):
                       is_causal: bool = False) -> tuple[Tensor | None, None]:
         if rope is not None:
             raise UserError("this attention was folded for a model without rotary embedding")
-        return _causal(attn_mask, x, is_causal), None
+        return causal_mask(attn_mask, x, is_causal), None
 
     def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
@@ -284,7 +284,7 @@ class LowRankRotaryAttention(LowRankAttention):
 
     def score_context(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None,
                       is_causal: bool = False) -> tuple[Tensor | None, Tensor | None]:
-        return _causal(attn_mask, x, is_causal), rope
+        return causal_mask(attn_mask, x, is_causal), rope
 
     def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
@@ -296,7 +296,7 @@ class LowRankNormedAttention(LowRankRotaryAttention):
 
     def score_context(self, x: Tensor, attn_mask: Tensor | None = None,
                       is_causal: bool = False) -> tuple[Tensor | None, None]:
-        return _causal(attn_mask, x, is_causal), None
+        return causal_mask(attn_mask, x, is_causal), None
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:

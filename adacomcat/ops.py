@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -66,17 +67,24 @@ def low_rank_mlp(
     u2: Tensor,
     b2: Tensor | None,
     activation: str | None,
+    *,
+    epsilon: float | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """(h V2) U2ᵀ + b2 with h = act((x V1) U1ᵀ + b1).
+    """(h V2) U2ᵀ + b2 (+ residual) with h = act((x̂ V1) U1ᵀ + b1).
 
-    x (..., in), V1 (in, r1), U1 (hidden, r1), V2 (hidden, r2), U2 (out, r2).
+    x (..., in), V1 (in, r1), U1 (hidden, r1), V2 (hidden, r2), U2 (out, r2). x̂ is x, or with an
+    ``epsilon`` its layer norm without weight and bias.
     """
     _check_activation(activation)
-    x, v1, u1, b1, v2, u2, b2 = _autocast(x, v1, u1, b1, v2, u2, b2)
-    keep = _needs_grad(x, v1, u1, b1, v2, u2, b2)
+    x, v1, u1, b1, v2, u2, b2, residual = _autocast(x, v1, u1, b1, v2, u2, b2, residual)
+    keep = _needs_grad(x, v1, u1, b1, v2, u2, b2, residual)
     if not keep and (kernel := backends.direct_kernel("low_rank_mlp", x)):
-        return kernel(x, v1, u1, b1, v2, u2, b2, activation)[0]
-    return _OPS.low_rank_mlp(x, v1, u1, b1, v2, u2, b2, activation, keep)[0]
+        return kernel(x, v1, u1, b1, v2, u2, b2, activation, epsilon=epsilon,
+                      residual=residual)[0]
+    x = _normalized(x, epsilon)
+    y = _OPS.low_rank_mlp(x, v1, u1, b1, v2, u2, b2, activation, keep)[0]
+    return y if residual is None else y + residual
 
 
 def low_rank_attention(
@@ -90,19 +98,28 @@ def low_rank_attention(
     num_heads: int,
     scale: float,
     attn_mask: Tensor | None = None,
+    *,
+    epsilon: float | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """concat_h[softmax(q_h k_hᵀ · scale + mask) v_h] Woᵀ + bo.
+    """concat_h[softmax(q_h k_hᵀ · scale + mask) v_h] Woᵀ + bo (+ residual), from x̂.
 
     x (B, N, d), wq and wk (H·rq, d), wv (H·rv, d), wo (out, H·rv), rows head by head; attn_mask
-    broadcasts to (B, H, N, N), bool (True = keep) or additive.
+    broadcasts to (B, H, N, N), bool (True = keep) or additive. x̂ is x, or with an ``epsilon`` its
+    layer norm without weight and bias.
     """
-    x, wq, bq, wk, wv, wo, bo, attn_mask = _autocast(x, wq, bq, wk, wv, wo, bo, attn_mask)
-    keep = _needs_grad(x, wq, bq, wk, wv, wo, bo, attn_mask)
+    x, wq, bq, wk, wv, wo, bo, attn_mask, residual = _autocast(
+        x, wq, bq, wk, wv, wo, bo, attn_mask, residual
+    )
+    keep = _needs_grad(x, wq, bq, wk, wv, wo, bo, attn_mask, residual)
     if not keep and (kernel := backends.direct_kernel("low_rank_attention", x)):
-        return kernel(x, wq, bq, wk, wv, wo, bo, num_heads, scale, attn_mask)[0]
-    return _OPS.low_rank_attention(
+        return kernel(x, wq, bq, wk, wv, wo, bo, num_heads, scale, attn_mask, epsilon=epsilon,
+                      residual=residual)[0]
+    x = _normalized(x, epsilon)
+    y = _OPS.low_rank_attention(
         x, wq, bq, wk, wv, wo, bo, num_heads, scale, attn_mask, keep
     )[0]
+    return y if residual is None else y + residual
 
 
 def _check_activation(activation: str | None) -> None:
@@ -122,6 +139,10 @@ def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
     )
+
+
+def _normalized(x: Tensor, epsilon: float | None) -> Tensor:
+    return x if epsilon is None else F.layer_norm(x, x.shape[-1:], eps=epsilon)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

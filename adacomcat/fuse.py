@@ -1,0 +1,135 @@
+"""Whole sublayers on the fused kernels: for inference, after everything else is decided.
+
+x + ls · f(norm(x)) becomes one op: the weight and bias of the layer norm and the layer scale are
+folded into the projections, exactly, and the residual is added as the last of it.
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from timm.layers import LayerNorm, LayerScale
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from adacomcat import ops
+from adacomcat.attention import LowRankAttention, causal_mask
+from adacomcat.layers import LowRankLinear, LowRankMlp
+
+
+class Norm(NamedTuple):
+    """A layer norm's affine part in float64, and its epsilon."""
+
+    weight: Tensor
+    bias: Tensor
+    epsilon: float
+
+
+class FusedAttention(nn.Module):
+    """x + ls · attention(norm(x)), attention of the type ``LowRankAttention``.
+
+    A bias that the norm gives to every key cancels in the softmax; given to every value it passes
+    through, into bo.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, attn: LowRankAttention, scale: nn.Module) -> None:
+        super().__init__()
+        affine, gamma = _affine(norm), _layer_scale(scale, attn.wo)
+        wq, wk, wv, wo = (w.detach().double() for w in (attn.wq, attn.wk, attn.wv, attn.wo))
+        self.num_heads, self.scale, self.epsilon = attn.num_heads, attn.scale, affine.epsilon
+        bo = attn.bo.detach().double() + wo @ (wv @ affine.bias)
+        _set_weights(self, attn.wo, wq=wq * affine.weight, wk=wk * affine.weight,
+                     wv=wv * affine.weight, bq=attn.bq.detach().double() + wq @ affine.bias,
+                     wo=gamma.unsqueeze(1) * wo, bo=gamma * bo)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None,
+                is_causal: bool = False) -> Tensor:
+        return ops.low_rank_attention(
+            x, self.wq, self.bq, self.wk, self.wv, self.wo, self.bo, self.num_heads, self.scale,
+            causal_mask(attn_mask, x, is_causal), epsilon=self.epsilon, residual=x)
+
+
+class FusedMlp(nn.Module):
+    """x + ls · mlp(norm(x))."""
+
+    def __init__(self, norm: nn.LayerNorm, mlp: LowRankMlp, scale: nn.Module) -> None:
+        super().__init__()
+        affine, gamma = _affine(norm), _layer_scale(scale, mlp.fc2.u)
+        v1, u1, u2 = (w.detach().double() for w in (mlp.fc1.v, mlp.fc1.u, mlp.fc2.u))
+        self.activation, self.epsilon = mlp.activation, affine.epsilon
+        _set_weights(self, mlp.fc1.v, v1=affine.weight.unsqueeze(1) * v1, u1=u1,
+                     b1=_bias(mlp.fc1) + u1 @ (affine.bias @ v1), v2=mlp.fc2.v.detach(),
+                     u2=gamma.unsqueeze(1) * u2, b2=gamma * _bias(mlp.fc2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.low_rank_mlp(x, self.v1, self.u1, self.b1, self.v2, self.u2, self.b2,
+                                self.activation, epsilon=self.epsilon, residual=x)
+
+
+class Sublayer(nn.Module):
+    """x + ls · f(norm(x)) where f stays what it is."""
+
+    def __init__(self, norm: nn.Module, inner: nn.Module, scale: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.inner, self.scale = norm, inner, scale
+
+    def forward(self, x: Tensor, **kwargs: object) -> Tensor:
+        return x + self.scale(self.inner(self.norm(x), **kwargs))
+
+
+class FusedBlock(nn.Module):
+    """A timm ``Block`` in eval mode; its signature."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        fuse_attention = type(block.attn) is LowRankAttention and _affine(block.norm1) is not None
+        fuse_mlp = (type(block.mlp) is LowRankMlp and block.mlp.activation is not None
+                    and _affine(block.norm2) is not None)
+        self.attn = (FusedAttention if fuse_attention else Sublayer)(
+            block.norm1, block.attn, block.ls1)
+        self.mlp = (FusedMlp if fuse_mlp else Sublayer)(block.norm2, block.mlp, block.ls2)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None,
+                is_causal: bool = False) -> Tensor:
+        return self.mlp(self.attn(x, attn_mask=attn_mask, is_causal=is_causal))
+
+
+def optimize(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` for inference, its blocks on the fused path; same outputs.
+
+    Blocks that are not timm's ``Block``, and dense sublayers, stay as they are. Save and train the
+    model that went in, not this one: norms are folded into weights here.
+    """
+    optimized = copy.deepcopy(model).eval().requires_grad_(False)
+    for name, module in list(optimized.named_modules()):
+        if type(module) is Block:
+            optimized.set_submodule(name, FusedBlock(module).eval())
+    return optimized
+
+
+def _affine(norm: nn.Module) -> Norm | None:
+    """None where it is not a layer norm over the last dimension."""
+    if type(norm) not in (nn.LayerNorm, LayerNorm) or len(norm.normalized_shape) != 1:
+        return None
+    width = norm.normalized_shape[0]
+    weight = torch.ones(width) if norm.weight is None else norm.weight.detach()
+    bias = torch.zeros_like(weight) if norm.bias is None else norm.bias.detach()
+    return Norm(weight.double(), bias.double(), norm.eps)
+
+
+def _layer_scale(scale: nn.Module, like: Tensor) -> Tensor:
+    if isinstance(scale, LayerScale):
+        return scale.gamma.detach().double()
+    return like.new_ones(like.shape[0], dtype=torch.float64)
+
+
+def _bias(linear: LowRankLinear) -> Tensor:
+    if linear.bias is None:
+        return linear.u.new_zeros(linear.out_features, dtype=torch.float64)
+    return linear.bias.detach().double()
+
+
+def _set_weights(module: nn.Module, like: Tensor, **weights: Tensor) -> None:
+    for name, weight in weights.items():
+        parameter = nn.Parameter(weight.to(like).contiguous(), requires_grad=False)
+        module.register_parameter(name, parameter)
