@@ -78,7 +78,7 @@ def kernel(op: str, x: Tensor, keep: bool = True) -> Callable[..., tuple[Tensor,
 
 
 def direct_kernel(op: str, x: Tensor) -> Callable[..., tuple[Tensor, ...]] | None:
-    """The C++ kernel where it is what `pick` would take and nothing is traced: no Python between."""
+    """The C++ kernel where `pick` would take it and nothing is traced: no Python in between."""
     if (torch.compiler.is_compiling() or x.device.type != "cpu"
             or _FORCED.get() not in (None, "cpp") or refusal("cpp", op, x) is not None):
         return None

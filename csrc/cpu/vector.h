@@ -155,14 +155,14 @@ inline Vector horner(const float (&coefficients)[N], Vector s) {
 }
 
 inline Vector error_function(Vector x) {
-  const Vector most = broadcast(3.9f);
-  const Vector z = select(x > most, most, select(x < -most, -most, x));
-  const Vector s = z * z * (2.0f / (3.9f * 3.9f)) - 1.0f;
+  const Vector s = x * x * (2.0f / (3.9f * 3.9f)) - 1.0f;
 #ifdef ADACOMCAT_BF16_DOT
-  return z * horner(kShortErf, s);
+  const Vector inside = x * horner(kShortErf, s);
 #else
-  return z * horner(kErf, s);
+  const Vector inside = x * horner(kErf, s);
 #endif
+  const Vector low = select(x < -3.9f, broadcast(-1.0f), inside);
+  return select(x > 3.9f, broadcast(1.0f), low);
 }
 
 inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }

@@ -1,0 +1,242 @@
+"""The C++ kernels on every instruction set of this CPU, against float64."""
+
+import gc
+import importlib
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_close_to_float64
+from test_ops import (
+    CASES,
+    DTYPES,
+    Case,
+    attention_case,
+    convert,
+    leaves,
+    linear_case,
+    mlp_case,
+    strided,
+    value_and_gradients,
+)
+
+from adacomcat import backends, ops
+
+if backends.available()["cpp"] is not None:
+    pytest.skip(str(backends.available()["cpp"]), allow_module_level=True)
+
+EXTENSION = importlib.import_module("adacomcat._C")
+HERE = backends.build_info()["instruction_set"]
+NAMES = ("generic", "avx2", "avx512", "avx512_bf16")
+LACKING = [name for name in NAMES if not EXTENSION.use_instruction_set(name)]
+EXTENSION.use_instruction_set(HERE)
+
+# Ranks of one lane less and more than a vector, more columns than a panel, rows off any tile.
+SHAPES = {
+    "linear-197": linear_case((2, 197), 96, 33, 130, activation="gelu", residual=True),
+    "linear-63": linear_case((61,), 31, 63, 15, activation="silu"),
+    "linear-out1": linear_case((13,), 129, 17, 1, bias=False),
+    "mlp-197": mlp_case((197,), 64, 24, 300, 40, "gelu"),
+    "mlp-hidden": mlp_case((2, 50), 48, 15, 129, 65, "gelu_tanh"),
+    "mlp-relu": mlp_case((25,), 33, 31, 256, 16, "relu"),
+    "attention-197": attention_case(2, 197, 64, 4, 16, 24),
+    "attention-long": attention_case(1, 523, 32, 2, 8, 33, "float", (1, 2, 523, 523)),
+    "attention-causal": attention_case(2, 65, 48, 3, 17, 7, "bool", (65, 65)),
+}
+ALL = {name: case for name, case in {**CASES, **SHAPES}.items()
+       if case.op != "gated_low_rank_linear"}
+each_case = pytest.mark.parametrize("case", ALL.values(), ids=ALL.keys())
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(params=NAMES)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param in LACKING:
+        pytest.skip(f"this CPU has no {request.param}")
+    assert EXTENSION.use_instruction_set(request.param)
+    with backends.use_backend("cpp"):
+        yield request.param
+    EXTENSION.use_instruction_set(HERE)
+
+
+@each_dtype
+@each_case
+def test_values(case: Case, dtype: torch.dtype, instruction_set: str,
+                poisoned_memory: None) -> None:
+    base = convert(case.draw(), dtype)
+    exact = case.plain(**convert(base, torch.float64), **case.options)
+    plain = case.plain(**base, **case.options)
+    actual = case.call(base)
+    assert_close_to_float64(actual, exact, plain)
+    again = case.call({name: strided(t) for name, t in base.items()})
+    torch.testing.assert_close(again, actual)
+
+
+@pytest.mark.parametrize("name", ["linear-197", "mlp-197", "attention-197", "attention-float"])
+@each_dtype
+def test_gradients(name: str, dtype: torch.dtype, instruction_set: str,
+                   poisoned_memory: None) -> None:
+    case = ALL[name]
+    base = convert(case.draw(), dtype)
+    double = convert(base, torch.float64, grad=True)
+    grad_out = torch.randn_like(case.plain(**double, **case.options))
+    exact = value_and_gradients(case.plain, double, grad_out, **case.options)
+    plain, actual = (value_and_gradients(f, convert(base, dtype, grad=True), grad_out,
+                                         **case.options)
+                     for f in (case.plain, getattr(ops, case.op)))
+    for key in exact:
+        assert_close_to_float64(actual[key], exact[key], plain[key], key)
+
+
+@each_dtype
+@pytest.mark.parametrize("name", ["mlp-197", "attention-causal"])
+def test_norm_and_residual_in_one(name: str, dtype: torch.dtype, instruction_set: str,
+                                  poisoned_memory: None) -> None:
+    """A large mean, as residual streams have it, must not cost digits of the variance."""
+    case = ALL[name]
+    base = convert(case.draw(), dtype)
+    base["x"] = base["x"] * 3 + 20
+    residual = torch.randn_like(case.plain(**base, **case.options))
+
+    def plain(tensors: dict, residual: torch.Tensor) -> torch.Tensor:
+        x = F.layer_norm(tensors["x"], tensors["x"].shape[-1:], eps=1e-6)
+        return case.plain(**{**tensors, "x": x}, **case.options) + residual
+
+    actual = getattr(ops, case.op)(**base, **case.options, epsilon=1e-6, residual=residual)
+    exact = plain(convert(base, torch.float64), residual.double())
+    assert_close_to_float64(actual, exact, plain(base, residual))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu"])
+def test_activations_over_their_whole_range(activation: str, instruction_set: str) -> None:
+    x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([-1e30, 1e30, -0.0, 3e38])])
+    one = torch.ones(1, 1)
+    y = ops.low_rank_linear(x.unsqueeze(1), one, one, activation=activation).squeeze(1)
+    exact = getattr(F, activation.removesuffix("_tanh"))(
+        x.double(), **({"approximate": "tanh"} if activation == "gelu_tanh" else {}))
+    torch.testing.assert_close(y.double(), exact, rtol=3e-6, atol=2e-6)
+
+
+def test_values_that_are_not_numbers_stay_visible(instruction_set: str) -> None:
+    v, u = torch.randn(8, 3), torch.randn(5, 3)
+    for dtype in DTYPES:
+        x = torch.randn(4, 8).to(dtype)
+        x[1, 2] = float("nan")
+        for activation in (None, "gelu", "gelu_tanh", "silu", "relu"):
+            y = ops.low_rank_linear(x, v.to(dtype), u.to(dtype), activation=activation)
+            assert y[1].isnan().all() and y[[0, 2, 3]].isfinite().all(), activation
+
+
+def test_rows_masked_entirely_give_the_bias(instruction_set: str) -> None:
+    case = attention_case(1, 37, 8, 2, 3, 4, "bool", (37, 37))
+    tensors = convert(case.draw(), torch.float32)
+    tensors["attn_mask"][5] = False
+    torch.testing.assert_close(case.call(tensors)[0, 5], tensors["bo"])
+
+
+def test_one_thread_and_several_agree(instruction_set: str) -> None:
+    threads = torch.get_num_threads()
+    for name in ("linear-197", "mlp-197", "attention-197"):
+        tensors = convert(ALL[name].draw(), torch.float32)
+        results = []
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            results.append(ALL[name].call(tensors))
+        torch.set_num_threads(threads)
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+# Packed weights: every change must be seen.
+
+
+def products(v: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.eye(v.shape[0])
+    return ops.low_rank_linear(x, v, u), v @ u.t()
+
+
+@pytest.mark.parametrize("change", [
+    lambda p: p.add_(1), lambda p: p.data.mul_(2), lambda p: p.copy_(torch.randn_like(p)),
+    lambda p: setattr(p, "data", torch.randn_like(p)), lambda p: p.t_().t_().neg_(),
+], ids=["add_", "data.mul_", "copy_", "data=", "strides"])
+@torch.no_grad()
+def test_packed_weights_follow_changes(change: object) -> None:
+    v, u = torch.nn.Parameter(torch.randn(40, 9)), torch.nn.Parameter(torch.randn(30, 9))
+    torch.testing.assert_close(*products(v, u))
+    for parameter in (v, u):
+        change(parameter)
+        torch.testing.assert_close(*products(v, u))
+
+
+def test_packed_weights_follow_an_optimizer() -> None:
+    v, u = torch.nn.Parameter(torch.randn(40, 9)), torch.nn.Parameter(torch.randn(30, 9))
+    optimizer = torch.optim.AdamW([v, u], lr=0.1)
+    for _ in range(3):
+        ops.low_rank_linear(torch.eye(40), v, u).square().sum().backward()
+        optimizer.step()
+        with torch.inference_mode():
+            torch.testing.assert_close(*products(v, u))
+
+
+def test_memory_of_a_dead_weight_is_not_mistaken_for_it() -> None:
+    u = torch.randn(30, 9)
+    for _ in range(20):  # the allocator hands the same memory out again
+        v = torch.randn(40, 9)
+        torch.testing.assert_close(*products(v, u))
+        del v
+        gc.collect()
+
+
+def test_weights_are_shared_between_threads() -> None:
+    case = ALL["mlp-197"]
+    tensors = convert(case.draw(), torch.float32)
+    expected, results = case.call(tensors), [None] * 4
+
+    def run(i: int) -> None:
+        results[i] = [case.call(tensors) for _ in range(20)]
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(y, expected) for result in results for y in result)
+
+
+# The choice of the instruction set and of the kernel.
+
+
+@pytest.mark.parametrize("name", ["generic", "nonsense"])
+def test_environment_variable(name: str) -> None:
+    program = "from adacomcat import backends; print(backends.build_info()['instruction_set'])"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                         env={"ADACOMCAT_CPU": name, "PATH": ""})
+    if name == "generic":
+        assert run.stdout.strip() == "generic"
+    else:
+        assert run.returncode and "ADACOMCAT_CPU=nonsense is not an instruction set" in run.stderr
+
+
+@pytest.mark.parametrize("name", ["linear-197", "mlp-197", "attention-197"])
+def test_opcheck_of_the_kernels(name: str) -> None:
+    case = ALL[name]
+    op = getattr(torch.ops.adacomcat, f"{case.op}_cpu").default
+    tensors = {**convert(case.draw(), torch.float32), **case.options}
+    order = [a.name for a in op._schema.arguments if a.name in tensors]
+    for keep in (True, False):
+        torch.library.opcheck(op, tuple(tensors[n] for n in order), {"keep": keep})
+
+
+def test_kept_intermediates_are_those_of_the_reference() -> None:
+    for name in ("linear-odd", "mlp", "attention"):
+        case = ALL[name]
+        tensors = convert(case.draw(), torch.float32)
+        assert not leaves(tensors)
+        kernel = getattr(torch.ops.adacomcat, f"{case.op}_cpu")
+        actual = kernel(**tensors, **case.options, keep=True)
+        expected = getattr(backends.reference, case.op)(**tensors, **case.options)
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b)

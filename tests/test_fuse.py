@@ -1,0 +1,92 @@
+"""optimize(): the same function, whole sublayers at a time."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import adacomcat
+from adacomcat.fuse import FusedAttention, FusedBlock, FusedMlp, Sublayer
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4,
+        "num_classes": 7}
+
+
+def randomize_(model: nn.Module) -> nn.Module:
+    """Norms, biases and layer scales that do something."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def compressed(**kwargs: object) -> nn.Module:
+    model = randomize_(timm.create_model("vit_tiny_patch16_224", **{**TINY, **kwargs}))
+    ranks = {"qk": 5, "vo": 9, "q": 21, "k": 22, "fc1": 13, "fc2": 11}
+    return adacomcat.compress(model, plan=adacomcat.RankPlan(
+        {site.name: ranks[site.name.rpartition(".")[2]] for site in adacomcat.find_sites(model)
+         if site.name.startswith("blocks")}))
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("kwargs", [
+    {}, {"init_values": 0.1}, {"qkv_bias": False, "class_token": False, "global_pool": "avg"},
+    {"act_layer": "silu"}, {"norm_layer": "rmsnorm"}, {"qk_norm": True},
+], ids=["plain", "layer-scale", "no-bias", "silu", "rms-norm", "qk-norm"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@torch.no_grad()
+def test_same_outputs(kwargs: dict, dtype: torch.dtype) -> None:
+    model = compressed(**kwargs).to(dtype)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    x = torch.randn(5, 3, 32, 32, dtype=dtype)
+    optimized = adacomcat.optimize(model)
+    assert relative(optimized(x), model(x)) < (1e-12 if dtype == torch.float64 else 1e-5)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_what_is_fused() -> None:
+    block = adacomcat.optimize(compressed()).blocks[0]
+    assert type(block) is FusedBlock
+    assert type(block.attn) is FusedAttention and type(block.mlp) is FusedMlp
+    block = adacomcat.optimize(compressed(norm_layer="rmsnorm")).blocks[0]
+    assert type(block.attn) is Sublayer and type(block.mlp) is Sublayer
+    block = adacomcat.optimize(compressed(qk_norm=True)).blocks[0]
+    assert type(block.attn) is Sublayer and type(block.mlp) is FusedMlp
+
+
+@torch.no_grad()
+def test_bfloat16_is_as_near_as_the_model_that_went_in() -> None:
+    model = compressed(init_values=0.5).double()
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    exact = model(x)
+    half = model.bfloat16()
+    error = relative(half(x.bfloat16()).double(), exact)
+    assert relative(adacomcat.optimize(half)(x.bfloat16()).double(), exact) < 1.5 * error
+
+
+@torch.no_grad()
+def test_masks_reach_the_attention() -> None:
+    model = compressed()
+    block, fused = model.blocks[1], adacomcat.optimize(model).blocks[1]
+    x, mask = torch.randn(2, 17, 48), torch.randn(2, 1, 17, 17)
+    torch.testing.assert_close(fused(x, attn_mask=mask), block(x, attn_mask=mask))
+    torch.testing.assert_close(fused(x, is_causal=True), block(x, is_causal=True))
+    assert not torch.allclose(fused(x), fused(x, is_causal=True))
+
+
+@torch.no_grad()
+def test_compiles_whole() -> None:
+    optimized = adacomcat.optimize(compressed())
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(optimized, fullgraph=True)(x), optimized(x))
+
+
+def test_a_dense_model_passes_through() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", **TINY).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(adacomcat.optimize(model)(x), model(x))
