@@ -21,6 +21,7 @@ from adacomcat.factorize import (
     descending_eigh,
     factorize_scores,
     factorize_values,
+    shrink,
 )
 from adacomcat.layers import LowRankLinear
 from adacomcat.plan import RankPlan
@@ -35,6 +36,11 @@ def sequential_blocks(model: nn.Module) -> bool:
         and isinstance(block.mlp.norm, nn.Identity) and attention_tier(block.attn) == "A"
         for block in model.blocks)
 
+
+# How strongly what a layer corrects of the drift before it is held to the dense weights: such
+# corrections fit the calibration images far better than others. Measured on DINOv2 ViT-S
+# (examples/dinov2): error on other photographs 0.463 at 0.1, 0.445 at 1, 0.676 without correction.
+CORRECTION_SHRINKAGE = 1.0
 
 # Rows beyond these add time and little knowledge: tokens of one image resemble each other.
 ROWS_PER_DIMENSION = 24
@@ -65,33 +71,29 @@ class Regression:
     def solve(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """(v, u, bias) of the best map of this rank: reduced-rank regression.
 
-        B = C⁻¹ Cxy, with C + λmI and Cxy + λm Wᵀ; the rank keeps the top right singular vectors
-        R of L⁻¹ Cxy, C = L Lᵀ: v = B R, u = R.
+        The rank keeps the top right singular vectors R of Lᵀ B, C + λ m I = L Lᵀ: v = B R, u = R.
         """
-        whitened, lower = self._whitened()
-        right = _top_right_singular_vectors(whitened, rank)
-        v = torch.linalg.solve_triangular(lower.mT, whitened @ right, upper=True)
-        v, u = balance(v, right)
+        solution = self._solution()
+        lower = torch.linalg.cholesky(shrink(self.inputs.covariance, self.shrinkage))
+        right = _top_right_singular_vectors(lower.mT @ solution, rank)
+        v, u = balance(solution @ right, right)
         return v, u, self._bias(v @ u.mT)
 
     def solve_dense(self) -> tuple[Tensor, Tensor]:
         """(weight (out, in), bias)."""
-        whitened, lower = self._whitened()
-        solution = torch.linalg.solve_triangular(lower.mT, whitened, upper=True)
+        solution = self._solution()
         return solution.mT, self._bias(solution)
 
     def _bias(self, solution: Tensor) -> Tensor:
         return self.target_sum / self.inputs.count - self.inputs.mean @ solution
 
-    def _whitened(self) -> tuple[Tensor, Tensor]:
-        covariance = self.inputs.covariance
-        ridge = self.shrinkage * covariance.diagonal().mean()
-        covariance.diagonal().add_(ridge)
+    def _solution(self) -> Tensor:
+        """B = Wᵀ + (C + κ m I)⁻¹ (Cxy - C Wᵀ), κ the correction's own, stronger shrinkage."""
+        covariance, weight = self.inputs.covariance, self.weight.mT
         cross = self.cross / self.inputs.count - torch.outer(
             self.inputs.mean, self.target_sum / self.inputs.count)
-        lower = torch.linalg.cholesky(covariance)
-        cross = cross + ridge * self.weight.mT
-        return torch.linalg.solve_triangular(lower, cross, upper=False), lower
+        lower = torch.linalg.cholesky(shrink(covariance, CORRECTION_SHRINKAGE))
+        return weight + torch.cholesky_solve(cross - covariance @ weight, lower)
 
 
 def _top_right_singular_vectors(matrix: Tensor, rank: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from adacomcat.calibrate import calibrate
-from adacomcat.sequential import Regression, sequential_blocks
+from adacomcat.sequential import CORRECTION_SHRINKAGE, Regression, sequential_blocks
 
 TINY = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
 
@@ -80,19 +80,23 @@ def test_regression_solves_the_shrunk_least_squares(inputs: int, outputs: int) -
     found, bias = regression(x, y, weight, strength).solve_dense()
 
     xc, yc = (x - x.mean(0)).double(), (y - y.mean(0)).double()
-    ridge = strength * xc.square().mean()
+
+    def with_ridge(strength: float) -> Tensor:
+        pull = (200 * strength * xc.square().mean()).sqrt()
+        return torch.cat([xc, pull * torch.eye(inputs, dtype=torch.float64)])
+
     # rows of √(M·ridge)·I with targets √(M·ridge)·Wᵀ pull the solution towards W
-    pull = (200 * ridge).sqrt()
-    rows = torch.cat([xc, pull * torch.eye(inputs, dtype=torch.float64)])
-    targets = torch.cat([yc, pull * weight.T.double()])
+    rows = with_ridge(CORRECTION_SHRINKAGE)
+    targets = torch.cat([yc, rows[200:] @ weight.T.double()])
     expected = torch.linalg.lstsq(rows, targets).solution.T
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(bias, y.mean(0).double() - expected @ x.mean(0).double(),
                                rtol=1e-4, atol=1e-4)
 
-    # no rank-r map does better on the same rows: compare with the projected optimum (Eckart-Young
-    # on the fitted values), computed another way
+    # no rank-r map is nearer to it in the metric of the inputs: compare with the projected optimum
+    # (Eckart-Young on the fitted values), computed another way
     v, u, _ = regression(x, y, weight, strength).solve(4)
+    rows = with_ridge(strength)
     fitted = rows @ expected.T
     best = torch.linalg.svdvals(fitted)[4:].square().sum()
     ours = (fitted - rows @ v @ u.T).square().sum()

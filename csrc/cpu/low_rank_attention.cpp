@@ -37,21 +37,36 @@ struct Masks {
   }
 };
 
-// (rows, columns) in the operand format, rows back to back.
+// (rows, columns) in the operand format, rows back to back: a part of the calling thread's memory.
 struct Operand {
-  at::Tensor held;
   char* data;
-  int64_t columns, size;
-
-  Operand(const Engine& e, int64_t rows, int64_t columns)
-      : held(at::empty({rows, columns}, e.operand == Dtype::f32 ? at::kFloat : at::kBFloat16)),
-        data(static_cast<char*>(held.mutable_data_ptr())),
-        columns(columns),
-        size(e.operand_size()) {}
+  int64_t rows, columns, size;
 
   char* at_row(int64_t row, int64_t column = 0) const {
     return data + (row * columns + column) * size;
   }
+};
+
+// q, k, v and the context between two sweeps, reused from call to call: fresh memory of this size
+// would come from the system page by page.
+class Workspace {
+ public:
+  Workspace(const Engine& e, int64_t rows, int64_t columns) : size_(e.operand_size()) {
+    thread_local std::vector<char> memory;
+    const int64_t bytes = rows * columns * size_ + 5 * 64;
+    if (static_cast<int64_t>(memory.size()) < bytes) memory.resize(bytes);
+    next_ = memory.data();
+  }
+
+  Operand take(int64_t rows, int64_t columns) {
+    const Operand operand{next_, rows, columns, size_};
+    next_ += Scratch::aligned(rows * columns * size_);
+    return operand;
+  }
+
+ private:
+  char* next_;
+  int64_t size_;
 };
 
 struct Heads {
@@ -110,8 +125,10 @@ void attend(const Engine& e, const Heads& s, const Operand& q, const Operand& k,
   });
 }
 
-at::Tensor as_kept(const Operand& from, const at::Tensor& x) {
-  return from.held.to(x.scalar_type()).view({x.size(0), x.size(1), from.columns});
+at::Tensor kept(const Engine& e, const Operand& from, const at::Tensor& x) {
+  at::Tensor to = at::empty({x.size(0), x.size(1), from.columns}, x.options());
+  keep_rows(from.rows, from.columns, from.data, from.columns, e.operand, to, 0);
+  return to;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_attention(
@@ -135,13 +152,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
 
   at::Tensor y = at::empty(with_last(x, out), x.options());
   const Engine& e = engine(dtype_of(x));
-  const Operand q(e, rows, columns_qk), k(e, rows, columns_qk), v(e, rows, columns_vo),
-      context(e, rows, columns_vo);
+  Workspace workspace(e, rows, 2 * (columns_qk + columns_vo));
+  const Operand q = workspace.take(rows, columns_qk), k = workspace.take(rows, columns_qk);
+  const Operand v = workspace.take(rows, columns_vo), context = workspace.take(rows, columns_vo);
   const auto results = [&] {
-    const auto kept = [&](const Operand& o) {
-      return keep ? as_kept(o, x) : at::empty({0}, x.options());
+    const auto maybe = [&](const Operand& o) {
+      return keep ? kept(e, o, x) : at::empty({0}, x.options());
     };
-    return std::make_tuple(y, kept(q), kept(k), kept(v), kept(context));
+    return std::make_tuple(y, maybe(q), maybe(k), maybe(v), maybe(context));
   };
   if (!rows || !out) return results();
 

@@ -6,7 +6,7 @@ import time
 import torch
 import torch.nn.functional as F
 from backbone import load_backbone
-from photos import crops, split
+from photos import calibration_crops, crops, split
 from torch import Tensor, nn
 
 import adacomcat
@@ -41,7 +41,7 @@ def main() -> None:
     args = arguments()
     model = load_backbone()
     calibration_files, test_files = split(args.photos)
-    calibration = crops(calibration_files, args.crops, args.seed)
+    calibration = calibration_crops(calibration_files, args.crops, args.seed)
     test = crops(test_files, args.test_crops, args.seed + 1)
     dense = tokens(model, test)
     print(f"{len(calibration_files)} photos calibrate, {len(test_files)} test")

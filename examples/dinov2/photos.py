@@ -1,6 +1,11 @@
-"""Photos that are on every machine: those that scikit-image, scikit-learn and matplotlib bundle."""
+"""Photos that are on every machine: those that scikit-image, scikit-learn and matplotlib bundle.
+
+Where Debian's packages are installed, their photographs join in, and cut-out animals, plants,
+vehicles and things (tuxpaint-stamps-default) are pasted on half of the calibration crops.
+"""
 
 import importlib.util
+import random
 from pathlib import Path
 
 import torch
@@ -38,6 +43,10 @@ OTHERS = {
                          "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png",
                          "retina.jpg")),
 }
+CUTOUTS = Path("/usr/share/tuxpaint/stamps")
+CUTOUT_KINDS = ("animals", "clothes", "food", "hobbies", "household", "people", "plants", "sports",
+                "town/houses", "town/monuments", "vehicles")
+CUTOUT_LEAST = 120  # pixels of the smaller side
 TEST_EVERY = 4  # every fourth photograph is never calibrated on
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -60,18 +69,65 @@ def _bundled(packages: dict[str, tuple[str, tuple[str, ...]]]) -> list[Path]:
             for package, (folder, names) in packages.items() for name in names]
 
 
+def cutouts() -> list[Path]:
+    found = (path for kind in CUTOUT_KINDS for path in sorted((CUTOUTS / kind).rglob("*.png"))
+             if "cartoon" not in path.parts)
+    return [path for path in found if _large_enough(path)]
+
+
+def _large_enough(path: Path) -> bool:
+    with Image.open(path) as picture:
+        return min(picture.size) >= CUTOUT_LEAST
+
+
+def calibration_crops(files: list[Path], count: int, seed: int) -> Tensor:
+    """(count, 3, 224, 224): crops of these photos, on half of them a cut-out if there are any."""
+    objects = cutouts()
+    random.Random(seed).shuffle(objects)
+    pasted = min(count // 2, len(objects))
+    plain = crops(files, count - pasted, seed)
+    if not pasted:
+        return plain
+    return torch.cat([plain, _crops_with(objects[:pasted], files, seed)])
+
+
 def crops(files: list[Path], count: int, seed: int) -> Tensor:
     """(count, 3, 224, 224): random crops, flipped at random, the files in turn."""
-    transform = v2.Compose([
-        v2.RandomResizedCrop(224, scale=(0.2, 1.0), antialias=True), v2.RandomHorizontalFlip(),
-        v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-    photos = []
-    for path in files:
-        with Image.open(path) as photo:
-            photo.draft("RGB", (1024, 1024))
-            photo = photo.convert("RGB")
-            photo.thumbnail((1024, 1024))
-            photos.append(photo)
+    photos = [_open(path) for path in files]
+    transform = _transform((0.2, 1.0))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return torch.stack([transform(photos[i % len(photos)]) for i in range(count)])
+
+
+def _crops_with(objects: list[Path], files: list[Path], seed: int) -> Tensor:
+    """One crop for each object: pasted near the middle of a crop of a photo."""
+    place, side = random.Random(seed), 320
+    background, transform = v2.RandomResizedCrop(side, scale=(0.2, 1.0)), _transform((0.5, 1.0))
+    made = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for i, path in enumerate(objects):
+            canvas = background(_open(files[i % len(files)]))
+            with Image.open(path) as picture:
+                thing = picture.convert("RGBA")
+            factor = place.uniform(0.6, 1.1) * side / max(thing.size)
+            thing = thing.resize([max(1, round(size * factor)) for size in thing.size])
+            corner = tuple((side - size) // 2 + place.randint(-30, 30) for size in thing.size)
+            canvas.paste(thing, corner, thing)
+            made.append(transform(canvas))
+    return torch.stack(made)
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as photo:
+        photo.draft("RGB", (1024, 1024))
+        photo = photo.convert("RGB")
+        photo.thumbnail((1024, 1024))
+        return photo
+
+
+def _transform(scale: tuple[float, float]) -> v2.Transform:
+    return v2.Compose([
+        v2.RandomResizedCrop(224, scale=scale, antialias=True), v2.RandomHorizontalFlip(),
+        v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])

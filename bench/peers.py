@@ -1,0 +1,116 @@
+"""The runtimes that a user could pick instead, on the dense model and on the same low ranks.
+
+A peer is a callable on a NumPy-shareable batch (B, 3, H, W); making one may fail where a runtime is
+not installed or takes no such dtype, and says so.
+"""
+
+import io
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adacomcat.attention import LowRankAttention
+from adacomcat.layers import LowRankLinear, LowRankMlp
+
+Peer = Callable[[Tensor], object]
+
+
+class PlainLinear(nn.Module):
+    """Two library linears, the weights laid out as the library likes them."""
+
+    def __init__(self, low_rank: LowRankLinear) -> None:
+        super().__init__()
+        self.down = nn.Linear(low_rank.in_features, low_rank.rank, bias=False)
+        self.up = nn.Linear(low_rank.rank, low_rank.out_features)
+        with torch.no_grad():
+            self.down.weight.copy_(low_rank.v.T)
+            self.up.weight.copy_(low_rank.u)
+            self.up.bias.copy_(low_rank.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
+class PlainMlp(nn.Module):
+    def __init__(self, mlp: LowRankMlp) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = PlainLinear(mlp.fc1), mlp.act, PlainLinear(mlp.fc2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class PlainAttention(nn.Module):
+    """One library product for q, k and v, the library's fused attention, one product out."""
+
+    def __init__(self, attn: LowRankAttention) -> None:
+        super().__init__()
+        self.num_heads, self.scale = attn.num_heads, attn.scale
+        self.sizes = [attn.wq.shape[0], attn.wk.shape[0], attn.wv.shape[0]]
+        self.qkv = nn.Linear(attn.wq.shape[1], sum(self.sizes))
+        self.proj = nn.Linear(attn.wo.shape[1], attn.wo.shape[0])
+        with torch.no_grad():
+            self.qkv.weight.copy_(torch.cat([attn.wq, attn.wk, attn.wv]))
+            self.qkv.bias.copy_(torch.cat([attn.bq, torch.zeros(sum(self.sizes[1:]))]))
+            self.proj.weight.copy_(attn.wo)
+            self.proj.bias.copy_(attn.bo)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None,
+                is_causal: bool = False) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+                   for t in self.qkv(x).split(self.sizes, -1))
+        y = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """In place: the same factors in library modules only, for exporters and as a baseline."""
+    kinds = {LowRankAttention: PlainAttention, LowRankMlp: PlainMlp, LowRankLinear: PlainLinear}
+    for name, module in list(model.named_modules()):
+        inside_mlp = type(module) is LowRankLinear and name.rpartition(".")[0].endswith("mlp")
+        if type(module) in kinds and not inside_mlp:
+            model.set_submodule(name, kinds[type(module)](module))
+    return model.eval()
+
+
+def eager(model: nn.Module, dtype: torch.dtype) -> Peer:
+    model = model.to(dtype)
+    return lambda x: model(x.to(dtype))
+
+
+def compiled(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Peer:
+    """torch.compile with its weights frozen."""
+    torch._inductor.config.freezing = True
+    torch.compiler.reset()
+    model = torch.compile(model.to(dtype))
+    run = lambda x: model(x.to(dtype))  # noqa: E731
+    run(example)
+    return run
+
+
+def onnxruntime(model: nn.Module, dtype: torch.dtype, example: Tensor, threads: int) -> Peer:
+    import onnxruntime as ort
+
+    if dtype != torch.float32:
+        raise NotImplementedError("its CPU kernels for this model are float32")
+    buffer = io.BytesIO()
+    torch.onnx.export(model, (example,), dynamo=True, verbose=False).save(buffer)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(buffer.getvalue(), options,
+                                   providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: session.run(None, {name: x.numpy()})
+
+
+def openvino(model: nn.Module, dtype: torch.dtype, example: Tensor, threads: int) -> Peer:
+    import openvino as ov
+
+    converted = ov.convert_model(model, example_input=example, input=list(example.shape))
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+    request = ov.Core().compile_model(converted, "CPU", {
+        "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY"}).create_infer_request()
+    return lambda x: request.infer([x.numpy()])

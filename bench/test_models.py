@@ -1,0 +1,182 @@
+"""Whole models: dense and low-rank, ours and what else a user could pick, in one run.
+
+Every repeat runs all peers in turn; ratios are of medians. Run: make bench, or
+``python -m pytest bench/test_models.py``; ``--models deit_small --batches 1 8 --threads 1 2`` as
+``python bench/test_models.py`` for a part of it.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import peers
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import adacomcat
+from adacomcat import backends
+from adacomcat.cost import model_macs, model_params
+
+REPEATS = 11
+# Half the head dimension for QK and VO, a third of the width in the MLP: 0.465 of DeiT-S.
+MODELS = {"deit_small": ("deit_small_patch16_224", 32, 128),
+          "deit_base": ("deit_base_patch16_224", 32, 256)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def low_rank(dense: nn.Module, rank: int, rank_mlp: int) -> nn.Module:
+    ranks = {"qk": rank, "vo": rank, "fc1": rank_mlp, "fc2": rank_mlp}
+    return adacomcat.compress(dense, plan=adacomcat.RankPlan(
+        {site.name: ranks[site.name.rpartition(".")[2]] for site in adacomcat.find_sites(dense)
+         if site.name.startswith("blocks")}))
+
+
+def make_peers(name: str, dtype: torch.dtype, batch: int, threads: int,
+               wanted: Iterable[str] | None) -> tuple[dict[str, peers.Peer], dict[str, str]]:
+    """Name → callable, and name → why there is none."""
+    torch.manual_seed(0)
+    architecture, rank, rank_mlp = MODELS[name]
+    dense = timm.create_model(architecture).eval()
+    ours = low_rank(dense, rank, rank_mlp)
+    example = torch.randn(batch, 3, 224, 224)
+    made: dict[str, peers.Peer] = {}
+    missing: dict[str, str] = {}
+
+    def add(peer: str, make: Callable[[], peers.Peer]) -> None:
+        if wanted and peer not in wanted:
+            return
+        try:
+            made[peer] = make()
+            made[peer](example)
+        except Exception as error:  # a runtime that is absent or refuses is a finding, not a crash
+            made.pop(peer, None)
+            missing[peer] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+
+    add("ours", lambda: peers.eager(adacomcat.optimize(ours), dtype))
+    add("ours, not fused", lambda: peers.eager(copy.deepcopy(ours), dtype))
+    for label, model in (("dense", dense), ("low-rank", peers.plain(copy.deepcopy(ours)))):
+        def fresh(model: nn.Module = model) -> nn.Module:
+            return copy.deepcopy(model)
+        add(f"{label}, eager", lambda: peers.eager(fresh(), dtype))
+        add(f"{label}, compiled", lambda: peers.compiled(fresh(), dtype, example))
+        add(f"{label}, onnxruntime", lambda: peers.onnxruntime(fresh(), dtype, example, threads))
+        add(f"{label}, openvino", lambda: peers.openvino(fresh(), dtype, example, threads))
+    made["ours"].macs = model_macs(ours) * batch
+    made["ours"].kept = model_params(ours) / model_params(dense)
+    return made, missing
+
+
+def gemm_peak(dtype: torch.dtype) -> float:
+    """GFLOP/s of the fastest product found here: the library's, large, and our own tile's."""
+    best = 0.0
+    for size in (512, 1024):
+        a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+        for run in (lambda a=a, b=b: torch.nn.functional.linear(a, b),
+                    lambda a=a, b=b: adacomcat.ops.low_rank_linear(a, b, b)):
+            flops = 2 * size**3 * (1 if run.__defaults__[0] is None else 1)
+            seconds = []
+            for _ in range(8):
+                start = time.perf_counter()
+                run()
+                seconds.append(time.perf_counter() - start)
+            products = 2 if "low_rank" in run.__code__.co_names else 1
+            best = max(best, products * flops / min(seconds) / 1e9)
+    return best
+
+
+def measure(made: dict[str, peers.Peer], x: Tensor, repeats: int) -> dict[str, float]:
+    """Median milliseconds, A B C A B C …"""
+    spent: dict[str, list[float]] = {name: [] for name in made}
+    for repeat in range(repeats + 2):
+        for name, run in made.items():
+            start = time.perf_counter()
+            run(x)
+            if repeat >= 2:
+                spent[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(times) for name, times in spent.items()}
+
+
+@torch.inference_mode()
+def compare(name: str, dtype: str, batch: int, threads: int, repeats: int = REPEATS,
+            wanted: Iterable[str] | None = None) -> dict[str, object]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            made, missing = make_peers(name, DTYPES[dtype], batch, threads, wanted)
+        times = measure(made, torch.randn(batch, 3, 224, 224), repeats)
+        peak = gemm_peak(DTYPES[dtype])
+    finally:
+        torch.set_num_threads(before)
+    ours = times["ours"]
+
+    def fastest(kind: str) -> float | None:
+        found = [t for peer, t in times.items() if peer.startswith(kind)]
+        return round(min(found) / ours, 2) if found else None
+
+    gflops = 2 * made["ours"].macs / ours / 1e6
+    return {"model": name, "dtype": dtype, "batch": batch, "threads": threads,
+            "milliseconds": {k: round(t, 2) for k, t in times.items()}, "missing": missing,
+            "vs dense eager": round(times.get("dense, eager", float("nan")) / ours, 2),
+            "vs fastest dense": fastest("dense"), "vs fastest low-rank": fastest("low-rank"),
+            "GFLOP/s": round(gflops), "peak GFLOP/s": round(peak),
+            "fraction of peak": round(gflops / peak, 2)}
+
+
+def machine() -> dict[str, object]:
+    info = Path("/proc/cpuinfo")
+    model = next((line.partition(":")[2].strip() for line in info.read_text().splitlines()
+                  if line.startswith("model name")), "") if info.exists() else platform.processor()
+    return {"cpu": model, "torch": torch.__version__, "timm": timm.__version__,
+            "extension": backends.build_info()}
+
+
+def table(results: list[dict]) -> str:
+    columns = ["model", "dtype", "batch", "threads", "vs dense eager", "vs fastest dense",
+               "vs fastest low-rank", "GFLOP/s", "peak GFLOP/s", "fraction of peak"]
+    rows = [columns, ["---"] * len(columns)] + [[str(r[c]) for c in columns] for r in results]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_model(benchmark: Callable, name: str, dtype: str, batch: int, threads: int) -> None:
+    result = benchmark.pedantic(compare, (name, dtype, batch, threads), rounds=1)
+    benchmark.extra_info.update(result, **machine())
+    print("\n" + table([result]) + "\n" + json.dumps(result["milliseconds"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--peers", nargs="+", help="only these, 'ours' included")
+    parser.add_argument("--output", type=Path, help="JSON")
+    args = parser.parse_args()
+    results = []
+    for name in args.models:
+        for dtype in args.dtypes:
+            for batch in args.batches:
+                for threads in args.threads:
+                    results.append(compare(name, dtype, batch, threads, args.repeats, args.peers))
+                    print(json.dumps(results[-1]), flush=True)
+    print(json.dumps(machine()))
+    print(table(results))
+    if args.output:
+        args.output.write_text(json.dumps({"machine": machine(), "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
