@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed$(subst /,-,$(CURDIR))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: install demo test bench lint
+.PHONY: install demo test bench lint sanitize
 
 install: $(INSTALLED)
 
@@ -26,7 +26,19 @@ test: install
 	$(PY) -m pytest -rs
 
 bench: install
-	$(PY) -m pytest bench --benchmark-only
+	$(PY) -m pytest bench -rs --benchmark-only --benchmark-columns=median,iqr,rounds \
+	  --benchmark-group-by=func,param:name,param:shape,param:dtype,param:direction
 
 lint: install
 	$(PY) -m ruff check .
+
+# The C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer. The build for it
+# stands apart in build/sanitize; libasan comes first, since python itself is built without.
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: install
+	$(PY) -m pip install -q "setuptools>=77" wheel
+	CFLAGS="$(SANITIZERS) -fno-omit-frame-pointer -g1" LDFLAGS="$(SANITIZERS)" ADACOMCAT_NO_CUDA=1 \
+	  $(PY) -m pip install -q --upgrade --no-deps --no-build-isolation --target build/sanitize .
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize \
+	  $(PY) -P -m pytest -q -p no:cacheprovider tests/test_cpu_kernels.py -k "not environment"

@@ -8,7 +8,6 @@ Every repeat runs all peers in turn; ratios are of medians. Run: make bench, or
 import argparse
 import copy
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -18,10 +17,10 @@ import peers
 import pytest
 import timm
 import torch
+from machine import gemm_peak, machine
 from torch import Tensor, nn
 
 import adacomcat
-from adacomcat import backends
 from adacomcat.cost import model_macs, model_params
 
 REPEATS = 11
@@ -73,24 +72,6 @@ def make_peers(name: str, dtype: torch.dtype, batch: int, threads: int,
     return made, missing
 
 
-def gemm_peak(dtype: torch.dtype) -> float:
-    """GFLOP/s of the fastest product found here: the library's, large, and our own tile's."""
-    best = 0.0
-    for size in (512, 1024):
-        a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-        for run in (lambda a=a, b=b: torch.nn.functional.linear(a, b),
-                    lambda a=a, b=b: adacomcat.ops.low_rank_linear(a, b, b)):
-            flops = 2 * size**3 * (1 if run.__defaults__[0] is None else 1)
-            seconds = []
-            for _ in range(8):
-                start = time.perf_counter()
-                run()
-                seconds.append(time.perf_counter() - start)
-            products = 2 if "low_rank" in run.__code__.co_names else 1
-            best = max(best, products * flops / min(seconds) / 1e9)
-    return best
-
-
 def measure(made: dict[str, peers.Peer], x: Tensor, repeats: int) -> dict[str, float]:
     """Median milliseconds, A B C A B C …"""
     spent: dict[str, list[float]] = {name: [] for name in made}
@@ -128,14 +109,6 @@ def compare(name: str, dtype: str, batch: int, threads: int, repeats: int = REPE
             "vs fastest dense": fastest("dense"), "vs fastest low-rank": fastest("low-rank"),
             "GFLOP/s": round(gflops), "peak GFLOP/s": round(peak),
             "fraction of peak": round(gflops / peak, 2)}
-
-
-def machine() -> dict[str, object]:
-    info = Path("/proc/cpuinfo")
-    model = next((line.partition(":")[2].strip() for line in info.read_text().splitlines()
-                  if line.startswith("model name")), "") if info.exists() else platform.processor()
-    return {"cpu": model, "torch": torch.__version__, "timm": timm.__version__,
-            "extension": backends.build_info()}
 
 
 def table(results: list[dict]) -> str:
