@@ -15,30 +15,36 @@ void load_rows(int64_t m, int64_t k, Rows x, void* out, int64_t stride) {
   }
 }
 
-void normalize_rows(int64_t m, int64_t k, Rows x, float epsilon, void* out, int64_t stride) {
+template <Dtype D>
+void normalize_rows_of(int64_t m, int64_t k, Rows x, float epsilon, void* out, int64_t stride) {
+  const int64_t whole = k / kLanes * kLanes, tail = k - whole;
   for (int64_t i = 0; i < m; ++i) {
     const int64_t from = i * x.stride;
-    Vector sums{};
-    for (int64_t j = 0; j < k; j += kLanes) {
-      sums += load_some(x.data, from + j, x.dtype, least(kLanes, k - j));
-    }
-    const float mean = sum_of(sums) / k;
-    Vector squares{};
-    for (int64_t j = 0; j < k; j += kLanes) {
-      const int64_t count = least(kLanes, k - j);
-      Vector centred = load_some(x.data, from + j, x.dtype, count) - mean;
-      for (int64_t lane = count; lane < kLanes; ++lane) centred[lane] = 0;
-      squares += centred * centred;
+    Vector last{}, sums{};
+    if (tail) last = load_some(x.data, from + whole, D, tail);
+    for (int64_t j = 0; j < whole; j += kLanes) sums += load(x.data, from + j, D);
+    const float mean = sum_of(sums + last) / k;
+    Vector centred = last - mean;
+    for (int64_t lane = tail; lane < kLanes; ++lane) centred[lane] = 0;
+    Vector squares = tail ? centred * centred : Vector{};
+    for (int64_t j = 0; j < whole; j += kLanes) {
+      const Vector value = load(x.data, from + j, D) - mean;
+      squares += value * value;
     }
     const float scale = 1.0f / __builtin_sqrtf(sum_of(squares) / k + epsilon);
     char* row = static_cast<char*>(out) + i * stride * kOperandSize;
-    for (int64_t j = 0; j < k; j += kLanes) {
-      const int64_t count = least(kLanes, k - j);
-      const Vector value = load_some(x.data, from + j, x.dtype, count);
-      store_some(row, j, kOperand, (value - mean) * scale, count);
+    for (int64_t j = 0; j < whole; j += kLanes) {
+      store(row, j, kOperand, (load(x.data, from + j, D) - mean) * scale);
     }
+    if (tail) store_some(row, whole, kOperand, centred * scale, tail);
     pad_row(row, k);
   }
+}
+
+void normalize_rows(int64_t m, int64_t k, Rows x, float epsilon, void* out, int64_t stride) {
+  if (x.dtype == Dtype::f32) return normalize_rows_of<Dtype::f32>(m, k, x, epsilon, out, stride);
+  if (x.dtype == Dtype::bf16) return normalize_rows_of<Dtype::bf16>(m, k, x, epsilon, out, stride);
+  normalize_rows_of<Dtype::f16>(m, k, x, epsilon, out, stride);
 }
 
 inline Vector masked(Vector logit, const Mask& mask, int64_t i, int64_t j, int64_t count) {
@@ -55,26 +61,38 @@ inline Vector masked(Vector logit, const Mask& mask, int64_t i, int64_t j, int64
   return logit;
 }
 
+// Scales, masks and closes one row with -infinity up to whole vectors.
+inline void prepare_row(int64_t i, int64_t n, float* row, float scale, const Mask& mask) {
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const int64_t count = least(kLanes, n - j);
+    Vector x = load(row + j) * scale;
+    if (mask.data) x = masked(x, mask, i, j, count);
+    for (int64_t lane = count; lane < kLanes; ++lane) x[lane] = -__builtin_inff();
+    store(row + j, x);
+  }
+}
+
 void softmax_rows(int64_t m, int64_t n, float* logits, int64_t stride, float scale, Mask mask,
                   void* out, int64_t out_stride, float* inverse_sum) {
   const float infinity = __builtin_inff();
+  // Without a mask and with a positive scale the scale waits for the exponential.
+  const bool prepared = mask.data || scale <= 0;
+  const float rest = prepared ? 1.0f : scale;
   for (int64_t i = 0; i < m; ++i) {
     float* row = logits + i * stride;
-    Vector most = broadcast(-infinity);
-    for (int64_t j = 0; j < n; j += kLanes) {  // logits have room for whole vectors
-      const int64_t count = least(kLanes, n - j);
-      Vector x = load(row + j) * scale;
-      if (mask.data) x = masked(x, mask, i, j, count);
-      for (int64_t lane = count; lane < kLanes; ++lane) x[lane] = -infinity;
-      store(row + j, x);
-      most = maximum(most, x);
+    if (prepared) {
+      prepare_row(i, n, row, scale, mask);
+    } else {
+      for (int64_t j = n; j % kLanes; ++j) row[j] = -infinity;  // there is room for whole vectors
     }
-    float peak = maximum_of(most);
+    Vector most = broadcast(-infinity);
+    for (int64_t j = 0; j < n; j += kLanes) most = maximum(most, load(row + j));
+    float peak = maximum_of(most) * rest;
     if (peak == -infinity) peak = 0;  // masked entirely: every exponential is zero
     Vector sums{};
     char* to = static_cast<char*>(out) + i * out_stride * kOperandSize;
     for (int64_t j = 0; j < n; j += kLanes) {
-      const Vector x = decay(load(row + j) - peak);
+      const Vector x = decay(load(row + j) * rest - peak);
       sums += x;
       store(to, j, kOperand, x);
     }

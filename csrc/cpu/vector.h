@@ -15,7 +15,7 @@ inline void store(float* p, Vector x) { *reinterpret_cast<LooseVector*>(p) = x; 
 inline Vector select(Integers mask, Vector yes, Vector no) {
   return (Vector)((mask & (Integers)yes) | (~mask & (Integers)no));
 }
-inline Vector maximum(Vector a, Vector b) { return select(a > b, a, b); }
+inline Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
 
 inline Vector from_bf16(Halves x) {
   return (Vector)(__builtin_convertvector(x, Words) << 16);
@@ -118,22 +118,28 @@ inline Vector exponential(Vector x) {
   return select(x == x, p, x);
 }
 
-// exp(x) for x <= 0: the softmax's. Relative error about 1e-7; 0 below -87.
+// exp(x) for x <= 0: the softmax's. 0 below -87; relative error about 1e-7, or 2e-5 where the result
+// becomes bfloat16.
 inline Vector decay(Vector x) {
-  const Integers low = x < broadcast(-87.3f);
+  const Vector clamped = maximum(x, broadcast(-87.3f));
   const float round = 12582912.0f;
-  const Vector shifted = select(low, Vector{}, x) * 1.44269504088896f + round;
+  const Vector shifted = clamped * 1.44269504088896f + round;
   const Vector n = shifted - round;
-  const Vector r = (select(low, Vector{}, x) - n * 0.693359375f) - n * -2.12194440e-4f;
+#ifdef ADACOMCAT_BF16_DOT
+  const Vector r = clamped - n * 0.693147181f;
+  Vector p = r * (1.0f / 24) + (1.0f / 6);
+#else
+  const Vector r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
   Vector p = r * (1.0f / 720) + (1.0f / 120);
   p = p * r + (1.0f / 24);
   p = p * r + (1.0f / 6);
+#endif
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   // The integer n stands in the low bits of `shifted`; it moves into the exponent.
   p = (Vector)((Integers)p + ((Integers)shifted << 23));
-  return select(low, Vector{}, p);
+  return select(x < -87.3f, Vector{}, p);
 }
 
 // Minimax polynomials of erf(z) / z in s = 2 z² / 3.9² - 1, |z| <= 3.9 (beyond, erf is 1 to 4e-8):
