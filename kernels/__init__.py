@@ -1,4 +1,19 @@
-"""Triton kernels, imported as `adacomcat.kernels`; this package imports torch and triton only."""
+"""Triton kernels, imported as `adacomcat.kernels`; this package imports torch and triton only.
 
-# Op name -> launcher.
-KERNELS: dict[str, object] = {}
+Nothing is imported before `load`: a machine without triton or without a GPU pays nothing.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+KERNELS = (
+    "low_rank_linear",
+    "gated_low_rank_linear",
+    "low_rank_mlp",
+    "low_rank_attention",
+)
+
+
+def load(op: str) -> ModuleType:
+    """The module of one op, with its launchers `forward` and `backward`."""
+    return import_module(f"{__name__}.{op}")

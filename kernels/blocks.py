@@ -1,0 +1,66 @@
+"""The two halves of every low-rank kernel: rows into the rank, and out of it again.
+
+A block of rows is contracted to (BLOCK_M, BLOCK_R), which stays on the chip, and expanded from
+there; weights are read tile by tile. Matrices have adjacent elements in each row.
+"""
+
+import triton
+import triton.language as tl
+from adacomcat.kernels.activations import activate
+
+
+@triton.jit
+def load_tile(ptr, stride, rows, columns, ROWS, COLUMNS):
+    """ptr[rows, columns] of a (ROWS, COLUMNS) matrix, zero outside."""
+    mask = (rows[:, None] < ROWS) & (columns[None, :] < COLUMNS)
+    return tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, stride, rows, columns, ROWS, COLUMNS, value):
+    """ptr[rows, columns] = value, rounded to the matrix's type, nothing outside."""
+    mask = (rows[:, None] < ROWS) & (columns[None, :] < COLUMNS)
+    ptrs = ptr + rows[:, None] * stride + columns[None, :]
+    tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_row(ptr, columns, COLUMNS):
+    """ptr[columns] in float32, zero outside."""
+    return tl.load(ptr + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def contract(
+    x_ptr, stride_x, w_ptr, stride_w, ROWS, K, R,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x W for BLOCK_M rows: x (ROWS, K) is read once; W (K, R) → (BLOCK_M, BLOCK_R) in float32."""
+    rows, ranks = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
+    middle = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        x = load_tile(x_ptr, stride_x, rows, inner, ROWS, K)
+        w = load_tile(w_ptr, stride_w, inner, ranks, K, R)
+        middle = tl.dot(x, w, middle, input_precision=PRECISION)
+    return middle
+
+
+@triton.jit
+def expand(
+    middle, w_ptr, stride_w, bias_ptr, residual_ptr, stride_residual, y_ptr, ROWS, N, R,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y = act(middle Wᵀ + b) + residual, BLOCK_N columns at a time.  W (N, R), y (ROWS, N)."""
+    rows, ranks = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
+    for start in range(0, N, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        w = load_tile(w_ptr, stride_w, columns, ranks, N, R)
+        y = tl.dot(middle, tl.trans(w), input_precision=PRECISION)
+        if bias_ptr is not None:
+            y += load_row(bias_ptr, columns, N)[None, :]
+        y = activate(y, ACTIVATION)
+        if residual_ptr is not None:
+            y += load_tile(residual_ptr, stride_residual, rows, columns, ROWS, N).to(tl.float32)
+        store_tile(y_ptr, N, rows, columns, ROWS, N, y)

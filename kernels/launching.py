@@ -1,0 +1,44 @@
+"""What every launcher needs: rows, contiguity, precision, and a launch that knows empty grids."""
+
+import torch
+import triton
+from adacomcat.kernels import tiles
+from torch import Tensor
+
+
+def rows(x: Tensor) -> Tensor:
+    """(..., d) → (rows, d) whose elements within a row are adjacent; a view where there is one."""
+    return adjacent(x.reshape(-1, x.shape[-1]))
+
+
+def adjacent(x: Tensor | None) -> Tensor | None:
+    """x itself if the elements of a row are adjacent, else a contiguous copy."""
+    if x is None or x.stride(-1) == 1:
+        return x
+    return x.contiguous()
+
+
+def stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
+def precision(x: Tensor) -> str:
+    """How float32 products are taken; 16-bit products are exact in float32 anyway.
+
+    tf32 if torch may use it (`torch.set_float32_matmul_precision`). Otherwise tf32x3: three
+    tensor-core products of the operands' upper and lower halves, within 1e-6 of exact, where
+    the exact product of scalar units would be an order of magnitude slower.
+    """
+    if x.dtype != torch.float32 or tiles.target().backend == "hip":
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def launch(
+    kernel: triton.runtime.jit.KernelInterface, grid: tuple[int, ...], x: Tensor, *args, **kwargs
+) -> None:
+    """Run `kernel` on the device of `x`; an empty grid has nothing to compute."""
+    if 0 in grid:
+        return
+    with torch.cuda.device_of(x):
+        kernel[grid](*args, **kwargs)

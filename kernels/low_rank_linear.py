@@ -1,0 +1,190 @@
+"""low_rank_linear: act((x V) Uᵀ + b) + residual, and its gradients.
+
+One program owns BLOCK_M rows: it reads them once, keeps x V on the chip, and writes all N outputs,
+so neither x is read nor x V computed again for each output tile. Without an activation the
+gradient of x is the same computation, with the factors exchanged: (grad U) Vᵀ.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from adacomcat.kernels import tiles
+from adacomcat.kernels.activations import slope
+from adacomcat.kernels.blocks import contract, expand, load_row, load_tile, store_tile
+from adacomcat.kernels.launching import adjacent, launch, precision, rows, stride
+from adacomcat.kernels.reductions import weight_grad, weight_grads
+from torch import Tensor
+
+Gradient = Tensor | None
+
+
+@triton.jit
+def low_rank_linear_kernel(
+    x_ptr, v_ptr, gate_ptr, u_ptr, bias_ptr, residual_ptr, y_ptr, middle_ptr,
+    M, K, N, R, stride_x, stride_v, stride_u, stride_residual,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y = act(((x V) * gate) Uᵀ + b) + residual; x V too where `middle_ptr` is given."""
+    # 64 bits: a tensor may have more than 2^31 elements, a tile has not.
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    left = (M - first).to(tl.int32)
+    rows, ranks = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
+    middle = contract(
+        x_ptr + first * stride_x, stride_x, v_ptr, stride_v, left, K, R,
+        BLOCK_M, BLOCK_K, BLOCK_R, PRECISION,
+    )  # fmt: skip
+    if middle_ptr is not None:
+        store_tile(middle_ptr + first * R, R, rows, ranks, left, R, middle)
+    if gate_ptr is not None:
+        middle *= load_row(gate_ptr, ranks, R)[None, :]
+    if y_ptr is not None:
+        if residual_ptr is not None:
+            residual_ptr += first * stride_residual
+        expand(
+            middle.to(x_ptr.dtype.element_ty), u_ptr, stride_u, bias_ptr,
+            residual_ptr, stride_residual, y_ptr + first * N,
+            left, N, R, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def low_rank_linear_backward_kernel(
+    grad_ptr, middle_ptr, u_ptr, bias_ptr, v_ptr, dx_ptr, dmiddle_ptr,
+    M, K, N, R, stride_grad, stride_middle, stride_u, stride_v,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dmiddle = (grad * act'(middle Uᵀ + b)) U and dx = dmiddle Vᵀ; the derivative stays here."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    left = (M - first).to(tl.int32)
+    rows, ranks = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
+    middle = load_tile(
+        middle_ptr + first * stride_middle, stride_middle, rows, ranks, left, R
+    )
+    grad_ptr += first * stride_grad
+    dmiddle = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        u = load_tile(u_ptr, stride_u, columns, ranks, N, R)
+        pre = tl.dot(middle, tl.trans(u), input_precision=PRECISION)
+        if bias_ptr is not None:
+            pre += load_row(bias_ptr, columns, N)[None, :]
+        grad = load_tile(grad_ptr, stride_grad, rows, columns, left, N).to(tl.float32)
+        grad = (grad * slope(pre, ACTIVATION)).to(u.dtype)
+        dmiddle = tl.dot(grad, u, dmiddle, input_precision=PRECISION)
+    if dmiddle_ptr is not None:
+        store_tile(dmiddle_ptr + first * R, R, rows, ranks, left, R, dmiddle)
+    if dx_ptr is not None:
+        expand(
+            dmiddle.to(v_ptr.dtype.element_ty), v_ptr, stride_v, None, None, 0,
+            dx_ptr + first * K, left, K, R, None, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+        )  # fmt: skip
+
+
+def forward(
+    x: Tensor,
+    v: Tensor,
+    u: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    keep: bool = True,
+    tile: tiles.Tile | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """act((x V) Uᵀ + b) + residual, and x V if `keep`."""
+    return gated(x, v, None, u, bias, activation, residual, True, keep, tile)
+
+
+def gated(
+    x: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    u: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    need_out: bool = True,
+    need_middle: bool = True,
+    tile: tiles.Tile | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """act(((x V) * gate) Uᵀ + b) + residual, and x V: each only if needed."""
+    flat, v, u = rows(x), adjacent(v), adjacent(u)
+    (m, k), (n, r) = flat.shape, u.shape
+    bias = None if bias is None else bias.contiguous()
+    gate = None if gate is None else gate.contiguous()
+    residual = None if residual is None else rows(residual)
+    out = x.new_empty(*x.shape[:-1], n) if need_out else None
+    middle = x.new_empty(*x.shape[:-1], r) if need_middle else None
+
+    def run(tile: tiles.Tile) -> None:
+        launch(
+            low_rank_linear_kernel, (triton.cdiv(m, tile.BLOCK_M),), x,
+            flat, v, gate, u, bias, residual, out, middle, m, k, n, r,
+            flat.stride(0), v.stride(0), u.stride(0), stride(residual),
+            ACTIVATION=activation, BLOCK_R=tiles.padded(r), PRECISION=precision(x),
+            **tile.arguments(),
+        )  # fmt: skip
+
+    table = tile or tiles.row_tile(m, r, x.dtype)
+    run(tiles.best(table, ("low_rank_linear", m, k, n, r), x, run))
+    return out, middle
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    v: Tensor,
+    u: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    middle: Tensor,
+    needs: Sequence[bool],
+    tile: tiles.Tile | None = None,
+) -> tuple[Gradient, ...]:
+    """The gradients of x, V, U and b; None for those that are not needed."""
+    need_x, need_v, need_u, need_bias = needs
+    if activation is None:
+        dx, dmiddle = None, None
+        if need_x or need_v:
+            dx, dmiddle = gated(grad, u, None, v, None, None, None, need_x, need_v, tile)
+        du, dbias = weight_grad(grad, middle, needs=(need_u, need_bias))
+    else:
+        dx, dmiddle = _through_activation(
+            grad, middle, u, bias, v, activation, need_x, need_v, tile
+        )
+        du, dbias = weight_grads(grad, middle, u, bias, activation, (need_u, need_bias))
+    dv, _ = weight_grad(x, dmiddle, needs=(need_v, False))
+    return dx, dv, du, dbias
+
+
+def _through_activation(
+    grad: Tensor,
+    middle: Tensor,
+    u: Tensor,
+    bias: Tensor | None,
+    v: Tensor,
+    activation: str,
+    need_x: bool,
+    need_v: bool,
+    tile: tiles.Tile | None,
+) -> tuple[Gradient, Gradient]:
+    """The gradients of x and of x V."""
+    dx = grad.new_empty(*grad.shape[:-1], v.shape[0]) if need_x else None
+    dmiddle = torch.empty_like(middle, memory_format=torch.contiguous_format) if need_v else None
+    if not (need_x or need_v):
+        return None, None
+    flat, kept, v, u = rows(grad), rows(middle), adjacent(v), adjacent(u)
+    bias = None if bias is None else bias.contiguous()
+    (m, n), (k, r) = flat.shape, v.shape
+    tile = tile or tiles.row_tile(m, r, grad.dtype)
+    launch(
+        low_rank_linear_backward_kernel, (triton.cdiv(m, tile.BLOCK_M),), grad,
+        flat, kept, u, bias, v, dx, dmiddle, m, k, n, r,
+        flat.stride(0), kept.stride(0), u.stride(0), v.stride(0),
+        ACTIVATION=activation, BLOCK_R=tiles.padded(r), PRECISION=precision(grad),
+        **tile.arguments(without="BLOCK_K"),
+    )  # fmt: skip
+    return dx, dmiddle

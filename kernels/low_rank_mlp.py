@@ -1,0 +1,262 @@
+"""low_rank_mlp: (h V2) U2ᵀ + b2 with h = act((x V1) U1ᵀ + b1), and its gradients.
+
+One program owns BLOCK_M rows. x V1 stays on the chip; each tile of the hidden layer is computed
+from it, used at once for h V2, and forgotten: the hidden layer, four times as wide as x, is never
+written, and neither product is computed twice. The gradient of x walks the same way back.
+"""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from adacomcat.kernels import tiles
+from adacomcat.kernels.activations import activate, slope
+from adacomcat.kernels.blocks import contract, expand, load_row, load_tile, store_tile
+from adacomcat.kernels.launching import adjacent, launch, precision, rows
+from adacomcat.kernels.reductions import part_rows, parts_of, sum_parts, weight_grad
+from torch import Tensor
+
+Gradient = Tensor | None
+
+
+@triton.jit
+def low_rank_mlp_kernel(
+    x_ptr, v1_ptr, u1_ptr, b1_ptr, v2_ptr, u2_ptr, b2_ptr, y_ptr, middle1_ptr, middle2_ptr,
+    M, K, H, N, R1, R2, stride_x, stride_v1, stride_u1, stride_v2, stride_u2,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R1: tl.constexpr, BLOCK_R2: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y, and where pointers are given x V1 and h V2."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    left = (M - first).to(tl.int32)
+    rows, ranks1, ranks2 = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R1), tl.arange(0, BLOCK_R2)
+    middle = contract(
+        x_ptr + first * stride_x, stride_x, v1_ptr, stride_v1, left, K, R1,
+        BLOCK_M, BLOCK_K, BLOCK_R1, PRECISION,
+    )  # fmt: skip
+    if middle1_ptr is not None:
+        store_tile(middle1_ptr + first * R1, R1, rows, ranks1, left, R1, middle)
+    middle1 = middle.to(dtype)
+    middle2 = tl.zeros((BLOCK_M, BLOCK_R2), tl.float32)
+    for start in range(0, H, BLOCK_N):
+        hidden = start + tl.arange(0, BLOCK_N)
+        u1 = load_tile(u1_ptr, stride_u1, hidden, ranks1, H, R1)
+        h = tl.dot(middle1, tl.trans(u1), input_precision=PRECISION)
+        if b1_ptr is not None:
+            h += load_row(b1_ptr, hidden, H)[None, :]
+        h = activate(h, ACTIVATION).to(dtype)
+        v2 = load_tile(v2_ptr, stride_v2, hidden, ranks2, H, R2)
+        middle2 = tl.dot(h, v2, middle2, input_precision=PRECISION)
+    if middle2_ptr is not None:
+        store_tile(middle2_ptr + first * R2, R2, rows, ranks2, left, R2, middle2)
+    expand(
+        middle2.to(dtype), u2_ptr, stride_u2, b2_ptr, None, 0, y_ptr + first * N,
+        left, N, R2, None, BLOCK_M, BLOCK_N, BLOCK_R2, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def low_rank_mlp_backward_kernel(
+    grad_ptr, u2_ptr, v2_ptr, middle1_ptr, u1_ptr, b1_ptr, v1_ptr,
+    dx_ptr, dmiddle1_ptr, dmiddle2_ptr,
+    M, K, H, N, R1, R2, stride_grad, stride_middle1, stride_v1, stride_u1, stride_v2, stride_u2,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R1: tl.constexpr, BLOCK_R2: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dmiddle2 = grad U2, dmiddle1 = (dmiddle2 V2ᵀ * act') U1, dx = dmiddle1 V1ᵀ."""
+    dtype: tl.constexpr = grad_ptr.dtype.element_ty
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    left = (M - first).to(tl.int32)
+    rows, ranks1, ranks2 = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R1), tl.arange(0, BLOCK_R2)
+    dmiddle = contract(
+        grad_ptr + first * stride_grad, stride_grad, u2_ptr, stride_u2, left, N, R2,
+        BLOCK_M, BLOCK_K, BLOCK_R2, PRECISION,
+    )  # fmt: skip
+    if dmiddle2_ptr is not None:
+        store_tile(dmiddle2_ptr + first * R2, R2, rows, ranks2, left, R2, dmiddle)
+    dmiddle2 = dmiddle.to(dtype)
+    middle1_ptr += first * stride_middle1
+    middle1 = load_tile(middle1_ptr, stride_middle1, rows, ranks1, left, R1)
+    dmiddle1 = tl.zeros((BLOCK_M, BLOCK_R1), tl.float32)
+    for start in range(0, H, BLOCK_N):
+        hidden = start + tl.arange(0, BLOCK_N)
+        u1 = load_tile(u1_ptr, stride_u1, hidden, ranks1, H, R1)
+        pre = tl.dot(middle1, tl.trans(u1), input_precision=PRECISION)
+        if b1_ptr is not None:
+            pre += load_row(b1_ptr, hidden, H)[None, :]
+        v2 = load_tile(v2_ptr, stride_v2, hidden, ranks2, H, R2)
+        dh = tl.dot(dmiddle2, tl.trans(v2), input_precision=PRECISION)
+        if ACTIVATION is not None:
+            dh *= slope(pre, ACTIVATION)
+        dmiddle1 = tl.dot(dh.to(dtype), u1, dmiddle1, input_precision=PRECISION)
+    if dmiddle1_ptr is not None:
+        store_tile(dmiddle1_ptr + first * R1, R1, rows, ranks1, left, R1, dmiddle1)
+    if dx_ptr is not None:
+        expand(
+            dmiddle1.to(dtype), v1_ptr, stride_v1, None, None, 0, dx_ptr + first * K,
+            left, K, R1, None, BLOCK_M, BLOCK_N, BLOCK_R1, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def hidden_grads_kernel(
+    middle1_ptr, dmiddle2_ptr, u1_ptr, b1_ptr, v2_ptr, du1_ptr, db1_ptr, dv2_ptr,
+    M, H, R1, R2, stride_middle1, stride_dmiddle2, stride_u1, stride_v2, rows_per_part,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R1: tl.constexpr, BLOCK_R2: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One part of dU1 = gᵀ middle1, db1 = Σ g and dV2 = hᵀ dmiddle2 for BLOCK_N hidden units.
+
+    h and g = dmiddle2 V2ᵀ * act' are computed here, transposed, and not written.
+    """
+    part = tl.program_id(1)
+    first = part.to(tl.int64) * rows_per_part
+    left = tl.minimum(M - first, rows_per_part).to(tl.int32)
+    middle1_ptr += first * stride_middle1
+    dmiddle2_ptr += first * stride_dmiddle2
+    hidden = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks1, ranks2 = tl.arange(0, BLOCK_R1), tl.arange(0, BLOCK_R2)
+    u1 = load_tile(u1_ptr, stride_u1, hidden, ranks1, H, R1)
+    v2 = load_tile(v2_ptr, stride_v2, hidden, ranks2, H, R2)
+    du1 = tl.zeros((BLOCK_N, BLOCK_R1), tl.float32)
+    dv2 = tl.zeros((BLOCK_N, BLOCK_R2), tl.float32)
+    db1 = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, left, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        middle1 = load_tile(middle1_ptr, stride_middle1, rows, ranks1, left, R1)
+        dmiddle2 = load_tile(dmiddle2_ptr, stride_dmiddle2, rows, ranks2, left, R2)
+        pre = tl.dot(u1, tl.trans(middle1), input_precision=PRECISION)
+        if b1_ptr is not None:
+            pre += load_row(b1_ptr, hidden, H)[:, None]
+        if dv2_ptr is not None:
+            h = activate(pre, ACTIVATION).to(v2.dtype)
+            dv2 = tl.dot(h, dmiddle2, dv2, input_precision=PRECISION)
+        g = tl.dot(v2, tl.trans(dmiddle2), input_precision=PRECISION)
+        if ACTIVATION is not None:
+            g *= slope(pre, ACTIVATION)
+        if du1_ptr is not None:
+            du1 = tl.dot(g.to(u1.dtype), middle1, du1, input_precision=PRECISION)
+        if db1_ptr is not None:
+            db1 += tl.sum(g, 1)
+    if du1_ptr is not None:
+        store_tile(du1_ptr + part.to(tl.int64) * H * R1, R1, hidden, ranks1, H, R1, du1)
+    if dv2_ptr is not None:
+        store_tile(dv2_ptr + part.to(tl.int64) * H * R2, R2, hidden, ranks2, H, R2, dv2)
+    if db1_ptr is not None:
+        value = db1.to(db1_ptr.dtype.element_ty)
+        tl.store(db1_ptr + part * H + hidden, value, mask=hidden < H)
+
+
+def forward(
+    x: Tensor,
+    v1: Tensor,
+    u1: Tensor,
+    b1: Tensor | None,
+    v2: Tensor,
+    u2: Tensor,
+    b2: Tensor | None,
+    activation: str | None,
+    keep: bool = True,
+    tile: tiles.Tile | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(h V2) U2ᵀ + b2, and x V1 and h V2 if `keep`."""
+    flat = rows(x)
+    v1, u1, v2, u2 = (adjacent(t) for t in (v1, u1, v2, u2))
+    b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
+    (m, k), (h, r1), (n, r2) = flat.shape, u1.shape, u2.shape
+    out = x.new_empty(*x.shape[:-1], n)
+    middle1, middle2 = (x.new_empty(*x.shape[:-1], r) if keep else None for r in (r1, r2))
+
+    def run(tile: tiles.Tile) -> None:
+        launch(
+            low_rank_mlp_kernel, (triton.cdiv(m, tile.BLOCK_M),), x,
+            flat, v1, u1, b1, v2, u2, b2, out, middle1, middle2, m, k, h, n, r1, r2,
+            flat.stride(0), v1.stride(0), u1.stride(0), v2.stride(0), u2.stride(0),
+            ACTIVATION=activation, BLOCK_R1=tiles.padded(r1), BLOCK_R2=tiles.padded(r2),
+            PRECISION=precision(x), **tile.arguments(),
+        )  # fmt: skip
+
+    table = tile or tiles.row_tile(m, max(r1, r2), x.dtype)
+    run(tiles.best(table, ("low_rank_mlp", m, k, h, n, r1, r2), x, run))
+    return out, middle1, middle2
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    v1: Tensor,
+    u1: Tensor,
+    b1: Tensor | None,
+    v2: Tensor,
+    u2: Tensor,
+    b2: Tensor | None,
+    activation: str | None,
+    middle1: Tensor,
+    middle2: Tensor,
+    needs: Sequence[bool],
+    tile: tiles.Tile | None = None,
+) -> tuple[Gradient, ...]:
+    """The gradients of x, V1, U1, b1, V2, U2 and b2; None for those that are not needed."""
+    need_x, need_v1, need_u1, need_b1, need_v2, need_u2, need_b2 = needs
+    v1, u1, v2, u2 = (adjacent(t) for t in (v1, u1, v2, u2))
+    b1 = None if b1 is None else b1.contiguous()
+    flat, kept = rows(grad), rows(middle1)
+    (m, n), (k, r1), (h, r2) = flat.shape, v1.shape, v2.shape
+    lead = grad.shape[:-1]
+    dx = grad.new_empty(*lead, k) if need_x else None
+    dmiddle1 = grad.new_empty(*lead, r1) if need_v1 else None
+    need_hidden = need_u1 or need_b1 or need_v2
+    dmiddle2 = grad.new_empty(*lead, r2) if need_hidden else None
+    if need_x or need_v1 or need_hidden:
+        tile = tile or tiles.row_tile(m, max(r1, r2), grad.dtype)
+        launch(
+            low_rank_mlp_backward_kernel, (triton.cdiv(m, tile.BLOCK_M),), grad,
+            flat, u2, v2, kept, u1, b1, v1, dx, dmiddle1, dmiddle2, m, k, h, n, r1, r2,
+            flat.stride(0), kept.stride(0),
+            v1.stride(0), u1.stride(0), v2.stride(0), u2.stride(0),
+            ACTIVATION=activation, BLOCK_R1=tiles.padded(r1), BLOCK_R2=tiles.padded(r2),
+            PRECISION=precision(grad), **tile.arguments(),
+        )  # fmt: skip
+    du1, db1, dv2 = _hidden_grads(
+        middle1, dmiddle2, u1, b1, v2, activation, need_u1, need_b1, need_v2
+    )
+    dv1, _ = weight_grad(x, dmiddle1, needs=(need_v1, False))
+    du2, db2 = weight_grad(grad, middle2, needs=(need_u2, need_b2))
+    return dx, dv1, du1, db1, dv2, du2, db2
+
+
+def _hidden_grads(
+    middle1: Tensor,
+    dmiddle2: Tensor | None,
+    u1: Tensor,
+    b1: Tensor | None,
+    v2: Tensor,
+    activation: str | None,
+    need_u1: bool,
+    need_b1: bool,
+    need_v2: bool,
+) -> tuple[Gradient, Gradient, Gradient]:
+    """The gradients of U1, b1 and V2, whose sums run over the rows of the hidden layer."""
+    if not (need_u1 or need_b1 or need_v2):
+        return None, None, None
+    a, b = rows(middle1), rows(dmiddle2)
+    (m, r1), (h, r2) = a.shape, v2.shape
+    # Two sums are alive at once, hence half the size that one would get.
+    tile = tiles.reduction_tile(m, 2 * max(r1, r2), a.dtype)
+    columns = triton.cdiv(h, tile.BLOCK_N)
+    parts = tiles.splits(m, tile.BLOCK_M, columns)
+    du1 = parts_of(a, parts, h, r1) if need_u1 else None
+    db1 = parts_of(a, parts, h) if need_b1 else None
+    dv2 = parts_of(a, parts, h, r2) if need_v2 else None
+    launch(
+        hidden_grads_kernel, (columns, parts), a,
+        a, b, u1, b1, v2, du1, db1, dv2, m, h, r1, r2,
+        a.stride(0), b.stride(0), u1.stride(0), v2.stride(0),
+        part_rows(m, parts, tile.BLOCK_M), ACTIVATION=activation,
+        BLOCK_R1=tiles.padded(r1), BLOCK_R2=tiles.padded(r2), PRECISION=precision(a),
+        **tile.arguments(without="BLOCK_K"),
+    )  # fmt: skip
+    return tuple(sum_parts(parts, a.dtype) for parts in (du1, db1, dv2))

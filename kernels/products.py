@@ -1,0 +1,119 @@
+"""Plain products of the attention: its projections, and the gradients that flow through them."""
+
+import triton
+import triton.language as tl
+from adacomcat.kernels import tiles
+from adacomcat.kernels.blocks import load_row, load_tile, store_tile
+from adacomcat.kernels.launching import adjacent, launch, precision, rows
+from torch import Tensor
+
+
+@triton.jit
+def project_kernel(
+    x_ptr, w0_ptr, w1_ptr, w2_ptr, bias_ptr, y0_ptr, y1_ptr, y2_ptr,
+    M, K, N0, N1, N2, stride_x, stride_w0, stride_w1, stride_w2,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x Wᵢᵀ for up to three matrices in one grid; the bias is that of the first."""
+    tile = tl.program_id(1)
+    tiles0, tiles1 = tl.cdiv(N0, BLOCK_N), tl.cdiv(N1, BLOCK_N)
+    w_ptr, y_ptr, N, stride_w, start_n = w0_ptr, y0_ptr, N0, stride_w0, tile
+    if w1_ptr is not None:
+        if tile >= tiles0:
+            w_ptr, y_ptr, N, stride_w, start_n = w1_ptr, y1_ptr, N1, stride_w1, tile - tiles0
+        if tile >= tiles0 + tiles1:
+            w_ptr, y_ptr, N, stride_w = w2_ptr, y2_ptr, N2, stride_w2
+            start_n = tile - tiles0 - tiles1
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    left = (M - first).to(tl.int32)
+    rows, columns = tl.arange(0, BLOCK_M), start_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_ptr += first * stride_x
+    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        x = load_tile(x_ptr, stride_x, rows, inner, left, K)
+        w = load_tile(w_ptr, stride_w, columns, inner, N, K)
+        y = tl.dot(x, tl.trans(w), y, input_precision=PRECISION)
+    if bias_ptr is not None:
+        bias = load_row(bias_ptr, columns, N0)
+        y += tl.where(tile < tiles0, bias, 0.0)[None, :]
+    store_tile(y_ptr + first * N, N, rows, columns, left, N, y)
+
+
+@triton.jit
+def add_product(
+    y, x_ptr, w_ptr, stride_x, stride_w, rows, columns, ROWS, K, N,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y + x W for one tile."""
+    for start in range(0, K, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        x = load_tile(x_ptr, stride_x, rows, inner, ROWS, K)
+        w = load_tile(w_ptr, stride_w, inner, columns, K, N)
+        y = tl.dot(x, w, y, input_precision=PRECISION)
+    return y
+
+
+@triton.jit
+def gather_kernel(
+    x0_ptr, x1_ptr, x2_ptr, w0_ptr, w1_ptr, w2_ptr, y_ptr,
+    M, N, K0, K1, K2, stride_x0, stride_x1, stride_x2, stride_w0, stride_w1, stride_w2,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Σᵢ xᵢ Wᵢ for up to three products, added up in float32."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    left = (M - first).to(tl.int32)
+    rows, columns = tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    y = add_product(
+        y, x0_ptr + first * stride_x0, w0_ptr, stride_x0, stride_w0,
+        rows, columns, left, K0, N, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    if x1_ptr is not None:
+        y = add_product(
+            y, x1_ptr + first * stride_x1, w1_ptr, stride_x1, stride_w1,
+            rows, columns, left, K1, N, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    if x2_ptr is not None:
+        y = add_product(
+            y, x2_ptr + first * stride_x2, w2_ptr, stride_x2, stride_w2,
+            rows, columns, left, K2, N, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    store_tile(y_ptr + first * N, N, rows, columns, left, N, y)
+
+
+def project(
+    x: Tensor, bias: Tensor | None, *weights: Tensor, tile: tiles.Tile | None = None
+) -> tuple[Tensor, ...]:
+    """x Wᵢᵀ for one matrix or three, in one launch: x (..., k), Wᵢ (nᵢ, k); b goes to the first."""
+    flat, weights = rows(x), tuple(adjacent(w) for w in weights)
+    m, k = flat.shape
+    outs = tuple(x.new_empty(*x.shape[:-1], w.shape[0]) for w in weights)
+    widths = [w.shape[0] for w in weights] + [0] * (3 - len(weights))
+    absent = [None] * (3 - len(weights))
+    tile = tile or tiles.product_tile(m, sum(widths), x.dtype)
+    columns = sum(triton.cdiv(n, tile.BLOCK_N) for n in widths)
+    launch(
+        project_kernel, (triton.cdiv(m, tile.BLOCK_M), columns), x,
+        flat, *weights, *absent, None if bias is None else bias.contiguous(), *outs, *absent,
+        m, k, *widths, flat.stride(0), *(w.stride(0) for w in weights), *(0 for _ in absent),
+        PRECISION=precision(x), **tile.arguments(),
+    )  # fmt: skip
+    return outs
+
+
+def gather(*pairs: tuple[Tensor, Tensor], tile: tiles.Tile | None = None) -> Tensor:
+    """Σᵢ xᵢ Wᵢ for one pair or three: xᵢ (..., kᵢ), Wᵢ (kᵢ, n)."""
+    lead = pairs[0][0].shape[:-1]
+    xs, ws = [rows(x) for x, _ in pairs], [adjacent(w) for _, w in pairs]
+    m, n = xs[0].shape[0], ws[0].shape[1]
+    out = xs[0].new_empty(*lead, n)
+    absent, zeros = [None] * (3 - len(pairs)), [0] * (3 - len(pairs))
+    tile = tile or tiles.product_tile(m, n, out.dtype)
+    launch(
+        gather_kernel, (triton.cdiv(m, tile.BLOCK_M), triton.cdiv(n, tile.BLOCK_N)), out,
+        *xs, *absent, *ws, *absent, out, m, n, *(w.shape[0] for w in ws), *zeros,
+        *(x.stride(0) for x in xs), *zeros, *(w.stride(0) for w in ws), *zeros,
+        PRECISION=precision(out), **tile.arguments(),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,172 @@
+"""Sums over all rows: gradients of weights and biases.
+
+Few output tiles and many rows leave a GPU idle, so rows are split into parts, each program writes
+the sum of its part in float32, and a second kernel adds the parts in a fixed order: no atomics,
+the same bits every time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from adacomcat.kernels import tiles
+from adacomcat.kernels.activations import slope
+from adacomcat.kernels.blocks import load_row, load_tile, store_tile
+from adacomcat.kernels.launching import adjacent, launch, precision, rows
+from torch import Tensor
+
+Gradient = Tensor | None
+
+
+@triton.jit
+def sum_parts_kernel(parts_ptr, out_ptr, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = Σ_p parts[p, i], in the order of p."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(PARTS):
+        total += tl.load(parts_ptr + part * size.to(tl.int64) + i, mask=i < size, other=0.0)
+    tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=i < size)
+
+
+@triton.jit
+def weight_grad_kernel(
+    a_ptr, b_ptr, scale_ptr, out_ptr, sum_ptr, M, N, R, stride_a, stride_b, rows_per_part,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One part of (aᵀ b) * scale, a (M, N), b (M, R), and of the column sums of a."""
+    n_tile, r_tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first = part.to(tl.int64) * rows_per_part
+    left = tl.minimum(M - first, rows_per_part).to(tl.int32)
+    a_ptr += first * stride_a
+    b_ptr += first * stride_b
+    columns = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = r_tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    column_sum = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, left, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        a = load_tile(a_ptr, stride_a, rows, columns, left, N)
+        if out_ptr is not None:
+            b = load_tile(b_ptr, stride_b, rows, ranks, left, R)
+            total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
+        if sum_ptr is not None:
+            column_sum += tl.sum(a.to(tl.float32), 0)
+    if out_ptr is not None:
+        if scale_ptr is not None:
+            total *= load_row(scale_ptr, ranks, R)[None, :]
+        store_tile(out_ptr + part.to(tl.int64) * N * R, R, columns, ranks, N, R, total)
+    if sum_ptr is not None:
+        value = column_sum.to(sum_ptr.dtype.element_ty)
+        # Each tile of ranks sums the same columns; the first one writes.
+        tl.store(sum_ptr + part * N + columns, value, mask=(columns < N) & (r_tile == 0))
+
+
+@triton.jit
+def weight_grads_kernel(
+    grad_ptr, middle_ptr, u_ptr, bias_ptr, du_ptr, dbias_ptr,
+    M, N, R, stride_grad, stride_middle, stride_u, rows_per_part,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One part of dU = gᵀ middle and db = Σ g, where g = grad * act'(middle Uᵀ + b) stays here."""
+    part = tl.program_id(1)
+    first = part.to(tl.int64) * rows_per_part
+    left = tl.minimum(M - first, rows_per_part).to(tl.int32)
+    grad_ptr += first * stride_grad
+    middle_ptr += first * stride_middle
+    columns, ranks = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    u = load_tile(u_ptr, stride_u, columns, ranks, N, R)
+    du = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    dbias = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, left, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        middle = load_tile(middle_ptr, stride_middle, rows, ranks, left, R)
+        # Transposed, (BLOCK_N, BLOCK_M): its product with `middle` needs no further transposition.
+        pre = tl.dot(u, tl.trans(middle), input_precision=PRECISION)
+        if bias_ptr is not None:
+            pre += load_row(bias_ptr, columns, N)[:, None]
+        grad = load_tile(grad_ptr, stride_grad, rows, columns, left, N)
+        g = tl.trans(grad).to(tl.float32) * slope(pre, ACTIVATION)
+        du = tl.dot(g.to(u.dtype), middle, du, input_precision=PRECISION)
+        dbias += tl.sum(g, 1)
+    if du_ptr is not None:
+        store_tile(du_ptr + part.to(tl.int64) * N * R, R, columns, ranks, N, R, du)
+    if dbias_ptr is not None:
+        value = dbias.to(dbias_ptr.dtype.element_ty)
+        tl.store(dbias_ptr + part * N + columns, value, mask=columns < N)
+
+
+def parts_of(x: Tensor, parts: int, *shape: int) -> Tensor:
+    """Room for the parts of a sum: in float32, or of the final type where there is only one."""
+    return x.new_empty(parts, *shape, dtype=torch.float32 if parts > 1 else x.dtype)
+
+
+def sum_parts(parts: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Σ over the first dimension, in a fixed order."""
+    if parts is None or parts.shape[0] == 1:
+        return None if parts is None else parts.squeeze(0)
+    out = parts.new_empty(parts.shape[1:], dtype=dtype)
+    grid = (triton.cdiv(out.numel(), 512),)
+    launch(sum_parts_kernel, grid, parts, parts, out, out.numel(), PARTS=parts.shape[0], BLOCK=512)
+    return out
+
+
+def weight_grad(
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: Tensor | None = None,
+    needs: tuple[bool, bool] = (True, True),
+) -> tuple[Gradient, Gradient]:
+    """(aᵀ b) * scale over all rows, and the sum of the rows of a; None where not needed.
+
+    a (..., n), b (..., r), scale (r,) → (n, r) and (n,).
+    """
+    if not any(needs):
+        return None, None
+    a, b = rows(a), rows(b)
+    (m, n), r = a.shape, b.shape[1]
+    tile = tiles.reduction_tile(m, min(r, 64), a.dtype)
+    block_r = min(tiles.padded(r), 64)
+    n_tiles, r_tiles = triton.cdiv(n, tile.BLOCK_N), triton.cdiv(r, block_r) if needs[0] else 1
+    parts = tiles.splits(m, tile.BLOCK_M, n_tiles * r_tiles)
+    out = parts_of(a, parts, n, r) if needs[0] else None
+    total = parts_of(a, parts, n) if needs[1] else None
+    launch(
+        weight_grad_kernel, (n_tiles, max(r_tiles, 1), parts), a,
+        a, b, None if scale is None else scale.contiguous(), out, total,
+        m, n, r, a.stride(0), b.stride(0), part_rows(m, parts, tile.BLOCK_M),
+        BLOCK_R=block_r, PRECISION=precision(a), **tile.arguments(without="BLOCK_K"),
+    )  # fmt: skip
+    return sum_parts(out, a.dtype), sum_parts(total, a.dtype)
+
+
+def weight_grads(
+    grad: Tensor,
+    middle: Tensor,
+    u: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    needs: tuple[bool, bool],
+) -> tuple[Gradient, Gradient]:
+    """gᵀ middle and Σ g with g = grad * act'(middle Uᵀ + b): the gradients of U and b."""
+    if not any(needs):
+        return None, None
+    grad, middle, u = rows(grad), rows(middle), adjacent(u)
+    (m, n), r = grad.shape, u.shape[1]
+    tile = tiles.reduction_tile(m, r, grad.dtype)
+    n_tiles = triton.cdiv(n, tile.BLOCK_N)
+    parts = tiles.splits(m, tile.BLOCK_M, n_tiles)
+    du = parts_of(grad, parts, n, r) if needs[0] else None
+    dbias = parts_of(grad, parts, n) if needs[1] else None
+    launch(
+        weight_grads_kernel, (n_tiles, parts), grad,
+        grad, middle, u, None if bias is None else bias.contiguous(), du, dbias,
+        m, n, r, grad.stride(0), middle.stride(0), u.stride(0),
+        part_rows(m, parts, tile.BLOCK_M), ACTIVATION=activation, BLOCK_R=tiles.padded(r),
+        PRECISION=precision(grad), **tile.arguments(without="BLOCK_K"),
+    )  # fmt: skip
+    return sum_parts(du, grad.dtype), sum_parts(dbias, grad.dtype)
+
+
+def part_rows(rows: int, parts: int, block: int) -> int:
+    """Rows of one part: whole blocks, the last part takes what is left."""
+    return max(1, triton.cdiv(triton.cdiv(rows, parts), block)) * block

@@ -1,0 +1,144 @@
+"""Tile sizes by shape and architecture: a small table with its reasons, nothing is timed.
+
+`ADACOMCAT_AUTOTUNE=1` times the candidates on the first call of each shape instead.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+# Multiprocessors and usable shared memory (KiB a block) by architecture. The counts are constants
+# and not what the device reports, so that sums are split the same way on every card of one kind.
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170, "gfx942": 304}
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}
+
+_tuned: dict[tuple, "Tile"] = {}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BLOCK_M rows, BLOCK_K of the inner and BLOCK_N of the outer dimension, warps and stages."""
+
+    BLOCK_M: int
+    BLOCK_K: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+    def arguments(self, without: str | None = None) -> dict[str, int]:
+        """The keyword arguments of a kernel; `without` names one that it does not take."""
+        return {name: value for name, value in asdict(self).items() if name != without}
+
+
+def target() -> triton.backends.compiler.GPUTarget:
+    """The architecture that kernels are compiled for at this moment."""
+    return triton.runtime.driver.active.get_current_target()
+
+
+def multiprocessors() -> int:
+    return MULTIPROCESSORS.get(target().arch, 108)
+
+
+def padded(rank: int) -> int:
+    """The power of two that holds a rank; tensor cores want at least 16."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def stages(bytes_per_stage: int) -> int:
+    """Loads in flight: three, or two where three would take over half of the shared memory."""
+    shared = SHARED_KIB.get(target().arch, 64) * 1024
+    if target().backend == "hip":
+        return 2  # LDS is small, and AMD's pipeliner keeps the next tile in registers
+    return 3 if 3 * bytes_per_stage <= max(shared // 2, 80 * 1024) else 2
+
+
+def row_tile(rows: int, rank: int, dtype: torch.dtype) -> Tile:
+    """Kernels that keep (BLOCK_M, rank) on the chip and stream all weights past it.
+
+    Every program reads all weights, however few its rows are, so rows are shared out evenly: the
+    fewest rows for which one wave of programs is enough. 394 tokens get 16 rows, 12,608 get 128.
+    The upper bound is the register file: two (BLOCK_M, rank) blocks in float32 are alive at once,
+    and 64 registers a thread for each is what leaves room for the rest.
+    """
+    width, size = padded(rank), dtype.itemsize
+    rows_at_once = 16
+    most = min(128, max(16, 16384 // width))
+    while rows_at_once < most and triton.cdiv(rows, rows_at_once) > multiprocessors():
+        rows_at_once *= 2
+    # A stage holds (BLOCK_K or BLOCK_N) rows of a factor: 32 KiB of it keeps three in flight.
+    depth = max(16, min(64, 32768 // (width * size)))
+    warps = 8 if rows_at_once * width > 8192 else 4
+    stage = depth * size * (width + rows_at_once)
+    return Tile(rows_at_once, depth, depth, warps, stages(stage))
+
+
+def product_tile(rows: int, columns: int, dtype: torch.dtype) -> Tile:
+    """Plain products (rows, columns): the largest tile that still gives every processor one."""
+    depth = 64 if dtype.itemsize == 2 else 32
+    for rows_at_once, columns_at_once in ((128, 128), (128, 64), (64, 64), (32, 64), (16, 64)):
+        programs = triton.cdiv(rows, rows_at_once) * triton.cdiv(columns, columns_at_once)
+        if programs >= multiprocessors():
+            break
+    warps = 8 if rows_at_once * columns_at_once > 8192 else 4
+    stage = depth * dtype.itemsize * (rows_at_once + columns_at_once)
+    return Tile(rows_at_once, depth, columns_at_once, warps, stages(stage))
+
+
+def reduction_tile(rows: int, rank: int, dtype: torch.dtype) -> Tile:
+    """Sums over rows of (BLOCK_N, rank): BLOCK_M rows at a time, BLOCK_N output rows a program."""
+    width, size = padded(rank), dtype.itemsize
+    columns = max(16, min(64, 8192 // width))
+    depth = max(16, min(64, 16384 // (width * size)))
+    warps = 8 if columns * width > 4096 else 4
+    return Tile(depth, depth, columns, warps, stages(depth * size * (width + columns)))
+
+
+def attention_tile(tokens: int, heads: int, rank: int, dtype: torch.dtype) -> Tile:
+    """Queries (BLOCK_M) against all keys, BLOCK_N at a time, for batch times `heads` heads."""
+    width, size = padded(rank), dtype.itemsize
+    queries = 16
+    while queries < 64 and heads * triton.cdiv(tokens, queries) > multiprocessors():
+        queries *= 2
+    keys = 64 if width * size <= 256 else 32
+    return Tile(queries, width, keys, 4, stages(2 * keys * width * size))
+
+
+def splits(rows: int, block: int, programs: int) -> int:
+    """Into how many parts a sum over rows is split: two waves of programs, 4 tiles a part or more.
+
+    A function of the shape and the architecture only, so that a result can be repeated.
+    """
+    wanted = triton.cdiv(2 * multiprocessors(), max(programs, 1))
+    return max(1, min(wanted, rows // (4 * block)))
+
+
+def best(tile: Tile, key: tuple, x: Tensor, run: Callable[[Tile], object]) -> Tile:
+    """The table's tile, or with ADACOMCAT_AUTOTUNE=1 the fastest of its neighbours, measured."""
+    if os.environ.get("ADACOMCAT_AUTOTUNE", "0") in ("", "0") or not x.is_cuda:
+        return tile
+    key = (*key, x.dtype, target())
+    if key not in _tuned:
+        _tuned[key] = min(_neighbours(tile), key=lambda candidate: _milliseconds(run, candidate))
+    return _tuned[key]
+
+
+def _neighbours(tile: Tile) -> list[Tile]:
+    """The tile, and those with half or twice of one of its sizes."""
+    found = [tile]
+    for name, value in asdict(tile).items():
+        for other in (value // 2, value * 2) if name != "num_stages" else (value - 1, value + 1):
+            least, most = {"num_warps": (1, 8), "num_stages": (1, 5)}.get(name, (16, 128))
+            if least <= other <= most:
+                found.append(replace(tile, **{name: other}))
+    return found
+
+
+def _milliseconds(run: Callable[[Tile], object], tile: Tile) -> float:
+    try:
+        return triton.testing.do_bench(lambda: run(tile))
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")

@@ -1,0 +1,114 @@
+"""Triton's interpreter with the numbers that the hardware would give.
+
+Left to itself it computes on the bit patterns of bfloat16 as if they were integers, truncates
+where the hardware rounds, takes tf32 products exactly, and accepts tiles that no tensor core has.
+Here bfloat16 is decoded, computed in float32 and rounded to the nearest even; tf32 operands lose
+their low bits; small tiles are refused. TRITON_INTERPRET=1 must be set before kernels are imported.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import triton.language as tl
+from number_formats import bf16_to_f32, f32_to_bf16, truncate_to_tf32
+from scipy.special import erf
+from triton._C.libtriton import ir
+from triton.runtime import interpreter
+from triton.runtime.interpreter import TensorHandle
+
+# Everything that computes on elements: what comes in is decoded, what goes out is encoded.
+ELEMENTWISE = (
+    "binary_op", "unary_op", "create_fma", "create_rsqrt", "create_erf", "create_clampf",
+)  # fmt: skip
+# The least (m, n, k) of a product by bits of its operands.
+LEAST_K = {8: 32, 16: 16, 32: 8, 64: 4}
+
+
+def install() -> None:
+    """Patch the interpreter of this process."""
+    builder = interpreter.InterpreterBuilder
+    for name in ELEMENTWISE:
+        setattr(builder, name, _in_float32(getattr(builder, name)))
+    builder.cast_impl = _cast
+    builder.create_fp_to_fp = _convert(builder.create_fp_to_fp)
+    builder.create_dot = _dot(builder.create_dot)
+    builder.get_bf16 = _constant
+    interpreter.interpreter_builder.codegen_fns["min_dot_size"] = _least_dot
+    # One call for the whole tile instead of one for each element.
+    interpreter.np_erf_fp32 = lambda x: erf(x).astype(np.float32)
+    interpreter.ReduceOps.sum = _sum(interpreter.ReduceOps.sum)
+
+
+def _is_bf16(handle: TensorHandle) -> bool:
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def _decode(value: object) -> object:
+    if isinstance(value, TensorHandle) and _is_bf16(value):
+        return TensorHandle(bf16_to_f32(value.data), tl.float32)
+    return value
+
+
+def _encode(handle: TensorHandle) -> TensorHandle:
+    if handle.data.dtype == np.bool_:
+        return handle
+    return TensorHandle(f32_to_bf16(handle.data), tl.bfloat16)
+
+
+def _in_float32(operation: Callable) -> Callable:
+    def wrapped(self, *args):
+        if any(isinstance(a, TensorHandle) and _is_bf16(a) for a in args):
+            return _encode(operation(self, *(_decode(a) for a in args)))
+        return operation(self, *args)
+
+    return wrapped
+
+
+def _cast(self, source: TensorHandle, to: tl.dtype) -> TensorHandle:
+    data = _decode(source).data
+    with np.errstate(over="ignore", invalid="ignore"):
+        if to.scalar == tl.bfloat16:
+            return _encode(TensorHandle(data.astype(np.float32), tl.float32))
+        return TensorHandle(data.astype(interpreter._get_np_dtype(to)), to.scalar)
+
+
+def _convert(operation: Callable) -> Callable:
+    def wrapped(self, source, to, rounding):
+        into = to.scalar == tl.bfloat16 and rounding != ir.ROUNDING_MODE.RTZ
+        if into or _is_bf16(source):
+            return _cast(self, source, to)
+        return operation(self, source, to, rounding)
+
+    return wrapped
+
+
+def _dot(operation: Callable) -> Callable:
+    def wrapped(self, a, b, accumulator, precision, imprecise):
+        if _is_bf16(a) or _is_bf16(b):
+            a, b = _decode(a), _decode(b)
+        elif a.dtype.scalar == tl.float32 and precision == ir.INPUT_PRECISION.TF32:
+            a, b = (TensorHandle(truncate_to_tf32(t.data), tl.float32) for t in (a, b))
+        elif a.data.dtype == np.float16:
+            # The same sums as in float16 with a float32 accumulator, and numpy has them in BLAS.
+            a, b = (TensorHandle(t.data.astype(np.float32), tl.float32) for t in (a, b))
+        return operation(self, a, b, accumulator, precision, imprecise)
+
+    return wrapped
+
+
+def _constant(self, value: float) -> TensorHandle:
+    return TensorHandle(f32_to_bf16(np.array([value], np.float32)), tl.bfloat16)
+
+
+def _least_dot(left: tl.dtype, right: tl.dtype) -> tuple[int, int, int]:
+    return 1, 1, LEAST_K.get(left.scalar.primitive_bitwidth, 16)
+
+
+def _sum(operation: Callable) -> Callable:
+    def wrapped(self, value):
+        if value.dtype.scalar != tl.bfloat16:
+            return operation(self, value)
+        total = np.sum(bf16_to_f32(value.handle.data), axis=self.axis, keepdims=self.keep_dims)
+        return self.to_tensor(f32_to_bf16(np.asarray(total)), value.dtype)
+
+    return wrapped
