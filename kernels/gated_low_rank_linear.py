@@ -6,36 +6,12 @@ D = grad U:  dx = (D * gate) Vᵀ,  dV = (xᵀ D) * gate,  dU = G * gate,  dgate
 
 from collections.abc import Sequence
 
-import triton
-import triton.language as tl
 from adacomcat.kernels import tiles
-from adacomcat.kernels.blocks import load_tile
-from adacomcat.kernels.launching import launch, rows
 from adacomcat.kernels.low_rank_linear import gated
-from adacomcat.kernels.reductions import part_rows, parts_of, sum_parts, weight_grad
+from adacomcat.kernels.reductions import row_sum, weight_grad
 from torch import Tensor
 
 Gradient = Tensor | None
-
-
-@triton.jit
-def gate_grad_kernel(
-    a_ptr, b_ptr, out_ptr, M, R, stride_a, stride_b, rows_per_part,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One part of Σ_rows a * b: a, b (M, R) → (R,)."""
-    part = tl.program_id(1)
-    first = part.to(tl.int64) * rows_per_part
-    left = tl.minimum(M - first, rows_per_part).to(tl.int32)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, left, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        a = load_tile(a_ptr + first * stride_a, stride_a, rows, columns, left, R)
-        b = load_tile(b_ptr + first * stride_b, stride_b, rows, columns, left, R)
-        total += tl.sum(a.to(tl.float32) * b.to(tl.float32), 0)
-    value = total.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + part * R + columns, value, mask=columns < R)
 
 
 def forward(
@@ -70,22 +46,10 @@ def backward(
         dx, dgated = gated(
             grad, u, gate, v, need_out=need_x, need_middle=need_middle, tile=tile
         )
-    dv, _ = weight_grad(x, dgated, gate, (need_v, False))
-    du, dbias = weight_grad(grad, middle, gate, (need_u, need_bias))
-    return dx, dv, _gate_grad(dgated, middle) if need_gate else None, du, dbias
-
-
-def _gate_grad(dgated: Tensor, middle: Tensor) -> Tensor:
-    """Σ_rows dgated * middle."""
-    a, b = rows(dgated), rows(middle)
-    m, r = a.shape
-    tile = tiles.Tile(BLOCK_M=64, BLOCK_K=64, BLOCK_N=64, num_warps=4, num_stages=2)
-    columns = triton.cdiv(r, tile.BLOCK_N)
-    parts = tiles.splits(m, tile.BLOCK_M, columns)
-    total = parts_of(a, parts, r)
-    launch(
-        gate_grad_kernel, (columns, parts), a,
-        a, b, total, m, r, a.stride(0), b.stride(0), part_rows(m, parts, tile.BLOCK_M),
-        **tile.arguments(without="BLOCK_K"),
-    )  # fmt: skip
-    return sum_parts(total, a.dtype)
+    return (
+        dx,
+        weight_grad(x, dgated, gate) if need_v else None,
+        row_sum(dgated, middle) if need_gate else None,
+        weight_grad(grad, middle, gate) if need_u else None,
+        row_sum(grad) if need_bias else None,
+    )

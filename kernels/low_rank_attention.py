@@ -17,7 +17,7 @@ from adacomcat.kernels import tiles
 from adacomcat.kernels.blocks import load_tile, store_tile
 from adacomcat.kernels.launching import launch, precision
 from adacomcat.kernels.products import gather, project
-from adacomcat.kernels.reductions import weight_grad
+from adacomcat.kernels.reductions import row_sum, weight_grad
 from torch import Tensor
 
 Gradient = Tensor | None
@@ -260,11 +260,15 @@ def backward(
         )  # fmt: skip
     if need_x:
         dx = gather((dq, wq), (dk, wk), (dv, wv))
-    dwq, dbq = weight_grad(dq, x, needs=(need_wq, need_bq))
-    dwk, _ = weight_grad(dk, x, needs=(need_wk, False))
-    dwv, _ = weight_grad(dv, x, needs=(need_wv, False))
-    dwo, dbo = weight_grad(grad, context, needs=(need_wo, need_bo))
-    return dx, dwq, dbq, dwk, dwv, dwo, dbo
+    return (
+        dx,
+        weight_grad(dq, x) if need_wq else None,
+        row_sum(dq) if need_bq else None,
+        weight_grad(dk, x) if need_wk else None,
+        weight_grad(dv, x) if need_wv else None,
+        weight_grad(grad, context) if need_wo else None,
+        row_sum(grad) if need_bo else None,
+    )
 
 
 class _Heads:

@@ -14,7 +14,7 @@ from adacomcat.kernels import tiles
 from adacomcat.kernels.activations import slope
 from adacomcat.kernels.blocks import contract, expand, load_row, load_tile, store_tile
 from adacomcat.kernels.launching import adjacent, launch, precision, rows, stride
-from adacomcat.kernels.reductions import weight_grad, weight_grads
+from adacomcat.kernels.reductions import row_sum, weight_grad, weight_grads
 from torch import Tensor
 
 Gradient = Tensor | None
@@ -150,14 +150,14 @@ def backward(
         dx, dmiddle = None, None
         if need_x or need_v:
             dx, dmiddle = gated(grad, u, None, v, None, None, None, need_x, need_v, tile)
-        du, dbias = weight_grad(grad, middle, needs=(need_u, need_bias))
+        du = weight_grad(grad, middle) if need_u else None
+        dbias = row_sum(grad) if need_bias else None
     else:
         dx, dmiddle = _through_activation(
             grad, middle, u, bias, v, activation, need_x, need_v, tile
         )
         du, dbias = weight_grads(grad, middle, u, bias, activation, (need_u, need_bias))
-    dv, _ = weight_grad(x, dmiddle, needs=(need_v, False))
-    return dx, dv, du, dbias
+    return dx, weight_grad(x, dmiddle) if need_v else None, du, dbias
 
 
 def _through_activation(

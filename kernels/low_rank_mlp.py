@@ -13,7 +13,7 @@ from adacomcat.kernels import tiles
 from adacomcat.kernels.activations import activate, slope
 from adacomcat.kernels.blocks import contract, expand, load_row, load_tile, store_tile
 from adacomcat.kernels.launching import adjacent, launch, precision, rows
-from adacomcat.kernels.reductions import part_rows, parts_of, sum_parts, weight_grad
+from adacomcat.kernels.reductions import part_rows, parts_of, row_sum, sum_parts, weight_grad
 from torch import Tensor
 
 Gradient = Tensor | None
@@ -223,9 +223,9 @@ def backward(
     du1, db1, dv2 = _hidden_grads(
         middle1, dmiddle2, u1, b1, v2, activation, need_u1, need_b1, need_v2
     )
-    dv1, _ = weight_grad(x, dmiddle1, needs=(need_v1, False))
-    du2, db2 = weight_grad(grad, middle2, needs=(need_u2, need_b2))
-    return dx, dv1, du1, db1, dv2, du2, db2
+    dv1 = weight_grad(x, dmiddle1) if need_v1 else None
+    du2 = weight_grad(grad, middle2) if need_u2 else None
+    return dx, dv1, du1, db1, dv2, du2, row_sum(grad) if need_b2 else None
 
 
 def _hidden_grads(

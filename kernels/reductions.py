@@ -11,7 +11,7 @@ import triton.language as tl
 from adacomcat.kernels import tiles
 from adacomcat.kernels.activations import slope
 from adacomcat.kernels.blocks import load_row, load_tile, store_tile
-from adacomcat.kernels.launching import adjacent, launch, precision, rows
+from adacomcat.kernels.launching import adjacent, launch, precision, rows, stride
 from torch import Tensor
 
 Gradient = Tensor | None
@@ -28,36 +28,49 @@ def sum_parts_kernel(parts_ptr, out_ptr, size, PARTS: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
+def row_sum_kernel(
+    a_ptr, b_ptr, out_ptr, M, N, stride_a, stride_b, rows_per_part,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One part of Σ_rows a * b, or of Σ_rows a: a, b (M, N) → (N,)."""
+    part = tl.program_id(1)
+    first = part.to(tl.int64) * rows_per_part
+    left = tl.minimum(M - first, rows_per_part).to(tl.int32)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, left, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        a = load_tile(a_ptr + first * stride_a, stride_a, rows, columns, left, N).to(tl.float32)
+        if b_ptr is not None:
+            b = load_tile(b_ptr + first * stride_b, stride_b, rows, columns, left, N)
+            a *= b.to(tl.float32)
+        total += tl.sum(a, 0)
+    value = total.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + part * N + columns, value, mask=columns < N)
+
+
+@triton.jit
 def weight_grad_kernel(
-    a_ptr, b_ptr, scale_ptr, out_ptr, sum_ptr, M, N, R, stride_a, stride_b, rows_per_part,
+    a_ptr, b_ptr, scale_ptr, out_ptr, M, N, R, stride_a, stride_b, rows_per_part,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One part of (aᵀ b) * scale, a (M, N), b (M, R), and of the column sums of a."""
-    n_tile, r_tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """One part of (aᵀ b) * scale, a (M, N), b (M, R)."""
+    part = tl.program_id(2)
     first = part.to(tl.int64) * rows_per_part
     left = tl.minimum(M - first, rows_per_part).to(tl.int32)
     a_ptr += first * stride_a
     b_ptr += first * stride_b
-    columns = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    ranks = r_tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    column_sum = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, left, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         a = load_tile(a_ptr, stride_a, rows, columns, left, N)
-        if out_ptr is not None:
-            b = load_tile(b_ptr, stride_b, rows, ranks, left, R)
-            total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
-        if sum_ptr is not None:
-            column_sum += tl.sum(a.to(tl.float32), 0)
-    if out_ptr is not None:
-        if scale_ptr is not None:
-            total *= load_row(scale_ptr, ranks, R)[None, :]
-        store_tile(out_ptr + part.to(tl.int64) * N * R, R, columns, ranks, N, R, total)
-    if sum_ptr is not None:
-        value = column_sum.to(sum_ptr.dtype.element_ty)
-        # Each tile of ranks sums the same columns; the first one writes.
-        tl.store(sum_ptr + part * N + columns, value, mask=(columns < N) & (r_tile == 0))
+        b = load_tile(b_ptr, stride_b, rows, ranks, left, R)
+        total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
+    if scale_ptr is not None:
+        total *= load_row(scale_ptr, ranks, R)[None, :]
+    store_tile(out_ptr + part.to(tl.int64) * N * R, R, columns, ranks, N, R, total)
 
 
 @triton.jit
@@ -110,33 +123,43 @@ def sum_parts(parts: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return out
 
 
-def weight_grad(
-    a: Tensor | None,
-    b: Tensor | None,
-    scale: Tensor | None = None,
-    needs: tuple[bool, bool] = (True, True),
-) -> tuple[Gradient, Gradient]:
-    """(aᵀ b) * scale over all rows, and the sum of the rows of a; None where not needed.
+def row_sum(a: Tensor, b: Tensor | None = None) -> Tensor:
+    """Σ a * b over all rows, or Σ a: (..., n) → (n,).
 
-    a (..., n), b (..., r), scale (r,) → (n, r) and (n,).
+    A kernel of its own, although `weight_grad` reads the same rows for the gradient of a bias: with
+    a tile that goes into both a sum and a tensor-core product, triton 3.8 for sm_90 keeps two
+    buffers and refills one while the product may still read it (the race check finds it).
     """
-    if not any(needs):
-        return None, None
+    a, b = rows(a), None if b is None else rows(b)
+    m, n = a.shape
+    tile = tiles.Tile(BLOCK_M=64, BLOCK_K=64, BLOCK_N=64, num_warps=4, num_stages=2)
+    columns = triton.cdiv(n, tile.BLOCK_N)
+    parts = tiles.splits(m, tile.BLOCK_M, columns)
+    total = parts_of(a, parts, n)
+    launch(
+        row_sum_kernel, (columns, parts), a,
+        a, b, total, m, n, a.stride(0), stride(b), part_rows(m, parts, tile.BLOCK_M),
+        **tile.arguments(without="BLOCK_K"),
+    )  # fmt: skip
+    return sum_parts(total, a.dtype)
+
+
+def weight_grad(a: Tensor, b: Tensor, scale: Tensor | None = None) -> Tensor:
+    """(aᵀ b) * scale over all rows: a (..., n), b (..., r), scale (r,) → (n, r)."""
     a, b = rows(a), rows(b)
     (m, n), r = a.shape, b.shape[1]
     tile = tiles.reduction_tile(m, min(r, 64), a.dtype)
     block_r = min(tiles.padded(r), 64)
-    n_tiles, r_tiles = triton.cdiv(n, tile.BLOCK_N), triton.cdiv(r, block_r) if needs[0] else 1
+    n_tiles, r_tiles = triton.cdiv(n, tile.BLOCK_N), triton.cdiv(r, block_r)
     parts = tiles.splits(m, tile.BLOCK_M, n_tiles * r_tiles)
-    out = parts_of(a, parts, n, r) if needs[0] else None
-    total = parts_of(a, parts, n) if needs[1] else None
+    out = parts_of(a, parts, n, r)
     launch(
-        weight_grad_kernel, (n_tiles, max(r_tiles, 1), parts), a,
-        a, b, None if scale is None else scale.contiguous(), out, total,
+        weight_grad_kernel, (n_tiles, r_tiles, parts), a,
+        a, b, None if scale is None else scale.contiguous(), out,
         m, n, r, a.stride(0), b.stride(0), part_rows(m, parts, tile.BLOCK_M),
         BLOCK_R=block_r, PRECISION=precision(a), **tile.arguments(without="BLOCK_K"),
     )  # fmt: skip
-    return sum_parts(out, a.dtype), sum_parts(total, a.dtype)
+    return sum_parts(out, a.dtype)
 
 
 def weight_grads(

@@ -1,0 +1,1 @@
+"""Runs PTX, what Triton hands to ptxas, on numpy: no GPU, and every access checked."""

@@ -1,0 +1,341 @@
+"""The machine: all threads of a grid at once, one numpy lane each.
+
+A register is an array over all threads. At every step the threads that are furthest behind run one
+instruction; threads that parted at a branch so meet again where their paths join.
+"""
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+from ptx.memory import GRANULE, UNSIGNED, Fault, GlobalUse, Memory, SharedUse, Traffic
+from ptx.parser import Instruction, Kernel
+
+Lanes = np.ndarray
+Mask = np.ndarray | None  # None: every thread
+Step = Callable[[Mask], None]
+
+TYPES = {
+    "u8": np.uint8, "s8": np.int8, "b8": np.uint8,
+    "u16": np.uint16, "s16": np.int16, "b16": np.uint16,
+    "u32": np.uint32, "s32": np.int32, "b32": np.uint32,
+    "u64": np.uint64, "s64": np.int64, "b64": np.uint64,
+    "f16": np.float16, "f32": np.float32, "f64": np.float64,
+}  # fmt: skip
+GLOBAL_BASE = 0x7F0000000000
+PARAM_BASE = 0x7D0000000000
+RED_ZONE = 4096
+WARP = 32
+
+
+class Machine:
+    """Global memory, and one kernel at a time."""
+
+    def __init__(self, size: int = 64 << 20, count_traffic: bool = False) -> None:
+        self.memory = Memory(size, "global")
+        self.traffic = Traffic(size) if count_traffic else None
+        self.top = RED_ZONE
+        self.buffers: list[int] = []
+
+    def put(self, data: np.ndarray) -> int:
+        """Copy bytes to the device, with room that nobody may touch behind; their address."""
+        start = self.top
+        self.top += -(-(data.size + RED_ZONE) // 256) * 256
+        if self.top > self.memory.bytes.size:
+            raise MemoryError("the emulated device is full")
+        self.memory.bytes[start : start + data.size] = data
+        self.memory.allocated[start : start + data.size] = True
+        self.memory.initialised[start : start + data.size] = True
+        self.buffers.append(start)
+        return GLOBAL_BASE + start
+
+    def get(self, address: int, size: int) -> np.ndarray:
+        start = address - GLOBAL_BASE
+        return self.memory.bytes[start : start + size]
+
+    def written(self, address: int, size: int) -> np.ndarray:
+        """Of each granule, whether the last launch stored to it."""
+        start = (address - GLOBAL_BASE) // GRANULE
+        return self.global_use.writer[start : start + size // GRANULE] >= 0
+
+    def launch(
+        self, kernel: Kernel, grid: tuple[int, ...], threads: int, arguments: list, shared: int
+    ) -> None:
+        """Run the whole grid, blocks of `threads`, `shared` bytes sized at the launch."""
+        from ptx.instructions import compile_instruction
+
+        self.kernel, self.dynamic_start = kernel, kernel.static_shared
+        nx, ny, nz = (*grid, 1, 1)[:3]
+        self.blocks, self.block_size = nx * ny * nz, threads
+        self.lanes = self.blocks * threads
+        self.thread = np.arange(self.lanes, dtype=np.int32)
+        self.block = self.thread // threads
+        self.warp = self.thread // WARP
+        self._set_registers(nx, ny, nz)
+        self._set_parameters(arguments)
+        # Swizzles follow absolute addresses, so each block's memory starts at a multiple of 1 KiB.
+        self.shared_size = -(-(kernel.static_shared + shared) // 1024) * 1024 + 1024
+        self.shared = Memory(self.shared_size * self.blocks, "shared")
+        used = self.shared.allocated.reshape(self.blocks, self.shared_size)
+        used[:, : kernel.static_shared + shared] = True
+        self.shared_base = self.block.astype(np.int64) * self.shared_size
+        self.global_use = GlobalUse(self.memory.bytes.size)
+        self.shared_use = SharedUse(self.shared.bytes.size)
+        self.block_barriers = np.zeros(self.blocks, np.int32)
+        self.warp_barriers = np.zeros(self.lanes // WARP, np.int32)
+        self.copies: list = []  # cp.async in flight
+        self.copy_groups = np.zeros(self.lanes, np.int32)
+        self.products: list = []  # wgmma in flight
+        self.product_groups = 0
+        steps = [compile_instruction(self, instruction) for instruction in kernel.code]
+        with np.errstate(all="ignore"):
+            try:
+                self._run(steps)
+            except Fault as fault:
+                raise Fault(f"{fault} at {kernel.code[self.at]}") from None
+        if self.products:
+            raise Fault("the kernel ends with wgmma in flight")
+        if any(copy.waiting.any() for copy in self.copies):
+            raise Fault("the kernel ends with cp.async in flight")
+
+    def _set_registers(self, nx: int, ny: int, nz: int) -> None:
+        block = self.block
+        values = {
+            "%tid.x": self.thread % self.block_size, "%tid.y": 0, "%tid.z": 0,
+            "%ntid.x": self.block_size, "%ntid.y": 1, "%ntid.z": 1,
+            "%ctaid.x": block % nx, "%ctaid.y": block // nx % ny, "%ctaid.z": block // (nx * ny),
+            "%nctaid.x": nx, "%nctaid.y": ny, "%nctaid.z": nz, "%laneid": self.thread % WARP,
+        }  # fmt: skip
+        self.special = {
+            name: np.broadcast_to(np.asarray(value), self.lanes).astype(np.uint32)
+            for name, value in values.items()
+        }
+        self.registers = {
+            name: np.zeros(self.lanes, bool if kind == "pred" else UNSIGNED[int(kind[1:]) // 8])
+            for name, kind in self.kernel.registers.items()
+        }
+
+    def _set_parameters(self, arguments: list) -> None:
+        """Parameters as bytes: compilers also take their addresses."""
+        self.parameters = np.zeros(8 * len(self.kernel.parameters), np.uint8)
+        self.parameter_at = {}
+        padded = [*arguments, *[0] * (len(self.kernel.parameters) - len(arguments))]
+        for i, ((name, kind), value) in enumerate(
+            zip(self.kernel.parameters, padded, strict=True)
+        ):
+            raw = np.array([value], TYPES[kind]).view(np.uint8)
+            self.parameters[8 * i : 8 * i + raw.size] = raw
+            self.parameter_at[name] = PARAM_BASE + 8 * i
+
+    # Execution ------------------------------------------------------------------------------------
+
+    def _run(self, steps: list[tuple[str, Step | Callable | None, int]]) -> None:
+        pc = np.zeros(self.lanes, np.int64)
+        done, waiting = np.zeros(self.lanes, bool), np.zeros(self.lanes, bool)
+        while not done.all():
+            ready = ~(done | waiting)
+            if not ready.any():
+                self._release(pc, done, waiting)
+                continue
+            at = int(pc[ready].min())
+            mask = ready & (pc == at)
+            others = pc[ready & ~mask]
+            self._run_together(steps, pc, done, waiting, mask, others.min(initial=len(steps)), at)
+
+    def _run_together(self, steps, pc, done, waiting, mask, limit, at) -> None:
+        """Run the threads in `mask` until they part, wait, end, or reach those ahead."""
+        everyone = None if mask.all() else mask
+        while True:
+            if at >= len(steps):
+                done |= mask
+                return
+            self.at = at
+            kind, step, target = steps[at]
+            if kind == "compute":
+                step(everyone)
+                at += 1
+            elif kind == "branch":
+                taken = mask & step() if step else mask
+                if not taken.any():
+                    at += 1
+                elif (taken == mask).all():
+                    at = target
+                else:
+                    pc[mask], pc[taken] = at + 1, target
+                    return
+                if at < self.at:
+                    pc[mask] = at
+                    return
+            elif kind == "barrier":
+                pc[mask] = at + 1
+                waiting |= mask
+                return
+            else:
+                ended = mask & step() if step else mask
+                done |= ended
+                pc[mask] = at + 1
+                return
+            if at >= limit:
+                pc[mask] = at
+                return
+
+    def _release(self, pc: Lanes, done: Lanes, waiting: Lanes) -> None:
+        """All threads of a block have come to a barrier: let them go on."""
+        place = np.where(waiting, pc, -1).reshape(self.blocks, self.block_size)
+        latest = place.max(1, keepdims=True)
+        if ((place != latest) & (place >= 0)).any():
+            raise Fault("threads of one block wait at different barriers")
+        if (waiting & np.repeat(done.reshape(self.blocks, -1).any(1), self.block_size)).any():
+            raise Fault("a barrier that not all threads of the block reach")
+        waiting[:] = False
+        self.block_barriers += 1
+
+    # Operands -------------------------------------------------------------------------------------
+
+    def source(self, operand: str, kind: str) -> Callable[[], Lanes]:
+        """A function that gives the operand as lanes of type `kind`, or as one value for all."""
+        if kind == "pred":
+            if operand.startswith("!"):
+                return lambda: ~self.registers[operand[1:]]
+            if operand in self.registers:
+                return lambda: self.registers[operand]
+            constant = np.array([int(operand, 0) != 0])
+            return lambda: constant
+        wanted = np.dtype(TYPES[kind])
+        if operand in self.special:
+            return lambda: self.special[operand].astype(UNSIGNED[wanted.itemsize]).view(wanted)
+        if operand in self.registers:
+            if self.registers[operand].dtype.itemsize == wanted.itemsize:
+                return lambda: self.registers[operand].view(wanted)
+            # A wider register gives its low bits.
+            low = UNSIGNED[wanted.itemsize]
+            return lambda: self.registers[operand].astype(low).view(wanted)
+        if operand.startswith("-") and operand[1:] in self.registers:
+            return lambda: -self.registers[operand[1:]].view(wanted)
+        value = self._constant(operand, wanted)
+        return lambda: value
+
+    def _constant(self, operand: str, wanted: np.dtype) -> Lanes:
+        if re.match(r"0[fF][0-9a-fA-F]{8}$", operand):
+            bits = np.array([int(operand[2:], 16)], np.uint32)
+            return bits.view(np.float32).astype(wanted) if wanted.kind == "f" else bits
+        if re.match(r"0[dD][0-9a-fA-F]{16}$", operand):
+            return np.array([int(operand[2:], 16)], np.uint64).view(np.float64)
+        if operand in self.kernel.shared:
+            offset = self.kernel.shared[operand]
+            number = self.dynamic_start if offset is None else offset
+        elif operand in self.parameter_at:
+            number = self.parameter_at[operand]
+        else:
+            number = int(operand.rstrip("U"), 0)
+        unsigned = UNSIGNED[wanted.itemsize]
+        return np.array([number & (2 ** (8 * wanted.itemsize) - 1)], unsigned).view(wanted)
+
+    def write(self, register: str, value: Lanes, mask: Mask) -> None:
+        """register = value for the threads in `mask`; widened by sign if the value has one."""
+        if register == "_":
+            return
+        kind = self.registers[register].dtype
+        value = np.asarray(value)
+        if value.dtype != kind:
+            if value.dtype.itemsize == kind.itemsize:
+                value = np.ascontiguousarray(value).view(kind)
+            elif value.dtype.kind == "i":
+                value = value.astype(np.dtype(f"i{kind.itemsize}")).view(kind)
+            else:
+                value = value.view(UNSIGNED[value.dtype.itemsize]).astype(kind)
+        if value.shape != (self.lanes,):
+            value = np.broadcast_to(value, (self.lanes,)).copy()
+        self.registers[register] = (
+            value if mask is None else np.where(mask, value, self.registers[register])
+        )
+
+    def address(self, operand: str, space: str) -> Callable[[], Lanes]:
+        """Offsets into the memory of `space` for an operand such as [%rd1+16]."""
+        base, offset = re.match(r"([%\w$]+)\s*(?:\+\s*(-?\w+))?", operand.strip("[] ")).groups()
+        offset = int(offset or "0", 0)
+        narrow = base in self.registers and self.registers[base].dtype.itemsize == 4
+        pointer = self.source(base, "u32" if narrow else "u64")
+        if space == "shared":
+            return lambda: pointer().astype(np.int64) + offset + self.shared_base
+        start = GLOBAL_BASE if space == "global" else PARAM_BASE
+        return lambda: np.broadcast_to(
+            pointer().astype(np.int64) + offset - start, (self.lanes,)
+        )
+
+    # Memory ---------------------------------------------------------------------------------------
+
+    def access(
+        self, memory: Memory, offsets: Lanes, width: int, mask: Mask, kind: str, counted: bool = True
+    ) -> tuple[Lanes, Lanes]:
+        """Check an access of `width` bytes a thread; the threads that make it and their offsets.
+
+        `kind` is load, store, or copy: a store whose data arrives later.
+        """
+        threads = self.thread if mask is None else np.flatnonzero(mask).astype(np.int32)
+        offsets = offsets if mask is None else offsets[mask]
+        if threads.size == 0:
+            return threads, offsets
+        if (offsets % width).any():
+            raise Fault(f"misaligned {kind} of {width} bytes, {memory.name}")
+        outside = memory.refuse_outside(offsets, width)
+        if memory is self.shared:
+            outside |= offsets // self.shared_size != self.block[threads]
+        if outside.any():
+            raise Fault(
+                f"out of bounds: {memory.name} {kind} of {width} bytes by {outside.sum()} threads"
+            )
+        if kind == "load":
+            ready = memory.initialised[offsets] & memory.initialised[offsets + width - 1]
+            if not ready.all():
+                raise Fault(f"{memory.name} memory is read before it is written")
+        self._order(memory, threads, offsets, width, "load" if kind == "load" else "store")
+        if kind != "load":
+            for byte in range(width):
+                memory.initialised[offsets + byte] = kind == "store"
+        if self.traffic and counted and memory is self.memory:
+            buffers = np.array(self.buffers)
+            self.traffic.count(kind, offsets, width, self.warp[threads].astype(np.int64), buffers)
+        return threads, offsets
+
+    def _order(
+        self, memory: Memory, threads: Lanes, offsets: Lanes, width: int, kind: str
+    ) -> None:
+        granules = offsets[:, None] // GRANULE + np.arange(max(1, width // GRANULE))
+        lanes = np.broadcast_to(threads[:, None], granules.shape)
+        if memory is self.memory:
+            complaint = getattr(self.global_use, kind)(granules, lanes)
+        else:
+            block = np.broadcast_to(
+                self.block_barriers[self.block[threads]][:, None], granules.shape
+            )
+            warp = np.broadcast_to(self.warp_barriers[self.warp[threads]][:, None], granules.shape)
+            complaint = getattr(self.shared_use, kind)(granules, lanes, block, warp)
+        if complaint:
+            raise Fault(f"race: a {memory.name} {kind} {complaint}")
+
+    def whole_warps(self, mask: Mask, what: str) -> slice | Lanes:
+        """The warps that run; all their threads must."""
+        if mask is None:
+            return slice(None)
+        lanes = mask.reshape(-1, WARP)
+        active = lanes.any(1)
+        if (active & ~lanes.all(1)).any():
+            raise Fault(f"{what} by part of a warp")
+        return np.flatnonzero(active)
+
+
+def guarded(machine: Machine, instruction: Instruction, step: Step) -> Step:
+    """The step, for the threads whose guard holds."""
+    if instruction.guard is None:
+        return step
+    guard = machine.source(instruction.guard, "pred")
+
+    def when_true(mask: Mask) -> None:
+        active = guard() if mask is None else guard() & mask
+        if active.all():
+            step(None)
+        elif active.any():
+            step(active)
+
+    return when_true

@@ -1,0 +1,143 @@
+"""Device memory that knows what may be touched: allocated, initialised, and by whom."""
+
+import numpy as np
+
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+NOBODY, SEVERAL = -1, -2
+GRANULE = 2  # bytes; no kernel here shares less between threads
+SECTOR = 32  # bytes; the unit in which a GPU moves global memory
+
+
+class Fault(AssertionError):
+    """Something that a kernel may not do."""
+
+
+class Memory:
+    """Bytes, and for each of them whether it is allocated and initialised."""
+
+    def __init__(self, size: int, name: str) -> None:
+        size = -(-size // 8) * 8
+        self.name = name
+        self.bytes = np.full(size, 0xFF, np.uint8)
+        self.allocated = np.zeros(size, bool)
+        self.initialised = np.zeros(size, bool)
+        self.views = {width: self.bytes.view(kind) for width, kind in UNSIGNED.items()}
+
+    def refuse_outside(self, offsets: np.ndarray, width: int) -> np.ndarray:
+        """Which accesses of `width` bytes touch what is not allocated."""
+        outside = (offsets < 0) | (offsets + width > self.bytes.size)
+        inside = np.where(outside, 0, offsets)
+        return outside | ~(self.allocated[inside] & self.allocated[inside + width - 1])
+
+
+class GlobalUse:
+    """Who used global memory in this launch.
+
+    Stricter than the language: what one thread stores no other thread may load or store, barriers
+    or not. Counts the sectors of each buffer, those asked for by each warp and those distinct.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.writer = np.full(size // GRANULE, NOBODY, np.int32)
+        self.loaded = np.zeros(size // GRANULE, bool)
+
+    def load(self, granules: np.ndarray, threads: np.ndarray) -> str | None:
+        writer = self.writer[granules]
+        if ((writer != NOBODY) & (writer != threads)).any():
+            return "loads what another thread stored"
+        self.loaded[granules] = True
+        return None
+
+    def store(self, granules: np.ndarray, threads: np.ndarray) -> str | None:
+        writer = self.writer[granules]
+        if ((writer != NOBODY) & (writer != threads)).any():
+            return "stores what another thread stored"
+        if self.loaded[granules].any():
+            return "stores over what was loaded"
+        self.writer[granules] = threads
+        return None
+
+
+class SharedUse:
+    """The last writer and readers of each granule, and when: race detection by barriers passed.
+
+    Two accesses are ordered if one thread made both, or a barrier of the block lies between them,
+    or a barrier of the warp if one warp made both.
+    """
+
+    def __init__(self, size: int) -> None:
+        count = size // GRANULE
+        self.writer, self.reader, self.reader_warp = (
+            np.full(count, NOBODY, np.int32) for _ in range(3)
+        )
+        # When: barriers passed by the block, and by the warp.
+        self.written_block, self.written_warp, self.read_block, self.read_warp = (
+            np.zeros(count, np.int32) for _ in range(4)
+        )
+
+    def load(
+        self, granules: np.ndarray, threads: np.ndarray, block: np.ndarray, warp: np.ndarray
+    ) -> str | None:
+        """`block` and `warp` are the barriers that the threads' block and warp have passed."""
+        if not self._after_writer(granules, threads, block, warp).all():
+            return "loads what another thread stored without a barrier between"
+        reader, own_warp = self.reader[granules], threads // 32
+        outdated = (reader == NOBODY) | (self.read_block[granules] < block)
+        outdated |= (self.reader_warp[granules] == own_warp) & (self.read_warp[granules] < warp)
+        warps = self.reader_warp[granules]
+        self.reader[granules] = np.where(outdated | (reader == threads), threads, SEVERAL)
+        self.reader_warp[granules] = np.where(outdated | (warps == own_warp), own_warp, SEVERAL)
+        # Several lanes may read one granule in this instruction; the last of them was kept.
+        shared = self.reader[granules] != threads
+        self.reader[granules[shared]] = SEVERAL
+        across = self.reader_warp[granules] != own_warp
+        self.reader_warp[granules[across]] = SEVERAL
+        self.read_block[granules], self.read_warp[granules] = block, warp
+        return None
+
+    def store(
+        self, granules: np.ndarray, threads: np.ndarray, block: np.ndarray, warp: np.ndarray
+    ) -> str | None:
+        if not self._after_writer(granules, threads, block, warp).all():
+            return "stores over what another thread stored without a barrier between"
+        reader = self.reader[granules]
+        ordered = (reader == NOBODY) | (reader == threads) | (self.read_block[granules] < block)
+        same_warp = self.reader_warp[granules] == threads // 32
+        ordered |= same_warp & (self.read_warp[granules] < warp)
+        if not ordered.all():
+            return "stores over what another thread loaded without a barrier between"
+        self.writer[granules] = threads
+        self.written_block[granules], self.written_warp[granules] = block, warp
+        self.reader[granules] = NOBODY
+        return None
+
+    def _after_writer(
+        self, granules: np.ndarray, threads: np.ndarray, block: np.ndarray, warp: np.ndarray
+    ) -> np.ndarray:
+        writer = self.writer[granules]
+        ordered = (writer == NOBODY) | (writer == threads) | (self.written_block[granules] < block)
+        same_warp = writer // 32 == threads // 32
+        return ordered | same_warp & (self.written_warp[granules] < warp)
+
+
+class Traffic:
+    """Sectors of global memory: asked for by warps, and distinct ones, by buffer and direction."""
+
+    def __init__(self, size: int) -> None:
+        self.requested: dict[tuple[int, str], int] = {}
+        self.touched = {kind: np.zeros(size // SECTOR + 1, bool) for kind in ("load", "store")}
+        self.ideal = {"load": 0, "store": 0}
+
+    def count(
+        self, kind: str, offsets: np.ndarray, width: int, warps: np.ndarray, buffers: np.ndarray
+    ) -> None:
+        first, last = offsets // SECTOR, (offsets + width - 1) // SECTOR
+        key = np.unique(np.concatenate([warps * (1 << 40) + first, warps * (1 << 40) + last]))
+        sectors = key & ((1 << 40) - 1)
+        self.touched[kind][sectors] = True
+        self.ideal[kind] += -(-offsets.size * width // SECTOR)
+        found, counts = np.unique(np.searchsorted(buffers, sectors * SECTOR + SECTOR - 1, "right"),
+                                  return_counts=True)
+        for buffer, count in zip(found - 1, counts, strict=True):
+            at = (int(buffer), kind)
+            self.requested[at] = self.requested.get(at, 0) + int(count)

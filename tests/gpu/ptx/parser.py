@@ -1,0 +1,172 @@
+"""PTX text → kernels: parameters, registers, shared memory, and instructions in execution order."""
+
+import re
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction; `guard` is the predicate that enables it, "!" in front if negated."""
+
+    opcode: str
+    operands: tuple[str, ...]
+    guard: str | None = None
+    where: str = ""
+
+    @property
+    def parts(self) -> list[str]:
+        return self.opcode.split(".")
+
+    def __str__(self) -> str:
+        guard = f"@{self.guard} " if self.guard else ""
+        return f"{guard}{self.opcode} {', '.join(self.operands)} ({self.where})"
+
+
+@dataclass
+class Kernel:
+    """One entry point; `shared` maps names to offsets, None for the part sized at the launch."""
+
+    name: str
+    parameters: list[tuple[str, str]]
+    registers: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, int | None] = field(default_factory=dict)
+    static_shared: int = 0
+    code: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+
+    def with_code(self, code: list[Instruction]) -> "Kernel":
+        """The same kernel with other instructions at the same places."""
+        return replace(self, code=code)
+
+
+_SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b(\d+)\s+([\w$]+)(?:\[(\d+)\])?")
+_LABEL = re.compile(r"([$\w%]+):(?!:)")
+_INSTRUCTION = re.compile(r"(?:@(!?%?[\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
+_OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
+
+
+def parse(text: str) -> Kernel:
+    """The only entry point of a PTX module."""
+    text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
+    files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M))
+    head = re.search(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{]*)\{", text, re.S)
+    parameters = [
+        (p.split()[-1], re.search(r"\.param\s+\.(\w+)", p)[1])
+        for p in head[2].split(",")
+        if p.strip()
+    ]
+    kernel = Kernel(head[1], parameters)
+    for name in re.findall(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[", text):
+        kernel.shared[name] = None
+    where = ""
+    for statement in re.split(r";|\n", re.sub(r"//[^\n]*", "", _body(text, head.end()))):
+        statement = _strip_labels(kernel, statement.strip())
+        if statement.startswith(".loc"):
+            _, file, line, *_ = statement.split()
+            where = f"{files.get(file, '?').rsplit('/', 1)[-1]}:{line}"
+        elif statement.startswith(".reg"):
+            _declare_registers(kernel, statement)
+        elif statement.startswith(".shared"):
+            _declare_shared(kernel, _SHARED.match(statement))
+        elif statement and not statement.startswith("."):
+            while statement.count("}") > statement.count("{"):  # the end of a scope
+                statement = "".join(statement.rpartition("}")[::2]).strip()
+            guard, opcode, operands = _INSTRUCTION.match(statement).groups()
+            operands = tuple(o.strip() for o in _OPERAND.findall(operands))
+            kernel.code.append(Instruction(opcode, operands, guard, where))
+    return in_execution_order(kernel)
+
+
+def _body(text: str, start: int) -> str:
+    depth, end = 1, start
+    while depth:
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        end += 1
+    return text[start : end - 1]
+
+
+def _strip_labels(kernel: Kernel, statement: str) -> str:
+    """The statement without the labels and scope brackets in front of it."""
+    while statement:
+        label = _LABEL.match(statement)
+        if label:
+            kernel.labels[label[1]] = len(kernel.code)
+            statement = statement[label.end() :].strip()
+        elif statement[0] in "{}":
+            statement = statement[1:].strip()
+        else:
+            break
+    return statement
+
+
+def _declare_registers(kernel: Kernel, statement: str) -> None:
+    kind, names = re.match(r"\.reg\s+\.(\w+)\s+(.*)", statement).groups()
+    for name in names.split(","):
+        stem, count = re.match(r"\s*(%?[\w$]+)(?:<(\d+)>)?", name).groups()
+        for register in [f"{stem}{i}" for i in range(int(count))] if count else [stem]:
+            kernel.registers[register] = kind
+
+
+def _declare_shared(kernel: Kernel, match: re.Match) -> None:
+    align, bits, name, count = match.groups()
+    offset = -(-kernel.static_shared // int(align)) * int(align)
+    kernel.shared[name] = offset
+    kernel.static_shared = offset + int(bits) // 8 * int(count or 1)
+
+
+def in_execution_order(kernel: Kernel) -> Kernel:
+    """Basic blocks in reverse postorder of the flow graph.
+
+    Threads that part at a branch meet again where the paths join. Running those furthest behind
+    first finds that place, provided that what lies behind also comes first in the order; compilers
+    do not lay code out like that.
+    """
+    starts = sorted({0, *kernel.labels.values()} | {
+        i + 1 for i, ins in enumerate(kernel.code) if ins.parts[0] in ("bra", "ret", "exit")
+    })  # fmt: skip
+    starts = [s for s in starts if s < len(kernel.code)]
+    ends = dict(zip(starts, [*starts[1:], len(kernel.code)], strict=True))
+    order = _reverse_postorder(kernel, ends)
+    at, code = {}, []
+    for position, start in enumerate(order):
+        at[start] = len(code)
+        code += kernel.code[start : ends[start]]
+        falls_to = ends[start]
+        follower = order[position + 1] if position + 1 < len(order) else None
+        if _falls_through(code[-1]) and falls_to in ends and falls_to != follower:
+            code.append(Instruction("bra.uni", (f"@{falls_to}",)))
+    labels = {name: at[index] for name, index in kernel.labels.items() if index in at}
+    labels |= {f"@{start}": place for start, place in at.items()}
+    return replace(kernel, code=code, labels=labels)
+
+
+def _falls_through(instruction: Instruction) -> bool:
+    return instruction.guard is not None or instruction.parts[0] not in ("bra", "ret", "exit")
+
+
+def _reverse_postorder(kernel: Kernel, ends: dict[int, int]) -> list[int]:
+    """Start indices of the blocks that can be reached."""
+    finished: list[int] = []
+    seen: set[int] = {0}
+
+    def followers(start: int) -> list[int]:
+        last, found = kernel.code[ends[start] - 1], []
+        if last.parts[0] == "bra":
+            found.append(kernel.labels[last.operands[0]])
+        if _falls_through(last) and ends[start] in ends:
+            found.append(ends[start])
+        # A loop's body goes before what follows the loop: visited last, it comes first.
+        return sorted(found, key=lambda f: f <= start)
+
+    stack = [(0, iter(followers(0)))]
+    while stack:
+        block, rest = stack[-1]
+        for follower in rest:
+            if follower not in seen and follower in ends:
+                seen.add(follower)
+                stack.append((follower, iter(followers(follower))))
+                break
+        else:
+            finished.append(block)
+            stack.pop()
+    return finished[::-1]

@@ -1,0 +1,203 @@
+"""mma.sync (m16n8k*) and wgmma (m64n*k*): 16-bit and tf32 operands, float32 sums."""
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+from number_formats import bf16_to_f32, truncate_to_tf32
+from ptx.machine import WARP, Lanes, Machine, Mask, Step
+from ptx.memory import Fault
+from ptx.parser import Instruction
+from ptx.transfers import registers_of
+
+GROUP = 128  # threads of a warpgroup
+DECODE: dict[str, Callable[[Lanes], Lanes]] = {
+    "f16": lambda bits: bits.view(np.float16).astype(np.float32),
+    "bf16": bf16_to_f32,
+    "tf32": lambda bits: truncate_to_tf32(bits.view(np.float32)),
+}
+# Width in bytes of the rows that a wgmma descriptor's layout swizzles, by its two highest bits.
+SWIZZLE = {1: 128, 2: 64, 3: 32}
+
+
+def _kinds(instruction: Instruction) -> tuple[str, int, np.dtype]:
+    """The operands' type, elements in a 32-bit register, and the type of their bits."""
+    kinds = [part for part in instruction.parts if part in (*DECODE, "f32")]
+    if kinds[0] != "f32" or kinds[1] not in DECODE:
+        raise NotImplementedError(str(instruction))
+    per_register = 1 if kinds[1] == "tf32" else 2
+    return kinds[1], per_register, np.dtype(np.uint32 if per_register == 1 else np.uint16)
+
+
+def _sizes(instruction: Instruction) -> tuple[int, int, int]:
+    return tuple(map(int, re.search(r"m(\d+)n(\d+)k(\d+)", instruction.opcode).groups()))
+
+
+def mma(machine: Machine, instruction: Instruction) -> Step:
+    """d = a b + c for each warp; lane 4 g + t holds elements of rows g, g + 8 and columns by t."""
+    rows, columns, depth = _sizes(instruction)
+    if (rows, columns) != (16, 8):
+        raise NotImplementedError(str(instruction))
+    kind, per, bits = _kinds(instruction)
+    half = 4 * per
+    result, a_names, b_names, c_names = (registers_of(o) for o in instruction.operands)
+    addends = [machine.source(name, "f32") for name in c_names]
+    group, lane = np.arange(WARP) >> 2, np.arange(WARP) & 3
+
+    def step(mask: Mask) -> None:
+        warps = machine.whole_warps(mask, "mma")
+        count = machine.lanes // WARP if mask is None else len(warps)
+
+        def fragment(name: str) -> Lanes:
+            lanes = np.ascontiguousarray(machine.registers[name]).view(bits)
+            return DECODE[kind](lanes).reshape(-1, WARP, per)[warps]
+
+        a = np.zeros((count, 16, depth), np.float32)
+        b = np.zeros((count, depth, 8), np.float32)
+        c = np.zeros((count, 16, 8), np.float32)
+        for i, name in enumerate(a_names):
+            values = fragment(name)
+            for e in range(per):
+                a[:, group + 8 * (i & 1), per * lane + e + half * (i >> 1)] = values[:, :, e]
+        for i, name in enumerate(b_names):
+            values = fragment(name)
+            for e in range(per):
+                b[:, per * lane + e + half * i, group] = values[:, :, e]
+        for i, addend in enumerate(addends):
+            lanes = np.broadcast_to(addend(), (machine.lanes,)).reshape(-1, WARP)[warps]
+            c[:, group + 8 * (i >> 1), 2 * lane + (i & 1)] = lanes
+        d = np.matmul(a, b) + c
+        for i, name in enumerate(result):
+            value = machine.registers[name].copy().view(np.float32)
+            value.reshape(-1, WARP)[warps] = d[:, group + 8 * (i >> 1), 2 * lane + (i & 1)]
+            machine.registers[name] = value.view(np.uint32)
+
+    return step
+
+
+def wgmma(machine: Machine, instruction: Instruction) -> Step:
+    """Asynchronous: computed at the wait, from shared memory as it then is.
+
+    What reads the result too early sees the old one; what refills the operands too early is a race.
+    """
+    if "fence" in instruction.parts:
+        return lambda mask: None
+    if "commit_group" in instruction.parts:
+
+        def commit(mask: Mask) -> None:
+            machine.product_groups += 1
+
+        return commit
+    if "wait_group" in instruction.parts:
+        in_flight = int(instruction.operands[0], 0)
+
+        def wait(mask: Mask) -> None:
+            while machine.products and machine.products[0][0] < machine.product_groups - in_flight:
+                machine.products.pop(0)[1]()
+
+        return wait
+    product = Product(machine, instruction)
+
+    def issue(mask: Mask) -> None:
+        if mask is not None:
+            raise Fault("wgmma by part of the grid")
+        machine.products.append((machine.product_groups, product.issue()))
+
+    return issue
+
+
+class Product:
+    """One wgmma.mma_async: 64 rows of a, from registers or shared memory, times b."""
+
+    def __init__(self, machine: Machine, instruction: Instruction) -> None:
+        self.machine = machine
+        _, self.columns, self.depth = _sizes(instruction)
+        self.kind, self.per, self.bits = _kinds(instruction)
+        target, a, b, scale, *flags = instruction.operands
+        flags = [int(flag, 0) for flag in flags]
+        if flags[:2] != [1, 1]:
+            raise NotImplementedError("wgmma with negated operands")
+        self.result = registers_of(target)
+        self.a_names = registers_of(a) if a.startswith("{") else None
+        self.a_descriptor = None if self.a_names else machine.source(a, "u64")
+        self.b_descriptor = machine.source(b, "u64")
+        # Transposition flags: both operands', or only b's where a is in registers.
+        transposed = [False] * (2 - len(flags[2:])) + [flag == 1 for flag in flags[2:]]
+        self.a_transposed, self.b_transposed = transposed
+        self.keep = machine.source(scale, "pred")
+        thread = np.arange(GROUP)
+        self.group, self.lane, self.warp = thread % WARP >> 2, thread & 3, thread >> 5
+
+    def issue(self) -> Callable[[], None]:
+        """Read descriptors and registers now; the returned function computes."""
+        machine = self.machine
+        keep = np.broadcast_to(self.keep(), (machine.lanes,)).copy()
+        b = np.broadcast_to(self.b_descriptor(), (machine.lanes,)).copy()
+        self.tile(b, self.columns, self.b_transposed)
+        if self.a_names:
+            held = [machine.registers[name].copy() for name in self.a_names]
+            return lambda: self.compute(self._from_registers(held), b, keep)
+        a = np.broadcast_to(self.a_descriptor(), (machine.lanes,)).copy()
+        self.tile(a, 64, self.a_transposed)
+        return lambda: self.compute(self.tile(a, 64, self.a_transposed), b, keep)
+
+    def compute(self, a: Lanes, b_descriptor: Lanes, keep: Lanes) -> None:
+        b = self.tile(b_descriptor, self.columns, self.b_transposed)
+        d = np.matmul(a, b.swapaxes(1, 2))
+        registers = self.machine.registers
+        for i, name in enumerate(self.result):
+            rows = 16 * self.warp + self.group + 8 * (i >> 1 & 1)
+            columns = 8 * (i >> 2) + 2 * self.lane + (i & 1)
+            before = np.where(keep, registers[name].view(np.float32), np.float32(0))
+            after = before.reshape(-1, GROUP) + d[:, rows, columns]
+            registers[name] = after.astype(np.float32).reshape(-1).view(np.uint32)
+
+    def _from_registers(self, held: list[Lanes]) -> Lanes:
+        a = np.zeros((self.machine.lanes // GROUP, 64, self.depth), np.float32)
+        half = 4 * self.per
+        for i, lanes in enumerate(held):
+            values = DECODE[self.kind](lanes.view(self.bits)).reshape(-1, GROUP, self.per)
+            rows = 16 * self.warp + self.group + 8 * (i & 1)
+            for e in range(self.per):
+                a[:, rows, self.per * self.lane + e + half * (i >> 1)] = values[:, :, e]
+        return a
+
+    def tile(self, descriptor: Lanes, rows: int, transposed: bool) -> Lanes:
+        """The operand (groups, rows, depth) that a descriptor points to; its reads are checked."""
+        machine, size = self.machine, self.bits.itemsize
+        groups = descriptor.reshape(-1, GROUP)
+        if (groups != groups[:, :1]).any():
+            raise Fault("a wgmma descriptor differs inside a warpgroup")
+        chunks = self._chunks(groups[:, 0], rows, transposed)
+        chunks = chunks + machine.shared_base.reshape(-1, GROUP)[:, :1, None]
+        flat = chunks.reshape(len(chunks), -1)
+        for start in range(0, flat.shape[1], GROUP):  # each thread stands for one chunk of 16 bytes
+            part = flat[:, start : start + GROUP]
+            offsets = np.full((len(flat), GROUP), -1, np.int64)
+            offsets[:, : part.shape[1]] = part
+            offsets = offsets.reshape(-1)
+            machine.access(machine.shared, offsets, 16, offsets >= 0, "load")
+        at = chunks[..., None] // size + np.arange(16 // size)
+        values = DECODE[self.kind](machine.shared.views[size][at])
+        values = values.reshape(*chunks.shape[:2], -1)
+        return values.swapaxes(1, 2) if transposed else values
+
+    def _chunks(self, descriptor: Lanes, rows: int, transposed: bool) -> Lanes:
+        """Byte offsets of the operand's 16-byte chunks, swizzled: (groups, rows or depth, ...)."""
+        layout = int(descriptor[0] >> np.uint64(62))
+        if layout not in SWIZZLE:
+            raise NotImplementedError("wgmma operands without a swizzle")
+        width, size = SWIZZLE[layout], self.bits.itemsize
+        start, leading, stride = (
+            ((descriptor >> np.uint64(shift)) & np.uint64(0x3FFF)).astype(np.int64)[:, None, None]
+            * 16
+            for shift in (0, 16, 32)
+        )
+        lines = np.arange(self.depth if transposed else rows)[:, None]
+        across = np.arange((rows if transposed else self.depth) * size // 16)[None] * 16
+        at = start + lines // 8 * stride + lines % 8 * width
+        if transposed:
+            at = at + across // width * leading + across % width
+        else:
+            at = at + across
+        return at ^ ((at >> 7 & (width // 16 - 1)) << 4)

@@ -1,0 +1,219 @@
+"""Instructions that move data: loads, stores, matrices, asynchronous copies, shuffles."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from ptx.machine import TYPES, WARP, Lanes, Machine, Mask, Step
+from ptx.memory import UNSIGNED, Fault, Memory
+from ptx.parser import Instruction
+
+
+def registers_of(operand: str) -> list[str]:
+    """{%r1, %r2} → the names; a single one is a list of one."""
+    return [name.strip() for name in operand.strip("{}").split(",")]
+
+
+def _space(instruction: Instruction) -> str:
+    for space in ("shared", "param"):
+        if any(part.startswith(space) for part in instruction.parts):
+            return space
+    return "global"
+
+
+def load(machine: Machine, instruction: Instruction) -> Step:
+    space, targets = _space(instruction), registers_of(instruction.operands[0])
+    kind = np.dtype(TYPES[instruction.parts[-1]])
+    address = machine.address(instruction.operands[1], space)
+
+    def from_parameters(mask: Mask) -> None:
+        offsets = address()
+        for i, target in enumerate(targets):
+            at = offsets[:, None] + i * kind.itemsize + np.arange(kind.itemsize)
+            value = np.ascontiguousarray(machine.parameters[at]).view(kind)[:, 0]
+            machine.write(target, value, mask)
+
+    def from_memory(mask: Mask) -> None:
+        memory = machine.shared if space == "shared" else machine.memory
+        width = kind.itemsize * len(targets)
+        threads, offsets = machine.access(memory, address(), width, mask, "load")
+        for i, target in enumerate(targets):
+            value = np.zeros(machine.lanes, UNSIGNED[kind.itemsize])
+            value[threads] = memory.views[kind.itemsize][offsets // kind.itemsize + i]
+            machine.write(target, value.view(kind), mask)
+
+    return from_parameters if space == "param" else from_memory
+
+
+def store(machine: Machine, instruction: Instruction) -> Step:
+    kind = instruction.parts[-1]
+    size = np.dtype(TYPES[kind]).itemsize
+    values = [machine.source(name, kind) for name in registers_of(instruction.operands[1])]
+    space = _space(instruction)
+    address = machine.address(instruction.operands[0], space)
+
+    def step(mask: Mask) -> None:
+        memory = machine.shared if space == "shared" else machine.memory
+        threads, offsets = machine.access(memory, address(), size * len(values), mask, "store")
+        for i, value in enumerate(values):
+            lanes = np.broadcast_to(value(), (machine.lanes,)).view(UNSIGNED[size])
+            _put(memory, size, offsets // size + i, lanes[threads])
+
+    return step
+
+
+def _put(memory: Memory, width: int, at: Lanes, values: Lanes) -> None:
+    """Write; several threads may write one place, but only if they agree."""
+    memory.views[width][at] = values
+    if (memory.views[width][at] != values).any():
+        raise Fault(f"race: threads store different values to one {memory.name} address")
+
+
+def _matrix_rows(machine: Machine, offsets: Lanes, count: int, mask: Mask, kind: str):
+    """The warps that run, and the offsets of the 8 rows of each of their `count` matrices."""
+    warps = machine.whole_warps(mask, kind)
+    lanes = np.zeros((machine.lanes // WARP, WARP), bool)
+    lanes[warps, : 8 * count] = True
+    machine.access(machine.shared, offsets, 16, lanes.reshape(-1), kind)
+    return warps, offsets.reshape(-1, WARP)[warps][:, : 8 * count]
+
+
+def load_matrix(machine: Machine, instruction: Instruction) -> Step:
+    """8 x 8 matrices of 16-bit elements: thread 4 g + t gets elements 2 t, 2 t + 1 of row g."""
+    targets, transposed = registers_of(instruction.operands[0]), "trans" in instruction.parts
+    address = machine.address(instruction.operands[1], "shared")
+    count = len(targets)
+
+    def step(mask: Mask) -> None:
+        warps, rows = _matrix_rows(machine, address(), count, mask, "load")
+        matrices = machine.shared.views[2][rows[:, :, None] // 2 + np.arange(8)]
+        matrices = matrices.reshape(-1, count, 8, 8)
+        if transposed:
+            matrices = matrices.swapaxes(2, 3)
+        words = np.ascontiguousarray(matrices).view(np.uint32).reshape(-1, count, WARP)
+        for i, target in enumerate(targets):
+            value = machine.registers[target].copy()
+            value.reshape(-1, WARP)[warps] = words[:, i]
+            machine.registers[target] = value
+
+    return step
+
+
+def store_matrix(machine: Machine, instruction: Instruction) -> Step:
+    sources, transposed = registers_of(instruction.operands[1]), "trans" in instruction.parts
+    address = machine.address(instruction.operands[0], "shared")
+    count = len(sources)
+
+    def step(mask: Mask) -> None:
+        warps, rows = _matrix_rows(machine, address(), count, mask, "store")
+        lanes = [machine.registers[name].reshape(-1, WARP)[warps] for name in sources]
+        matrices = np.stack(lanes, 1).view(np.uint16).reshape(-1, count, 8, 8)
+        if transposed:
+            matrices = matrices.swapaxes(2, 3)
+        at = rows[:, :, None] // 2 + np.arange(8)
+        _put(machine.shared, 2, at, matrices.reshape(-1, 8 * count, 8))
+
+    return step
+
+
+@dataclass
+class Copy:
+    """One cp.async in flight: where to, where from, how much, its group, and who still waits."""
+
+    to: Lanes
+    source: Lanes
+    width: int
+    size: Lanes
+    group: Lanes
+    waiting: Lanes
+
+
+def copy_async(machine: Machine, instruction: Instruction) -> Step:
+    """Data arrives at the wait: what reads it earlier, or refills it too early, is caught."""
+    parts, operands = instruction.parts, instruction.operands
+    if "commit_group" in parts:
+
+        def commit(mask: Mask) -> None:
+            machine.copy_groups += 1 if mask is None else mask
+
+        return commit
+    if "wait_group" in parts or "wait_all" in parts:
+        in_flight = int(operands[0], 0) if operands else None
+        return lambda mask: _wait(machine, in_flight, mask)
+    if "bulk" in parts:
+        raise NotImplementedError("copies by the tensor memory accelerator")
+    to, source = machine.address(operands[0], "shared"), machine.address(operands[1], "global")
+    width = int(operands[2], 0)
+    has_size = len(operands) > 3
+    size = machine.source(operands[3] if has_size else operands[2], "u32")
+
+    def step(mask: Mask) -> None:
+        active = np.ones(machine.lanes, bool) if mask is None else mask
+        sizes = np.broadcast_to(size(), (machine.lanes,)).astype(np.int64)
+        destinations, sources = to(), source()
+        reads = active & (sizes > 0)
+        if reads.any():
+            machine.access(machine.memory, sources, width, reads, "load")
+        machine.access(machine.shared, destinations, width, active, "copy")
+        group = machine.copy_groups.copy()
+        machine.copies.append(Copy(destinations, sources, width, sizes, group, active.copy()))
+
+    return step
+
+
+def _wait(machine: Machine, in_flight: int | None, mask: Mask) -> None:
+    """Let the copies arrive of all groups but the last `in_flight`; None: of all, committed or not.
+
+    Arrival is no access of its own: the copy was recorded as a store when it was issued.
+    """
+    for copy in machine.copies:
+        arriving = copy.waiting.copy()
+        if in_flight is not None:
+            arriving &= copy.group < machine.copy_groups - in_flight
+        if mask is not None:
+            arriving &= mask
+        if not arriving.any():
+            continue
+        offsets, sources, size = copy.to[arriving], copy.source[arriving], copy.size[arriving]
+        for byte in range(copy.width):
+            inside = byte < size
+            value = machine.memory.bytes[np.where(inside, sources + byte, 0)]
+            machine.shared.bytes[offsets + byte] = np.where(inside, value, 0)
+            machine.shared.initialised[offsets + byte] = True
+        # Other threads see the data after the next barrier, so it counts as stored now.
+        machine._order(
+            machine.shared, np.flatnonzero(arriving).astype(np.int32), offsets, copy.width, "store"
+        )
+        copy.waiting &= ~arriving
+    machine.copies = [copy for copy in machine.copies if copy.waiting.any()]
+
+
+def shuffle(machine: Machine, instruction: Instruction) -> Step:
+    """shfl.sync: the value of another lane of the warp."""
+    operands, mode = instruction.operands, instruction.parts[2]
+    target, *succeeded = operands[0].split("|")
+    value, lane = machine.source(operands[1], "b32"), machine.source(operands[2], "u32")
+    clamp, members = machine.source(operands[3], "u32"), machine.source(operands[4], "u32")
+
+    def step(mask: Mask) -> None:
+        own = np.arange(machine.lanes) % WARP
+        offset, limits = lane().astype(np.int64) & 31, clamp().astype(np.int64)
+        last, segment = limits & 31, (limits >> 8) & 31
+        highest, lowest = (own & segment) | (last & ~segment), own & segment
+        other = {
+            "bfly": own ^ offset,
+            "down": own + offset,
+            "up": own - offset,
+            "idx": lowest | (offset & ~segment),
+        }[mode]
+        valid = other >= highest if mode == "up" else other <= highest
+        needed = (members().astype(np.int64) >> own & 1).astype(bool)
+        if mask is not None:
+            runs = np.repeat(mask.reshape(-1, WARP).any(1), WARP)
+            if (needed & runs & ~mask).any():
+                raise Fault("shfl.sync names a lane that is not there")
+        where = np.arange(machine.lanes) - own + np.where(valid, other, own)
+        machine.write(target, np.broadcast_to(value(), (machine.lanes,))[where], mask)
+        if succeeded:
+            machine.write(succeeded[0], valid, mask)
+
+    return step
