@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from ptx.machine import Machine
+from ptx.machine import RED_ZONE, Machine, room
 from ptx.parser import Kernel, parse
 from stub_driver import compiling_for
 from triton.runtime.jit import JITFunction
@@ -29,7 +29,7 @@ class Launch:
 
 @contextmanager
 def emulated(
-    architecture: str, mutate: Mutation | None = None, memory: int = 64 << 20, traffic: bool = False
+    architecture: str, mutate: Mutation | None = None, traffic: bool = False
 ) -> Iterator[list[Launch]]:
     """Run every launch inside on the emulated architecture; each is appended to the list."""
     launches: list[Launch] = []
@@ -43,9 +43,8 @@ def emulated(
         bound |= {name: value for name, value in options.items() if name in self.arg_names}
         kernel = _parsed(compiled)
         launches.append(
-            _launch(self, compiled, mutate(kernel) if mutate else kernel, grid, bound,
-                    Machine(memory, traffic))
-        )  # fmt: skip
+            _launch(self, compiled, mutate(kernel) if mutate else kernel, grid, bound, traffic)
+        )
         return compiled
 
     JITFunction.run = run
@@ -67,12 +66,14 @@ def _parsed(compiled) -> Kernel:
 
 
 def _launch(
-    function: JITFunction, compiled, kernel: Kernel, grid: tuple, bound: dict, machine: Machine
+    function: JITFunction, compiled, kernel: Kernel, grid: tuple, bound: dict, traffic: bool
 ) -> Launch:
     names = function.arg_names
     folded = {names[path[0]] for path in compiled.src.constants if len(path) == 1}
     passed = {name: bound[name] for name in names if name not in folded}
     tensors = {name: value for name, value in passed.items() if torch.is_tensor(value)}
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
+    machine = Machine(RED_ZONE + sum(map(room, sizes.values())), traffic)
     storages: dict[int, tuple[int, int]] = {}
     arguments, addresses = [], {}
     for name, value in passed.items():

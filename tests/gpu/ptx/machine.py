@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable
 
 import numpy as np
-from ptx.memory import GRANULE, UNSIGNED, Fault, GlobalUse, Memory, SharedUse, Traffic
-from ptx.parser import Instruction, Kernel
+from ptx.memory import UNSIGNED, Fault, GlobalUse, Memory, SharedUse, Traffic
+from ptx.parser import Instruction, Kernel, narrowest_access
 
 Lanes = np.ndarray
 Mask = np.ndarray | None  # None: every thread
@@ -28,10 +28,15 @@ RED_ZONE = 4096
 WARP = 32
 
 
+def room(size: int) -> int:
+    """What `size` bytes take on the device."""
+    return -(-(size + RED_ZONE) // 256) * 256
+
+
 class Machine:
     """Global memory, and one kernel at a time."""
 
-    def __init__(self, size: int = 64 << 20, count_traffic: bool = False) -> None:
+    def __init__(self, size: int, count_traffic: bool = False) -> None:
         self.memory = Memory(size, "global")
         self.traffic = Traffic(size) if count_traffic else None
         self.top = RED_ZONE
@@ -40,9 +45,7 @@ class Machine:
     def put(self, data: np.ndarray) -> int:
         """Copy bytes to the device, with room that nobody may touch behind; their address."""
         start = self.top
-        self.top += -(-(data.size + RED_ZONE) // 256) * 256
-        if self.top > self.memory.bytes.size:
-            raise MemoryError("the emulated device is full")
+        self.top += room(data.size)
         self.memory.bytes[start : start + data.size] = data
         self.memory.allocated[start : start + data.size] = True
         self.memory.initialised[start : start + data.size] = True
@@ -52,11 +55,6 @@ class Machine:
     def get(self, address: int, size: int) -> np.ndarray:
         start = address - GLOBAL_BASE
         return self.memory.bytes[start : start + size]
-
-    def written(self, address: int, size: int) -> np.ndarray:
-        """Of each granule, whether the last launch stored to it."""
-        start = (address - GLOBAL_BASE) // GRANULE
-        return self.global_use.writer[start : start + size // GRANULE] >= 0
 
     def launch(
         self, kernel: Kernel, grid: tuple[int, ...], threads: int, arguments: list, shared: int
@@ -79,8 +77,12 @@ class Machine:
         used = self.shared.allocated.reshape(self.blocks, self.shared_size)
         used[:, : kernel.static_shared + shared] = True
         self.shared_base = self.block.astype(np.int64) * self.shared_size
-        self.global_use = GlobalUse(self.memory.bytes.size)
-        self.shared_use = SharedUse(self.shared.bytes.size)
+        # Who touched what is recorded in granules that no access splits.
+        self.granules = {space: narrowest_access(kernel, space) for space in ("global", "shared")}
+        self.uses = {
+            "global": GlobalUse(self.memory.bytes.size // self.granules["global"]),
+            "shared": SharedUse(self.shared.bytes.size // self.granules["shared"]),
+        }
         self.block_barriers = np.zeros(self.blocks, np.int32)
         self.warp_barriers = np.zeros(self.lanes // WARP, np.int32)
         self.copies: list = []  # cp.async in flight
@@ -301,16 +303,17 @@ class Machine:
     def _order(
         self, memory: Memory, threads: Lanes, offsets: Lanes, width: int, kind: str
     ) -> None:
-        granules = offsets[:, None] // GRANULE + np.arange(max(1, width // GRANULE))
+        size = self.granules[memory.name]
+        granules = offsets[:, None] // size + np.arange(width // size)
         lanes = np.broadcast_to(threads[:, None], granules.shape)
         if memory is self.memory:
-            complaint = getattr(self.global_use, kind)(granules, lanes)
+            complaint = getattr(self.uses["global"], kind)(granules, lanes)
         else:
             block = np.broadcast_to(
                 self.block_barriers[self.block[threads]][:, None], granules.shape
             )
             warp = np.broadcast_to(self.warp_barriers[self.warp[threads]][:, None], granules.shape)
-            complaint = getattr(self.shared_use, kind)(granules, lanes, block, warp)
+            complaint = getattr(self.uses["shared"], kind)(granules, lanes, block, warp)
         if complaint:
             raise Fault(f"race: a {memory.name} {kind} {complaint}")
 

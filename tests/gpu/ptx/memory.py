@@ -4,7 +4,6 @@ import numpy as np
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 NOBODY, SEVERAL = -1, -2
-GRANULE = 2  # bytes; no kernel here shares less between threads
 SECTOR = 32  # bytes; the unit in which a GPU moves global memory
 
 
@@ -31,15 +30,15 @@ class Memory:
 
 
 class GlobalUse:
-    """Who used global memory in this launch.
+    """Who used each granule of global memory in this launch.
 
     Stricter than the language: what one thread stores no other thread may load or store, barriers
-    or not. Counts the sectors of each buffer, those asked for by each warp and those distinct.
+    or not.
     """
 
-    def __init__(self, size: int) -> None:
-        self.writer = np.full(size // GRANULE, NOBODY, np.int32)
-        self.loaded = np.zeros(size // GRANULE, bool)
+    def __init__(self, granules: int) -> None:
+        self.writer = np.full(granules, NOBODY, np.int32)
+        self.loaded = np.zeros(granules, bool)
 
     def load(self, granules: np.ndarray, threads: np.ndarray) -> str | None:
         writer = self.writer[granules]
@@ -65,14 +64,13 @@ class SharedUse:
     or a barrier of the warp if one warp made both.
     """
 
-    def __init__(self, size: int) -> None:
-        count = size // GRANULE
+    def __init__(self, granules: int) -> None:
         self.writer, self.reader, self.reader_warp = (
-            np.full(count, NOBODY, np.int32) for _ in range(3)
+            np.full(granules, NOBODY, np.int32) for _ in range(3)
         )
         # When: barriers passed by the block, and by the warp.
         self.written_block, self.written_warp, self.read_block, self.read_warp = (
-            np.zeros(count, np.int32) for _ in range(4)
+            np.zeros(granules, np.int32) for _ in range(4)
         )
 
     def load(

@@ -77,6 +77,21 @@ def parse(text: str) -> Kernel:
     return in_execution_order(kernel)
 
 
+def narrowest_access(kernel: Kernel, space: str) -> int:
+    """The least width in bytes of the kernel's accesses to global or shared memory, at most 16."""
+    widths = [16]
+    for instruction in kernel.code:
+        name, kind = instruction.parts[0], instruction.parts[-1]
+        shared = any(part.startswith("shared") for part in instruction.parts)
+        if name in ("ld", "st") and "param" not in instruction.parts:
+            if shared == (space == "shared"):
+                vector = re.search(r"\.v(\d)", instruction.opcode)
+                widths.append(int(kind[1:]) // 8 * int(vector[1] if vector else 1))
+        elif name == "cp" and len(instruction.operands) > 2:
+            widths.append(int(instruction.operands[2], 0))
+    return min(widths)
+
+
 def _body(text: str, start: int) -> str:
     depth, end = 1, start
     while depth:
