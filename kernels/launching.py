@@ -1,8 +1,7 @@
-"""What every launcher needs: rows, contiguity, precision, and a launch that knows empty grids."""
+"""What every launcher needs: rows, contiguity, and a launch that knows empty grids."""
 
 import torch
 import triton
-from adacomcat.kernels import tiles
 from torch import Tensor
 
 
@@ -20,18 +19,6 @@ def adjacent(x: Tensor | None) -> Tensor | None:
 
 def stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
-
-
-def precision(x: Tensor) -> str:
-    """How float32 products are taken; 16-bit products are exact in float32 anyway.
-
-    tf32 if torch may use it (`torch.set_float32_matmul_precision`). Otherwise tf32x3: three
-    tensor-core products of the operands' upper and lower halves, within 1e-6 of exact, where
-    the exact product of scalar units would be an order of magnitude slower.
-    """
-    if x.dtype != torch.float32 or tiles.target().backend == "hip":
-        return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def launch(

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from adacomcat.kernels import tiles
 from adacomcat.kernels.blocks import load_tile, store_tile
-from adacomcat.kernels.launching import launch, precision
+from adacomcat.kernels.launching import launch
 from adacomcat.kernels.products import gather, project
 from adacomcat.kernels.reductions import row_sum, weight_grad
 from torch import Tensor
@@ -290,7 +290,7 @@ class _Heads:
     def tile(self) -> tiles.Tile:
         rank = max(self.rank_qk, self.rank_vo)
         return tiles.attention_tile(
-            self.tokens, self.batch * self.num_heads, rank, self.like.dtype
+            self.tokens, self.batch * self.num_heads, rank, self.like
         )
 
     def launch(self, kernel: object, tile: tiles.Tile, *tensors: Tensor | None) -> None:
@@ -300,5 +300,5 @@ class _Heads:
             kernel, grid, self.like, *tensors, self.tokens, self.num_heads, self.scale, *strides,
             IS_BOOL=self.is_bool, RANK_QK=self.rank_qk, RANK_VO=self.rank_vo,
             BLOCK_QK=tiles.padded(self.rank_qk), BLOCK_VO=tiles.padded(self.rank_vo),
-            PRECISION=precision(self.like), **tile.arguments(without="BLOCK_K"),
+            PRECISION=tiles.precision(self.like), **tile.arguments(without="BLOCK_K"),
         )  # fmt: skip

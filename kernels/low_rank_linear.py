@@ -13,7 +13,7 @@ import triton.language as tl
 from adacomcat.kernels import tiles
 from adacomcat.kernels.activations import slope
 from adacomcat.kernels.blocks import contract, expand, load_row, load_tile, store_tile
-from adacomcat.kernels.launching import adjacent, launch, precision, rows, stride
+from adacomcat.kernels.launching import adjacent, launch, rows, stride
 from adacomcat.kernels.reductions import row_sum, weight_grad, weight_grads
 from torch import Tensor
 
@@ -124,11 +124,11 @@ def gated(
             low_rank_linear_kernel, (triton.cdiv(m, tile.BLOCK_M),), x,
             flat, v, gate, u, bias, residual, out, middle, m, k, n, r,
             flat.stride(0), v.stride(0), u.stride(0), stride(residual),
-            ACTIVATION=activation, BLOCK_R=tiles.padded(r), PRECISION=precision(x),
+            ACTIVATION=activation, BLOCK_R=tiles.padded(r), PRECISION=tiles.precision(x),
             **tile.arguments(),
         )  # fmt: skip
 
-    table = tile or tiles.row_tile(m, r, x.dtype)
+    table = tile or tiles.row_tile(m, r, x)
     run(tiles.best(table, ("low_rank_linear", m, k, n, r), x, run))
     return out, middle
 
@@ -179,12 +179,12 @@ def _through_activation(
     flat, kept, v, u = rows(grad), rows(middle), adjacent(v), adjacent(u)
     bias = None if bias is None else bias.contiguous()
     (m, n), (k, r) = flat.shape, v.shape
-    tile = tile or tiles.row_tile(m, r, grad.dtype)
+    tile = tile or tiles.row_tile(m, r, grad)
     launch(
         low_rank_linear_backward_kernel, (triton.cdiv(m, tile.BLOCK_M),), grad,
         flat, kept, u, bias, v, dx, dmiddle, m, k, n, r,
         flat.stride(0), kept.stride(0), u.stride(0), v.stride(0),
-        ACTIVATION=activation, BLOCK_R=tiles.padded(r), PRECISION=precision(grad),
+        ACTIVATION=activation, BLOCK_R=tiles.padded(r), PRECISION=tiles.precision(grad),
         **tile.arguments(without="BLOCK_K"),
     )  # fmt: skip
     return dx, dmiddle

@@ -12,7 +12,7 @@ import triton.language as tl
 from adacomcat.kernels import tiles
 from adacomcat.kernels.activations import activate, slope
 from adacomcat.kernels.blocks import contract, expand, load_row, load_tile, store_tile
-from adacomcat.kernels.launching import adjacent, launch, precision, rows
+from adacomcat.kernels.launching import adjacent, launch, rows
 from adacomcat.kernels.reductions import part_rows, parts_of, row_sum, sum_parts, weight_grad
 from torch import Tensor
 
@@ -176,10 +176,10 @@ def forward(
             flat, v1, u1, b1, v2, u2, b2, out, middle1, middle2, m, k, h, n, r1, r2,
             flat.stride(0), v1.stride(0), u1.stride(0), v2.stride(0), u2.stride(0),
             ACTIVATION=activation, BLOCK_R1=tiles.padded(r1), BLOCK_R2=tiles.padded(r2),
-            PRECISION=precision(x), **tile.arguments(),
+            PRECISION=tiles.precision(x), **tile.arguments(),
         )  # fmt: skip
 
-    table = tile or tiles.row_tile(m, max(r1, r2), x.dtype)
+    table = tile or tiles.row_tile(m, max(r1, r2), x)
     run(tiles.best(table, ("low_rank_mlp", m, k, h, n, r1, r2), x, run))
     return out, middle1, middle2
 
@@ -211,14 +211,14 @@ def backward(
     need_hidden = need_u1 or need_b1 or need_v2
     dmiddle2 = grad.new_empty(*lead, r2) if need_hidden else None
     if need_x or need_v1 or need_hidden:
-        tile = tile or tiles.row_tile(m, max(r1, r2), grad.dtype)
+        tile = tile or tiles.row_tile(m, max(r1, r2), grad)
         launch(
             low_rank_mlp_backward_kernel, (triton.cdiv(m, tile.BLOCK_M),), grad,
             flat, u2, v2, kept, u1, b1, v1, dx, dmiddle1, dmiddle2, m, k, h, n, r1, r2,
             flat.stride(0), kept.stride(0),
             v1.stride(0), u1.stride(0), v2.stride(0), u2.stride(0),
             ACTIVATION=activation, BLOCK_R1=tiles.padded(r1), BLOCK_R2=tiles.padded(r2),
-            PRECISION=precision(grad), **tile.arguments(),
+            PRECISION=tiles.precision(grad), **tile.arguments(),
         )  # fmt: skip
     du1, db1, dv2 = _hidden_grads(
         middle1, dmiddle2, u1, b1, v2, activation, need_u1, need_b1, need_v2
@@ -245,7 +245,7 @@ def _hidden_grads(
     a, b = rows(middle1), rows(dmiddle2)
     (m, r1), (h, r2) = a.shape, v2.shape
     # Two sums are alive at once, hence half the size that one would get.
-    tile = tiles.reduction_tile(m, 2 * max(r1, r2), a.dtype)
+    tile = tiles.reduction_tile(m, 2 * max(r1, r2), a)
     columns = triton.cdiv(h, tile.BLOCK_N)
     parts = tiles.splits(m, tile.BLOCK_M, columns)
     du1 = parts_of(a, parts, h, r1) if need_u1 else None
@@ -256,7 +256,7 @@ def _hidden_grads(
         a, b, u1, b1, v2, du1, db1, dv2, m, h, r1, r2,
         a.stride(0), b.stride(0), u1.stride(0), v2.stride(0),
         part_rows(m, parts, tile.BLOCK_M), ACTIVATION=activation,
-        BLOCK_R1=tiles.padded(r1), BLOCK_R2=tiles.padded(r2), PRECISION=precision(a),
+        BLOCK_R1=tiles.padded(r1), BLOCK_R2=tiles.padded(r2), PRECISION=tiles.precision(a),
         **tile.arguments(without="BLOCK_K"),
     )  # fmt: skip
     return tuple(sum_parts(parts, a.dtype) for parts in (du1, db1, dv2))

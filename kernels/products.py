@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from adacomcat.kernels import tiles
 from adacomcat.kernels.blocks import load_row, load_tile, store_tile
-from adacomcat.kernels.launching import adjacent, launch, precision, rows
+from adacomcat.kernels.launching import adjacent, launch, rows
 from torch import Tensor
 
 
@@ -91,13 +91,13 @@ def project(
     outs = tuple(x.new_empty(*x.shape[:-1], w.shape[0]) for w in weights)
     widths = [w.shape[0] for w in weights] + [0] * (3 - len(weights))
     absent = [None] * (3 - len(weights))
-    tile = tile or tiles.product_tile(m, sum(widths), x.dtype)
+    tile = tile or tiles.product_tile(m, sum(widths), x)
     columns = sum(triton.cdiv(n, tile.BLOCK_N) for n in widths)
     launch(
         project_kernel, (triton.cdiv(m, tile.BLOCK_M), columns), x,
         flat, *weights, *absent, None if bias is None else bias.contiguous(), *outs, *absent,
         m, k, *widths, flat.stride(0), *(w.stride(0) for w in weights), *(0 for _ in absent),
-        PRECISION=precision(x), **tile.arguments(),
+        PRECISION=tiles.precision(x), **tile.arguments(),
     )  # fmt: skip
     return outs
 
@@ -109,11 +109,11 @@ def gather(*pairs: tuple[Tensor, Tensor], tile: tiles.Tile | None = None) -> Ten
     m, n = xs[0].shape[0], ws[0].shape[1]
     out = xs[0].new_empty(*lead, n)
     absent, zeros = [None] * (3 - len(pairs)), [0] * (3 - len(pairs))
-    tile = tile or tiles.product_tile(m, n, out.dtype)
+    tile = tile or tiles.product_tile(m, n, out)
     launch(
         gather_kernel, (triton.cdiv(m, tile.BLOCK_M), triton.cdiv(n, tile.BLOCK_N)), out,
         *xs, *absent, *ws, *absent, out, m, n, *(w.shape[0] for w in ws), *zeros,
         *(x.stride(0) for x in xs), *zeros, *(w.stride(0) for w in ws), *zeros,
-        PRECISION=precision(out), **tile.arguments(),
+        PRECISION=tiles.precision(out), **tile.arguments(),
     )  # fmt: skip
     return out

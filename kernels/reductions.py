@@ -11,7 +11,7 @@ import triton.language as tl
 from adacomcat.kernels import tiles
 from adacomcat.kernels.activations import slope
 from adacomcat.kernels.blocks import load_row, load_tile, store_tile
-from adacomcat.kernels.launching import adjacent, launch, precision, rows, stride
+from adacomcat.kernels.launching import adjacent, launch, rows, stride
 from torch import Tensor
 
 Gradient = Tensor | None
@@ -148,7 +148,7 @@ def weight_grad(a: Tensor, b: Tensor, scale: Tensor | None = None) -> Tensor:
     """(aᵀ b) * scale over all rows: a (..., n), b (..., r), scale (r,) → (n, r)."""
     a, b = rows(a), rows(b)
     (m, n), r = a.shape, b.shape[1]
-    tile = tiles.reduction_tile(m, min(r, 64), a.dtype)
+    tile = tiles.reduction_tile(m, min(r, 64), a)
     block_r = min(tiles.padded(r), 64)
     n_tiles, r_tiles = triton.cdiv(n, tile.BLOCK_N), triton.cdiv(r, block_r)
     parts = tiles.splits(m, tile.BLOCK_M, n_tiles * r_tiles)
@@ -157,7 +157,7 @@ def weight_grad(a: Tensor, b: Tensor, scale: Tensor | None = None) -> Tensor:
         weight_grad_kernel, (n_tiles, r_tiles, parts), a,
         a, b, None if scale is None else scale.contiguous(), out,
         m, n, r, a.stride(0), b.stride(0), part_rows(m, parts, tile.BLOCK_M),
-        BLOCK_R=block_r, PRECISION=precision(a), **tile.arguments(without="BLOCK_K"),
+        BLOCK_R=block_r, PRECISION=tiles.precision(a), **tile.arguments(without="BLOCK_K"),
     )  # fmt: skip
     return sum_parts(out, a.dtype)
 
@@ -175,7 +175,7 @@ def weight_grads(
         return None, None
     grad, middle, u = rows(grad), rows(middle), adjacent(u)
     (m, n), r = grad.shape, u.shape[1]
-    tile = tiles.reduction_tile(m, r, grad.dtype)
+    tile = tiles.reduction_tile(m, r, grad)
     n_tiles = triton.cdiv(n, tile.BLOCK_N)
     parts = tiles.splits(m, tile.BLOCK_M, n_tiles)
     du = parts_of(grad, parts, n, r) if needs[0] else None
@@ -185,7 +185,7 @@ def weight_grads(
         grad, middle, u, None if bias is None else bias.contiguous(), du, dbias,
         m, n, r, grad.stride(0), middle.stride(0), u.stride(0),
         part_rows(m, parts, tile.BLOCK_M), ACTIVATION=activation, BLOCK_R=tiles.padded(r),
-        PRECISION=precision(grad), **tile.arguments(without="BLOCK_K"),
+        PRECISION=tiles.precision(grad), **tile.arguments(without="BLOCK_K"),
     )  # fmt: skip
     return sum_parts(du, grad.dtype), sum_parts(dbias, grad.dtype)
 

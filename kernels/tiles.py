@@ -48,6 +48,23 @@ def padded(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
+def precision(x: Tensor) -> str:
+    """How float32 products are taken; 16-bit products are exact in float32 anyway.
+
+    tf32 if torch may use it (`torch.set_float32_matmul_precision`). Otherwise tf32x3: three
+    tensor-core products of the operands' upper and lower halves, within 1e-6 of exact, where
+    the exact product of scalar units would be an order of magnitude slower.
+    """
+    if x.dtype != torch.float32 or target().backend == "hip":
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def operand_bytes(x: Tensor) -> int:
+    """What an element takes on the chip: both its halves where a product is taken as three."""
+    return 8 if precision(x) == "tf32x3" else x.element_size()
+
+
 def stages(bytes_per_stage: int) -> int:
     """Loads in flight: three, or two where three would take over half of the shared memory."""
     shared = SHARED_KIB.get(target().arch, 64) * 1024
@@ -56,7 +73,7 @@ def stages(bytes_per_stage: int) -> int:
     return 3 if 3 * bytes_per_stage <= max(shared // 2, 80 * 1024) else 2
 
 
-def row_tile(rows: int, rank: int, dtype: torch.dtype) -> Tile:
+def row_tile(rows: int, rank: int, x: Tensor) -> Tile:
     """Kernels that keep (BLOCK_M, rank) on the chip and stream all weights past it.
 
     Every program reads all weights, however few its rows are, so rows are shared out evenly: the
@@ -64,7 +81,7 @@ def row_tile(rows: int, rank: int, dtype: torch.dtype) -> Tile:
     The upper bound is the register file: two (BLOCK_M, rank) blocks in float32 are alive at once,
     and 64 registers a thread for each is what leaves room for the rest.
     """
-    width, size = padded(rank), dtype.itemsize
+    width, size = padded(rank), operand_bytes(x)
     rows_at_once = 16
     most = min(128, max(16, 16384 // width))
     while rows_at_once < most and triton.cdiv(rows, rows_at_once) > multiprocessors():
@@ -76,34 +93,36 @@ def row_tile(rows: int, rank: int, dtype: torch.dtype) -> Tile:
     return Tile(rows_at_once, depth, depth, warps, stages(stage))
 
 
-def product_tile(rows: int, columns: int, dtype: torch.dtype) -> Tile:
+def product_tile(rows: int, columns: int, x: Tensor) -> Tile:
     """Plain products (rows, columns): the largest tile that still gives every processor one."""
-    depth = 64 if dtype.itemsize == 2 else 32
+    size = operand_bytes(x)
+    depth = 128 // size
     for rows_at_once, columns_at_once in ((128, 128), (128, 64), (64, 64), (32, 64), (16, 64)):
         programs = triton.cdiv(rows, rows_at_once) * triton.cdiv(columns, columns_at_once)
         if programs >= multiprocessors():
             break
     warps = 8 if rows_at_once * columns_at_once > 8192 else 4
-    stage = depth * dtype.itemsize * (rows_at_once + columns_at_once)
+    stage = depth * size * (rows_at_once + columns_at_once)
     return Tile(rows_at_once, depth, columns_at_once, warps, stages(stage))
 
 
-def reduction_tile(rows: int, rank: int, dtype: torch.dtype) -> Tile:
+def reduction_tile(rows: int, rank: int, x: Tensor) -> Tile:
     """Sums over rows of (BLOCK_N, rank): BLOCK_M rows at a time, BLOCK_N output rows a program."""
-    width, size = padded(rank), dtype.itemsize
-    columns = max(16, min(64, 8192 // width))
+    width, size = padded(rank), operand_bytes(x)
+    # Exact float32 holds both halves of its operands in registers: half the columns, no spills.
+    columns = max(16, min(64, 32768 // (width * max(size, 4))))
     depth = max(16, min(64, 16384 // (width * size)))
     warps = 8 if columns * width > 4096 else 4
     return Tile(depth, depth, columns, warps, stages(depth * size * (width + columns)))
 
 
-def attention_tile(tokens: int, heads: int, rank: int, dtype: torch.dtype) -> Tile:
+def attention_tile(tokens: int, heads: int, rank: int, x: Tensor) -> Tile:
     """Queries (BLOCK_M) against all keys, BLOCK_N at a time, for batch times `heads` heads."""
-    width, size = padded(rank), dtype.itemsize
-    queries = 16
-    while queries < 64 and heads * triton.cdiv(tokens, queries) > multiprocessors():
+    width, size = padded(rank), operand_bytes(x)
+    queries, most = 16, 16 if size == 8 else 64
+    while queries < most and heads * triton.cdiv(tokens, queries) > multiprocessors():
         queries *= 2
-    keys = 64 if width * size <= 256 else 32
+    keys = max(16, min(64, 8192 // (width * size)))
     return Tile(queries, width, keys, 4, stages(2 * keys * width * size))
 
 
