@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from adacomcat import reference
+from adacomcat import kernels, reference
 from adacomcat.errors import UserError
 
 
@@ -28,10 +28,11 @@ def _load_extension() -> tuple[ModuleType | None, str | None]:
 _EXTENSION, _NO_EXTENSION = _load_extension()
 _FORCED: ContextVar[str | None] = ContextVar("adacomcat_backend", default=None)
 
-# What `pick` tries, in this order: bench/RESULTS.md shows that the C++ kernels win.
+# What `pick` tries, in this order: bench/RESULTS.md shows that the C++ kernels win. Not Triton's:
+# they are proven right without a GPU, but nothing has shown yet that they are faster on one.
 PREFERENCE = ("cpp", "reference")
 CPP_OPS = ("low_rank_linear", "low_rank_mlp", "low_rank_attention")
-CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def available() -> dict[str, str | None]:
@@ -53,6 +54,8 @@ def refusal(backend: str, op: str, x: Tensor) -> str | None:
     """Why `backend` cannot run `op` on `x`; None if it can."""
     if backend == "cpp":
         return _NO_EXTENSION or _no_cpp_kernel(op, x)
+    if backend == "triton":
+        return _no_triton() or _no_triton_kernel(op, x)
     reasons = available()
     if backend not in reasons:
         return f"there is no such backend; choose one of {', '.join(reasons)}"
@@ -72,9 +75,24 @@ def pick(op: str, x: Tensor) -> str:
 
 def kernel(op: str, x: Tensor, keep: bool = True) -> Callable[..., tuple[Tensor, ...]]:
     """The function that runs `op` on `x`, with the signature of the reference."""
-    if pick(op, x) == "cpp":
+    backend = pick(op, x)
+    if backend == "cpp":
         return partial(getattr(torch.ops.adacomcat, f"{op}_cpu").default, keep=keep)
+    if backend == "triton":
+        return partial(kernels.load(op).forward, keep=keep)
     return getattr(reference, op)
+
+
+def backward_kernel(
+    op: str, backend: str, grad: Tensor
+) -> Callable[..., tuple[Tensor | None, ...]] | None:
+    """The function that computes all gradients of `op` on `backend`; None where the formulas do.
+
+    They also do where a gradient is traced or batched: kernels want memory that is there.
+    """
+    if backend != "triton" or type(grad) is not Tensor:
+        return None
+    return kernels.load(op).backward
 
 
 def direct_kernel(op: str, x: Tensor) -> Callable[..., tuple[Tensor, ...]] | None:
@@ -105,10 +123,14 @@ def _no_cpp_kernel(op: str, x: Tensor) -> str | None:
         return f"it has no C++ kernel; those with one are {', '.join(CPP_OPS)}"
     if x.device.type != "cpu":
         return f"the kernel runs on the CPU and the input is on {x.device}"
-    if x.dtype not in CPP_DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in CPP_DTYPES)
-        return f"the kernel takes {names} and the input is {str(x.dtype).removeprefix('torch.')}"
-    return None
+    return _no_dtype(x)
+
+
+def _no_dtype(x: Tensor) -> str | None:
+    if x.dtype in KERNEL_DTYPES:
+        return None
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES)
+    return f"the kernel takes {names} and the input is {str(x.dtype).removeprefix('torch.')}"
 
 
 def _no_triton() -> str | None:
@@ -116,9 +138,15 @@ def _no_triton() -> str | None:
         return "triton is not installed"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    from adacomcat.kernels import KERNELS
+    return None
 
-    return None if KERNELS else "this version has no Triton kernels"
+
+def _no_triton_kernel(op: str, x: Tensor) -> str | None:
+    if op not in kernels.KERNELS:
+        return f"it has no Triton kernel; those with one are {', '.join(kernels.KERNELS)}"
+    if x.device.type != "cuda":
+        return f"the kernel runs on GPUs and the input is on {x.device}"
+    return _no_dtype(x)
 
 
 def _no_cuda() -> str | None:

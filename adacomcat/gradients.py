@@ -5,6 +5,7 @@ in `options`. Kept intermediates carry no graph of their own, so a backward pass
 differentiated computes them anew.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,27 @@ from torch import Tensor
 from adacomcat.reference import activate, broadcast_mask, split_heads
 
 Gradient = Tensor | None
+
+
+def by_kernel(
+    launch: Callable[..., tuple[Gradient, ...]], ctx: Any, names: list[str], grad: Tensor
+) -> tuple[Gradient, ...]:
+    """What a backend's kernels give, in the order of the op's arguments `names`."""
+    tensors = [name for name in names if name not in ctx.options]
+    values = ctx.options | dict(zip(tensors, ctx.saved_tensors, strict=False))
+    needed = dict(zip(names, ctx.needs_input_grad, strict=False))
+    # The residual's gradient is the incoming one; a mask has none here.
+    computed = [name for name in tensors if name not in ("residual", "attn_mask")]
+    found = launch(
+        grad,
+        *(values[name] for name in names if name != "residual"),
+        *ctx.saved_tensors[len(tensors) :],
+        needs=[needed[name] for name in computed],
+    )
+    gradients = dict(zip(computed, found, strict=True))
+    if needed.get("residual"):
+        gradients["residual"] = grad
+    return (*(gradients.get(name) for name in names), None)
 
 
 def _reusable(ctx: Any) -> bool:

@@ -286,15 +286,26 @@ def _register(name: str, arguments: str, results: int, shapes: Shapes, flops: Fl
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *arguments, ctx.keep = inputs
+        # Chosen now: gradients on GPUs come from another thread, which knows no `use_backend`.
+        ctx.backend = backends.pick(name, inputs[0])
         ctx.mark_non_differentiable(*output[1:])
         named = dict(zip(names, arguments, strict=True))
         ctx.save_for_backward(*(named[n] for n in names if n not in options), *output[1:])
         ctx.options = {n: named[n] for n in options}
 
+    def backward(ctx: Any, grad: Tensor, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+        # The formulas serve where the backward pass is itself differentiated, and masks.
+        needed = dict(zip(names, ctx.needs_input_grad, strict=False))
+        if ctx.keep and not torch.is_grad_enabled() and not needed.get("attn_mask"):
+            launch = backends.backward_kernel(name, ctx.backend, grad)
+            if launch is not None:
+                return gradients.by_kernel(launch, ctx, names, grad)
+        return getattr(gradients, name)(ctx, grad, *rest)
+
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"adacomcat::{name}", fake, lib=_LIBRARY)
     torch.library.register_autograd(
-        f"adacomcat::{name}", getattr(gradients, name), setup_context=setup_context, lib=_LIBRARY
+        f"adacomcat::{name}", backward, setup_context=setup_context, lib=_LIBRARY
     )
     register_flop_formula(getattr(_OPS, name))(flops)
 

@@ -17,7 +17,7 @@ def activate(x, ACTIVATION: tl.constexpr):
         x = 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
     elif ACTIVATION == "gelu_tanh":
         # 0.5 (1 + tanh z) = sigmoid(2 z): no tanh is needed.
-        x = x * tl.sigmoid(TWO_SQRT_2_OVER_PI * x * (1.0 + CUBIC * x * x))
+        x = x * tl.sigmoid(x * TWO_SQRT_2_OVER_PI * (1.0 + x * x * CUBIC))
     elif ACTIVATION == "silu":
         x = x * tl.sigmoid(x)
     elif ACTIVATION == "relu":
@@ -32,9 +32,9 @@ def slope(x, ACTIVATION: tl.constexpr):
         cdf = 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
         result = cdf + x * INVERSE_SQRT_2PI * tl.exp(-0.5 * x * x)
     elif ACTIVATION == "gelu_tanh":
-        square = CUBIC * x * x
-        sigmoid = tl.sigmoid(TWO_SQRT_2_OVER_PI * x * (1.0 + square))
-        inner = TWO_SQRT_2_OVER_PI * x * (1.0 + 3.0 * square)
+        square = x * x * CUBIC
+        sigmoid = tl.sigmoid(x * TWO_SQRT_2_OVER_PI * (1.0 + square))
+        inner = x * TWO_SQRT_2_OVER_PI * (1.0 + 3.0 * square)
         result = sigmoid * (1.0 + inner * (1.0 - sigmoid))
     elif ACTIVATION == "silu":
         sigmoid = tl.sigmoid(x)

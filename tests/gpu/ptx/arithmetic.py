@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 from number_formats import bf16_to_f32, f32_to_bf16
+
 from ptx.machine import TYPES, UNSIGNED, Lanes, Machine, Mask, Step
 from ptx.parser import Instruction
 from ptx.transfers import registers_of

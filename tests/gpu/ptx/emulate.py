@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from ptx.machine import RED_ZONE, Machine, room
-from ptx.parser import Kernel, parse
 from stub_driver import compiling_for
 from triton.runtime.jit import JITFunction
+
+from ptx.machine import RED_ZONE, Machine, room
+from ptx.parser import Kernel, parse
 
 Mutation = Callable[[Kernel], Kernel]
 

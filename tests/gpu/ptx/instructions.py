@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+
 from ptx import tensor_cores, transfers
 from ptx.arithmetic import arithmetic
 from ptx.machine import Machine, Mask, Step, guarded

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 
 import numpy as np
+
 from ptx.memory import UNSIGNED, Fault, GlobalUse, Memory, SharedUse, Traffic
 from ptx.parser import Instruction, Kernel, narrowest_access
 
@@ -268,7 +269,7 @@ class Machine:
     # Memory ---------------------------------------------------------------------------------------
 
     def access(
-        self, memory: Memory, offsets: Lanes, width: int, mask: Mask, kind: str, counted: bool = True
+        self, memory: Memory, offsets: Lanes, width: int, mask: Mask, kind: str
     ) -> tuple[Lanes, Lanes]:
         """Check an access of `width` bytes a thread; the threads that make it and their offsets.
 
@@ -295,7 +296,7 @@ class Machine:
         if kind != "load":
             for byte in range(width):
                 memory.initialised[offsets + byte] = kind == "store"
-        if self.traffic and counted and memory is self.memory:
+        if self.traffic and memory is self.memory:
             buffers = np.array(self.buffers)
             self.traffic.count(kind, offsets, width, self.warp[threads].astype(np.int64), buffers)
         return threads, offsets

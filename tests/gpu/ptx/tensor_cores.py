@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 from number_formats import bf16_to_f32, truncate_to_tf32
+
 from ptx.machine import WARP, Lanes, Machine, Mask, Step
 from ptx.memory import Fault
 from ptx.parser import Instruction

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+
 from ptx.machine import TYPES, WARP, Lanes, Machine, Mask, Step
 from ptx.memory import UNSIGNED, Fault, Memory
 from ptx.parser import Instruction

@@ -1,0 +1,71 @@
+"""Small damage to compiled kernels, to see whether the emulator's checks notice."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ptx.parser import Instruction, Kernel
+
+NOTHING = Instruction("membar.cta", ())
+
+
+def _changed(kernel: Kernel, place: int, instruction: Instruction) -> Kernel:
+    code = list(kernel.code)
+    code[place] = instruction
+    return kernel.with_code(code)
+
+
+def dropped_barriers(kernel: Kernel) -> Iterator[Kernel]:
+    for place, instruction in enumerate(kernel.code):
+        if instruction.opcode.startswith(("bar.sync", "barrier.sync")):
+            yield _changed(kernel, place, NOTHING)
+
+
+def weakened_waits(kernel: Kernel) -> Iterator[Kernel]:
+    """Waits for copies and products: each left out."""
+    for place, instruction in enumerate(kernel.code):
+        if "wait_group" in instruction.opcode:
+            yield _changed(kernel, place, NOTHING)
+
+
+def flipped_transposes(kernel: Kernel) -> Iterator[Kernel]:
+    for place, instruction in enumerate(kernel.code):
+        if instruction.parts[0] != "ldmatrix":
+            continue
+        opcode = instruction.opcode
+        other = opcode.replace(".trans", "") if ".trans" in opcode else opcode.replace(
+            ".shared", ".trans.shared")  # fmt: skip
+        yield _changed(kernel, place, replace(instruction, opcode=other))
+
+
+def swapped_operands(kernel: Kernel) -> Iterator[Kernel]:
+    """The first two registers of an mma's left operand, or wgmma's descriptors."""
+    for place, instruction in enumerate(kernel.code):
+        operands = list(instruction.operands)
+        if instruction.parts[0] == "mma":
+            first, second, *rest = operands[1].strip("{} ").split(",")
+            operands[1] = "{" + ",".join([second, first, *rest]) + "}"
+        elif instruction.parts[0] == "wgmma" and len(operands) > 3:
+            if operands[1].startswith("{"):
+                first, second, *rest = operands[1].strip("{} ").split(",")
+                operands[1] = "{" + ",".join([second, first, *rest]) + "}"
+            else:
+                operands[1], operands[2] = operands[2], operands[1]
+        else:
+            continue
+        yield _changed(kernel, place, replace(instruction, operands=tuple(operands)))
+
+
+def dropped_guards(kernel: Kernel) -> Iterator[Kernel]:
+    """Predicates that keep threads from loading and storing."""
+    for place, instruction in enumerate(kernel.code):
+        if instruction.guard and instruction.parts[0] in ("ld", "st"):
+            yield _changed(kernel, place, replace(instruction, guard=None))
+
+
+KINDS = {
+    "barriers": dropped_barriers,
+    "waits": weakened_waits,
+    "transposes": flipped_transposes,
+    "operands": swapped_operands,
+    "guards": dropped_guards,
+}

@@ -1,0 +1,106 @@
+"""Every kernel's PTX, executed: what ptxas is given for sm_80 and sm_90, on numpy.
+
+Errors against float64; every access in bounds and of initialised memory; no race between threads,
+through barriers, asynchronous copies and asynchronous products.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from adacomcat.kernels import tiles
+from cases import DTYPES, Case, draw, incoming, oracles, precision, run_kernels, worst
+from ptx.emulate import Launch, emulated
+from shapes import DEIT, ragged, vision
+
+from adacomcat import backends, ops
+
+ARCHITECTURES = ("sm_80", "sm_90")
+# Off every tile, with each activation and mask once; the interpreter has the rest.
+RAGGED = [case for case in ragged() if case.name in ("odd", "rank-1", "additive", "keys")]
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """New tensors hold NaN: what is not written is wrong."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def run(
+    case: Case, architecture: str, dtype_name: str, tile: tiles.Tile | None = None
+) -> list[Launch]:
+    """Emulate the case, compare all its results, and return the launches."""
+    dtype, setting = DTYPES[dtype_name]
+    arguments = draw(case, dtype)
+    grad = incoming(case, arguments)
+    exact, plain = oracles(case, dtype_name, arguments, grad)
+    with precision(setting), emulated(architecture) as launches:
+        actual = run_kernels(case, arguments, grad, tile)
+    assert worst(actual, exact, plain) == []
+    return launches
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", RAGGED, ids=lambda case: case.id)
+def test_ragged(case: Case, dtype: str, architecture: str) -> None:
+    run(case, architecture, dtype)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for model in DEIT for tokens in (197, 394) for case in vision(model, tokens)],
+    ids=lambda case: case.id,
+)
+def test_vision_transformer_on_sm_80(case: Case) -> None:
+    run(case, "sm_80", "fp16")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for model in DEIT for tokens in (197, 394) for case in vision(model, tokens)],
+    ids=lambda case: case.id,
+)
+def test_vision_transformer_on_sm_90_with_wgmma(case: Case) -> None:
+    """64 rows a program, which the table gives to larger batches: only these use wgmma."""
+    width = 64 if case.op == "low_rank_attention" else 32
+    launches = run(case, "sm_90", "fp16", tiles.Tile(64, width, width, 4, 3))
+    names = ("low_rank", "attention")
+    for launch in launches:
+        if launch.name.startswith(names):
+            assert any(i.parts[0] == "wgmma" for i in launch.kernel.code), launch.name
+
+
+def test_the_ops_run_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through `use_backend`, autograd and the launchers, down to the emulated machine code."""
+    monkeypatch.setattr(backends, "_no_triton", lambda: None)
+    monkeypatch.setattr(backends, "_no_triton_kernel", lambda op, x: None)
+    case = next(c for c in vision("deit_s", 197) if c.op == "low_rank_linear")
+    x, v, u, bias, activation, residual = draw(case, torch.float16)
+    leaves = [t.requires_grad_() for t in (x, v, u, bias, residual)]
+    grad = incoming(case, [x])
+    with backends.use_backend("triton"), emulated("sm_80") as launches:
+        out = ops.low_rank_linear(x, v, u, bias, activation, residual)
+    with emulated("sm_80") as backward_launches:
+        found = torch.autograd.grad(out, leaves, grad)
+    assert [launch.name for launch in launches] == ["low_rank_linear_kernel"]
+    assert "low_rank_linear_backward_kernel" in [launch.name for launch in backward_launches]
+    exact, plain = oracles(case, "fp16", [t.detach() if isinstance(t, torch.Tensor) else t
+                                          for t in (x, v, u, bias, activation, residual)], grad)
+    actual = {"out": out} | dict(zip(("dx", "dv", "du", "dbias"), found, strict=False))
+    assert worst(actual, exact, plain) == []
+    assert torch.equal(found[4], grad)
+
+
+def test_gradients_are_the_same_every_time() -> None:
+    """Sums over rows are split, and added up in a fixed order."""
+    case = Case("low_rank_mlp", "repeated",
+                dict(lead=(700,), d=32, r1=16, hidden=64, r2=16, out=32), {"ACTIVATION": "gelu"})
+    arguments = draw(case, torch.float16)
+    grad = incoming(case, arguments)
+    with emulated("sm_80") as launches:
+        first, second = (run_kernels(case, arguments, grad) for _ in range(2))
+    assert any(launch.name == "sum_parts_kernel" for launch in launches)
+    assert all(torch.equal(first[name], second[name]) for name in first)

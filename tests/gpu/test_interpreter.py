@@ -1,0 +1,72 @@
+"""Every kernel's source, forward and backward, on ragged shapes in a strict interpreter.
+
+Checked: errors against float64, that every element of an output is written, that no lane leaves
+its tensor, and that no program touches what another one stores, whatever their order.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cases import DTYPES
+from shapes import ragged
+
+PARTS = 2  # processes at once
+HERE = Path(__file__).parent
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def findings() -> dict[str, list[str]]:
+    processes = [start("interpret.py", str(part), str(PARTS)) for part in range(PARTS)]
+    found = {}
+    for process in processes:
+        out, error = process.communicate()
+        assert process.returncode == 0, error
+        found |= json.loads(out)
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [case.id for case in ragged()])
+def test_interpreted(case: str, dtype: str, findings: dict[str, list[str]]) -> None:
+    assert findings[f"{case}-{dtype}"] == []
+
+
+@pytest.fixture(scope="module")
+def caught() -> dict[str, str]:
+    process = start("faulty_kernels.py")
+    out, error = process.communicate()
+    assert process.returncode == 0, error
+    return json.loads(out)
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("reads_past_the_end", "out of bounds"),
+        ("programs_overlap", "race: a store"),
+        ("reads_a_neighbour", "race: a "),
+        ("reads_between_rows", "gap"),
+        ("lanes_collide", "two lanes"),
+        ("leaves_a_hole", "not written"),
+        ("product_too_small", "K >= 16"),
+        ("none", ""),
+    ],
+)
+def test_the_interpreter_finds(fault: str, message: str, caught: dict[str, str]) -> None:
+    assert message in caught[fault] and bool(caught[fault]) == bool(message)
+
+
+def test_bfloat16_is_rounded_as_torch_rounds(caught: dict[str, str]) -> None:
+    assert caught["bfloat16"] == ""
