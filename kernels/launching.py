@@ -1,5 +1,7 @@
 """What every launcher needs: rows, contiguity, and a launch that knows empty grids."""
 
+from math import prod
+
 import torch
 import triton
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 
 def rows(x: Tensor) -> Tensor:
     """(..., d) → (rows, d) whose elements within a row are adjacent; a view where there is one."""
-    return adjacent(x.reshape(-1, x.shape[-1]))
+    return adjacent(x.reshape(prod(x.shape[:-1]), x.shape[-1]))
 
 
 def adjacent(x: Tensor | None) -> Tensor | None:

@@ -13,7 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import access_checks  # noqa: E402
 import strict_interpreter  # noqa: E402
 import torch  # noqa: E402
-from cases import DTYPES, draw, incoming, oracles, precision, run_kernels, worst  # noqa: E402
+from cases import DTYPES, UNITS, draw, incoming, oracles, precision, run_kernels, worst  # noqa: E402
 from shapes import ragged  # noqa: E402
 from stub_driver import compiling_for  # noqa: E402
 
@@ -35,7 +35,7 @@ def findings(part: int, parts: int) -> dict[str, list[str]]:
                     access_checks.checked(seed=i) as launches,
                 ):
                     actual = run_kernels(case, arguments, grad)
-                complaints = worst(actual, exact, plain)
+                complaints = worst(actual, exact, plain, UNITS[dtype_name])
                 complaints += [f"not written: {name}" for name in launches.unwritten]
             except Exception as error:  # reported as this case's finding
                 complaints = [f"{type(error).__name__}: {error} {error.__cause__ or ''}"]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from adacomcat.kernels import tiles
-from cases import DTYPES, Case, draw, incoming, oracles, precision, run_kernels, worst
+from cases import DTYPES, UNITS, Case, draw, incoming, oracles, precision, run_kernels, worst
 from ptx.emulate import Launch, emulated
 from shapes import DEIT, ragged, vision
 
@@ -38,7 +38,7 @@ def run(
     exact, plain = oracles(case, dtype_name, arguments, grad)
     with precision(setting), emulated(architecture) as launches:
         actual = run_kernels(case, arguments, grad, tile)
-    assert worst(actual, exact, plain) == []
+    assert worst(actual, exact, plain, UNITS[dtype_name]) == []
     return launches
 
 

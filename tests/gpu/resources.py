@@ -1,0 +1,195 @@
+"""What a compiled kernel takes of each architecture: registers, spills, shared memory, widths.
+
+`python tests/gpu/resources.py` writes bench/gpu/BUDGETS.md and kernels/known.json.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from cases import DTYPES, draw, incoming, precision, run_kernels
+from ptx.parser import parse
+from shapes import vision
+from stub_driver import TARGETS, compiling_for
+from triton.runtime.jit import JITFunction
+
+ROOT = Path(__file__).parent.parent.parent
+# Of one multiprocessor: registers, warps, blocks, bytes of shared memory, and of these for a block.
+MULTIPROCESSOR = {
+    80: (65536, 64, 32, 167936, 166912),
+    89: (65536, 48, 24, 102400, 101376),
+    90: (65536, 64, 32, 233472, 232448),
+    100: (65536, 64, 32, 233472, 232448),
+}
+TILE_LINES = ("load_tile", "store_tile")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One kernel on one architecture; None where the tools do not tell."""
+
+    kernel: str
+    architecture: str
+    dtype: str
+    warps: int
+    registers: int
+    spilled: int  # bytes a thread
+    shared: int
+    blocks: int | None  # that fit on a multiprocessor
+    tensor_core: int  # instructions
+    narrow: int  # instructions that move less than 128 bits of a tile
+
+
+def compile_all(architecture: str, run: Callable[[], object]) -> Iterator[tuple[str, object]]:
+    """Every kernel that `run` launches, compiled exactly as for a GPU and not run."""
+    found = []
+    run_on_gpu = JITFunction.run
+
+    def compile_only(self: JITFunction, *args, grid, warmup, **options):
+        self.device_caches.clear()
+        compiled = run_on_gpu(self, *args, grid=grid, warmup=True, **options)
+        found.append((self.fn.__name__, compiled))
+        return compiled
+
+    JITFunction.run = compile_only
+    try:
+        with compiling_for(architecture):
+            run()
+    finally:
+        JITFunction.run = run_on_gpu
+    return iter(found)
+
+
+def measure(name: str, compiled: object, architecture: str, dtype: str) -> Resources:
+    metadata = compiled.metadata
+    if metadata.target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+
+        def value(key: str) -> int:
+            return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+
+        spilled = value("private_segment_fixed_size") + 4 * value("vgpr_spill_count")
+        matrix = len(re.findall(r"^\s+v_mfma_", text, re.M))
+        return Resources(name, architecture, dtype, metadata.num_warps, value("vgpr_count"),
+                         spilled, value("group_segment_fixed_size"), None, matrix, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        usage, sass = (_cuobjdump(option, path) for option in
+                       ("--dump-resource-usage", "--dump-sass"))
+    registers, stack, local = map(int, re.search(
+        r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
+    matrix = len(re.findall(r"\s(?:HMMA|HGMMA|UTC\w*MMA)\b", sass))
+    return Resources(
+        name, architecture, dtype, metadata.num_warps, registers, stack + local, metadata.shared,
+        _blocks(metadata.target.arch, registers, metadata.shared, metadata.num_warps), matrix,
+        _narrow(compiled.asm["ptx"]),
+    )  # fmt: skip
+
+
+def _cuobjdump(option: str, path: Path) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    run = subprocess.run([tool, option, path], check=True, capture_output=True, text=True)
+    return run.stdout
+
+
+def _blocks(architecture: int, registers: int, shared: int, warps: int) -> int:
+    """Blocks of a kernel that one multiprocessor holds: registers come in units of 256 a warp."""
+    file, most_warps, most_blocks, memory, _ = MULTIPROCESSOR[architecture]
+    by_registers = file // (-(-registers * 32 // 256) * 256 * warps)
+    by_shared = memory // (shared + 1024)
+    return min(most_warps // warps, most_blocks, by_registers, by_shared)
+
+
+def _tile_lines() -> set[str]:
+    """Lines of blocks.py that move tiles, as PTX names them; the others move vectors."""
+    lines = (ROOT / "kernels" / "blocks.py").read_text().splitlines()
+    found, inside = set(), False
+    for number, line in enumerate(lines, 1):
+        if line.startswith("def "):
+            inside = line[4:].split("(")[0] in TILE_LINES
+        if inside:
+            found.add(f"blocks.py:{number}")
+    return found
+
+
+def _narrow(ptx: str) -> int:
+    tile_lines, count = _tile_lines(), 0
+    for instruction in parse(ptx).code:
+        name, parts = instruction.parts[0], instruction.parts
+        if instruction.where not in tile_lines or name not in ("ld", "st", "cp"):
+            continue
+        if name == "cp":
+            count += len(instruction.operands) > 2 and int(instruction.operands[2], 0) < 16
+        elif "global" in parts:
+            vector = re.search(r"\.v(\d)", instruction.opcode)
+            width = int(parts[-1][1:]) // 8 * int(vector[1] if vector else 1)
+            count += width < 16
+    return count
+
+
+def deit_s(architecture: str, dtype_name: str) -> list[Resources]:
+    """The kernels of all ops, forward and backward, for two images of DeiT-S."""
+    dtype, setting = DTYPES[dtype_name]
+    found: dict[str, Resources] = {}
+    for case in vision("deit_s", 394):
+        arguments = draw(case, dtype)
+        grad = incoming(case, arguments)
+        with precision(setting):
+            for name, compiled in compile_all(
+                architecture, lambda: run_kernels(case, arguments, grad)  # noqa: B023
+            ):
+                one = measure(name, compiled, architecture, dtype_name)
+                # One kernel compiles to several variants: the worst of each number is told.
+                known = found.get(name)
+                found[name] = one if known is None else _worse(known, one)
+    return list(found.values())
+
+
+def _worse(a: Resources, b: Resources) -> Resources:
+    least = ("blocks", "tensor_core")
+    values = {}
+    for key, value in asdict(a).items():
+        other = getattr(b, key)
+        if isinstance(value, int):
+            value = min(value, other) if key in least else max(value, other)
+        values[key] = value
+    return Resources(**values)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows = [one for dtype in ("fp16", "fp32") for arch in TARGETS for one in deit_s(arch, dtype)]
+    header = ["kernel", "architecture", "dtype", "warps", "registers", "spilled", "shared",
+              "blocks", "tensor_core", "narrow"]
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    for row in sorted(rows, key=lambda r: (r.kernel, r.dtype, list(TARGETS).index(r.architecture))):
+        lines.append("| " + " | ".join(
+            "–" if value is None else str(value) for value in asdict(row).values()) + " |")
+    text = f"""# What the Triton kernels take
+
+Generated by `python tests/gpu/resources.py` with triton {triton.__version__}, for two images of
+DeiT-S (394 tokens, rank 128; 32 and 48 a head), compiled as for a GPU; `fp32` is exact (tf32x3).
+Spilled: bytes a thread. Shared: bytes a block. Blocks: that fit on a multiprocessor at once.
+Narrow: instructions that move less than 128 bits of a tile (vectors, as biases, are none).
+The limits are those that `tests/gpu/test_resources.py` holds.
+
+""" + "\n".join(lines) + "\n"
+    folder = ROOT / "bench" / "gpu"
+    folder.mkdir(exist_ok=True)
+    (folder / "BUDGETS.md").write_text(text)
+    known = [asdict(row) for row in rows]
+    (ROOT / "kernels" / "known.json").write_text(
+        json.dumps({"triton": triton.__version__, "kernels": known}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

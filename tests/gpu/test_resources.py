@@ -1,0 +1,53 @@
+"""Static budgets: what every kernel may take on each architecture at the shapes of DeiT-S."""
+
+import pytest
+from adacomcat.kernels import load
+from cases import DTYPES, draw
+from resources import MULTIPROCESSOR, Resources, compile_all, deit_s
+from shapes import vision
+from stub_driver import TARGETS
+
+# ptxas for sm_100 keeps two to five registers of two kernels in local memory although it uses only
+# 96 or 128: it aims at more blocks on a multiprocessor, and no tile size that was tried avoids it.
+SPILLED = {"sm_100": 8}
+ARITHMETIC_ONLY = ("sum_parts_kernel", "row_sum_kernel")
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def kernels(request: pytest.FixtureRequest) -> list[Resources]:
+    return deit_s(request.param, "fp16")
+
+
+def test_nothing_is_spilled(kernels: list[Resources]) -> None:
+    assert not [k for k in kernels if k.spilled > SPILLED.get(k.architecture, 0)]
+
+
+def test_products_run_on_tensor_cores(kernels: list[Resources]) -> None:
+    assert not [k for k in kernels if k.kernel not in ARITHMETIC_ONLY and k.tensor_core == 0]
+
+
+def test_tiles_move_128_bits_at_a_time(kernels: list[Resources]) -> None:
+    assert not [k for k in kernels if k.narrow]
+
+
+def test_shared_memory_and_registers_leave_room(kernels: list[Resources]) -> None:
+    """Two blocks on a multiprocessor, so that one computes while the other waits; on sm_89, whose
+    shared memory is small, one.
+    """
+    for k in kernels:
+        if k.architecture.startswith("gfx"):
+            assert k.shared <= 65536 and k.registers <= 256, k
+            continue
+        least = 1 if k.architecture == "sm_89" or k.kernel == "weight_grads_kernel" else 2
+        assert k.shared <= MULTIPROCESSOR[int(k.architecture[3:])][4], k
+        assert k.registers <= 255 and k.blocks >= least, k
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_other_types_compile_within_the_shared_memory(architecture: str, dtype: str) -> None:
+    case = vision("deit_b", 394)[2]
+    arguments = draw(case, DTYPES[dtype][0])
+    most = 65536 if architecture == "gfx942" else MULTIPROCESSOR[int(architecture[3:])][4]
+    for _, compiled in compile_all(architecture, lambda: load(case.op).forward(*arguments)):
+        assert compiled.metadata.shared <= most
