@@ -1,0 +1,149 @@
+"""A model of the bytes that the fused kernels move, and the roofline that follows from it.
+
+Each program owns some rows: it reads them once and all weights, which stay in the L2 cache, and
+writes its outputs once. So device memory sees every input and output once; the cache sees the
+weights once for each program. `python tests/gpu/traffic.py` writes bench/gpu/ROOFLINE.md.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from adacomcat.kernels import tiles
+from stub_driver import compiling_for
+
+ROOT = Path(__file__).parent.parent.parent
+SIZE = 2  # bytes an element
+# FLOP/s in 16 bits, bytes/s of device memory and of the cache, bytes of the cache: data sheets of
+# the A100 SXM 80 GB and the H100 SXM; the cache's bandwidth is what microbenchmarks publish.
+GPUS = {
+    "sm_80": (312e12, 2.04e12, 5.0e12, 40 << 20),
+    "sm_90": (989e12, 3.35e12, 5.5e12, 50 << 20),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A projection k → n at rank r, or with `hidden` an MLP k → hidden → n at ranks r."""
+
+    m: int
+    k: int
+    n: int
+    r: int
+    hidden: int = 0
+
+    @property
+    def weights(self) -> int:
+        """Bytes of factors and biases."""
+        if not self.hidden:
+            return SIZE * (self.r * (self.k + self.n) + self.n)
+        factors = self.r * (self.k + self.hidden) + self.r * (self.hidden + self.n)
+        return SIZE * (factors + self.hidden + self.n)
+
+    @property
+    def minimum(self) -> int:
+        """Each input once, each output once."""
+        return SIZE * self.m * (self.k + self.n) + self.weights
+
+    @property
+    def programs(self) -> int:
+        like = torch.empty(0, dtype=torch.float16)
+        return triton.cdiv(self.m, tiles.row_tile(self.m, self.r, like).BLOCK_M)
+
+
+def moved(shape: Shape, cache: int) -> int:
+    """Bytes between device memory and cache; weights that do not fit are read by every wave."""
+    waves = 1
+    if shape.weights > cache // 2:
+        waves = triton.cdiv(shape.programs, tiles.multiprocessors())
+    return SIZE * shape.m * (shape.k + shape.n) + waves * shape.weights
+
+
+def requested(shape: Shape) -> int:
+    """Bytes that programs ask the cache for."""
+    return SIZE * shape.m * (shape.k + shape.n) + shape.programs * shape.weights
+
+
+def flops(shape: Shape) -> int:
+    return 2 * shape.m * shape.weights // SIZE
+
+
+def seconds(flop: float, memory: float, cache: float, architecture: str) -> float:
+    """The roofline: whichever of arithmetic, memory and cache takes longest."""
+    peak, bandwidth, cache_bandwidth, _ = GPUS[architecture]
+    return max(flop / peak, memory / bandwidth, cache / cache_bandwidth)
+
+
+def dense(shape: Shape, architecture: str) -> float:
+    """Products with the dense weights; an MLP writes its hidden layer and reads it again."""
+    if not shape.hidden:
+        byte = SIZE * (shape.m * (shape.k + shape.n) + shape.k * shape.n)
+        return seconds(2 * shape.m * shape.k * shape.n, byte, 0, architecture)
+    first = Shape(shape.m, shape.k, shape.hidden, 0)
+    second = Shape(shape.m, shape.hidden, shape.n, 0)
+    return dense(first, architecture) + dense(second, architecture)
+
+
+def products(shape: Shape, architecture: str) -> float:
+    """One product after the other, each middle written and read again."""
+    if not shape.hidden:
+        return dense(Shape(shape.m, shape.k, shape.r, 0), architecture) + dense(
+            Shape(shape.m, shape.r, shape.n, 0), architecture
+        )
+    first = Shape(shape.m, shape.k, shape.hidden, shape.r)
+    second = Shape(shape.m, shape.hidden, shape.n, shape.r)
+    return products(first, architecture) + products(second, architecture)
+
+
+def ours(shape: Shape, architecture: str) -> float:
+    """Slowed by the processors that a small grid leaves idle, which also ask for less."""
+    cache = GPUS[architecture][3]
+    busy = min(1.0, shape.programs / tiles.multiprocessors())
+    return max(
+        moved(shape, cache) / GPUS[architecture][1],
+        seconds(flops(shape), 0, requested(shape), architecture) / busy,
+    )
+
+
+def shapes() -> dict[str, Shape]:
+    found = {}
+    for model, d, r in (("DeiT-S", 384, 128), ("DeiT-B", 768, 256)):
+        for batch in (1, 64):
+            m = 197 * batch
+            found[f"{model} b{batch} proj"] = Shape(m, d, d, r)
+            found[f"{model} b{batch} fc1"] = Shape(m, d, 4 * d, r)
+            found[f"{model} b{batch} fc2"] = Shape(m, 4 * d, d, r)
+            found[f"{model} b{batch} MLP"] = Shape(m, d, d, r, 4 * d)
+    return found
+
+
+def table() -> str:
+    lines = ["| shape | GPU | rank | moved / minimum | dense | products | ours |",
+             "|" + " --- |" * 7]
+    for name, shape in shapes().items():
+        for architecture in GPUS:
+            with compiling_for(architecture):
+                ratio = moved(shape, GPUS[architecture][3]) / shape.minimum
+                times = [f(shape, architecture) * 1e6 for f in (dense, products, ours)]
+                lines.append(f"| {name} | {architecture} | {shape.r} | {ratio:.3f} | "
+                             + " | ".join(f"{time:.1f}" for time in times) + " |")
+    return "\n".join(lines)
+
+
+TEXT = """# Predicted times of the Triton kernels: a roofline, nothing measured
+
+Prediction. Generated by `python tests/gpu/traffic.py`. Microseconds in 16 bits on an A100 (sm_80)
+and an H100 (sm_90): for the dense weights, for the low-rank products one after the other, and for
+the fused kernel; each the longest of arithmetic at the data sheet's peak, device memory, and for
+ours the cache, shared out over as many processors as the grid has programs. No launch costs, no
+latency. At batch 1 these decide, and 13 programs cannot keep a GPU busy: there the fused kernel's
+one launch instead of two or four is its advantage, and the table's last column its handicap.
+No kernel has run on a GPU yet; `make gpu-check` measures.
+
+"""
+
+if __name__ == "__main__":
+    folder = ROOT / "bench" / "gpu"
+    folder.mkdir(exist_ok=True)
+    (folder / "ROOFLINE.md").write_text(TEXT + table() + "\n")
