@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed$(subst /,-,$(CURDIR))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: install demo test bench lint sanitize
+.PHONY: install demo test bench gpu-check lint sanitize
 
 install: $(INSTALLED)
 
@@ -28,6 +28,10 @@ test: install
 bench: install
 	$(PY) -m pytest bench -rs --benchmark-only --benchmark-columns=median,iqr,rounds \
 	  --benchmark-group-by=func,param:name,param:shape,param:dtype,param:direction
+
+# Correctness and timings of the Triton kernels, where there is a GPU.
+gpu-check: install
+	$(PY) bench/gpu/check.py
 
 lint: install
 	$(PY) -m ruff check .

@@ -4,6 +4,7 @@ Nothing is imported before `load`: a machine without triton or without a GPU pay
 """
 
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 KERNELS = (
@@ -12,6 +13,10 @@ KERNELS = (
     "low_rank_mlp",
     "low_rank_attention",
 )
+# Resources of each kernel by architecture, written by tests/gpu/resources.py, and the architectures
+# whose code the tests execute instruction by instruction; others are compiled only.
+KNOWN = Path(__file__).with_name("known.json")
+EMULATED = ("sm_80", "sm_90")
 
 
 def load(op: str) -> ModuleType:

@@ -109,8 +109,10 @@ def product_tile(rows: int, columns: int, x: Tensor) -> Tile:
 def reduction_tile(rows: int, rank: int, x: Tensor) -> Tile:
     """Sums over rows of (BLOCK_N, rank): BLOCK_M rows at a time, BLOCK_N output rows a program."""
     width, size = padded(rank), operand_bytes(x)
-    # Exact float32 holds both halves of its operands in registers: half the columns, no spills.
-    columns = max(16, min(64, 32768 // (width * max(size, 4))))
+    # Exact float32 holds both halves of its operands in registers, and AMD's compiler the tiles
+    # that come next: half the columns, no spills.
+    doubled = 2 if size == 8 or target().backend == "hip" else 1
+    columns = max(16, min(64, 8192 // (width * doubled)))
     depth = max(16, min(64, 16384 // (width * size)))
     warps = 8 if columns * width > 4096 else 4
     return Tile(depth, depth, columns, warps, stages(depth * size * (width + columns)))

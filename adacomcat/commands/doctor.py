@@ -1,13 +1,14 @@
 """adacomcat doctor: versions, backends with reasons, the machine."""
 
 import argparse
+import json
 import platform
 from importlib import metadata
 
 import torch
 
 import adacomcat
-from adacomcat import backends
+from adacomcat import backends, kernels
 from adacomcat.commands import Outcome
 from adacomcat.report import print_table
 
@@ -20,6 +21,7 @@ def run(args: argparse.Namespace) -> Outcome:
         | {name: _version(name) for name in _PACKAGES},
         "backends": backends.available(),
         "build": backends.build_info(),
+        "kernels": _kernels(),
         "machine": _machine(),
     }
     return Outcome(found, lambda: _show(found))
@@ -30,6 +32,11 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _kernels() -> dict[str, object]:
+    """What is known of the Triton kernels, from when they were compiled and emulated."""
+    return json.loads(kernels.KNOWN.read_text())
 
 
 def _machine() -> dict[str, object]:
@@ -50,6 +57,15 @@ def _show(found: dict[str, dict]) -> None:
                 [(name, reason or "runs") for name, reason in found["backends"].items()])
     if found["build"]:
         print_table("extension", ["", ""], list(found["build"].items()))
+    print_table(
+        f"Triton kernels (triton {found['kernels']['triton']}; none has run on a GPU yet)",
+        ["kernel", "dtype", "architecture", "shown by", "registers", "spilled", "shared"],
+        [(known["kernel"], known["dtype"], known["architecture"],
+          "its machine code, emulated" if known["architecture"] in kernels.EMULATED
+          else "compiling it",
+          known["registers"], known["spilled"], known["shared"])
+         for known in found["kernels"]["kernels"]],
+    )
     print_table("machine", ["", ""],
                 [(name, ", ".join(value) or "none" if isinstance(value, list) else value)
                  for name, value in found["machine"].items()])

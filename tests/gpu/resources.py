@@ -78,7 +78,7 @@ def measure(name: str, compiled: object, architecture: str, dtype: str) -> Resou
         spilled = value("private_segment_fixed_size") + 4 * value("vgpr_spill_count")
         matrix = len(re.findall(r"^\s+v_mfma_", text, re.M))
         return Resources(name, architecture, dtype, metadata.num_warps, value("vgpr_count"),
-                         spilled, value("group_segment_fixed_size"), None, matrix, 0)
+                         spilled, metadata.shared, None, matrix, 0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
