@@ -36,7 +36,7 @@ def test_shared_memory_and_registers_leave_room(kernels: list[Resources]) -> Non
     """
     for k in kernels:
         if k.architecture.startswith("gfx"):
-            assert k.shared <= 65536 and k.registers <= 256, k
+            assert k.shared <= 65536 and k.registers <= 512, k  # vector and accumulation registers
             continue
         least = 1 if k.architecture == "sm_89" or k.kernel == "weight_grads_kernel" else 2
         assert k.shared <= MULTIPROCESSOR[int(k.architecture[3:])][4], k
