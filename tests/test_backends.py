@@ -146,3 +146,21 @@ except UserError as error:
     assert "was not built" in first and first.endswith("None")
     assert second == "torch.Size([5, 2])"
     assert third.startswith("backend 'cpp' is not available here: the C++ extension was not built")
+
+
+def test_triton_kernels_are_not_imported_before_they_run() -> None:
+    program = (
+        "import sys; from adacomcat import backends, ops; "
+        "print([m for m in sys.modules if m.startswith('adacomcat.kernels.')])"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_triton_refuses_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_no_triton", lambda: None)
+    x = torch.randn(3, 8)
+    with backends.use_backend("triton"):
+        with pytest.raises(UserError, match="'triton' cannot run low_rank_linear.*input is on cpu"):
+            ops.low_rank_linear(x, torch.randn(8, 2), torch.randn(5, 2))
+    assert "no Triton kernel" in backends.refusal("triton", "batched_svd", x)
