@@ -14,7 +14,7 @@ KERNELS = (
     "low_rank_attention",
 )
 # Resources of each kernel by architecture, written by tests/gpu/resources.py, and the architectures
-# whose code the tests execute instruction by instruction; others are compiled only.
+# whose PTX the tests execute instruction by instruction; others are compiled only.
 KNOWN = Path(__file__).with_name("known.json")
 EMULATED = ("sm_80", "sm_90")
 

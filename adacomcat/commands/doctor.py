@@ -61,7 +61,7 @@ def _show(found: dict[str, dict]) -> None:
         f"Triton kernels (triton {found['kernels']['triton']}; none has run on a GPU yet)",
         ["kernel", "dtype", "architecture", "shown by", "registers", "spilled", "shared"],
         [(known["kernel"], known["dtype"], known["architecture"],
-          "its machine code, emulated" if known["architecture"] in kernels.EMULATED
+          "its PTX, executed" if known["architecture"] in kernels.EMULATED
           else "compiling it",
           known["registers"], known["spilled"], known["shared"])
          for known in found["kernels"]["kernels"]],

@@ -76,7 +76,7 @@ def test_vision_transformer_on_sm_90_with_wgmma(case: Case) -> None:
 
 
 def test_the_ops_run_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through `use_backend`, autograd and the launchers, down to the emulated machine code."""
+    """Through `use_backend`, autograd and the launchers, down to the emulated PTX."""
     monkeypatch.setattr(backends, "_no_triton", lambda: None)
     monkeypatch.setattr(backends, "_no_triton_kernel", lambda op, x: None)
     case = next(c for c in vision("deit_s", 197) if c.op == "low_rank_linear")
