@@ -6,6 +6,7 @@ there; weights are read tile by tile. Matrices have adjacent elements in each ro
 
 import triton
 import triton.language as tl
+
 from adacomcat.kernels.activations import activate
 
 

@@ -6,10 +6,11 @@ D = grad U:  dx = (D * gate) Vᵀ,  dV = (xᵀ D) * gate,  dU = G * gate,  dgate
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from adacomcat.kernels import tiles
 from adacomcat.kernels.low_rank_linear import gated
 from adacomcat.kernels.reductions import row_sum, weight_grad
-from torch import Tensor
 
 Gradient = Tensor | None
 

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from adacomcat.kernels import tiles
 from adacomcat.kernels.blocks import load_tile, store_tile
 from adacomcat.kernels.launching import launch
 from adacomcat.kernels.products import gather, project
 from adacomcat.kernels.reductions import row_sum, weight_grad
-from torch import Tensor
 
 Gradient = Tensor | None
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from adacomcat.kernels import tiles
 from adacomcat.kernels.activations import slope
 from adacomcat.kernels.blocks import contract, expand, load_row, load_tile, store_tile
 from adacomcat.kernels.launching import adjacent, launch, rows, stride
 from adacomcat.kernels.reductions import row_sum, weight_grad, weight_grads
-from torch import Tensor
 
 Gradient = Tensor | None
 

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from adacomcat.kernels import tiles
 from adacomcat.kernels.activations import activate, slope
 from adacomcat.kernels.blocks import contract, expand, load_row, load_tile, store_tile
 from adacomcat.kernels.launching import adjacent, launch, rows
 from adacomcat.kernels.reductions import part_rows, parts_of, row_sum, sum_parts, weight_grad
-from torch import Tensor
 
 Gradient = Tensor | None
 

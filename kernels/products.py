@@ -2,10 +2,11 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from adacomcat.kernels import tiles
 from adacomcat.kernels.blocks import load_row, load_tile, store_tile
 from adacomcat.kernels.launching import adjacent, launch, rows
-from torch import Tensor
 
 
 @triton.jit

@@ -8,11 +8,12 @@ the same bits every time.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from adacomcat.kernels import tiles
 from adacomcat.kernels.activations import slope
 from adacomcat.kernels.blocks import load_row, load_tile, store_tile
 from adacomcat.kernels.launching import adjacent, launch, rows, stride
-from torch import Tensor
 
 Gradient = Tensor | None
 

@@ -1,6 +1,6 @@
 """What is computed with every kernel: shapes, inputs, and two oracles written as plain formulas.
 
-The same cases go through the interpreter, through the emulated machine code, and, where there is
+The same cases go through the interpreter, through the emulated PTX, and, where there is
 one, through a GPU. Importing this module loads no kernel.
 """
 

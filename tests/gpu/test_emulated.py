@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from adacomcat.kernels import tiles
 from cases import DTYPES, UNITS, Case, draw, incoming, oracles, precision, run_kernels, worst
 from ptx.emulate import Launch, emulated
 from shapes import ragged, vision
 
 from adacomcat import backends, ops
+from adacomcat.kernels import tiles
 
 ARCHITECTURES = ("sm_80", "sm_90")
 # Off every tile; the interpreter has the rest. Compiling takes longer than running these.

@@ -5,14 +5,15 @@ from itertools import islice
 
 import pytest
 import torch
-from adacomcat.kernels import load, tiles
-from adacomcat.kernels.reductions import weight_grad
 from cases import draw
 from mutations import KINDS
 from ptx.emulate import emulated
 from ptx.memory import Fault
 from ptx.parser import Kernel
 from shapes import Case
+
+from adacomcat.kernels import load, tiles
+from adacomcat.kernels.reductions import weight_grad
 
 LINEAR = Case("low_rank_linear", "mutated", {"lead": (150,), "d": 150, "r": 30, "out": 70},
               {"ACTIVATION": "relu"})

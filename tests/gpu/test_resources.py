@@ -1,11 +1,12 @@
 """Static budgets: what every kernel may take on each architecture at the shapes of DeiT-S."""
 
 import pytest
-from adacomcat.kernels import load
 from cases import DTYPES, draw
 from resources import MULTIPROCESSOR, Resources, compile_all, deit_s
 from shapes import vision
 from stub_driver import TARGETS
+
+from adacomcat.kernels import load
 
 # ptxas for sm_100 keeps two to five registers of two kernels in local memory although it uses only
 # 96 or 128: it aims at more blocks on a multiprocessor, and no tile size that was tried avoids it.

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from adacomcat.kernels import load
 from ptx.emulate import Launch, emulated
 from stub_driver import compiling_for
 from traffic import GPUS, Shape, moved, requested, shapes
+
+from adacomcat.kernels import load
 
 SECTOR = 32
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 import triton
-from adacomcat.kernels import tiles
 from stub_driver import compiling_for
+
+from adacomcat.kernels import tiles
 
 ROOT = Path(__file__).parent.parent.parent
 SIZE = 2  # bytes an element
