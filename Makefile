@@ -22,8 +22,9 @@ $(INSTALLED): $(SOURCES) | $(PY)
 demo: install
 	$(PY) examples/demo.py
 
+# One process for each core, one thread in each: most tests are too small for more.
 test: install
-	$(PY) -m pytest -rs
+	OMP_NUM_THREADS=1 $(PY) -m pytest -rs -n auto --dist worksteal
 
 bench: install
 	$(PY) -m pytest bench -rs --benchmark-only --benchmark-columns=median,iqr,rounds \
