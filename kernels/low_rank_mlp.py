@@ -180,7 +180,7 @@ def forward(
             PRECISION=tiles.precision(x), **tile.arguments(),
         )  # fmt: skip
 
-    table = tile or tiles.row_tile(m, max(r1, r2), x)
+    table = tile or tiles.row_tile(m, max(r1, r2), x, factors=2)
     run(tiles.best(table, ("low_rank_mlp", m, k, h, n, r1, r2), x, run))
     return out, middle1, middle2
 
@@ -212,7 +212,7 @@ def backward(
     need_hidden = need_u1 or need_b1 or need_v2
     dmiddle2 = grad.new_empty(*lead, r2) if need_hidden else None
     if need_x or need_v1 or need_hidden:
-        tile = tile or tiles.row_tile(m, max(r1, r2), grad)
+        tile = tile or tiles.row_tile(m, max(r1, r2), grad, factors=2)
         launch(
             low_rank_mlp_backward_kernel, (triton.cdiv(m, tile.BLOCK_M),), grad,
             flat, u2, v2, kept, u1, b1, v1, dx, dmiddle1, dmiddle2, m, k, h, n, r1, r2,

@@ -66,30 +66,32 @@ def operand_bytes(x: Tensor) -> int:
 
 
 def stages(bytes_per_stage: int) -> int:
-    """Loads in flight: three, or two where three would take over half of the shared memory."""
-    shared = SHARED_KIB.get(target().arch, 64) * 1024
+    """Loads in flight: three, or fewer where they would take over half of the shared memory."""
+    half = SHARED_KIB.get(target().arch, 64) * 512
     if target().backend == "hip":
         return 2  # LDS is small, and AMD's pipeliner keeps the next tile in registers
-    return 3 if 3 * bytes_per_stage <= max(shared // 2, 80 * 1024) else 2
+    return 3 if 3 * bytes_per_stage <= half else 2 if 2 * bytes_per_stage <= half else 1
 
 
-def row_tile(rows: int, rank: int, x: Tensor) -> Tile:
+def row_tile(rows: int, rank: int, x: Tensor, factors: int = 1) -> Tile:
     """Kernels that keep (BLOCK_M, rank) on the chip and stream all weights past it.
 
     Every program reads all weights, however few its rows are, so rows are shared out evenly: the
     fewest rows for which one wave of programs is enough. 394 tokens get 16 rows, 12,608 get 128.
     The upper bound is the register file: two (BLOCK_M, rank) blocks in float32 are alive at once,
-    and 64 registers a thread for each is what leaves room for the rest.
+    and 64 registers a thread for each is what leaves room for the rest; in shared memory, where
+    they pass as operands, 32 KiB each. `factors` are read at a time.
     """
     width, size = padded(rank), operand_bytes(x)
     rows_at_once = 16
-    most = min(128, max(16, 16384 // width))
+    most = min(128, max(16, 32768 // (width * size)))
     while rows_at_once < most and triton.cdiv(rows, rows_at_once) > multiprocessors():
         rows_at_once *= 2
-    # A stage holds (BLOCK_K or BLOCK_N) rows of a factor: 32 KiB of it keeps three in flight.
-    depth = max(16, min(64, 32768 // (width * size)))
+    # A stage holds (BLOCK_K or BLOCK_N) rows of a factor: 32 KiB of it, or what memory allows.
+    room = 32768 if SHARED_KIB.get(target().arch, 64) > 100 else 16384
+    depth = max(16, min(64, room // (width * size)))
     warps = 8 if rows_at_once * width > 8192 else 4
-    stage = depth * size * (width + rows_at_once)
+    stage = depth * x.element_size() * (factors * width + rows_at_once)
     return Tile(rows_at_once, depth, depth, warps, stages(stage))
 
 
