@@ -31,7 +31,12 @@ _FORCED: ContextVar[str | None] = ContextVar("adacomcat_backend", default=None)
 # the library's two products, and 4 times with a GELU, which it computes one element at a time
 # (bench/test_ops.py).
 PREFERENCE = ("reference",)
-CPP_OPS = ("low_rank_linear",)
+CPP_OPS = ("low_rank_linear", "batched_svd")
+CUDA_OPS = ("low_rank_linear", "batched_svd", "truncation_errors")
+# Decompositions: LAPACK takes small matrices one by one, on one thread (bench/test_svd.py).
+DECOMPOSITIONS = ("batched_svd", "truncation_errors")
+DECOMPOSITION_PREFERENCE = ("cuda", "cpp", "reference")
+SVD_WIDTH = 128
 
 
 def available() -> dict[str, str | None]:
@@ -56,7 +61,8 @@ def refusal(backend: str, op: str, x: Tensor) -> str | None:
         return f"there is no such backend; choose one of {', '.join(reasons)}"
     if reasons[backend] is not None:
         return reasons[backend]
-    return _no_cpp_kernel(op, x) if backend == "cpp" else None
+    checks = {"cpp": _no_cpp_kernel, "cuda": _no_cuda_kernel}
+    return checks[backend](op, x) if backend in checks else None
 
 
 def pick(op: str, x: Tensor) -> str:
@@ -67,14 +73,14 @@ def pick(op: str, x: Tensor) -> str:
         if reason is not None:
             raise UserError(f"backend '{forced}' cannot run {op}: {reason}")
         return forced
-    return next(name for name in PREFERENCE if refusal(name, op, x) is None)
+    preference = DECOMPOSITION_PREFERENCE if op in DECOMPOSITIONS else PREFERENCE
+    return next(name for name in preference if refusal(name, op, x) is None)
 
 
 def kernel(op: str, x: Tensor) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     """The function that runs `op` on `x`, with the signature of the reference."""
-    if pick(op, x) == "cpp":
-        return getattr(torch.ops.adacomcat, f"{op}_cpu")
-    return getattr(reference, op)
+    suffix = {"cpp": "cpu", "cuda": "cuda"}.get(pick(op, x))
+    return getattr(torch.ops.adacomcat, f"{op}_{suffix}") if suffix else getattr(reference, op)
 
 
 @contextmanager
@@ -97,9 +103,34 @@ def _no_cpp_kernel(op: str, x: Tensor) -> str | None:
         return f"it has no C++ kernel; those with one are {', '.join(CPP_OPS)}"
     if x.device.type != "cpu":
         return f"the kernel runs on the CPU and the input is on {x.device}"
-    if x.dtype != torch.float32:
-        return f"the kernel takes float32 and the input is {str(x.dtype).removeprefix('torch.')}"
-    return None
+    if op == "batched_svd":
+        return _no_small_svd(x, min(x.shape[-2:]))
+    return _wrong_dtype(x, torch.float32)
+
+
+def _no_cuda_kernel(op: str, x: Tensor) -> str | None:
+    if op not in CUDA_OPS:
+        return f"it has no CUDA kernel; those with one are {', '.join(CUDA_OPS)}"
+    if x.device.type != "cuda":
+        return f"the kernel runs on GPUs and the input is on {x.device}"
+    if op == "batched_svd":
+        return _no_small_svd(x, max(x.shape[-2:]))
+    if op == "truncation_errors":
+        return _wrong_dtype(x, torch.float32, torch.float64)
+    return _wrong_dtype(x, torch.float16, torch.bfloat16)
+
+
+def _no_small_svd(x: Tensor, width: int) -> str | None:
+    if width > SVD_WIDTH:
+        return f"the kernel takes matrices up to {SVD_WIDTH} wide and this one is {width}"
+    return _wrong_dtype(x, torch.float32, torch.float64)
+
+
+def _wrong_dtype(x: Tensor, *dtypes: torch.dtype) -> str | None:
+    if x.dtype in dtypes:
+        return None
+    names = [str(dtype).removeprefix("torch.") for dtype in (*dtypes, x.dtype)]
+    return f"the kernel takes {' and '.join(names[:-1])} and the input is {names[-1]}"
 
 
 def _no_triton() -> str | None:
