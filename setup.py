@@ -80,7 +80,8 @@ def extension_arguments() -> dict[str, Any]:
 
     sources = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp"))
     cuda_sources = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
-    flags = ["-O3", "-fvisibility=hidden"]
+    # No errno and no traps, as torch itself is built: else square roots are not vectorised.
+    flags = ["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
     if use_cuda(cuda_sources):
         flags = [*flags, "-DADACOMCAT_CUDA"]
         extension = CUDAExtension(

@@ -208,11 +208,6 @@ def _gate(parser: Parser) -> None:
                         help="exit code 3 where top-1 is below")
 
 
-def _errors(parser: Parser) -> None:
-    parser.add_argument("--errors", action="store_true",
-                        help="decompose, and show the error that truncation leaves")
-
-
 def _repeats(parser: Parser) -> None:
     parser.add_argument("--repeats", type=at_least(1), default=20, metavar="N",
                         help="timed passes of each model (default: %(default)s)")
@@ -229,8 +224,8 @@ def _comcat(parser: Parser) -> None:
 # name → (summary, what adds its flags)
 COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
     "doctor": ("Say what is installed and what runs here.", ()),
-    "inspect": ("List where ranks are chosen in a model.",
-                (_model, _errors, _data, _calibration(0), _seed, _device)),
+    "inspect": ("List where ranks are chosen in a model, and what truncation costs there.",
+                (_model, _data, _calibration(0), _seed, _device)),
     "compress": ("Compress a model without training.",
                  (_model, _budget, _data, _calibration(256), _output, _report, _seed, _device)),
     "train": ("Search ranks, train and distil; or train a dense model.",

@@ -31,8 +31,12 @@ _FORCED: ContextVar[str | None] = ContextVar("adacomcat_backend", default=None)
 # What `pick` tries, in this order: bench/RESULTS.md shows that the C++ kernels win. Not Triton's:
 # they are proven right without a GPU, but nothing has shown yet that they are faster on one.
 PREFERENCE = ("cpp", "reference")
-CPP_OPS = ("low_rank_linear", "low_rank_mlp", "low_rank_attention")
+CPP_OPS = ("low_rank_linear", "low_rank_mlp", "low_rank_attention", "batched_svd")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Decompositions give no intermediates, and want more digits.
+DECOMPOSITIONS = ("batched_svd",)
+DECOMPOSITION_DTYPES = (torch.float32, torch.float64)
+SVD_WIDTH = 128  # of the smaller side
 
 
 def available() -> dict[str, str | None]:
@@ -77,7 +81,8 @@ def kernel(op: str, x: Tensor, keep: bool = True) -> Callable[..., tuple[Tensor,
     """The function that runs `op` on `x`, with the signature of the reference."""
     backend = pick(op, x)
     if backend == "cpp":
-        return partial(getattr(torch.ops.adacomcat, f"{op}_cpu").default, keep=keep)
+        function = getattr(torch.ops.adacomcat, f"{op}_cpu").default
+        return function if op in DECOMPOSITIONS else partial(function, keep=keep)
     if backend == "triton":
         return partial(kernels.load(op).forward, keep=keep)
     return getattr(reference, op)
@@ -123,13 +128,18 @@ def _no_cpp_kernel(op: str, x: Tensor) -> str | None:
         return f"it has no C++ kernel; those with one are {', '.join(CPP_OPS)}"
     if x.device.type != "cpu":
         return f"the kernel runs on the CPU and the input is on {x.device}"
-    return _no_dtype(x)
+    if op not in DECOMPOSITIONS:
+        return _no_dtype(x, KERNEL_DTYPES)
+    width = min(x.shape[-2:])
+    if width > SVD_WIDTH:
+        return f"the kernel takes matrices up to {SVD_WIDTH} wide and this one is {width}"
+    return _no_dtype(x, DECOMPOSITION_DTYPES)
 
 
-def _no_dtype(x: Tensor) -> str | None:
-    if x.dtype in KERNEL_DTYPES:
+def _no_dtype(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    if x.dtype in dtypes:
         return None
-    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES)
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     return f"the kernel takes {names} and the input is {str(x.dtype).removeprefix('torch.')}"
 
 
@@ -146,7 +156,7 @@ def _no_triton_kernel(op: str, x: Tensor) -> str | None:
         return f"it has no Triton kernel; those with one are {', '.join(kernels.KERNELS)}"
     if x.device.type != "cuda":
         return f"the kernel runs on GPUs and the input is on {x.device}"
-    return _no_dtype(x)
+    return _no_dtype(x, KERNEL_DTYPES)
 
 
 def _no_cuda() -> str | None:

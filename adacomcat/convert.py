@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable
 from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import Mlp
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from adacomcat.attention import attention_weights, low_rank_class
 from adacomcat.calibrate import BATCH, Statistics, calibrate, calibration_batches
+from adacomcat.decompositions import truncation_errors
 from adacomcat.errors import UserError
 from adacomcat.factorize import (
     LinearFactors,
@@ -19,7 +21,10 @@ from adacomcat.factorize import (
     factorize_linear,
     factorize_scores,
     factorize_values,
+    linear_spectrum,
     require_finite,
+    score_spectrum,
+    value_spectrum,
 )
 from adacomcat.layers import LowRankLinear, LowRankMlp
 from adacomcat.plan import RankPlan
@@ -36,26 +41,58 @@ SHRINKAGE = 0.1
 ALLOCATION_IMAGES = 64
 
 
+class Decomposition(NamedTuple):
+    """What to make of each kind of site; the three take the same arguments at a site."""
+
+    linear: Callable
+    scores: Callable
+    values: Callable
+
+
+FACTORS = Decomposition(factorize_linear, factorize_scores, factorize_values)
+SPECTRA = Decomposition(linear_spectrum, score_spectrum, value_spectrum)
+
+
 def factorize_site(model: nn.Module, site: Site, statistics: Statistics,
                    shrinkage: float = SHRINKAGE) -> LinearFactors | ScoreFactors | ValueFactors:
     """Full-rank nested factors of one site."""
+    return decompose_site(FACTORS, model, site, statistics, shrinkage)
+
+
+def decompose_site(make: Decomposition, model: nn.Module, site: Site, statistics: Statistics,
+                   shrinkage: float) -> Any:
     module = model.get_submodule(site.module)
     require_finite(site.module, **{name.replace(".", "_"): p for name, p in
                                    module.named_parameters()})
     found = statistics.get(site.module)
     if site.kind == "linear":
-        return factorize_linear(*_weight_and_bias(module), _for_linear(found, site),
-                                shrinkage=shrinkage)
+        return make.linear(*_weight_and_bias(module), _for_linear(found, site),
+                           shrinkage=shrinkage)
     weights = attention_weights(module)
     if site.kind == "qk":
-        return factorize_scores(weights.wq, weights.bq, weights.wk, module.scale, found,
-                                shrinkage=shrinkage)
+        return make.scores(weights.wq, weights.bq, weights.wk, module.scale, found,
+                           shrinkage=shrinkage)
     if site.kind == "vo":
-        return factorize_values(weights.wv, weights.bv, weights.wo, weights.bo, found,
-                                shrinkage=shrinkage)
+        return make.values(weights.wv, weights.bv, weights.wo, weights.bo, found,
+                           shrinkage=shrinkage)
     weight, bias = ((weights.wq, weights.bq) if site.kind == "q" else (weights.wk, weights.bk))
-    return factorize_linear(weight.flatten(0, 1), bias.flatten(), _for_linear(found, site),
-                            shrinkage=shrinkage)
+    return make.linear(weight.flatten(0, 1), bias.flatten(), _for_linear(found, site),
+                       shrinkage=shrinkage)
+
+
+@torch.no_grad()
+def error_curves(model: nn.Module, statistics: Statistics | None = None,
+                 shrinkage: float = SHRINKAGE) -> dict[str, Tensor]:
+    """Site name → squared error of every rank, (R + 1,), without factors: spectra are enough."""
+    sites = find_sites(model)
+    spectra = [decompose_site(SPECTRA, model, site, statistics or {}, shrinkage)
+               for site in progress(sites, "scoring")]
+    curves = {}
+    for shape in {spectrum.shape for spectrum in spectra}:
+        alike = [i for i, spectrum in enumerate(spectra) if spectrum.shape == shape]
+        errors = truncation_errors(torch.stack([spectra[i] for i in alike]))
+        curves |= {sites[i].name: curve for i, curve in zip(alike, errors, strict=True)}
+    return curves
 
 
 def _weight_and_bias(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:

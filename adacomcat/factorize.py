@@ -10,10 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adacomcat.decompositions import batched_svd, truncation_errors
 from adacomcat.errors import UserError
 
 # A covariance is never trusted below this fraction of its mean eigenvalue.
 EIGENVALUE_FLOOR = 1e-6
+# A Gram matrix squares the condition: up to this one, spectra keep six digits and more in float64.
+GRAM_CONDITION = 1e4
 
 
 class LinearStatistics(NamedTuple):
@@ -105,11 +108,29 @@ def descending_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(-1).clamp_min(0), vectors.flip(-1)
 
 
-def tail_errors(energy: Tensor) -> Tensor:
-    """(..., R) squared singular values → (R + 1,) Σ_{i>r} σ_i², summed over leading dimensions."""
-    energy = energy.reshape(-1, energy.shape[-1]).sum(0)
-    tail = energy.flip(0).cumsum(0).flip(0)
-    return torch.cat([tail, tail.new_zeros(1)])
+def gram(a: Tensor) -> Tensor:
+    """aᵀ a, (..., n, n), only the blocks above the diagonal computed."""
+    n = a.shape[-1]
+    blocks = a.split(max(64, -(-n // 4)), -1)
+    rows = []
+    for i, left in enumerate(blocks):
+        done = [rows[j][i].mT for j in range(i)]
+        rows.append([*done, *(left.mT @ right for right in blocks[i:])])
+    return torch.cat([torch.cat(row, -1) for row in rows], -2)
+
+
+def triangle(a: Tensor, covariance: Tensor | None = None) -> Tensor:
+    """R with Rᵀ R = aᵀ C a for thin a (..., d, r): what C^½ a = Q R has as its R.
+
+    By Cholesky of the Gram matrix, which needs no root of C; by QR where that would lose digits.
+    """
+    product = gram(a) if covariance is None else a.mT @ (covariance @ a)
+    lower, failed = torch.linalg.cholesky_ex(product)
+    diagonal = lower.diagonal(dim1=-2, dim2=-1)
+    if failed.any() or (diagonal.amin(-1) * GRAM_CONDITION < diagonal.amax(-1)).any():
+        whitened = a if covariance is None else square_root(covariance) @ a
+        return torch.linalg.qr(whitened, mode="r").R
+    return lower.mT
 
 
 def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,21 +150,39 @@ def factorize_linear(weight: Tensor, bias: Tensor | None,
     """
     weight = weight.double()
     out_features, in_features = weight.shape
-    identity = torch.eye(in_features, dtype=weight.dtype, device=weight.device)
-    covariance, mean = identity, weight.new_zeros(in_features)
+    mean = weight.new_zeros(in_features)
     if statistics is not None:
         covariance = shrink(statistics.covariance.double(), shrinkage)
         mean = statistics.mean.double()
     if out_features <= in_features:
-        energy, u = descending_eigh(weight @ covariance @ weight.mT)
+        product = gram(weight.mT) if statistics is None else weight @ covariance @ weight.mT
+        energy, u = descending_eigh(product)
         v = weight.mT @ u
     else:
-        root, inverse = (identity, identity) if statistics is None else square_roots(covariance)
-        whitened = weight @ root
-        energy, right = descending_eigh(whitened.mT @ whitened)
-        u, v = whitened @ right, inverse @ right
+        whitened, inverse = weight, None
+        if statistics is not None:
+            root, inverse = square_roots(covariance)
+            whitened = weight @ root
+        energy, right = descending_eigh(gram(whitened))
+        u, v = whitened @ right, right if inverse is None else inverse @ right
     bias = weight.new_zeros(out_features) if bias is None else bias.double()
-    return LinearFactors(*balance(v, u), bias, mean, tail_errors(energy))
+    return LinearFactors(*balance(v, u), bias, mean,
+                         truncation_errors(energy.sqrt().unsqueeze(0)))
+
+
+def linear_spectrum(weight: Tensor, bias: Tensor | None,
+                    statistics: LinearStatistics | None = None, *,
+                    shrinkage: float = 0.0) -> Tensor:
+    """(1, R) singular values of W C^½; the squared tails are ``factorize_linear(…).errors``."""
+    weight = weight.double()
+    tall = weight.shape[0] > weight.shape[1]
+    if statistics is None:
+        product = gram(weight if tall else weight.mT)
+    else:
+        covariance = shrink(statistics.covariance.double(), shrinkage)
+        product = (gram(weight @ square_root(covariance)) if tall
+                   else weight @ covariance @ weight.mT)
+    return torch.linalg.eigvalsh(product).flip(-1).clamp_min(0).sqrt().unsqueeze(0)
 
 
 def factorize_scores(wq: Tensor, bq: Tensor, wk: Tensor, scale: float,
@@ -155,29 +194,42 @@ def factorize_scores(wq: Tensor, bq: Tensor, wk: Tensor, scale: float,
     head_dim × head_dim matrix Ra Rbᵀ = P S Tᵀ is decomposed. M̂_r = ŵqᵀ Ra⁻¹ P_r · P_rᵀ Ra wk.
     """
     wq, bq, wk = wq.double(), bq.double(), wk.double()
-    queries = torch.cat([wq, bq.unsqueeze(-1)], -1).mT  # (H, d + 1, head_dim)
-    keys = wk.mT
-    metric_q, metric_k = queries, keys
-    if statistics is not None:
-        metric_q = _augmented_root(statistics, shrinkage) @ queries
-        metric_k = square_root(shrink(statistics.key_covariance.double(), shrinkage)) @ keys
-    r_q = torch.linalg.qr(metric_q, mode="r").R
-    r_k = torch.linalg.qr(metric_k, mode="r").R
-    left, singular, _ = torch.linalg.svd(r_q @ r_k.mT)
+    r_q, r_k, queries, keys = _score_triangles(wq, bq, wk, statistics, shrinkage)
+    left, singular, _ = batched_svd(r_q @ r_k.mT)
     into = torch.linalg.pinv(r_q, rtol=1e-12) @ left
     factor_q, factor_k = balance(queries @ into, keys @ (r_q.mT @ left))
     return ScoreFactors(factor_q[:, :-1].mT, factor_q[:, -1], factor_k.mT,
-                        tail_errors((singular * scale).square()))
+                        truncation_errors(singular * scale))
 
 
-def _augmented_root(statistics: AttentionStatistics, shrinkage: float) -> Tensor:
-    """Square root of E[x̃ x̃ᵀ] for x̃ = [x, 1]."""
+def score_spectrum(wq: Tensor, bq: Tensor, wk: Tensor, scale: float,
+                   statistics: AttentionStatistics | None = None, *,
+                   shrinkage: float = 0.0) -> Tensor:
+    """(H, R) singular values of the logits' matrices, scaled."""
+    r_q, r_k, *_ = _score_triangles(wq.double(), bq.double(), wk.double(), statistics, shrinkage)
+    return batched_svd(r_q @ r_k.mT)[1] * scale
+
+
+def _score_triangles(wq: Tensor, bq: Tensor, wk: Tensor, statistics: AttentionStatistics | None,
+                     shrinkage: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ra, Rb, [wq | bq]ᵀ and wkᵀ."""
+    queries = torch.cat([wq, bq.unsqueeze(-1)], -1).mT  # (H, d + 1, head_dim)
+    keys = wk.mT
+    metric_q = metric_k = None
+    if statistics is not None:
+        metric_q = _augmented_moment(statistics, shrinkage)
+        metric_k = shrink(statistics.key_covariance.double(), shrinkage)
+    return triangle(queries, metric_q), triangle(keys, metric_k), queries, keys
+
+
+def _augmented_moment(statistics: AttentionStatistics, shrinkage: float) -> Tensor:
+    """E[x̃ x̃ᵀ] for x̃ = [x, 1]."""
     mean = statistics.mean.double()
     covariance = shrink(statistics.covariance.double(), shrinkage)
     moment = mean.new_ones(len(mean) + 1, len(mean) + 1)
     moment[:-1, :-1] = covariance + torch.outer(mean, mean)
     moment[:-1, -1] = moment[-1, :-1] = mean
-    return square_root(moment)
+    return moment
 
 
 def factorize_values(wv: Tensor, bv: Tensor, wo: Tensor, bo: Tensor,
@@ -190,11 +242,26 @@ def factorize_values(wv: Tensor, bv: Tensor, wo: Tensor, bo: Tensor,
     wv, wo = wv.double(), wo.double()
     bias = bo.double() + torch.einsum("hor,hr->o", wo, bv.double())
     mean = wv.new_zeros(wv.shape[0], wv.shape[2])
-    whitened = wv
     if statistics is not None:
         mean = statistics.value_mean.double()
-        whitened = wv @ square_root(shrink(statistics.value_covariance.double(), shrinkage))
     basis, inner = torch.linalg.qr(wo)
-    left, singular, _ = torch.linalg.svd(inner @ whitened, full_matrices=False)
+    left, singular, _ = batched_svd(inner @ _value_triangle(wv, statistics, shrinkage).mT)
     factor_o, factor_v = balance(basis @ left, wv.mT @ (inner.mT @ left))
-    return ValueFactors(factor_v.mT, factor_o, bias, mean, tail_errors(singular.square()))
+    return ValueFactors(factor_v.mT, factor_o, bias, mean, truncation_errors(singular))
+
+
+def value_spectrum(wv: Tensor, bv: Tensor, wo: Tensor, bo: Tensor,
+                   statistics: AttentionStatistics | None = None, *,
+                   shrinkage: float = 0.0) -> Tensor:
+    """(H, R) singular values of wo_h wv_h Cz^½."""
+    values = _value_triangle(wv.double(), statistics, shrinkage)
+    return batched_svd(triangle(wo.double()) @ values.mT)[1]
+
+
+def _value_triangle(wv: Tensor, statistics: AttentionStatistics | None,
+                    shrinkage: float) -> Tensor:
+    """T with Tᵀ T = wv Cz wvᵀ: T has the singular values of Cz^½ wvᵀ."""
+    metric = None
+    if statistics is not None:
+        metric = shrink(statistics.value_covariance.double(), shrinkage)
+    return triangle(wv.mT, metric)

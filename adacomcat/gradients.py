@@ -178,3 +178,72 @@ def low_rank_attention(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, 
         ds.sum_to_size(mask.shape) if ctx.needs_input_grad[9] else None,
         None,
     )
+
+
+def _svd_gradient(u: Tensor, s: Tensor, v: Tensor, k: int, grad_u: Gradient, grad_s: Gradient,
+                  grad_v: Gradient) -> tuple[Tensor, Tensor]:
+    """(left, right) with left rightᵀ the gradient of the matrix whose whole SVD is u, s, v.
+
+    Gradients of the first k triples (Townsend, "Differentiating the singular value decomposition"):
+    U (S̃ + (F∘P̃) S + S (F∘Q̃)) Vᵀ, P̃ = P - Pᵀ for P = Uᵀ grad_u, Q̃ of V, F_ij = 1 / (s_j² - s_i²),
+    and what leaves the two spaces: (I - U Uᵀ) grad_u S⁻¹ Vᵀ, U S⁻¹ ((I - V Vᵀ) grad_v)ᵀ.
+    """
+    size = s.shape[-1]
+    core = s.new_zeros(*s.shape, size)
+    if grad_s is not None:
+        core = core + torch.diag_embed(F.pad(grad_s, (0, size - k)))
+    if grad_u is None and grad_v is None:
+        return u @ core, v
+    outside = u.shape[-2] > size, v.shape[-2] > size
+    s = torch.ops.adacomcat.require_distinct(s, k, any(outside))
+    row, column = s.unsqueeze(-1), s.unsqueeze(-2)
+    index = torch.arange(size, device=s.device)
+    # Two triples that are both cut off, or one with itself: nothing to weigh.
+    idle = ((index[:, None] >= k) & (index >= k)) | (index[:, None] == index)
+    weights = ((column - row) * (column + row)).masked_fill(idle, 1).reciprocal()
+    weights = weights.masked_fill(idle, 0)
+    lefts, rights = [], []
+    for basis, grad, is_left in ((u, grad_u, True), (v, grad_v, False)):
+        if grad is None:
+            continue
+        inner = F.pad(basis.mT @ grad, (0, size - k))
+        turned = weights * (inner - inner.mT)
+        core = core + (turned * column if is_left else row * turned)
+        if outside[0 if is_left else 1]:
+            rest = grad - basis @ (basis.mT @ grad)
+            other = (v if is_left else u)[..., :k] / column[..., :k]
+            lefts.append(rest if is_left else other)
+            rights.append(other if is_left else rest)
+    return torch.cat([u @ core, *lefts], -1), torch.cat([v, *rights], -1)
+
+
+def batched_svd(ctx: Any, *grads: Gradient) -> tuple[Gradient, ...]:
+    (a,), (k,) = ctx.saved_tensors, ctx.options
+    whole = torch.ops.adacomcat.batched_svd(a, min(a.shape[-2:]))
+    left, right = _svd_gradient(*whole, k, *grads)
+    return left @ right.mT, None
+
+
+def low_rank_approximation(ctx: Any, *grads: Gradient) -> tuple[Gradient, ...]:
+    (a,), (k,) = ctx.saved_tensors, ctx.options
+    whole = torch.ops.adacomcat.low_rank_approximation(a, min(a.shape[-2:]))
+    left, right = _svd_gradient(*whole, k, *grads)
+    return left @ right.mT, None
+
+
+def factored_svd(ctx: Any, *grads: Gradient) -> tuple[Gradient, ...]:
+    """a bᵀ has the gradient left rightᵀ: left (rightᵀ b) for a, right (leftᵀ a) for b."""
+    (a, b), (k,) = ctx.saved_tensors, ctx.options
+    whole = torch.ops.adacomcat.factored_svd(a, b, min(a.shape[-2], b.shape[-2], a.shape[-1]))
+    left, right = _svd_gradient(*whole, k, *grads)
+    return left @ (right.mT @ b), right @ (left.mT @ a), None
+
+
+def truncation_errors(ctx: Any, grad: Tensor) -> Tensor:
+    """Rank r counts the values i ≥ r, so value i collects the ranks r ≤ i."""
+    (s,) = ctx.saved_tensors
+    return 2 * s * grad[..., :-1].cumsum(-1).unsqueeze(-2)
+
+
+def require_distinct(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return grad, None, None

@@ -3,6 +3,7 @@
 Each function returns its result first, then the intermediates that the backward pass reuses.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -105,3 +106,49 @@ def low_rank_attention(
     heads = attend(*(split_heads(t, num_heads) for t in (q, k, v)), scale, attn_mask)
     context = heads.transpose(1, 2).flatten(2)
     return F.linear(context, wo, bo), q, k, v, context
+
+
+def require_finite(a: Tensor, name: str = "a") -> None:
+    """ValueError naming the first matrix of a batch that holds NaN or infinity."""
+    bad = ~torch.isfinite(a).flatten(-2).all(-1).flatten()
+    if bad.any():
+        raise ValueError(f"matrix {bad.nonzero()[0].item()} of {bad.numel()} in {name} holds NaN "
+                         "or infinite values; it has no singular values")
+
+
+def require_distinct(s: Tensor, k: int, zero: bool) -> None:
+    """ValueError where one of the first k singular values equals another (or zero, if asked)."""
+    values = torch.cat([s, s.new_zeros(*s.shape[:-1], 1)], -1) if zero else s
+    equal = 4 * torch.finfo(s.dtype).eps * s[..., :1].unsqueeze(-1)
+    gaps = (values[..., :k, None] - values[..., None, :]).abs()
+    same = (gaps <= equal).logical_and(~torch.eye(*gaps.shape[-2:], dtype=torch.bool,
+                                                  device=s.device))
+    if same.any():
+        *batch, i, j = same.nonzero()[0].tolist()
+        raise ValueError(
+            f"singular values {i} and {j} of matrix {tuple(batch)} are equal, so their vectors "
+            "have no gradient; differentiate the singular values only, or a function of the "
+            "whole product")
+
+
+def fix_signs(u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest element of each left vector (the first of equals) made positive."""
+    if u.numel() == 0:
+        return u, s, v
+    largest = u.gather(-2, u.abs().argmax(-2, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
+    return u * sign, s, v * sign
+
+
+def batched_svd(a: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """a ≈ u diag(s) vᵀ, truncated.  a (..., m, n) → u (..., m, k), s (..., k), v (..., n, k)."""
+    require_finite(a)
+    u, s, vh = torch.linalg.svd(a, full_matrices=False)
+    return fix_signs(u[..., :k], s[..., :k], vh.mT[..., :k])
+
+
+def truncation_errors(s: Tensor) -> Tensor:
+    """errors[r] = Σ_h Σ_{i ≥ r} s_hi², smallest first, in float64.  s (..., H, R)."""
+    energy = s.double().square().sum(-2)
+    tail = energy.flip(-1).cumsum(-1).flip(-1)
+    return F.pad(tail, (0, 1)).to(s.dtype)

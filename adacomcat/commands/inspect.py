@@ -3,12 +3,12 @@
 import argparse
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from adacomcat import cost
 from adacomcat.calibrate import calibrate
 from adacomcat.commands import Outcome, inputs
-from adacomcat.convert import Factors, factorize_model, require_finite_model
+from adacomcat.convert import error_curves, require_finite_model
 from adacomcat.layers import LowRankLinear
 from adacomcat.report import print_table
 from adacomcat.sites import Site, find_sites
@@ -18,14 +18,12 @@ PARTS = (0.125, 0.25, 0.5, 0.75)
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    model = inputs.model(args, weights_matter=args.errors).to(inputs.device(args))
+    model = inputs.model(args).to(inputs.device(args))
     sites = find_sites(model)
-    factors: Factors = {}
-    if args.errors or args.calibration_images or args.calibration_dir:
-        require_finite_model(model)
-        images = inputs.calibration(args, model)
-        factors = factorize_model(model, {} if images is None else calibrate(model, images))
-    rows = [_row(site, factors) for site in sites]
+    require_finite_model(model)
+    images = inputs.calibration(args, model)
+    curves = error_curves(model, {} if images is None else calibrate(model, images))
+    rows = [_row(site, curves[site.name]) for site in sites]
     data = {
         "model": args.model, "params": cost.model_params(model), "macs": cost.model_macs(model),
         "low_rank_modules": _low_rank(model), "sites": rows,
@@ -33,18 +31,15 @@ def run(args: argparse.Namespace) -> Outcome:
     return Outcome(data, lambda: _show(data))
 
 
-def _row(site: Site, factors: Factors) -> dict[str, Any]:
-    row = {
+def _row(site: Site, errors: Tensor) -> dict[str, Any]:
+    ranks = [max(1, int(part * site.break_even)) for part in PARTS]
+    return {
         "site": site.name, "tier": site.tier, "kind": site.kind, "in": site.in_features,
         "out": site.out_features, "heads": site.num_heads, "full_rank": site.full_rank,
         "break_even": round(site.break_even, 1), "params": site.dense_params,
+        "errors": {rank: (errors[rank] / errors[0].clamp_min(1e-300)).sqrt().item()
+                   for rank in ranks},
     }
-    if site.name in factors:
-        errors = factors[site.name].errors
-        ranks = [max(1, int(part * site.break_even)) for part in PARTS]
-        row["errors"] = {rank: (errors[rank] / errors[0].clamp_min(1e-300)).sqrt().item()
-                         for rank in ranks}
-    return row
 
 
 def _low_rank(model: nn.Module) -> int:
@@ -53,20 +48,18 @@ def _low_rank(model: nn.Module) -> int:
 
 
 def _show(data: dict[str, Any]) -> None:
-    columns = ["site", "tier", "in → out", "full rank", "break-even", "parameters"]
-    with_errors = any("errors" in row for row in data["sites"])
-    if with_errors:
-        columns += [f"error at {part:g}" for part in PARTS]
+    columns = ["site", "tier", "in → out", "full rank", "break-even", "parameters",
+               *(f"error at {part:g}" for part in PARTS)]
     rows = []
     for row in data["sites"]:
         heads = f" × {row['heads']}" if row["kind"] in ("qk", "vo") else ""
         rows.append([row["site"], row["tier"], f"{row['in']} → {row['out']}",
                      f"{row['full_rank']}{heads}", f"{row['break_even']:g}{heads}",
                      f"{row['params']:,}",
-                     *(f"{error:.3f}" for error in row.get("errors", {}).values())])
+                     *(f"{error:.3f}" for error in row["errors"].values())])
     print_table(f"{data['model']}: {data['params']:,} parameters, {data['macs'] / 1e6:,.1f} MMACs",
                 columns, rows)
-    if with_errors:
+    if data["sites"]:
         print("error: relative, what truncation at this part of the break-even rank leaves")
     if data["low_rank_modules"]:
         print(f"{data['low_rank_modules']} modules are low-rank already")

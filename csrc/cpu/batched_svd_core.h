@@ -1,0 +1,431 @@
+// One-sided Jacobi SVD with a pivoted QR before it (Drmač and Veselić, SIAM J. Matrix Anal. 29,
+// 2008): A P = Q R, then rotations J make the columns of X = P Rᵀ orthogonal, so X J = V Σ and
+// A = (Q J) Σ Vᵀ. J is not accumulated: it is R Pᵀ V Σ⁻¹, made orthonormal from the largest singular
+// value down. Small singular values of graded matrices keep their relative accuracy.
+//
+// Included by one file for each instruction set, which sets ISA (a namespace) and VECTOR_BYTES.
+#include "batched_svd.h"
+
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+namespace adacomcat::ISA {
+namespace {
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(VECTOR_BYTES)));
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+template <class T>
+constexpr int64_t kLanes = VECTOR_BYTES / sizeof(T);
+
+template <class T>
+inline Vector<T> splat(T x) {
+  return x - Vector<T>{};
+}
+
+template <class T>
+using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+template <class T, Index<T>... lane>
+inline T sum_lanes(Vector<T> x, std::integer_sequence<Index<T>, lane...>) {
+#ifndef __clang__
+  // Butterflies stay in registers; clang makes them of the plain sum by itself.
+  typedef Index<T> Lanes __attribute__((vector_size(VECTOR_BYTES)));
+  if constexpr (sizeof...(lane) > 8) x += __builtin_shuffle(x, Lanes{(lane ^ 8)...});
+  if constexpr (sizeof...(lane) > 4) x += __builtin_shuffle(x, Lanes{(lane ^ 4)...});
+  if constexpr (sizeof...(lane) > 2) x += __builtin_shuffle(x, Lanes{(lane ^ 2)...});
+  x += __builtin_shuffle(x, Lanes{(lane ^ 1)...});
+  return x[0];
+#else
+  return (x[lane] + ...);
+#endif
+}
+
+template <class T>
+inline T sum_lanes(Vector<T> x) {
+  return sum_lanes<T>(x, std::make_integer_sequence<Index<T>, kLanes<T>>{});
+}
+
+// Columns are aligned and zero-padded; a length is a number of vectors. One that is known when
+// compiling (`fixed`, else 0) keeps the loops below free of overhead.
+template <class T, int64_t fixed = 0>
+inline T dot(const T* x, const T* y, int64_t vectors) {
+  auto* a = reinterpret_cast<const Vector<T>*>(x);
+  auto* b = reinterpret_cast<const Vector<T>*>(y);
+  Vector<T> sum{}, other{};
+  const int64_t end = fixed ? fixed : vectors;
+  int64_t i = 0;
+#pragma GCC unroll 4
+  for (; i + 1 < end; i += 2) {
+    sum += a[i] * b[i];
+    other += a[i + 1] * b[i + 1];
+  }
+  if (i < end) sum += a[i] * b[i];
+  return sum_lanes<T>(sum + other);
+}
+
+// to -= w x
+template <class T>
+inline void subtract(T* to, const T* x, T w, int64_t vectors) {
+  auto* a = reinterpret_cast<Vector<T>*>(to);
+  auto* b = reinterpret_cast<const Vector<T>*>(x);
+  const Vector<T> vw = splat(w);
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < vectors; ++i) a[i] -= vw * b[i];
+}
+
+// to += Σ weights[q] · column q, the columns ld apart; four vectors at a time stay in registers.
+template <class T>
+inline void add_columns(T* to, const T* columns, int64_t ld, const T* weights, int64_t count,
+                        int64_t vectors) {
+  constexpr int64_t kBlock = 4;
+  for (int64_t first = 0; first < vectors; first += kBlock) {
+    const int64_t size = vectors - first < kBlock ? vectors - first : kBlock;
+    auto* a = reinterpret_cast<Vector<T>*>(to) + first;
+    if (size == kBlock) {
+      Vector<T> s0 = a[0], s1 = a[1], s2 = a[2], s3 = a[3];
+      for (int64_t q = 0; q < count; ++q) {
+        auto* b = reinterpret_cast<const Vector<T>*>(columns + q * ld) + first;
+        const Vector<T> w = splat(weights[q]);
+        s0 += w * b[0];
+        s1 += w * b[1];
+        s2 += w * b[2];
+        s3 += w * b[3];
+      }
+      a[0] = s0, a[1] = s1, a[2] = s2, a[3] = s3;
+    } else {
+      for (int64_t i = 0; i < size; ++i) {
+        Vector<T> sum = a[i];
+        for (int64_t q = 0; q < count; ++q) {
+          auto* b = reinterpret_cast<const Vector<T>*>(columns + q * ld) + first;
+          sum += splat(weights[q]) * b[i];
+        }
+        a[i] = sum;
+      }
+    }
+  }
+}
+
+// (c x - s y, s x + c y), c = 1 - s τ, to (first, second), which are x and y in one order or the
+// other. Written as corrections, so that small angles round little.
+template <class T, int64_t fixed>
+inline void rotate(const T* x, const T* y, T* first, T* second, int64_t vectors, T s, T tau) {
+  auto* a = reinterpret_cast<const Vector<T>*>(x);
+  auto* b = reinterpret_cast<const Vector<T>*>(y);
+  auto* c = reinterpret_cast<Vector<T>*>(first);
+  auto* d = reinterpret_cast<Vector<T>*>(second);
+  const Vector<T> vs = splat(s), vtau = splat(tau);
+  const int64_t end = fixed ? fixed : vectors;
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < end; ++i) {
+    const Vector<T> p = a[i], q = b[i];
+    c[i] = p - vs * (q + vtau * p);
+    d[i] = q + vs * (p - vtau * q);
+  }
+}
+
+template <class T>
+class Svd {
+ public:
+  explicit Svd(const SvdProblem<T>& problem) : p(problem) {
+    wide = p.columns > p.rows;
+    m = wide ? p.columns : p.rows;
+    n = wide ? p.rows : p.columns;
+    ldm = padded<T>(m);
+    ldn = padded<T>(n);
+    T* next = p.workspace;
+    const auto take = [&next](int64_t size) { return std::exchange(next, next + size); };
+    a = take(n * ldm);
+    x = take(n * ldn);
+    factor = take(n * ldn);
+    left = take(n * ldm);
+    for (T** array : {&squares, &inner, &sines, &taus, &values}) *array = take(ldn);
+    pivots = reinterpret_cast<int32_t*>(take(ldn));
+    order = reinterpret_cast<int32_t*>(take(ldn));
+    std::memset(p.workspace, 0, sizeof(T) * svd_workspace<T>(m, n));
+  }
+
+  SvdStatus run() {
+    if (!load()) return SvdStatus::not_finite;
+    factorize();
+    if (!orthogonalize()) return SvdStatus::not_converged;
+    sort();
+    for (int64_t i = 0; i < p.rank; ++i) finish_right(i);
+    for (int64_t i = 0; i < p.rank; ++i) finish_left(i);
+    apply_reflections();
+    for (int64_t i = 0; i < p.rank; ++i) store(i);
+    return SvdStatus::ok;
+  }
+
+ private:
+  static constexpr int kMaxSweeps = 40;
+  // Cosines below this are rounding.
+  static constexpr T kTolerance = 2 * std::numeric_limits<T>::epsilon();
+
+  T* column_a(int64_t j) const { return a + j * ldm; }
+  T* column_x(int64_t j) const { return x + j * ldn; }
+  T* column_r(int64_t j) const { return factor + j * ldn; }
+  T* column_left(int64_t j) const { return left + j * ldm; }
+  int64_t vectors_m(int64_t begin = 0) const { return (ldm - begin) / kLanes<T>; }
+  int64_t vectors_n() const { return ldn / kLanes<T>; }
+
+  // The matrix, transposed if it is wide, scaled by a power of two to a largest element in [1, 2).
+  bool load() {
+    const int64_t step_m = wide ? p.column_stride : p.row_stride;
+    const int64_t step_n = wide ? p.row_stride : p.column_stride;
+    T largest = 0, poison = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      T* to = column_a(j);
+      const T* from = p.a + j * step_n;
+      for (int64_t i = 0; i < m; ++i) {
+        const T value = from[i * step_m];
+        to[i] = value;
+        const T size = std::fabs(value);
+        largest = size > largest ? size : largest;
+        poison += value * 0;  // NaN for NaN and infinity
+      }
+    }
+    if (poison != 0) return false;
+    if (largest == 0) return true;
+    exponent = std::ilogb(largest);
+    // Two factors: 2^-exponent alone overflows where the matrix is denormal.
+    const T half = std::ldexp(T(1), -exponent / 2);
+    const T rest = std::ldexp(T(1), -exponent - (-exponent / 2));
+    for (int64_t i = 0; i < n * ldm; ++i) a[i] = a[i] * half * rest;
+    return true;
+  }
+
+  // Householder reflections I - h hᵀ, |h|² = 2, the longest remaining column first. R is kept by
+  // columns, and by rows at the places of the columns that they belong to: X = P Rᵀ.
+  void factorize() {
+    for (int64_t j = 0; j < n; ++j) squares[j] = dot(column_a(j), column_a(j), vectors_m());
+    for (int64_t j = 0; j < n; ++j) order[j] = static_cast<int32_t>(j);
+    for (r = 0; r < n; ++r) {
+      int64_t best = r;
+      for (int64_t c = r + 1; c < n; ++c) {
+        if (squares[order[c]] > squares[order[best]]) best = c;
+      }
+      const int32_t pivot = order[best];
+      if (!(squares[pivot] > 0)) return;
+      order[best] = order[r];
+      order[r] = pivot;
+      pivots[r] = pivot;
+      // Rows above r are zero already in every remaining column.
+      const int64_t begin = r / kLanes<T> * kLanes<T>;
+      T* h = column_a(pivot);
+      const T length = std::sqrt(squares[pivot]);
+      const T head = h[r] < 0 ? -length : length;
+      column_x(r)[pivot] = column_r(pivot)[r] = -head;
+      // h = (a + head e) / sqrt(length (length + |a_r|))
+      const T scale = T(1) / std::sqrt(length * (length + std::fabs(h[r])));
+      h[r] += head;
+      for (int64_t i = begin; i < ldm; ++i) h[i] *= scale;
+      for (int64_t c = r + 1; c < n; ++c) reflect(h, begin, order[c]);
+    }
+  }
+
+  void reflect(const T* h, int64_t begin, int32_t c) {
+    T* to = column_a(c);
+    const Vector<T> w = splat(dot(h + begin, to + begin, vectors_m(begin)));
+    auto* vh = reinterpret_cast<const Vector<T>*>(h + begin);
+    auto* vt = reinterpret_cast<Vector<T>*>(to + begin);
+    vt[0] -= w * vh[0];
+    column_x(r)[c] = column_r(c)[r] = to[r];
+    to[r] = 0;
+    Vector<T> sum = vt[0] * vt[0];
+    for (int64_t i = 1; i < vectors_m(begin); ++i) {
+      vt[i] -= w * vh[i];
+      sum += vt[i] * vt[i];
+    }
+    squares[c] = sum_lanes<T>(sum);
+  }
+
+  bool orthogonalize() {
+    switch (vectors_n()) {
+      case 1: return orthogonalize<1>();
+      case 2: return orthogonalize<2>();
+      case 4: return orthogonalize<4>();
+      case 8: return orthogonalize<8>();
+      default: return orthogonalize<0>();
+    }
+  }
+
+  // Sweeps over all pairs of columns, until all cosines are rounding. The pairs (i, j) with the same
+  // i + j are disjoint, and one such round after the other is the order row by row.
+  template <int64_t fixed>
+  bool orthogonalize() {
+    for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
+      for (int64_t j = 0; j < r; ++j) {
+        squares[j] = dot<T, fixed>(column_x(j), column_x(j), vectors_n());
+      }
+      bool rotated = false;
+      for (int64_t sum = 1; sum <= 2 * r - 3; ++sum) rotated |= rotate_round<fixed>(sum);
+      if (!rotated) return true;
+    }
+    return false;
+  }
+
+  template <int64_t fixed>
+  bool rotate_round(int64_t sum) {
+    const int64_t begin = sum < r ? 0 : sum - r + 1, end = (sum + 1) / 2;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t j = sum - i;
+      inner[i - begin] = dot<T, fixed>(column_x(i), column_x(j), vectors_n());
+      sines[i - begin] = squares[i];
+      taus[i - begin] = squares[j];
+    }
+    for (int64_t i = 0; i < end - begin; i += kLanes<T>) angles(inner + i, sines + i, taus + i);
+    bool rotated = false;
+    for (int64_t i = begin; i < end; ++i) {
+      const T sine = sines[i - begin], tau = taus[i - begin], change = inner[i - begin];
+      if (sine == 0) continue;
+      rotated = true;
+      const int64_t j = sum - i;
+      T *one = column_x(i), *two = column_x(j);
+      const T square_one = squares[i] - change, square_two = squares[j] + change;
+      // The longer column goes first: it takes fewer sweeps.
+      const bool swap = square_one < square_two;
+      rotate<T, fixed>(one, two, swap ? two : one, swap ? one : two, vectors_n(), sine, tau);
+      squares[i] = swap ? square_two : square_one;
+      squares[j] = swap ? square_one : square_two;
+    }
+    return rotated;
+  }
+
+  // x·y, |x|², |y|² → tan θ · x·y, sin θ, tan θ/2 for one vector of pairs; tan θ is the smaller
+  // root, so |θ| ≤ π/4. Zeros where the cosine is below the tolerance.
+  static void angles(T* inner, T* sines, T* taus) {
+    constexpr T limit = std::numeric_limits<T>::max_exponent > 200 ? T(1e150) : T(1e18);
+    for (int64_t i = 0; i < kLanes<T>; ++i) {
+      const T g = inner[i], one = sines[i], two = taus[i];
+      const bool small = std::fabs(g) <= kTolerance * std::sqrt(one) * std::sqrt(two);
+      T zeta = (two - one) / (g + g);
+      zeta = zeta > limit ? limit : zeta;
+      zeta = zeta < -limit ? -limit : zeta;
+      const T root = std::fabs(zeta) + std::sqrt(1 + zeta * zeta);
+      const T tangent = zeta < 0 ? -1 / root : 1 / root;
+      const T cosine = 1 / std::sqrt(1 + tangent * tangent);
+      const T sine = tangent * cosine;
+      inner[i] = small ? T(0) : tangent * g;
+      sines[i] = small ? T(0) : sine;
+      taus[i] = small ? T(0) : sine / (1 + cosine);
+    }
+  }
+
+  void sort() {
+    for (int64_t j = 0; j < n; ++j) {
+      values[j] = j < r ? std::sqrt(dot(column_x(j), column_x(j), vectors_n())) : T(0);
+      int64_t at = j;
+      for (; at > 0 && values[order[at - 1]] < values[j]; --at) order[at] = order[at - 1];
+      order[at] = static_cast<int32_t>(j);
+    }
+  }
+
+  // Right vector i: column order[i] of X J = V Σ over its length.
+  void finish_right(int64_t i) {
+    const int64_t j = order[i];
+    T* right = column_x(j);
+    if (values[j] > 0) {
+      for (int64_t k = 0; k < ldn; ++k) right[k] /= values[j];
+    } else {
+      complete(right, i, [this](int64_t q) { return column_x(order[q]); });
+    }
+  }
+
+  // Column i of J, which is R Pᵀ v / σ. What rounding puts in there of the columns before, whose
+  // values are larger, is projected out; the rest of its error is small.
+  void finish_left(int64_t i) {
+    T* y = column_left(i);
+    add_columns(y, factor, ldn, column_x(order[i]), n, vectors_n());
+    if (!project(y, i)) complete(y, i, [this](int64_t q) { return column_left(q); });
+  }
+
+  // Makes y a unit vector orthogonal to the left vectors before; false where nothing is left of it.
+  bool project(T* y, int64_t i) {
+    T before = std::sqrt(dot(y, y, vectors_n()));
+    if (!(before > 0)) return false;
+    for (int pass = 0; pass < 3; ++pass) {
+      for (int64_t q = 0; q < i; ++q) squares[q] = -dot(column_left(q), y, vectors_n());
+      add_columns(y, left, ldm, squares, i, vectors_n());
+      const T after = std::sqrt(dot(y, y, vectors_n()));
+      if (!(after > 0)) return false;
+      for (int64_t k = 0; k < ldn; ++k) y[k] /= after;
+      if (after > T(0.9) * before) return true;
+      before = 1;
+    }
+    return false;
+  }
+
+  // U = Q J. The columns come innermost, for they do not depend on each other.
+  void apply_reflections() {
+    for (int64_t k = r - 1; k >= 0; --k) {
+      const int64_t begin = k / kLanes<T> * kLanes<T>, vectors = vectors_m(begin);
+      const T* h = column_a(pivots[k]) + begin;
+      for (int64_t i = 0; i < p.rank; ++i) {
+        T* u = column_left(i) + begin;
+        subtract(u, h, dot(h, u, vectors), vectors);
+      }
+    }
+  }
+
+  // A unit vector orthogonal to the `count` unit vectors before: the axis that they cover least,
+  // made orthogonal twice.
+  template <class Before>
+  void complete(T* vector, int64_t count, Before before) {
+    int64_t least = 0;
+    T covered = std::numeric_limits<T>::max();
+    for (int64_t k = 0; k < n; ++k) {
+      T sum = 0;
+      for (int64_t q = 0; q < count; ++q) sum += before(q)[k] * before(q)[k];
+      if (sum < covered) {
+        covered = sum;
+        least = k;
+      }
+    }
+    for (int64_t k = 0; k < ldn; ++k) vector[k] = 0;
+    vector[least] = 1;
+    for (int pass = 0; pass < 2; ++pass) {
+      for (int64_t q = 0; q < count; ++q) {
+        subtract(vector, before(q), dot(vector, before(q), vectors_n()), vectors_n());
+      }
+      const T length = std::sqrt(dot(vector, vector, vectors_n()));
+      for (int64_t k = 0; k < ldn; ++k) vector[k] /= length;
+    }
+  }
+
+  // Triple i of the result: the largest element of the left vector (the first of equals) positive.
+  void store(int64_t i) {
+    const int64_t j = order[i];
+    const T* right = column_x(j);
+    const T* other = column_left(i);
+    const T* u = wide ? right : other;
+    T extreme = 0;
+    for (int64_t k = 0; k < p.rows; ++k) {
+      if (std::fabs(u[k]) > std::fabs(extreme)) extreme = u[k];
+    }
+    const T sign = extreme < 0 ? T(-1) : T(1);
+    p.s[i] = std::ldexp(values[j], exponent);
+    T* of_column = wide ? p.v : p.u;
+    T* of_right = wide ? p.u : p.v;
+    for (int64_t k = 0; k < m; ++k) of_column[k * p.rank + i] = sign * other[k];
+    for (int64_t k = 0; k < n; ++k) of_right[k * p.rank + i] = sign * right[k];
+  }
+
+  const SvdProblem<T>& p;
+  bool wide;
+  int64_t m, n, ldm, ldn;
+  int64_t r = 0;  // columns that are not zero
+  int exponent = 0;
+  T *a, *x, *factor, *left, *squares, *inner, *sines, *taus, *values;
+  int32_t *pivots, *order;
+};
+
+}  // namespace
+}  // namespace adacomcat::ISA

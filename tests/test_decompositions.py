@@ -1,0 +1,191 @@
+"""Decompositions against float64 LAPACK, closed forms and gradcheck; hard matrices; bad ones."""
+
+import importlib
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from adacomcat import backends
+from adacomcat.decompositions import (
+    batched_svd,
+    factored_svd,
+    low_rank_approximation,
+    truncation_errors,
+)
+
+NAMES = ("generic", "avx2", "avx512")
+DTYPES = [torch.float32, torch.float64]
+SHAPES = [(1, 1, 1), (5, 8, 8), (3, 17, 9), (2, 9, 33), (4, 64, 64), (2, 128, 128), (1, 300, 40),
+          (0, 6, 4), (2, 7, 1)]
+
+
+@pytest.fixture(params=["reference", *NAMES])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Plain PyTorch, and the C++ kernel on each instruction set of this CPU."""
+    if request.param == "reference":
+        with backends.use_backend("reference"):
+            yield "reference"
+        return
+    if backends.available()["cpp"] is not None:
+        pytest.skip(str(backends.available()["cpp"]))
+    extension = importlib.import_module("adacomcat._C")
+    here = backends.build_info()["instruction_set"]
+    if not extension.use_instruction_set(request.param):
+        pytest.skip(f"this CPU has no {request.param}")
+    with backends.use_backend("cpp"):
+        yield request.param
+    extension.use_instruction_set(here)
+
+
+def check(a: Tensor, u: Tensor, s: Tensor, v: Tensor, factor: float = 1.0) -> None:
+    """Residual, orthogonality, order and signs, in units of ε."""
+    k, eps = s.shape[-1], torch.finfo(a.dtype).eps
+    bound = factor * 16 * eps * math.sqrt(max(a.shape[-2:]))
+    a, u, s, v = (t.double() for t in (a, u, s, v))
+    exact = torch.linalg.svdvals(a)
+    scale = exact[..., :1].clamp_min(1e-300)
+    assert ((s - exact[..., :k]).abs() <= bound * scale).all()
+    assert (s[..., 1:] <= s[..., :-1]).all() and (s >= 0).all()
+    best = exact[..., k:].square().sum(-1).sqrt()
+    residual = torch.linalg.matrix_norm(a - (u * s.unsqueeze(-2)) @ v.mT)
+    assert (residual <= best + bound * scale[..., 0] * math.sqrt(min(a.shape[-2:]))).all()
+    identity = torch.eye(k, dtype=torch.float64)
+    for basis in (u, v):
+        assert ((basis.mT @ basis - identity).abs() <= bound).all()
+    if k and a.numel():
+        largest = u.gather(-2, u.abs().argmax(-2, keepdim=True))
+        assert (largest >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_batched_svd(shape: tuple, dtype: torch.dtype, backend: str,
+                     poisoned_memory: None) -> None:
+    a = torch.randn(shape, dtype=dtype)
+    for k in {0, 1, min(shape[1:]) // 2, min(shape[1:])}:
+        check(a, *batched_svd(a, k))
+    strided = a.mT.contiguous().mT
+    for left, right in zip(batched_svd(strided), batched_svd(a), strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def hard(name: str, n: int, dtype: torch.dtype) -> Tensor:
+    q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
+    p = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
+    spectra = {
+        "condition 1e12": torch.logspace(0, -12, n, dtype=torch.float64),
+        "clusters": torch.ones(n, dtype=torch.float64).index_fill_(0, torch.arange(n // 2), 3.0),
+        "rank 3": torch.arange(n).lt(3).double(),
+        "huge": torch.linspace(1, 2, n, dtype=torch.float64) * 1e30,
+        "tiny": torch.linspace(1, 2, n, dtype=torch.float64) * 1e-30,
+    }
+    if name == "zeros":
+        return torch.zeros(n, n, dtype=dtype)
+    if name == "identity":
+        return torch.eye(n, dtype=dtype)
+    return ((q * spectra[name]) @ p.mT).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["condition 1e12", "clusters", "rank 3", "huge", "tiny", "zeros",
+                                  "identity"])
+def test_hard_matrices(name: str, dtype: torch.dtype, backend: str) -> None:
+    for n in (8, 33):
+        a = hard(name, n, dtype)
+        check(a, *batched_svd(a), factor=4)
+
+
+def test_graded_columns_keep_small_singular_values(backend: str) -> None:
+    """A = Q D with Q orthonormal: the singular values are D, each to high relative accuracy."""
+    if backend == "reference":
+        pytest.skip("LAPACK promises absolute accuracy only")
+    for dtype, least in ((torch.float32, -15), (torch.float64, -60)):
+        q = torch.linalg.qr(torch.randn(40, 24, dtype=torch.float64)).Q
+        d = torch.logspace(0, least, 24, dtype=torch.float64)
+        a = (q * d)[:, torch.randperm(24)].to(dtype)
+        _, s, _ = batched_svd(a)
+        assert ((s.double() - d).abs() / d).max() < 64 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_numbers_are_named(value: float, backend: str) -> None:
+    a = torch.randn(5, 8, 8)
+    a[3, 2, 1] = value
+    with pytest.raises(ValueError, match="matrix 3 of 5.*NaN or infinite"):
+        batched_svd(a)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_factored_svd_is_that_of_the_product(dtype: torch.dtype) -> None:
+    a, b = torch.randn(3, 50, 12, dtype=dtype), torch.randn(3, 70, 12, dtype=dtype)
+    check(a @ b.mT, *factored_svd(a, b, 7), factor=4)
+    root_a = torch.randn(50, 50, dtype=dtype) / 7
+    root_b = torch.randn(70, 70, dtype=dtype) / 8
+    check((root_a @ a) @ (root_b @ b).mT, *factored_svd(a, b, 12, root_a, root_b), factor=16)
+
+
+@pytest.mark.parametrize("shape", [(90, 40), (40, 90), (2, 30, 30)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_low_rank_approximation(shape: tuple, dtype: torch.dtype) -> None:
+    a = torch.randn(shape, dtype=dtype)
+    check(a, *low_rank_approximation(a, 11), factor=4)
+
+
+def test_truncation_errors_are_the_tails() -> None:
+    s = torch.rand(2, 3, 6, dtype=torch.float64).sort(-1, descending=True).values
+    errors = truncation_errors(s)
+    for rank in range(7):
+        expected = s[..., rank:].square().sum((-1, -2))
+        torch.testing.assert_close(errors[..., rank], expected)
+
+
+@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize("shape", [(4, 4), (6, 4), (2, 4, 5)], ids=str)
+def test_gradients(shape: tuple, k: int) -> None:
+    a = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(*shape[:-2], 7, shape[-1], dtype=torch.float64, requires_grad=True)
+    for op in (batched_svd, low_rank_approximation):
+        assert torch.autograd.gradcheck(lambda a, op=op: op(a, k), (a,))
+    assert torch.autograd.gradcheck(lambda a, b: factored_svd(a, b, k), (a, b))
+    s = torch.rand(2, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(truncation_errors, (s,))
+
+
+def test_equal_singular_values_have_no_vectors_to_differentiate() -> None:
+    a = torch.eye(4, dtype=torch.float64, requires_grad=True)
+    u, s, _ = batched_svd(a, 2)
+    s.sum().backward(retain_graph=True)  # values alone are fine
+    assert a.grad.isfinite().all()
+    with pytest.raises(ValueError, match="singular values 0 and 1 .* are equal"):
+        u.sum().backward()
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: batched_svd(torch.randn(3)), "must be a matrix"),
+    (lambda: batched_svd(torch.randn(3, 4), 4), "k must lie in 0 … 3"),
+    (lambda: batched_svd(torch.randn(3, 4).half()), "cast it to float32"),
+    (lambda: factored_svd(torch.randn(3, 4), torch.randn(3, 5)), "b must have shape"),
+], ids=["vector", "rank", "half", "factors"])
+def test_bad_input_is_named(call: object, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        call()
+
+
+def test_ops_pass_opcheck() -> None:
+    a, b = torch.randn(2, 6, 4, requires_grad=True), torch.randn(2, 5, 4, requires_grad=True)
+    ops = torch.ops.adacomcat
+    for op, args in ((ops.batched_svd, (a, 3)), (ops.low_rank_approximation, (a, 3)),
+                     (ops.factored_svd, (a, b, 3)), (ops.truncation_errors, (torch.rand(3, 5),))):
+        torch.library.opcheck(op.default, args)
+
+
+def test_the_kernel_takes_what_is_narrow() -> None:
+    if backends.available()["cpp"] is not None:
+        pytest.skip(str(backends.available()["cpp"]))
+    assert backends.pick("batched_svd", torch.empty(2, 500, 128)) == "cpp"
+    assert backends.pick("batched_svd", torch.empty(2, 129, 129)) == "reference"
+    assert "129" in backends.refusal("cpp", "batched_svd", torch.empty(2, 129, 129))
+
