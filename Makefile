@@ -42,7 +42,7 @@ lint: install
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: install
 	$(PY) -m pip install -q "setuptools>=77" wheel
-	CFLAGS="$(SANITIZERS) -fno-omit-frame-pointer -g1" LDFLAGS="$(SANITIZERS)" ADACOMCAT_NO_CUDA=1 \
+	CFLAGS="$(SANITIZERS) -fno-omit-frame-pointer -g1" LDFLAGS="$(SANITIZERS)" \
 	  $(PY) -m pip install -q --upgrade --no-deps --no-build-isolation --target build/sanitize .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize \

@@ -80,7 +80,8 @@ def test_compress_evaluate_and_profile(tmp_path, weights, run_json):
     assert found["loss"] == pytest.approx(loss, rel=1e-4)
 
     rows = run_json("profile", "-m", folder, "--repeats", 2, "--batch-size", 2)["models"]
-    assert {name: row["params"] for name, row in rows.items()} == params
+    expected = {**params, "optimized": params["compressed"]}
+    assert {name: row["params"] for name, row in rows.items()} == expected
     assert rows["compressed"]["macs"] < rows["dense"]["macs"]
     assert all(row["latency_ms"] > 0 for row in rows.values())
 

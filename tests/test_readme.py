@@ -152,5 +152,7 @@ def test_environment_variables_are_all_listed():
              ([ROOT / name] if name.endswith(".py") else (ROOT / name).rglob("*.py"))]
     read = {name for path in files
             for name in re.findall(r"environ\S*?[\[(]\"(ADACOMCAT_\w+)\"", path.read_text())}
+    read |= {name for path in (ROOT / "csrc").rglob("*.cpp")
+             for name in re.findall(r"getenv\(\"(ADACOMCAT_\w+)\"", path.read_text())}
     listed = set(re.findall(r"^\| `(ADACOMCAT_\w+)", README, re.MULTILINE))
     assert read and read == listed
