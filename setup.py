@@ -14,7 +14,9 @@ from typing import Any
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0+PTX"
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# A kernel that spills registers does not get through.
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xptxas=--warn-on-spills", "-Xptxas=-Werror"]
 
 
 def find_torch() -> bool:
@@ -50,8 +52,13 @@ def find_cuda_home() -> str | None:
     return None
 
 
+def ask_nvcc(home: str, flag: str) -> str:
+    nvcc = Path(home) / "bin" / "nvcc"
+    return subprocess.run([nvcc, flag], capture_output=True, text=True, check=False).stdout
+
+
 def use_cuda(sources: list[str]) -> bool:
-    """Whether to compile CUDA: sources, a CUDA torch and a toolkit; a visible GPU is no matter."""
+    """Whether to compile CUDA: sources, a CUDA torch, its toolkit; a visible GPU is no matter."""
     if not sources:
         return False
     import torch
@@ -60,7 +67,13 @@ def use_cuda(sources: list[str]) -> bool:
     home = find_cuda_home() if torch.version.cuda else None
     if home is None:
         return False
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    release = re.search(r"release (\d+)", ask_nvcc(home, "--version"))
+    if not release or release[1] != torch.version.cuda.split(".")[0]:
+        print(f"adacomcat: nvcc is not of CUDA {torch.version.cuda}, torch's: no CUDA kernels")
+        return False
+    known = ask_nvcc(home, "--list-gpu-arch").split()
+    names = [a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known]
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(names) + "+PTX")
     cpp_extension.CUDA_HOME = home
     return True
 
@@ -78,8 +91,11 @@ def extension_arguments() -> dict[str, Any]:
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    sources = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp"))
-    cuda_sources = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
+    def found(*patterns: str) -> list[str]:
+        return sorted(str(p.relative_to(ROOT)) for q in patterns for p in ROOT.glob(q))
+
+    sources = found("csrc/*.cpp", "csrc/cpu/*.cpp")
+    cuda_sources = found("csrc/cuda/*.cpp", "csrc/cuda/*.cu")
     # No errno and no traps, as torch itself is built: else square roots are not vectorised.
     flags = ["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
     if use_cuda(cuda_sources):
@@ -87,7 +103,7 @@ def extension_arguments() -> dict[str, Any]:
         extension = CUDAExtension(
             "adacomcat._C",
             [*sources, *cuda_sources],
-            extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-DADACOMCAT_CUDA"]},
+            extra_compile_args={"cxx": flags, "nvcc": NVCC_FLAGS},
         )
     else:
         extension = CppExtension("adacomcat._C", sources, extra_compile_args={"cxx": flags})

@@ -28,15 +28,17 @@ def _load_extension() -> tuple[ModuleType | None, str | None]:
 _EXTENSION, _NO_EXTENSION = _load_extension()
 _FORCED: ContextVar[str | None] = ContextVar("adacomcat_backend", default=None)
 
-# What `pick` tries, in this order: bench/RESULTS.md shows that the C++ kernels win. Not Triton's:
-# they are proven right without a GPU, but nothing has shown yet that they are faster on one.
+# What `pick` tries, in this order: bench/RESULTS.md shows that the C++ kernels win. Not Triton's
+# nor CUDA's: they are tested without a GPU, and nothing has shown yet that they are faster on one.
 PREFERENCE = ("cpp", "reference")
 CPP_OPS = ("low_rank_linear", "low_rank_mlp", "low_rank_attention", "batched_svd")
+CUDA_OPS = ("low_rank_linear", "batched_svd", "truncation_errors")
+CUDA_CAPABILITY = (8, 0)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Decompositions give no intermediates, and want more digits.
-DECOMPOSITIONS = ("batched_svd",)
+DECOMPOSITIONS = ("batched_svd", "truncation_errors")
 DECOMPOSITION_DTYPES = (torch.float32, torch.float64)
-SVD_WIDTH = 128  # of the smaller side
+SVD_WIDTH = 128  # of the smaller side; for CUDA of both
 
 
 def available() -> dict[str, str | None]:
@@ -60,6 +62,8 @@ def refusal(backend: str, op: str, x: Tensor) -> str | None:
         return _NO_EXTENSION or _no_cpp_kernel(op, x)
     if backend == "triton":
         return _no_triton() or _no_triton_kernel(op, x)
+    if backend == "cuda":
+        return _no_cuda() or _no_cuda_kernel(op, x)
     reasons = available()
     if backend not in reasons:
         return f"there is no such backend; choose one of {', '.join(reasons)}"
@@ -77,11 +81,17 @@ def pick(op: str, x: Tensor) -> str:
     return next(name for name in PREFERENCE if refusal(name, op, x) is None)
 
 
+def in_use() -> str | None:
+    """The backend that `use_backend` asks for."""
+    return _FORCED.get()
+
+
 def kernel(op: str, x: Tensor, keep: bool = True) -> Callable[..., tuple[Tensor, ...]]:
     """The function that runs `op` on `x`, with the signature of the reference."""
     backend = pick(op, x)
-    if backend == "cpp":
-        function = getattr(torch.ops.adacomcat, f"{op}_cpu").default
+    if backend in ("cpp", "cuda"):
+        device = "cpu" if backend == "cpp" else "cuda"
+        function = getattr(torch.ops.adacomcat, f"{op}_{device}").default
         return function if op in DECOMPOSITIONS else partial(function, keep=keep)
     if backend == "triton":
         return partial(kernels.load(op).forward, keep=keep)
@@ -165,3 +175,27 @@ def _no_cuda() -> str | None:
     if not _EXTENSION.build_info()["cuda"]:
         return "the extension was built without CUDA kernels"
     return None if torch.cuda.is_available() else "torch sees no GPU"
+
+
+def _no_cuda_kernel(op: str, x: Tensor) -> str | None:
+    if op not in CUDA_OPS:
+        return f"it has no CUDA kernel; those with one are {', '.join(CUDA_OPS)}"
+    if x.device.type != "cuda":
+        return f"the kernel runs on GPUs and the input is on {x.device}"
+    gpu = torch.cuda.get_device_properties(x.device)
+    if (gpu.major, gpu.minor) < CUDA_CAPABILITY:
+        return f"the kernels are for sm_80 and later and this GPU is sm_{gpu.major}{gpu.minor}"
+    if op not in DECOMPOSITIONS:
+        return _no_dtype(x, KERNEL_DTYPES)
+    no_dtype = _no_dtype(x, DECOMPOSITION_DTYPES)
+    if no_dtype or op != "batched_svd":
+        return no_dtype
+    rows, columns = x.shape[-2:]
+    if max(rows, columns) > SVD_WIDTH:
+        return (f"the kernel takes matrices up to {SVD_WIDTH} x {SVD_WIDTH} and this one is "
+                f"{rows} x {columns}")
+    needed = _EXTENSION.svd_shared_memory(rows, columns, x.element_size())
+    if needed > gpu.shared_memory_per_block_optin:
+        return (f"a matrix takes {needed} bytes of shared memory and a block of this GPU has "
+                f"{gpu.shared_memory_per_block_optin}")
+    return None

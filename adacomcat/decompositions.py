@@ -123,7 +123,10 @@ def _low_rank_approximation(a: Tensor, k: int) -> Triple:
 
 
 def _truncation_errors(s: Tensor) -> Tensor:
-    return reference.truncation_errors(s)
+    # Not refused where a backend without such a kernel is in use: it is no work.
+    if backends.in_use() != "cuda":
+        return reference.truncation_errors(s)
+    return backends.kernel("truncation_errors", s)(s)
 
 
 def _require_distinct(s: Tensor, k: int, zero: bool) -> Tensor:
@@ -167,5 +170,7 @@ _register("truncation_errors", "(Tensor s) -> Tensor", _truncation_errors, _erro
 # Below autograd, and opaque to tracing: it looks at values.
 _register("require_distinct", "(Tensor s, int k, bool zero) -> Tensor", _require_distinct,
           lambda s, *_: [tuple(s.shape)])
-# Implemented in csrc/cpu/batched_svd.cpp under its own name, so that `pick` stays in charge.
+# Implemented in csrc/cpu and csrc/cuda under names of their own, so that `pick` stays in charge.
 _LIBRARY.define(f"batched_svd_cpu{_SVD}")
+_LIBRARY.define(f"batched_svd_cuda{_SVD}")
+_LIBRARY.define("truncation_errors_cuda(Tensor s) -> Tensor")

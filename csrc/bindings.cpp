@@ -5,6 +5,9 @@
 #include <torch/version.h>
 
 #include "cpu/engine.h"
+#ifdef ADACOMCAT_CUDA
+#include "cuda/kernels.h"
+#endif
 
 namespace py = pybind11;
 
@@ -53,4 +56,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, torch, CUDA and CPU.");
   m.def("use_instruction_set", &adacomcat::use_instruction_set,
         "Run the CPU kernels on generic, avx2, avx512 or avx512_bf16; False where this CPU cannot.");
+#ifdef ADACOMCAT_CUDA
+  m.def("svd_shared_memory", &adacomcat::cuda::svd_shared_memory,
+        "Bytes that a (rows, columns) matrix of an element size takes of a block's shared memory.");
+#endif
 }
