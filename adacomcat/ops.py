@@ -342,26 +342,28 @@ _register(
 )
 
 
-def _register_cpu(name: str, extra: str, shapes: Shapes, flops: Flops) -> None:
-    """The C++ kernel of one op, under a name of its own: ``pick`` stays in charge."""
-    arguments = str(getattr(_OPS, name).default._schema).partition("(")[2].partition(", bool keep")
-    results = len(getattr(_OPS, name).default._schema.returns)
+def _register_compiled(name: str, extra: str, shapes: Shapes, flops: Flops) -> None:
+    """The compiled kernel ``<op>_<device>``, under a name of its own: ``pick`` stays in charge."""
+    op = getattr(_OPS, name.rpartition("_")[0]).default
+    arguments = str(op._schema).partition("(")[2].partition(", bool keep")
+    results = len(op._schema.returns)
     returns = ", ".join(["Tensor"] * results)
     tags = (torch.Tag.pt2_compliant_tag,)
-    _LIBRARY.define(f"{name}_cpu({arguments[0]}, *, {extra}bool keep=False) -> ({returns})",
-                    tags=tags)
+    _LIBRARY.define(f"{name}({arguments[0]}, *, {extra}bool keep=False) -> ({returns})", tags=tags)
 
     def fake(x: Tensor, *args: Any, keep: bool = False, **fused: Any) -> tuple[Tensor, ...]:
         out, *kept = shapes(x, *args)
         return (x.new_empty(out), *(x.new_empty(s if keep else (0,)) for s in kept))
 
-    torch.library.register_fake(f"adacomcat::{name}_cpu", fake, lib=_LIBRARY)
-    register_flop_formula(getattr(_OPS, f"{name}_cpu"))(flops)
+    torch.library.register_fake(f"adacomcat::{name}", fake, lib=_LIBRARY)
+    register_flop_formula(getattr(_OPS, name))(flops)
 
 
 # Whole sublayers: x is normalised first where there is an epsilon (a layer norm whose weight and
 # bias are folded into the projections), and the residual is added last.
 _FUSED = "float? epsilon=None, Tensor? residual=None, "
-_register_cpu("low_rank_linear", "", _shape_low_rank_linear, _flops_low_rank_linear)
-_register_cpu("low_rank_mlp", _FUSED, _shape_low_rank_mlp, _flops_low_rank_mlp)
-_register_cpu("low_rank_attention", _FUSED, _shape_low_rank_attention, _flops_low_rank_attention)
+_register_compiled("low_rank_linear_cpu", "", _shape_low_rank_linear, _flops_low_rank_linear)
+_register_compiled("low_rank_linear_cuda", "", _shape_low_rank_linear, _flops_low_rank_linear)
+_register_compiled("low_rank_mlp_cpu", _FUSED, _shape_low_rank_mlp, _flops_low_rank_mlp)
+_register_compiled("low_rank_attention_cpu", _FUSED, _shape_low_rank_attention,
+                   _flops_low_rank_attention)

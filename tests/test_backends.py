@@ -1,13 +1,16 @@
 """The choice of backend, its refusals, and what the C++ kernel makes of odd input."""
 
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import assert_close_to_float64
 
 from adacomcat import backends, ops, reference
+from adacomcat.decompositions import truncation_errors
 from adacomcat.errors import UserError
 
 needs_cpp = pytest.mark.skipif(
@@ -164,3 +167,54 @@ def test_triton_refuses_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(UserError, match="'triton' cannot run low_rank_linear.*input is on cpu"):
             ops.low_rank_linear(x, torch.randn(8, 2), torch.randn(5, 2))
     assert "no Triton kernel" in backends.refusal("triton", "batched_svd", x)
+
+
+class OnGpu:
+    """What backends look at of a tensor on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
+        self.shape, self.dtype = shape, dtype
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+
+@pytest.mark.parametrize("op, x, capability, reason", [
+    ("low_rank_mlp", OnGpu((3, 8)), (9, 0), "no CUDA kernel; those with one are low_rank_linear"),
+    ("batched_svd", torch.empty(4, 4), (9, 0), "the input is on cpu"),
+    ("low_rank_linear", OnGpu((3, 8)), (7, 5), "this GPU is sm_75"),
+    ("low_rank_linear", OnGpu((3, 8), torch.float64), (9, 0), "takes float32, bfloat16, float16"),
+    ("truncation_errors", OnGpu((3, 8), torch.float16), (9, 0), "takes float32, float64"),
+    ("batched_svd", OnGpu((2, 129, 5)), (9, 0), "up to 128 x 128 and this one is 129 x 5"),
+    ("batched_svd", OnGpu((2, 128, 128), torch.float64), (8, 6), "135000 bytes.*GPU has 101376"),
+    ("batched_svd", OnGpu((2, 128, 128), torch.float64), (9, 0), None),
+    ("batched_svd", OnGpu((2, 128, 128)), (8, 6), None),
+    ("low_rank_linear", OnGpu((3, 8), torch.bfloat16), (8, 0), None),
+], ids=lambda value: None if isinstance(value, torch.Tensor | OnGpu) else str(value))
+def test_cuda_refuses_with_the_reason(op: str, x: object, capability: tuple[int, int],
+                                      reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(major=capability[0], minor=capability[1],
+                          shared_memory_per_block_optin=232448 if capability[1] == 0 else 101376)
+    built = SimpleNamespace(svd_shared_memory=lambda m, n, size: size * m * n + 3928)
+    monkeypatch.setattr(backends, "_no_cuda", lambda: None)
+    monkeypatch.setattr(backends, "_EXTENSION", built)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    found = backends.refusal("cuda", op, x)
+    assert found is None if reason is None else re.search(reason, found)
+    if reason is None:
+        with backends.use_backend("cuda"):
+            assert backends.pick(op, x) == "cuda"
+            kernel = backends.kernel(op, x)
+        assert f"{op}_cuda" in str(getattr(kernel, "func", kernel))
+
+
+def test_error_curves_are_not_refused_on_the_cpu() -> None:
+    """truncation_errors has a CUDA kernel only, and needs none."""
+    with backends.use_backend("reference"):
+        expected = truncation_errors(torch.ones(2, 3))
+    assert expected.tolist() == [6, 4, 2, 0]
+    if backends.available()["cpp"] is None:
+        with backends.use_backend("cpp"):
+            assert torch.equal(truncation_errors(torch.ones(2, 3)), expected)

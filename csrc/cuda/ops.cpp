@@ -7,6 +7,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
+#include <optional>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -100,10 +103,92 @@ at::Tensor truncation_errors_cuda(const at::Tensor& s) {
   return errors;
 }
 
+using OptionalTensor = std::optional<at::Tensor>;
+
+Type type_of(const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return Type::f32;
+    case at::kHalf: return Type::f16;
+    case at::kBFloat16: return Type::bf16;
+    default:
+      TORCH_CHECK(false, "the CUDA kernels take float32, bfloat16 and float16, got ",
+                  x.scalar_type());
+  }
+}
+
+Activation parse_activation(const std::optional<std::string_view>& name) {
+  if (!name) return Activation::none;
+  if (*name == "gelu") return Activation::gelu;
+  if (*name == "gelu_tanh") return Activation::gelu_tanh;
+  if (*name == "silu") return Activation::silu;
+  TORCH_CHECK(*name == "relu", "unknown activation '", *name, "'");
+  return Activation::relu;
+}
+
+void check(const at::Tensor& x, const at::Tensor& t, const char* name, at::IntArrayRef shape) {
+  TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " is ", t.scalar_type(), " and x is ",
+              x.scalar_type(), ": cast one of them");
+  TORCH_CHECK(t.device() == x.device(), name, " is on ", t.device(), " and x is on ", x.device());
+  TORCH_CHECK(t.sizes() == shape, name, " must have shape ", shape, ", got ", t.sizes());
+}
+
+// A tensor (..., k) as a matrix whose rows are dense; copied only where its layout is none.
+struct Matrix {
+  at::Tensor held;
+  Rows rows;
+
+  explicit Matrix(const at::Tensor& t) : held(t) {
+    bool regular = t.stride(-1) == 1 || t.size(-1) <= 1;
+    for (int64_t d = 0; d + 2 < t.dim(); ++d) {
+      regular = regular && t.stride(d) == t.stride(d + 1) * t.size(d + 1);
+    }
+    if (!regular) held = t.contiguous();
+    rows = {held.const_data_ptr(), held.dim() > 1 ? held.stride(-2) : held.size(-1)};
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor> low_rank_linear_cuda(
+    const at::Tensor& x, const at::Tensor& v, const at::Tensor& u, const OptionalTensor& bias,
+    std::optional<std::string_view> activation, const OptionalTensor& residual, bool keep) {
+  TORCH_CHECK(x.dim() > 0 && v.dim() == 2 && u.dim() == 2, "x (..., in), v, u matrices expected");
+  check_device(x, "x");
+  const int64_t in = x.size(-1), rank = v.size(1), out = u.size(0);
+  const auto lead = x.sizes().slice(0, x.dim() - 1);
+  const auto result = with_last(lead, {out});
+  check(x, v, "v", {in, rank});
+  check(x, u, "u", {out, rank});
+  if (bias) check(x, *bias, "bias", {out});
+  if (residual) check(x, *residual, "residual", result);
+  TORCH_CHECK(std::max({in, rank, out}) <= std::numeric_limits<int>::max() - 128,
+              "too wide for the kernel: in ", in, ", rank ", rank, ", out ", out);
+  const c10::DeviceGuard guard(x.device());
+  const at::Tensor y = at::empty(result, x.options());
+  const at::Tensor middle = at::empty(keep ? with_last(lead, {rank}) : std::vector<int64_t>{0},
+                                      x.options());
+  const int64_t rows = c10::multiply_integers(lead);
+  if (rows == 0 || (out == 0 && !keep)) return {y, middle};
+  const Type type = type_of(x);
+  const int64_t needed = low_rank_linear_shared_memory(type, rank);
+  const int64_t available = shared_memory_limit();
+  TORCH_CHECK(needed <= available, "rank ", rank, " takes ", needed,
+              " bytes of shared memory and a block of this GPU has ", available);
+  const Matrix xs(x), vs(v), us(u), rs(residual ? *residual : x);
+  const at::Tensor biases = bias ? bias->contiguous() : at::Tensor();
+  check_launch(low_rank_linear(
+      type,
+      {rows, static_cast<int>(in), static_cast<int>(rank), static_cast<int>(out), xs.rows, vs.rows,
+       us.rows, residual ? rs.rows : Rows{}, bias ? biases.const_data_ptr() : nullptr,
+       y.mutable_data_ptr(), keep ? middle.mutable_data_ptr() : nullptr,
+       parse_activation(activation)},
+      stream_of(x)));
+  return {y, middle};
+}
+
 }  // namespace
 }  // namespace adacomcat::cuda
 
 TORCH_LIBRARY_IMPL(adacomcat, CUDA, m) {
   m.impl("batched_svd_cuda", &adacomcat::cuda::batched_svd_cuda);
+  m.impl("low_rank_linear_cuda", &adacomcat::cuda::low_rank_linear_cuda);
   m.impl("truncation_errors_cuda", &adacomcat::cuda::truncation_errors_cuda);
 }

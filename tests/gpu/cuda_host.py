@@ -19,7 +19,7 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent.parent
 SHIM = Path(__file__).parent / "cuda_shim"
 CUDA = ROOT / "csrc" / "cuda"
-KERNELS = ("batched_svd.cu", "truncation_errors.cu")
+KERNELS = ("batched_svd.cu", "low_rank_linear.cu", "truncation_errors.cu")
 # Without a sanitizer it has to be fast; with one, lines are worth more.
 MODES = {
     "plain": (["-O2"], []),
@@ -109,6 +109,29 @@ def truncation_errors(host: Host, s: Tensor) -> Tensor:
     errors = s.new_empty(s.shape[0], s.shape[2] + 1)
     host.run("truncation_errors", [s.element_size(), *s.shape], [s], [errors])
     return errors
+
+
+def low_rank_linear(host: Host, x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None,
+                    activation: str | None = None, residual: Tensor | None = None,
+                    keep: bool = False) -> tuple[Tensor, Tensor]:
+    """y and x V; the rows of x (m, in), V, U and the residual (m, out) may lie apart."""
+    (m, k), r, n = x.shape, v.shape[1], u.shape[0]
+    y, middle = x.new_empty(m, n), x.new_empty((m, r) if keep else (0,))
+    strided = [x, v, u, x[:0] if residual is None else residual]
+    inputs = [memory(t) for t in strided]
+    inputs.insert(3, x.new_empty(0) if bias is None else bias)
+    host.run("low_rank_linear",
+             [TYPES[x.dtype], m, k, r, n, ACTIVATIONS.index(activation), keep,
+              *(t.stride(0) for t in strided), *(t.numel() * t.element_size() for t in inputs)],
+             inputs, [y, middle])
+    return y, middle
+
+
+def memory(t: Tensor) -> Tensor:
+    """What a matrix with dense rows spans."""
+    if t.numel() == 0:
+        return t.new_empty(0)
+    return t.as_strided(((t.shape[0] - 1) * t.stride(0) + t.shape[1],), (1,))
 
 
 def to_bytes(tensor: Tensor) -> bytes:

@@ -87,11 +87,42 @@ int run_truncation_errors() {
   return finish(error);
 }
 
+// Input `bytes` of memory, of which nothing is read for 0.
+struct Input : Array {
+  explicit Input(int64_t bytes) : Array(bytes) { read(); }
+
+  const void* pointer() const { return size ? data : nullptr; }
+};
+
+// type, rows, in, rank, out, activation, whether x V is wanted, the strides of x, V, U and the
+// residual; then bytes of x, V, U, bias and residual, 0 for one that is absent.
+int run_low_rank_linear() {
+  const Type type = static_cast<Type>(next_number());
+  const int64_t size = type == Type::f32 ? 4 : 2;
+  LowRankLinear p{};
+  p.rows = next_number();
+  p.in = next_number(), p.rank = next_number(), p.out = next_number();
+  p.activation = static_cast<Activation>(next_number());
+  const bool keep = next_number();
+  for (Rows* rows : {&p.x, &p.v, &p.u, &p.residual}) rows->stride = next_number();
+  const Input x(next_number()), v(next_number()), u(next_number());
+  const Input bias(next_number()), residual(next_number());
+  const Array y(p.rows * p.out * size), middle(keep ? p.rows * p.rank * size : 0);
+  p.x.data = x.data, p.v.data = v.data, p.u.data = u.data;
+  p.bias = bias.pointer(), p.residual.data = residual.pointer();
+  p.y = y.data, p.middle = keep ? middle.data : nullptr;
+  const char* error = low_rank_linear(type, p, nullptr);
+  y.write();
+  middle.write();
+  return finish(error);
+}
+
 }  // namespace
 
 int main(int, char** argv) {
   const char* op = argv[1];
   arguments = argv + 2;
+  if (!std::strcmp(op, "low_rank_linear")) return run_low_rank_linear();
   const bool wide = next_number() == 8;
   if (!std::strcmp(op, "batched_svd")) {
     return wide ? run_batched_svd<double>() : run_batched_svd<float>();
