@@ -50,6 +50,8 @@ class Host:
     mode: str = "plain"
     sources: dict[str, str] = field(default_factory=dict, hash=False)
     seed: int = 0
+    # Filled with the blocks, the threads of each and the bytes of shared memory of each launch.
+    launches: list[tuple[int, int, int]] = field(default_factory=list, hash=False)
 
     def run(self, op: str, numbers: Sequence[int], inputs: Sequence[Tensor],
             outputs: Sequence[Tensor]) -> None:
@@ -64,6 +66,9 @@ class Host:
             raise Failed(f"{op} does not end") from None
         if done.returncode:
             raise Failed(f"{op}, exit code {done.returncode}: {done.stderr.decode()[-4000:]}")
+        self.launches.extend(tuple(map(int, line.split()[1:]))
+                             for line in done.stderr.decode().splitlines()
+                             if line.startswith("launch "))
         at = 0
         for output in outputs:
             size = output.numel() * output.element_size()
@@ -76,12 +81,27 @@ class Host:
         flags, defines = MODES[self.mode]
         common = ["g++", "-std=c++17", f"-I{SHIM}", f"-I{CUDA}"]
         objects = [
-            _built([*common, "-O2", *defines, "-c"], SHIM / "shim.cpp", ".o"),
-            _built([*common, *flags, "-c"], SHIM / "driver.cpp", ".o"),
-            *(_built([*common, *flags, "-x", "c++", "-c"], CUDA / name, ".o",
+            built([*common, "-O2", *defines, "-c"], SHIM / "shim.cpp", ".o"),
+            built([*common, *flags, "-c"], SHIM / "driver.cpp", ".o"),
+            *(built([*common, *flags, "-x", "c++", "-c"], CUDA / name, ".o",
                      self.sources.get(name)) for name in KERNELS),
         ]
         return _linked(["g++", *flags], objects)
+
+
+def replaced(name: str, old: str, new: str) -> dict[str, str]:
+    """The sources of a build in which one file of csrc/cuda has `new` instead of `old`."""
+    source = (CUDA / name).read_text()
+    if source.count(old) != 1:
+        raise ValueError(f"{name} has {source.count(old)} times: {old}")
+    return {name: source.replace(old, new)}
+
+
+def tile_of(rows: int) -> dict[str, str]:
+    """The sources in which low_rank_linear takes the tile of 16 rows, or always the large one."""
+    if rows == 16:
+        return {}
+    return replaced("low_rank_linear.cu", "kEnoughBlocks = 128", "kEnoughBlocks = 0")
 
 
 def needs_scratch(a: Tensor, available: int) -> bool:
@@ -144,7 +164,7 @@ def from_bytes(data: bytes, like: Tensor) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=like.dtype).view(like.shape)
 
 
-def _built(command: list[str], source: Path, suffix: str, text: str | None = None) -> Path:
+def built(command: list[str], source: Path, suffix: str, text: str | None = None) -> Path:
     """The object of `source`, or of other text in its place, built once for each content."""
     text = source.read_text() if text is None else text
     headers = sorted([*SHIM.glob("*.h"), *CUDA.glob("*.h"), *CUDA.glob("*.cuh")])

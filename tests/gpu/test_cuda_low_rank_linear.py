@@ -20,13 +20,7 @@ TILES = ("small", "large")
 
 
 def host(tile: str, mode: str = "plain", seed: int = 0) -> Host:
-    """The launcher's choice of tile; "large" takes it for few rows too."""
-    if tile == "small":
-        return Host(mode, seed=seed)
-    source = (cuda_host.CUDA / "low_rank_linear.cu").read_text()
-    changed = source.replace("kEnoughBlocks = 128", "kEnoughBlocks = 0")
-    assert changed != source
-    return Host(mode, {"low_rank_linear.cu": changed}, seed)
+    return Host(mode, cuda_host.tile_of(16 if tile == "small" else 64), seed)
 
 
 def draw(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -269,6 +269,7 @@ void wait(int pending) {
 }
 
 void launch(unsigned blocks, int threads, int64_t shared, const std::function<void()>& body) {
+  std::fprintf(stderr, "launch %u %d %lld\n", blocks, threads, static_cast<long long>(shared));
   if (threads < 1 || threads > 1024 || threads % kWarp) fail("a bad number of threads");
   const char* seed = std::getenv("SHIM_SEED");
   std::mt19937 random(seed ? std::atoi(seed) : 0);

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from number_formats import bf16_to_f32, f32_to_bf16
 
+from ptx import bits
 from ptx.machine import TYPES, UNSIGNED, Lanes, Machine, Mask, Step
 from ptx.parser import Instruction
 from ptx.transfers import registers_of
@@ -28,6 +29,13 @@ ROUND = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 def _fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
     """One rounding: float64 holds the product of two float32 exactly."""
     return (a.astype(np.float64) * b.astype(np.float64) + c).astype(np.result_type(a, b))
+
+
+def _fma_down(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
+    """Rounded towards -∞."""
+    exact = a.astype(np.float64) * b.astype(np.float64) + c
+    nearest = exact.astype(np.float32)
+    return np.where(nearest > exact, np.nextafter(nearest, np.float32(-np.inf)), nearest)
 
 
 def _divide(a: Lanes, b: Lanes) -> Lanes:
@@ -54,8 +62,9 @@ def arithmetic(machine: Machine, instruction: Instruction) -> Step:
     parts = instruction.parts
     special = {
         "mov": _move, "cvt": _convert, "cvta": _change_space, "setp": _compare, "selp": _select,
-        "bfe": _extract_bits, "prmt": _permute_bytes, "lop3": _three_input_logic,
-        "shl": _shift, "shr": _shift, "elect": _elect, "shf": _funnel_shift,
+        "bfe": bits.extract_bits, "prmt": bits.permute_bytes, "lop3": bits.three_input_logic,
+        "shl": bits.shift, "shr": bits.shift, "elect": _elect, "shf": bits.funnel_shift,
+        "clz": bits.leading_zeros, "bfi": bits.insert_bits,
     }  # fmt: skip
     if parts[0] in special:
         return special[parts[0]](machine, instruction)
@@ -69,6 +78,8 @@ def arithmetic(machine: Machine, instruction: Instruction) -> Step:
         return _widening(machine, instruction)
     if "hi" in parts:
         return _high_half(machine, instruction)
+    if parts[0] == "fma" and "rm" in parts:
+        return _simple(machine, instruction, _fma_down)
     return _simple(machine, instruction, ELEMENTWISE[parts[0]])
 
 
@@ -198,9 +209,13 @@ def _convert(machine: Machine, instruction: Instruction) -> Step:
     else:
         value = machine.source(names[0], source_kind)
     rounding = next((ROUND[mode] for mode in modes if mode in ROUND), None)
+    saturate = "sat" in modes and to[0] == "f"
 
     def step(mask: Mask) -> None:
-        machine.write(target, _converted(value(), to, rounding), mask)
+        result = _converted(value(), to, rounding)
+        if saturate:  # NaN becomes 0
+            result = np.fmax(np.fmin(result, result.dtype.type(1)), result.dtype.type(0))
+        machine.write(target, result, mask)
 
     return step
 
@@ -252,92 +267,6 @@ def _select(machine: Machine, instruction: Instruction) -> Step:
     first, second = machine.source(a, kind), machine.source(b, kind)
     condition = machine.source(choice, "pred")
     return lambda mask: machine.write(target, np.where(condition(), first(), second()), mask)
-
-
-def _shift(machine: Machine, instruction: Instruction) -> Step:
-    kind, (target, a, b) = instruction.parts[-1], instruction.operands
-    value, amount = machine.source(a, kind), machine.source(b, "u32")
-    bits = 8 * np.dtype(TYPES[kind]).itemsize
-    left = instruction.parts[0] == "shl"
-
-    def step(mask: Mask) -> None:
-        x, count = value(), amount()
-        within = np.minimum(count, bits - 1).astype(x.dtype)
-        shifted = x << within if left else x >> within
-        beyond = x >> (bits - 1) if not left and kind[0] == "s" else np.zeros_like(x)
-        machine.write(target, np.where(count < bits, shifted, beyond), mask)
-
-    return step
-
-
-def _funnel_shift(machine: Machine, instruction: Instruction) -> Step:
-    """shf: 64 bits made of two registers, shifted; the upper or lower half of it."""
-    _, direction, mode, _ = instruction.parts
-    target, *names = instruction.operands
-    low, high, amount = (machine.source(name, "b32") for name in names)
-
-    def step(mask: Mask) -> None:
-        both = high().astype(np.uint64) << np.uint64(32) | low().astype(np.uint64)
-        count = amount().astype(np.uint64)
-        count = count & np.uint64(31) if mode == "wrap" else np.minimum(count, np.uint64(32))
-        result = both << count >> np.uint64(32) if direction == "l" else both >> count
-        machine.write(target, result.astype(np.uint32), mask)
-
-    return step
-
-
-def _extract_bits(machine: Machine, instruction: Instruction) -> Step:
-    """bfe: `count` bits from `start` on, with the sign of the highest of them for s32."""
-    target, *names = instruction.operands
-    value, start, count = (machine.source(name, "u32") for name in names)
-    signed = instruction.parts[-1] == "s32"
-
-    def step(mask: Mask) -> None:
-        length = np.minimum(count(), 32).astype(np.uint64)
-        result = value().astype(np.uint64) >> np.minimum(start(), 63).astype(np.uint64)
-        result = result & ((np.uint64(1) << length) - np.uint64(1))
-        if signed:
-            sign = np.uint64(1) << np.maximum(length, np.uint64(1)) - np.uint64(1)
-            result = (result ^ sign) - sign
-        machine.write(target, result.astype(np.uint32), mask)
-
-    return step
-
-
-def _permute_bytes(machine: Machine, instruction: Instruction) -> Step:
-    """prmt: each byte of the result is one of eight, or its sign."""
-    target, *names = instruction.operands
-    low, high, selector = (machine.source(name, "b32") for name in names)
-
-    def step(mask: Mask) -> None:
-        both = low().astype(np.uint64) | high().astype(np.uint64) << np.uint64(32)
-        chosen, result = selector().astype(np.uint64), np.uint64(0)
-        for i in range(4):
-            nibble = chosen >> np.uint64(4 * i) & np.uint64(15)
-            byte = both >> (nibble & np.uint64(7)) * np.uint64(8) & np.uint64(255)
-            sign = np.where(byte & np.uint64(128), np.uint64(255), np.uint64(0))
-            byte = np.where(nibble & np.uint64(8), sign, byte)
-            result = result | byte << np.uint64(8 * i)
-        machine.write(target, result.astype(np.uint32), mask)
-
-    return step
-
-
-def _three_input_logic(machine: Machine, instruction: Instruction) -> Step:
-    """lop3: any function of three bits, given as a table."""
-    target, *names, table = instruction.operands
-    sources = [machine.source(name, "b32") for name in names]
-
-    def step(mask: Mask) -> None:
-        a, b, c = (source() for source in sources)
-        result = np.uint32(0)
-        for row in range(8):
-            if int(table, 0) >> row & 1:
-                term = (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
-                result = result | term
-        machine.write(target, result, mask)
-
-    return step
 
 
 def _elect(machine: Machine, instruction: Instruction) -> Step:

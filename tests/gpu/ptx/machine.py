@@ -120,15 +120,15 @@ class Machine:
 
     def _set_parameters(self, arguments: list) -> None:
         """Parameters as bytes: compilers also take their addresses."""
-        self.parameters = np.zeros(8 * len(self.kernel.parameters), np.uint8)
-        self.parameter_at = {}
+        self.parameter_at, raw = {}, b""
         padded = [*arguments, *[0] * (len(self.kernel.parameters) - len(arguments))]
-        for i, ((name, kind), value) in enumerate(
-            zip(self.kernel.parameters, padded, strict=True)
-        ):
-            raw = np.array([value], TYPES[kind]).view(np.uint8)
-            self.parameters[8 * i : 8 * i + raw.size] = raw
-            self.parameter_at[name] = PARAM_BASE + 8 * i
+        for (name, kind), value in zip(self.kernel.parameters, padded, strict=True):
+            self.parameter_at[name] = PARAM_BASE + len(raw)
+            value = value if isinstance(value, bytes) else np.array([value], TYPES[kind]).tobytes()
+            if "[" in kind and len(value) != int(kind[3:-1]):
+                raise ValueError(f"{name} is {kind} and its argument has {len(value)} bytes")
+            raw += value + bytes(-len(value) % 8)
+        self.parameters = np.frombuffer(raw, np.uint8).copy()
 
     # Execution ------------------------------------------------------------------------------------
 

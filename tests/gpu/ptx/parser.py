@@ -24,7 +24,10 @@ class Instruction:
 
 @dataclass
 class Kernel:
-    """One entry point; `shared` maps names to offsets, None for the part sized at the launch."""
+    """One entry point; `shared` maps names to offsets, None for the part sized at the launch.
+
+    Parameters are names and types; a structure is of bytes, b8[size].
+    """
 
     name: str
     parameters: list[tuple[str, str]]
@@ -39,22 +42,21 @@ class Kernel:
         return replace(self, code=code)
 
 
+_PARAMETER = re.compile(
+    r"\.param(?:\s+\.align\s+\d+)?\s+\.(\w+)[^,]*?([\w$]+)(\[\d+\])?\s*(?:,|$)")
 _SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b(\d+)\s+([\w$]+)(?:\[(\d+)\])?")
 _LABEL = re.compile(r"([$\w%]+):(?!:)")
 _INSTRUCTION = re.compile(r"(?:@(!?%?[\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 
 
-def parse(text: str) -> Kernel:
-    """The only entry point of a PTX module."""
+def parse(text: str, name: str = "") -> Kernel:
+    """The entry point of a PTX module whose name contains `name`; the first of several."""
     text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M))
-    head = re.search(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{]*)\{", text, re.S)
-    parameters = [
-        (p.split()[-1], re.search(r"\.param\s+\.(\w+)", p)[1])
-        for p in head[2].split(",")
-        if p.strip()
-    ]
+    name = re.escape(name)
+    head = re.search(rf"\.entry\s+([\w$]*{name}[\w$]*)\s*\((.*?)\)([^{{]*)\{{", text, re.S)
+    parameters = [(p[2], p[1] + (p[3] or "")) for p in _PARAMETER.finditer(head[2])]
     kernel = Kernel(head[1], parameters)
     for name in re.findall(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[", text):
         kernel.shared[name] = None

@@ -1,0 +1,74 @@
+"""What nvcc gives to ptxas of csrc/cuda, executed for sm_80 and sm_90: results, bounds, races."""
+
+import cuda_host
+import cuda_ptx
+import pytest
+import torch
+from cuda_host import ACTIVATIONS, Host
+from cuda_ptx import Emulated
+from test_cuda_low_rank_linear import TYPES, complaints, draw
+from test_decompositions import check
+
+from adacomcat import reference
+
+pytestmark = pytest.mark.skipif(cuda_ptx.missing() is not None, reason=str(cuda_ptx.missing()))
+ARCHITECTURES = ("sm_80", "sm_90")
+LARGE = {"fp16": 64, "bf16": 64, "fp32": 32}
+# Copied 16 bytes at a time; element by element; several tiles of ranks and of columns.
+SHAPES = {"aligned": (70, 72, 40, 144), "odd": (19, 33, 21, 131), "wide": (18, 40, 136, 264)}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("tile", ["small", "large"])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_low_rank_linear(shape: tuple[int, int, int, int], dtype: str, tile: str,
+                         architecture: str) -> None:
+    tensors = draw(shape, TYPES[dtype])
+    emulated = Emulated(architecture)
+    found = emulated.low_rank_linear(16 if tile == "small" else LARGE[dtype], **tensors,
+                                     activation="gelu")
+    assert complaints(found, tensors, "gelu", dtype) == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation: str | None, architecture: str) -> None:
+    """Far from zero too, where one part of an approximation is not in use."""
+    tensors = draw((9, 8, 4, 40), torch.float32)
+    tensors["x"] *= torch.logspace(-3, 3, 9).unsqueeze(1)
+    plain = {name: tensors[name] for name in "xvu"}
+    found = Emulated(architecture).low_rank_linear(16, **plain, activation=activation)
+    assert complaints(found, plain, activation, "fp32") == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(5, 9, 7), (2, 3, 12), (1, 34, 33)], ids=str)
+def test_batched_svd(shape: tuple[int, ...], dtype: torch.dtype, architecture: str) -> None:
+    a = torch.randn(shape, dtype=dtype)
+    a[0, :, 1] = 0
+    k = min(shape[1:])
+    u, s, v, status = Emulated(architecture).batched_svd(a, k)
+    assert status.tolist() == [0] * len(a)
+    check(a, u, s, v)
+    # The shim computes the same; only fused multiply-adds round otherwise.
+    other = cuda_host.batched_svd(Host(), a, k)[1]
+    torch.testing.assert_close(s, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_values_that_are_not_numbers_are_named(architecture: str) -> None:
+    a = torch.randn(3, 4, 5)
+    a[1, 2, 1] = torch.nan
+    assert Emulated(architecture).batched_svd(a, 2)[3].tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 31), (2, 12, 32), (3, 1, 100)], ids=str)
+def test_truncation_errors(shape: tuple[int, ...], dtype: torch.dtype, architecture: str) -> None:
+    s = torch.rand(shape, dtype=dtype).sort(-1, descending=True).values
+    expected = reference.truncation_errors(s.double()).to(dtype)
+    torch.testing.assert_close(Emulated(architecture).truncation_errors(s), expected,
+                               rtol=4 * torch.finfo(dtype).eps, atol=0)
