@@ -1,5 +1,6 @@
 """The processes of one run, as torchrun starts them: gloo on CPUs, nccl on GPUs."""
 
+import atexit
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ def start_processes(device: str | None = None) -> Processes:
         return Processes(device=torch.device(kind))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+        # The group's threads must end before the interpreter does, or they abort the process.
+        atexit.register(stop_processes)
     return Processes(dist.get_rank(), world_size, torch.device(kind))
 
 
