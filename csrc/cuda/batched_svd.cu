@@ -90,7 +90,8 @@ class Svd {
     }
   }
 
-  // The maximum over all threads of the matrix.
+  // The maximum over all threads of the matrix; what they wrote before is there behind it. Between
+  // two uses of the slots lie the barriers of a round.
   __device__ T maximum(T value) const {
 #pragma unroll
     for (int step = kWarp / 2; step > 0; step /= 2) {
@@ -98,10 +99,11 @@ class Svd {
     }
     if constexpr (!small) {
       if (thread % kWarp == 0) slots[thread / kWarp] = value;
-      sync();
-      for (int i = 0; i < size / kWarp; ++i) value = fmax(value, slots[i]);
     }
     sync();
+    if constexpr (!small) {
+      for (int i = 0; i < size / kWarp; ++i) value = fmax(value, slots[i]);
+    }
     return value;
   }
 

@@ -87,7 +87,6 @@ __device__ __forceinline__ void pipeline(int steps, Load load, Use use) {
     commit_copies();
     use(step, step % 2);
   }
-  wait_for_copies<0>();
 }
 
 // The operands of one instruction, and of float32 what is left of them.

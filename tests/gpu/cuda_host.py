@@ -23,6 +23,7 @@ KERNELS = ("batched_svd.cu", "low_rank_linear.cu", "truncation_errors.cu")
 # Without a sanitizer it has to be fast; with one, lines are worth more.
 MODES = {
     "plain": (["-O2"], []),
+    "quick": (["-O1"], []),  # to compile
     "asan": (["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr",
               "-fno-sanitize-recover=undefined"], ["-DSHIM_ASAN"]),
     "tsan": (["-O1", "-g1", "-fsanitize=thread"], ["-DSHIM_TSAN"]),
@@ -61,7 +62,8 @@ class Host:
                        "TSAN_OPTIONS": "exitcode=66", "ASAN_OPTIONS": "detect_leaks=0"}
         try:
             done = subprocess.run(command, input=b"".join(map(to_bytes, inputs)),
-                                  capture_output=True, env=environment, timeout=120)
+                                  capture_output=True, env=environment,
+                                  timeout=300)
         except subprocess.TimeoutExpired:
             raise Failed(f"{op} does not end") from None
         if done.returncode:
@@ -83,8 +85,8 @@ class Host:
         objects = [
             built([*common, "-O2", *defines, "-c"], SHIM / "shim.cpp", ".o"),
             built([*common, *flags, "-c"], SHIM / "driver.cpp", ".o"),
-            *(built([*common, *flags, "-x", "c++", "-c"], CUDA / name, ".o",
-                     self.sources.get(name)) for name in KERNELS),
+            *(built([*common, *flags, "-x", "c++", "-c"], CUDA / name, ".o", self.sources)
+              for name in KERNELS),
         ]
         return _linked(["g++", *flags], objects)
 
@@ -164,19 +166,24 @@ def from_bytes(data: bytes, like: Tensor) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=like.dtype).view(like.shape)
 
 
-def built(command: list[str], source: Path, suffix: str, text: str | None = None) -> Path:
-    """The object of `source`, or of other text in its place, built once for each content."""
-    text = source.read_text() if text is None else text
+def built(command: list[str], source: Path, suffix: str,
+          replacing: dict[str, str] | None = None) -> Path:
+    """What the compiler makes of `source`, once for each content; some files may be replaced."""
+    replacing = replacing or {}
+    text = replacing.get(source.name, source.read_text())
+    # Beside the source, a header comes before those of the folders that are searched.
+    beside = {name: other for name, other in replacing.items()
+              if f'"{name}"' in text and name.endswith("h")}
     headers = sorted([*SHIM.glob("*.h"), *CUDA.glob("*.h"), *CUDA.glob("*.cuh")])
-    content = "\0".join([*command, source.name, text, *(h.read_text() for h in headers)])
+    content = [*command, source.name, text, *beside.values(), *(h.read_text() for h in headers)]
 
     def build(target: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / source.name
-            copy.write_text(text)
-            _check([*command, str(copy), "-o", str(target)])
+            for name, content in {**beside, source.name: text}.items():
+                (Path(folder) / name).write_text(content)
+            _check([*command, str(Path(folder) / source.name), "-o", str(target)])
 
-    return _cached(content, source.stem + suffix, build)
+    return _cached("\0".join(content), source.stem + suffix, build)
 
 
 def _linked(command: list[str], objects: list[Path]) -> Path:

@@ -1,0 +1,30 @@
+"""The checks of the CUDA kernels notice seeded bugs: in the sources, and in the PTX."""
+
+import cuda_host
+import cuda_ptx
+import pytest
+from cuda_bugs import BUGS, Bug, noticed, ptx_tally, right_errors, right_linear, right_svd
+from cuda_host import Host
+
+pytestmark = pytest.mark.skipif(cuda_host.missing() is not None, reason=str(cuda_host.missing()))
+
+
+@pytest.mark.parametrize("mode", ["quick", "asan", "tsan"])
+def test_nothing_is_noticed_without_a_bug(mode: str) -> None:
+    for right in (right_svd, right_errors, right_linear):
+        assert right(Host(mode, seed=1))
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_a_bug_is_noticed(bug: Bug) -> None:
+    assert noticed(bug, bug.check)
+
+
+@pytest.mark.skipif(cuda_ptx.missing() is not None, reason=str(cuda_ptx.missing()))
+@pytest.mark.parametrize("op, step", [("batched_svd", 4), ("low_rank_linear", 1)])
+def test_damaged_ptx_is_noticed(op: str, step: int) -> None:
+    """Some of it; bench/gpu/CUDA.md has the whole tally."""
+    tally = ptx_tally(op, "sm_80", step)
+    for kind, count in tally.items():
+        least = 0.75 if kind == "barriers" else 1
+        assert count["caught"] >= least * count["all"], tally
