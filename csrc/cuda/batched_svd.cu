@@ -1,5 +1,5 @@
-// One-sided Jacobi SVD: rotations V make the columns of X = A V orthogonal, so X = U Σ. A wide matrix
-// is transposed first. X stays in shared memory, and V where there is room for both.
+// One-sided Jacobi SVD: rotations V make the columns of X = A V orthogonal, so X = U Σ. A wide
+// matrix is transposed first. X stays in shared memory, and V where there is room for both.
 //
 // All pairs of columns of one round are disjoint. Up to 32 columns one warp has a matrix, with two
 // lanes a pair; beyond, a block has it, with one warp a pair.
@@ -199,8 +199,8 @@ class Svd {
     }
   }
 
-  // Inner product of two columns of X, which each lane of the group gets; all threads take part, and
-  // those that are not active touch nothing.
+  // Inner product of two columns of X, which each lane of the group gets; all threads take part,
+  // and those that are not active touch nothing.
   __device__ T dot(int one, int two, bool active) const {
     T sum = 0;
     for (int i = lane; active && i < m; i += kLanes) {

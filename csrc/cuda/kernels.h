@@ -1,5 +1,5 @@
-// The CUDA kernels as their callers see them: raw pointers, sizes and strides in elements, a stream.
-// Functions that launch return the error's text, or null.
+// The CUDA kernels as their callers see them: raw pointers, sizes and strides in elements, a
+// stream. Functions that launch return the error's text, or null.
 #pragma once
 
 #include <cstdint>

@@ -1,12 +1,12 @@
 // y = act((x V) Uᵀ + b) + residual. A block has some rows: it computes their x V once, keeps it in
-// shared memory, and goes through all columns of y, so that neither x is read nor x V computed again
-// for each tile of y.
+// shared memory, and goes through all columns of y, so that neither x is read nor x V computed
+// again for each tile of y.
 #include "tiles.cuh"
 
 namespace adacomcat::cuda {
 namespace {
 
-// Blocks of the large tile that a GPU should have at least; with fewer, the small one divides better.
+// Blocks of the large tile that a GPU should have at least; else the small one divides better.
 constexpr int64_t kEnoughBlocks = 128;
 constexpr int kSmallRows = 16;
 template <class T>

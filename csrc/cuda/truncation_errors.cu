@@ -37,8 +37,8 @@ __global__ void __launch_bounds__(kWarp * kWarps)
 
 template <class T>
 const char* run(const T* s, T* errors, int64_t count, int64_t heads, int64_t ranks, Stream stream) {
-  return launch(truncation_errors_kernel<T>, (count + kWarps - 1) / kWarps, kWarp * kWarps, 0, stream,
-                s, errors, count, heads, ranks);
+  return launch(truncation_errors_kernel<T>, (count + kWarps - 1) / kWarps, kWarp * kWarps, 0,
+                stream, s, errors, count, heads, ranks);
 }
 
 }  // namespace

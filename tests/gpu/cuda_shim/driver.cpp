@@ -1,6 +1,6 @@
 // Runs one kernel on arrays from stdin and writes its results to stdout: the op's name, its numbers
-// as arguments, then binary arrays in the order of csrc/cuda/kernels.h. Every array is an allocation
-// of its exact size; results start as NaN.
+// as arguments, then binary arrays in the order of csrc/cuda/kernels.h. Every array is an
+// allocation of its exact size; results start as NaN.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -44,8 +44,8 @@ int finish(const char* error) {
   return error ? 94 : 0;
 }
 
-// count, rows, columns, rank, stride of a batch, of rows and of columns, elements of a, and the shared
-// memory that is available.
+// count, rows, columns, rank, stride of a batch, of rows and of columns, elements of a, and the
+// shared memory that is available.
 template <class T>
 int run_batched_svd() {
   SvdBatch<T> p{};

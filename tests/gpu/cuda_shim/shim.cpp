@@ -1,8 +1,8 @@
-// Fibers, barriers and asynchronous copies for shim.h; x86-64. Built without sanitizers: SHIM_TSAN and
-// SHIM_ASAN say that the kernels are built with one.
+// Fibers, barriers and asynchronous copies for shim.h; x86-64. Built without sanitizers: SHIM_TSAN
+// and SHIM_ASAN say that the kernels are built with one.
 //
-// SHIM_SEED in the environment chooses the order of blocks, warps and lanes and how far each warp runs
-// ahead; 0, the default, lets each run in order as far as it can.
+// SHIM_SEED in the environment chooses the order of blocks, warps and lanes and how far each warp
+// runs ahead; 0, the default, lets each run in order as far as it can.
 #include "shim.h"
 
 #include <sys/mman.h>
@@ -80,8 +80,8 @@ struct Fiber {
   std::vector<Copy> open;
 };
 
-// Arrivals are released and acquired by the parity of the barrier: a fast thread's next arrival must
-// not order a slow one that still wakes up.
+// Arrivals are released and acquired by the parity of the barrier: a fast thread's next arrival
+// must not order a slow one that still wakes up.
 struct Barrier {
   int arrived = 0;
   uint64_t passed = 0;

@@ -1,8 +1,8 @@
 // CUDA kernels as host C++: the names of csrc/cuda/primitives.cuh and of the language, on a CPU.
 //
 // Each thread of a block is a fiber; blocks run one after the other. Shared memory has its exact
-// size and holds NaN. Under a sanitizer only the kernels are instrumented, not shim.cpp, which tells
-// it about barriers and about accesses that it makes for a kernel.
+// size and holds NaN. Under a sanitizer only the kernels are instrumented, not shim.cpp, which
+// tells it about barriers and about accesses that it makes for a kernel.
 #pragma once
 
 #include <math.h>

@@ -1,0 +1,161 @@
+"""What the CUDA kernels take, and which checks notice seeded bugs.
+
+`python tests/gpu/cuda_report.py` writes bench/gpu/CUDA.md.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS.parent))
+
+from cuda_bugs import BUGS, CHECKS, noticed, ptx_tally  # noqa: E402
+from cuda_host import CUDA, KERNELS, ROOT, Host, tile_of  # noqa: E402
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+FLAGS = ["-std=c++17", "-O3", "-Xptxas=-v,--warn-on-spills,-Werror"]
+NAME = re.compile(r"\d+(\w+?_kernel)I(.*?)EEv")
+TYPES = {"6__half": "fp16", "13__nv_bfloat16": "bf16", "f": "fp32", "d": "fp64"}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel takes of a thread, on one architecture."""
+
+    kernel: str
+    architecture: int
+    registers: int
+    spilled: int
+
+
+def resources(architecture: int) -> Iterator[Resources]:
+    """What ptxas says of every kernel; RuntimeError where one spills."""
+    for source in KERNELS:
+        with tempfile.TemporaryDirectory() as folder:
+            command = ["nvcc", *FLAGS, f"-arch=sm_{architecture}", f"-I{CUDA}", "-c",
+                       str(CUDA / source), "-o", str(Path(folder) / "kernel.o")]
+            done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        for part in done.stderr.split("Compiling entry function ")[1:]:
+            spilled, used = (re.search(pattern, part) for pattern in
+                             (r"(\d+) bytes spill stores", r"Used (\d+) registers"))
+            yield Resources(spelled(part), architecture, int(used[1]), int(spilled[1]))
+
+
+def spelled(mangled: str) -> str:
+    """The name and the template's arguments in a mangled name: low_rank_linear fp16, 64 rows."""
+    name, arguments = NAME.search(mangled).groups()
+    stem = name.removesuffix("_kernel")
+    kind = next(key for key in TYPES if arguments.startswith(key))
+    rest = arguments[len(kind):]
+    if "Li" in rest:
+        rows = re.search(r"Li(\d+)", rest)[1]
+        return f"{stem} {TYPES[kind]}, {rows} rows"
+    variant = {"Lb1ELb0": ", a warp", "Lb0ELb0": ", a block", "Lb0ELb1": ", a block, V in global"}
+    return f"{stem} {TYPES[kind]}{variant.get(rest.removesuffix('E'), '')}"
+
+
+def resource_table() -> str:
+    found: dict[str, dict[int, Resources]] = {}
+    for architecture in ARCHITECTURES:
+        for one in resources(architecture):
+            found.setdefault(one.kernel, {})[architecture] = one
+    lines = ["| kernel | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " | spilled |",
+             "| --- |" + " --- |" * (len(ARCHITECTURES) + 1)]
+    for kernel, by in sorted(found.items()):
+        registers = " | ".join(str(by[a].registers) for a in ARCHITECTURES)
+        lines.append(f"| {kernel} | {registers} | {sum(one.spilled for one in by.values())} |")
+    return "\n".join(lines)
+
+
+def shared_table() -> str:
+    """Bytes of shared memory of a block, as the launchers ask for them."""
+    import cuda_host
+    import torch
+
+    lines = ["| kernel | sizes | threads | shared |", "| --- | --- | --- | --- |"]
+    for m, n, dtype in ((16, 16, torch.float32), (32, 32, torch.float32), (64, 64, torch.float32),
+                        (128, 128, torch.float32), (64, 64, torch.float64),
+                        (128, 128, torch.float64)):
+        launches: list[tuple[int, int, int]] = []
+        cuda_host.batched_svd(Host(launches=launches), torch.eye(m, n, dtype=dtype)[None], 1)
+        _, threads, shared = launches[0]
+        name = str(dtype).removeprefix("torch.")
+        lines.append(f"| batched_svd | {m} x {n}, {name} | {threads} | {shared} |")
+    for dtype in (torch.float16, torch.float32):
+        for rows in (16, 64):
+            for rank in (128, 512):
+                launches = []
+                x, v, u = (torch.zeros(s, dtype=dtype) for s in ((1, 8), (8, rank), (8, rank)))
+                cuda_host.low_rank_linear(Host(launches=launches, sources=tile_of(rows)), x, v, u)
+                tile = rows if rows == 16 or dtype == torch.float16 else 32
+                name = str(dtype).removeprefix("torch.")
+                lines.append(f"| low_rank_linear | rank {rank}, {name}, {tile} rows | "
+                             f"{launches[0][1]} | {launches[0][2]} |")
+    return "\n".join(lines)
+
+
+def bug_table() -> str:
+    lines = ["| file | bug | " + " | ".join(CHECKS) + " |",
+             "| --- | --- |" + " --- |" * len(CHECKS)]
+    said = {"results": "wrong", None: "–", "exit code 97": "refused", "exit code 66": "race",
+            "exit code 1": "reported"}
+    for bug in BUGS:
+        outcomes = [noticed(bug, check) for check in CHECKS]
+        cells = " | ".join(said.get(outcome, "crash") for outcome in outcomes)
+        lines.append(f"| {bug.file} | {bug.name} | {cells} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def ptx_table() -> str:
+    lines = ["| kernel | damage | caught | of |", "| --- | --- | --- | --- |"]
+    for op in ("batched_svd", "low_rank_linear"):
+        for kind, tally in ptx_tally(op, "sm_80").items():
+            if tally["all"]:
+                lines.append(f"| {op} | {kind} | {tally['caught']} | {tally['all']} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release ([\d.]+)", version)[1]
+    text = f"""# What the CUDA kernels take, and what their checks notice
+
+Generated by `python tests/gpu/cuda_report.py` with nvcc {release}. No kernel here has run on a GPU.
+
+Registers of a thread; bytes spilled on all architectures together (a spill stops the build):
+
+{resource_table()}
+
+Threads, and bytes of dynamic shared memory, of a block as the launcher of the CPU model (with the
+227 KiB of sm_90) asks for them:
+
+{shared_table()}
+
+Seeded bugs in the sources, run as host C++: results and what the shim refuses, in two random orders
+of execution; AddressSanitizer with UndefinedBehaviorSanitizer; ThreadSanitizer. "wrong" means
+results, "refused" that the shim ended the run, "–" that it was not noticed.
+
+{bug_table()}
+
+Damage to nvcc's PTX for sm_80, executed by the emulator with its race check: each barrier and wait
+left out, every eighth `ldmatrix` transposed and `mma` with operands exchanged:
+
+{ptx_table()}
+"""
+    target = ROOT / "bench" / "gpu" / "CUDA.md"
+    made = target.with_suffix(".tmp")
+    made.write_text(text)
+    os.replace(made, target)
+
+
+if __name__ == "__main__":
+    main()
