@@ -24,7 +24,8 @@ TYPES = {
     "f16": np.float16, "f32": np.float32, "f64": np.float64,
 }  # fmt: skip
 GLOBAL_BASE = 0x7F0000000000
-PARAM_BASE = 0x7D0000000000
+# Below 2^32: compilers keep addresses of parameters in registers of 64 bits or of 32.
+PARAM_BASE = 0x7D000000
 RED_ZONE = 4096
 WARP = 32
 

@@ -28,6 +28,11 @@ def load(machine: Machine, instruction: Instruction) -> Step:
 
     def from_parameters(mask: Mask) -> None:
         offsets = address()
+        outside = (offsets < 0) | (offsets + len(targets) * kind.itemsize > machine.parameters.size)
+        if (outside if mask is None else outside & mask).any():
+            raise Fault("out of bounds: a load of parameters")
+        # Threads that do not take part may hold anything as an address.
+        offsets = np.where(outside, 0, offsets)
         for i, target in enumerate(targets):
             at = offsets[:, None] + i * kind.itemsize + np.arange(kind.itemsize)
             value = np.ascontiguousarray(machine.parameters[at]).view(kind)[:, 0]

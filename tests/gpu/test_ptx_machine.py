@@ -1,0 +1,59 @@
+"""The emulated machine itself, on PTX written by hand: what compilers do with parameters."""
+
+import numpy as np
+import pytest
+from ptx.machine import RED_ZONE, Machine, room
+from ptx.memory import Fault
+from ptx.parser import parse
+
+ENTRY = """
+.visible .entry parameters(.param .u64 p_0, .param .u32 p_1, .param .u32 p_2,
+                           .param .align 8 .b8 p_3[16])
+{
+    .reg .pred %p<2>; .reg .b32 %r<9>; .reg .b64 %rd<5>;
+    ld.param.b64 %rd1, [p_0];
+    mov.u32 %r1, %tid.x;
+    setp.lt.u32 %p1, %r1, 16;
+    mul.wide.u32 %rd2, %r1, 4;
+    add.s64 %rd1, %rd1, %rd2;
+    <code>
+    st.global.b32 [%rd1], %r2;
+    ret;
+}
+"""
+# Threads below 16 get the first number, the others the second.
+LOADS = {
+    "by name": ("ld.param.b32 %r3, [p_1]; ld.param.b32 %r4, [p_2]; selp.b32 %r2, %r3, %r4, %p1;",
+                (11, 22)),
+    "64-bit address": ("""mov.b64 %rd3, p_1; mov.b64 %rd4, p_2; selp.b64 %rd3, %rd3, %rd4, %p1;
+                          ld.param.b32 %r2, [%rd3];""", (11, 22)),
+    "32-bit address": ("""mov.b32 %r3, p_1; mov.b32 %r4, p_2; selp.b32 %r3, %r3, %r4, %p1;
+                          ld.param.b32 %r2, [%r3];""", (11, 22)),
+    "generic address": ("""mov.b64 %rd3, p_2; cvta.param.u64 %rd3, %rd3;
+                           cvta.to.param.u64 %rd4, %rd3; ld.param.b32 %r2, [%rd4];""", (22, 22)),
+    "address plus offset": ("mov.b64 %rd3, p_3; add.s64 %rd3, %rd3, 4; "
+                            "ld.param.b32 %r2, [%rd3+8];", (36, 36)),
+    "vector": ("ld.param.v2.b32 {%r3, %r4}, [p_3+8]; selp.b32 %r2, %r3, %r4, %p1;", (35, 36)),
+    "vector by address": ("""mov.b32 %r5, p_3; ld.param.v4.b32 {%r6, %r7, %r3, %r4}, [%r5];
+                             selp.b32 %r2, %r6, %r4, %p1;""", (33, 36)),
+    "some threads": ("""mov.b32 %r2, 7; @!%p1 bra $skip; mov.b64 %rd3, p_1;
+                        ld.param.b32 %r2, [%rd3]; $skip: add.s32 %r2, %r2, 0;""", (11, 7)),
+}
+
+
+def run(code: str) -> list[int]:
+    machine = Machine(RED_ZONE + room(128))
+    at = machine.put(np.zeros(128, np.uint8))
+    structure = np.array([33, 34, 35, 36], np.uint32).tobytes()
+    machine.launch(parse(ENTRY.replace("<code>", code)), (1,), 32, [at, 11, 22, structure], 0)
+    return machine.get(at, 128).view(np.uint32).tolist()
+
+
+@pytest.mark.parametrize("code, numbers", LOADS.values(), ids=LOADS.keys())
+def test_parameters_are_loaded(code: str, numbers: tuple[int, int]) -> None:
+    assert run(code) == [numbers[0]] * 16 + [numbers[1]] * 16
+
+
+def test_parameters_end_somewhere() -> None:
+    with pytest.raises(Fault, match="parameters"):
+        run("mov.b64 %rd3, p_3; ld.param.b32 %r2, [%rd3+16];")
