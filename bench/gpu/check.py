@@ -1,8 +1,9 @@
 """The day a GPU is there: correctness, then timings, of every Triton kernel. `make gpu-check`.
 
 Correctness against float64 is tests/gpu/test_device.py. Here: medians of CUDA events around replays
-of a CUDA graph, of ours and of what a user would run instead, and the fraction of the roofline that
-follows from the card's memory bandwidth and arithmetic as measured here. Writes bench/gpu/*.json.
+of a CUDA graph, of ours and of what a user would run instead, with and without gradients, and the
+forward pass's fraction of the roofline that follows from the card's memory bandwidth and arithmetic
+as measured here. Writes bench/gpu/*.json.
 """
 
 import json
@@ -54,13 +55,30 @@ def peaks() -> dict[str, float]:
     }
 
 
-def draw(*shape: int) -> Tensor:
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) / shape[-1] ** 0.5
+def training(run: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], object]:
+    """`run`, and the gradients of all its tensors; its result stands for the incoming gradient."""
+
+    def step() -> object:
+        with torch.enable_grad():
+            out = run()
+        return torch.autograd.grad(out, leaves, out.detach(), allow_unused=True)
+
+    return step
 
 
-def runs(model: str, batch: int) -> dict[str, dict[str, Callable[[], object]]]:
-    """Op → who computes it → how: ours, the dense weights, plain products, torch.compile."""
+def runs(model: str, batch: int) -> tuple[dict[str, dict[str, Callable[[], Tensor]]], list[Tensor]]:
+    """Op → who computes it → how: ours, the dense weights, plain products, torch.compile.
+
+    Also all tensors that any of them takes.
+    """
     from adacomcat import ops, reference
+
+    leaves: list[Tensor] = []
+
+    def draw(*shape: int) -> Tensor:
+        value = torch.randn(*shape, device="cuda", dtype=torch.bfloat16) / shape[-1] ** 0.5
+        leaves.append(value.requires_grad_())
+        return value
 
     d, r, heads = MODELS[model]
     x, hidden = draw(batch, 197, d), 4 * d
@@ -76,28 +94,36 @@ def runs(model: str, batch: int) -> dict[str, dict[str, Callable[[], object]]]:
         return F.linear(out.transpose(1, 2).flatten(2), wo, b2)
 
     compiled = {name: torch.compile(getattr(reference, name)) for name in
-                ("low_rank_linear", "low_rank_mlp", "low_rank_attention")}
+                ("low_rank_linear", "gated_low_rank_linear", "low_rank_mlp", "low_rank_attention")}
+    gated = (x, v1, draw(r), u1, b1)
     linear, mlp = (x, v1, u1, b1, "gelu"), (x, v1, u1, b1, v2, u2, b2, "gelu")
-    return {
+    ways = {
         "low_rank_linear": {
             "ours": lambda: ops.low_rank_linear(*linear),
             "dense": lambda: F.gelu(F.linear(x, w1, b1)),
-            "products": lambda: reference.low_rank_linear(*linear),
-            "compiled": lambda: compiled["low_rank_linear"](*linear),
+            "products": lambda: reference.low_rank_linear(*linear)[0],
+            "compiled": lambda: compiled["low_rank_linear"](*linear)[0],
+        },
+        "gated_low_rank_linear": {
+            "ours": lambda: ops.gated_low_rank_linear(*gated),
+            "dense": lambda: F.linear(x, w1, b1),
+            "products": lambda: reference.gated_low_rank_linear(*gated)[0],
+            "compiled": lambda: compiled["gated_low_rank_linear"](*gated)[0],
         },
         "low_rank_mlp": {
             "ours": lambda: ops.low_rank_mlp(*mlp),
             "dense": lambda: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),
-            "products": lambda: reference.low_rank_mlp(*mlp),
-            "compiled": lambda: compiled["low_rank_mlp"](*mlp),
+            "products": lambda: reference.low_rank_mlp(*mlp)[0],
+            "compiled": lambda: compiled["low_rank_mlp"](*mlp)[0],
         },
         "low_rank_attention": {
             "ours": lambda: ops.low_rank_attention(*attention),
             "dense": dense_attention,
-            "products": lambda: reference.low_rank_attention(*attention),
-            "compiled": lambda: compiled["low_rank_attention"](*attention),
+            "products": lambda: reference.low_rank_attention(*attention)[0],
+            "compiled": lambda: compiled["low_rank_attention"](*attention)[0],
         },
     }
+    return ways, leaves
 
 
 def bounds(model: str, batch: int) -> dict[str, tuple[int, int]]:
@@ -109,6 +135,7 @@ def bounds(model: str, batch: int) -> dict[str, tuple[int, int]]:
     attention = 2 * m * (projections + 197 * (qk + vo))
     return {
         "low_rank_linear": (2 * m * linear, 2 * (5 * m * d + linear)),
+        "gated_low_rank_linear": (2 * m * linear, 2 * (5 * m * d + linear)),
         "low_rank_mlp": (2 * m * mlp, 2 * (2 * m * d + mlp)),
         "low_rank_attention": (attention, 2 * (2 * m * d + projections)),
     }
@@ -124,11 +151,13 @@ def measure() -> dict[str, object]:
     for model in MODELS:
         for batch in (1, 2, 8, 64):
             limits = bounds(model, batch)
-            for op, ways in runs(model, batch).items():
+            ops, leaves = runs(model, batch)
+            for op, ways in ops.items():
                 row = {}
                 for name, run in ways.items():
                     with backends.use_backend("triton" if name == "ours" else "reference"):
                         row[name] = seconds(run)
+                        row[f"{name}, with gradients"] = seconds(training(run, leaves))
                 flop, byte = limits[op]
                 floor = max(flop / card["flops"], byte / card["bytes"])
                 row["roofline_fraction"] = floor / row["ours"]
