@@ -28,9 +28,9 @@ from adacomcat.factorize import (
 )
 from adacomcat.layers import LowRankLinear, LowRankMlp
 from adacomcat.plan import RankPlan
-from adacomcat.progress import progress
 from adacomcat.sequential import compress_blocks_, sequential_blocks
 from adacomcat.sites import DENSE, MULTIPLE, Site, find_sites
+from adacomcat.workers import one_by_one, side_by_side
 
 Factors = dict[str, LinearFactors | ScoreFactors | ValueFactors]
 
@@ -80,13 +80,22 @@ def decompose_site(make: Decomposition, model: nn.Module, site: Site, statistics
                        shrinkage=shrinkage)
 
 
+def decompose_sites(make: Decomposition, model: nn.Module, sites: list[Site],
+                    statistics: Statistics, shrinkage: float, label: str) -> list[Any]:
+    """``decompose_site`` of each; on a CPU one site on each core."""
+    def decompose(site: Site) -> Any:
+        return decompose_site(make, model, site, statistics, shrinkage)
+
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    return (side_by_side if on_cpu else one_by_one)(decompose, sites, label)
+
+
 @torch.no_grad()
 def error_curves(model: nn.Module, statistics: Statistics | None = None,
                  shrinkage: float = SHRINKAGE) -> dict[str, Tensor]:
     """Site name → squared error of every rank, (R + 1,), without factors: spectra are enough."""
     sites = find_sites(model)
-    spectra = [decompose_site(SPECTRA, model, site, statistics or {}, shrinkage)
-               for site in progress(sites, "scoring")]
+    spectra = decompose_sites(SPECTRA, model, sites, statistics or {}, shrinkage, "scoring")
     curves = {}
     for shape in {spectrum.shape for spectrum in spectra}:
         alike = [i for i, spectrum in enumerate(spectra) if spectrum.shape == shape]
@@ -112,8 +121,9 @@ def _for_linear(found: object | None, site: Site) -> LinearStatistics | None:
 def factorize_model(model: nn.Module, statistics: Statistics | None = None,
                     shrinkage: float = SHRINKAGE) -> Factors:
     """Site name → full-rank nested factors, for every site."""
-    return {site.name: factorize_site(model, site, statistics or {}, shrinkage)
-            for site in progress(find_sites(model), "factorising")}
+    sites = find_sites(model)
+    factors = decompose_sites(FACTORS, model, sites, statistics or {}, shrinkage, "factorising")
+    return {site.name: made for site, made in zip(sites, factors, strict=True)}
 
 
 def build_skeleton(model: nn.Module, plan: RankPlan) -> nn.Module:

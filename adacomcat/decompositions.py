@@ -63,30 +63,37 @@ def _rank_limit(a: Tensor, b: Tensor) -> int:
     return min(a.shape[-2], b.shape[-2], a.shape[-1])
 
 
+def _require(condition: Any, message: Callable[[], str]) -> None:
+    """torch._check, which takes longer than a decomposition of small matrices may; only what is
+    symbolic needs it when it holds."""
+    if condition is not True:
+        torch._check(condition, message)
+
+
 def _check_matrices(name: str, a: Tensor) -> None:
-    torch._check(a.dim() >= 2, lambda: f"{name} must be a matrix or a batch of them, got shape "
-                                       f"{tuple(a.shape)}")
-    torch._check(a.dtype in (torch.float32, torch.float64),
-                 lambda: f"{name} is {a.dtype}; cast it to float32 or float64")
+    _require(a.dim() >= 2, lambda: f"{name} must be a matrix or a batch of them, got shape "
+                                   f"{tuple(a.shape)}")
+    _require(a.dtype in (torch.float32, torch.float64),
+             lambda: f"{name} is {a.dtype}; cast it to float32 or float64")
 
 
 def _svd_shapes(a: Tensor, k: int) -> list[tuple[int, ...]]:
     _check_matrices("a", a)
     *lead, m, n = a.shape
-    torch._check(0 <= k <= min(m, n), lambda: f"k must lie in 0 … {min(m, n)}, got {k}")
+    _require(0 <= k <= min(m, n), lambda: f"k must lie in 0 … {min(m, n)}, got {k}")
     return [(*lead, m, k), (*lead, k), (*lead, n, k)]
 
 
 def _factored_shapes(a: Tensor, b: Tensor, k: int) -> list[tuple[int, ...]]:
     _check_matrices("a", a)
     _check_matrices("b", b)
-    torch._check(a.dtype == b.dtype, lambda: f"b is {b.dtype} and a is {a.dtype}: cast one of them")
+    _require(a.dtype == b.dtype, lambda: f"b is {b.dtype} and a is {a.dtype}: cast one of them")
     *lead, m, r = a.shape
     n = b.shape[-2]
-    torch._check(tuple(b.shape) == (*lead, n, r),
-                 lambda: f"b must have shape {(*lead, 'n', r)}, got {tuple(b.shape)}")
+    _require(tuple(b.shape) == (*lead, n, r),
+             lambda: f"b must have shape {(*lead, 'n', r)}, got {tuple(b.shape)}")
     limit = _rank_limit(a, b)
-    torch._check(0 <= k <= limit, lambda: f"k must lie in 0 … {limit}, got {k}")
+    _require(0 <= k <= limit, lambda: f"k must lie in 0 … {limit}, got {k}")
     return [(*lead, m, k), (*lead, k), (*lead, n, k)]
 
 

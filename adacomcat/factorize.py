@@ -17,6 +17,8 @@ from adacomcat.errors import UserError
 EIGENVALUE_FLOOR = 1e-6
 # A Gram matrix squares the condition: up to this one, spectra keep six digits and more in float64.
 GRAM_CONDITION = 1e4
+# Rows that a Gram matrix takes at a time.
+PANEL = 512
 
 
 class LinearStatistics(NamedTuple):
@@ -78,7 +80,9 @@ class ValueFactors(NamedTuple):
 
 def require_finite(name: str, **tensors: Tensor | None) -> None:
     for what, tensor in tensors.items():
-        if tensor is not None and not torch.isfinite(tensor).all():
+        # Extremes, which NaN passes through, take one pass and no second tensor.
+        if tensor is not None and tensor.numel() and not all(
+                extreme.isfinite() for extreme in tensor.aminmax()):
             raise UserError(f"{name}: its {what} holds NaN or infinite values; "
                             "repair the checkpoint or the calibration images")
 
@@ -109,26 +113,38 @@ def descending_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gram(a: Tensor) -> Tensor:
-    """aᵀ a, (..., n, n), only the blocks above the diagonal computed."""
+    """aᵀ a in float64, (..., n, n), for a in any precision.
+
+    Panels of rows stay in cache and spare a float64 copy of all of a; of the result only the
+    blocks above the diagonal are computed.
+    """
     n = a.shape[-1]
-    blocks = a.split(max(64, -(-n // 4)), -1)
-    rows = []
-    for i, left in enumerate(blocks):
-        done = [rows[j][i].mT for j in range(i)]
-        rows.append([*done, *(left.mT @ right for right in blocks[i:])])
-    return torch.cat([torch.cat(row, -1) for row in rows], -2)
+    width = max(64, -(-n // 6))
+    product = a.new_zeros(*a.shape[:-2], n, n, dtype=torch.float64)
+    for rows in a.split(PANEL, -2):
+        panel = rows.double()
+        for start in range(0, n, width):
+            block = slice(start, start + width)
+            product[..., block, start:] += panel[..., block].mT @ panel[..., start:]
+    for stop in range(width, n, width):
+        product[..., stop:, stop - width:stop] = product[..., stop - width:stop, stop:].mT
+    return product
 
 
 def triangle(a: Tensor, covariance: Tensor | None = None) -> Tensor:
-    """R with Rᵀ R = aᵀ C a for thin a (..., d, r): what C^½ a = Q R has as its R.
+    """R in float64 with Rᵀ R = aᵀ C a for thin a (..., d, r): what C^½ a = Q R has as its R.
 
     By Cholesky of the Gram matrix, which needs no root of C; by QR where that would lose digits.
     """
-    product = gram(a) if covariance is None else a.mT @ (covariance @ a)
+    if covariance is None:
+        product = gram(a)
+    else:
+        a = a.double()
+        product = a.mT @ (covariance @ a)
     lower, failed = torch.linalg.cholesky_ex(product)
     diagonal = lower.diagonal(dim1=-2, dim2=-1)
     if failed.any() or (diagonal.amin(-1) * GRAM_CONDITION < diagonal.amax(-1)).any():
-        whitened = a if covariance is None else square_root(covariance) @ a
+        whitened = a.double() if covariance is None else square_root(covariance) @ a
         return torch.linalg.qr(whitened, mode="r").R
     return lower.mT
 
@@ -174,11 +190,11 @@ def linear_spectrum(weight: Tensor, bias: Tensor | None,
                     statistics: LinearStatistics | None = None, *,
                     shrinkage: float = 0.0) -> Tensor:
     """(1, R) singular values of W C^½; the squared tails are ``factorize_linear(…).errors``."""
-    weight = weight.double()
     tall = weight.shape[0] > weight.shape[1]
     if statistics is None:
         product = gram(weight if tall else weight.mT)
     else:
+        weight = weight.double()
         covariance = shrink(statistics.covariance.double(), shrinkage)
         product = (gram(weight @ square_root(covariance)) if tall
                    else weight @ covariance @ weight.mT)
@@ -206,7 +222,7 @@ def score_spectrum(wq: Tensor, bq: Tensor, wk: Tensor, scale: float,
                    statistics: AttentionStatistics | None = None, *,
                    shrinkage: float = 0.0) -> Tensor:
     """(H, R) singular values of the logits' matrices, scaled."""
-    r_q, r_k, *_ = _score_triangles(wq.double(), bq.double(), wk.double(), statistics, shrinkage)
+    r_q, r_k, *_ = _score_triangles(wq, bq, wk, statistics, shrinkage)
     return batched_svd(r_q @ r_k.mT)[1] * scale
 
 
@@ -254,8 +270,8 @@ def value_spectrum(wv: Tensor, bv: Tensor, wo: Tensor, bo: Tensor,
                    statistics: AttentionStatistics | None = None, *,
                    shrinkage: float = 0.0) -> Tensor:
     """(H, R) singular values of wo_h wv_h Cz^½."""
-    values = _value_triangle(wv.double(), statistics, shrinkage)
-    return batched_svd(triangle(wo.double()) @ values.mT)[1]
+    values = _value_triangle(wv, statistics, shrinkage)
+    return batched_svd(triangle(wo) @ values.mT)[1]
 
 
 def _value_triangle(wv: Tensor, statistics: AttentionStatistics | None,
