@@ -8,8 +8,9 @@ import copy
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerNorm, LayerScale
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from adacomcat import ops
@@ -47,6 +48,22 @@ class FusedAttention(nn.Module):
         return ops.low_rank_attention(
             x, self.wq, self.bq, self.wk, self.wv, self.wo, self.bo, self.num_heads, self.scale,
             causal_mask(attn_mask, x, is_causal), epsilon=self.epsilon, residual=x)
+
+    def first_token(self, x: Tensor) -> Tensor:
+        """The first token of the result, (B, 1, d), without any key or value.
+
+        Its logits are x̂ (wk_hᵀ q_h), and its values wv_h (x̂ᵀ p_h): of the products with a weight,
+        only those with single vectors remain.
+        """
+        def per_head(weight: Tensor) -> Tensor:
+            return weight.unflatten(0, (self.num_heads, -1))  # (H, r, d)
+
+        normed = F.layer_norm(x, x.shape[-1:], eps=self.epsilon)
+        q = F.linear(normed[:, 0], self.wq, self.bq).unflatten(-1, (self.num_heads, -1))
+        directions = torch.einsum("bhr,hrd->bhd", q, per_head(self.wk))
+        p = (directions @ normed.mT * self.scale).softmax(-1)  # (B, H, N)
+        heads = torch.einsum("bhd,hrd->bhr", p @ normed, per_head(self.wv))
+        return x[:, :1] + F.linear(heads.flatten(1), self.wo, self.bo).unsqueeze(1)
 
 
 class FusedMlp(nn.Module):
@@ -94,17 +111,42 @@ class FusedBlock(nn.Module):
         return self.mlp(self.attn(x, attn_mask=attn_mask, is_causal=is_causal))
 
 
+class FirstTokenVisionTransformer(VisionTransformer):
+    """A timm ``VisionTransformer`` whose head reads the class token only: of the last block
+    nothing else is computed. ``forward_features`` still returns all tokens."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None,
+                is_causal: bool = False) -> Tensor:
+        if attn_mask is not None or is_causal:
+            return super().forward(x, attn_mask, is_causal)
+        *first, last = self.blocks
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        for block in first:
+            x = block(x)
+        return self.forward_head(self.norm(last.mlp(last.attn.first_token(x))))
+
+
 def optimize(model: nn.Module) -> nn.Module:
     """A copy of ``model`` for inference, its blocks on the fused path; same outputs.
 
-    Blocks that are not timm's ``Block``, and dense sublayers, stay as they are. Save and train the
-    model that went in, not this one: norms are folded into weights here.
+    Blocks that are not timm's ``Block``, and dense sublayers, stay as they are. Where the head
+    reads the class token only, the last block computes only that. Save and train the model that
+    went in, not this one: norms are folded into weights here.
     """
     optimized = copy.deepcopy(model).eval().requires_grad_(False)
     for name, module in list(optimized.named_modules()):
         if type(module) is Block:
             optimized.set_submodule(name, FusedBlock(module).eval())
+    if _head_reads_first_token(optimized):
+        optimized.__class__ = FirstTokenVisionTransformer  # its parts, names and API stay
     return optimized
+
+
+def _head_reads_first_token(model: nn.Module) -> bool:
+    return (type(model) is VisionTransformer and model.global_pool == "token"
+            and model.attn_pool is None and len(model.blocks) > 0
+            and type(model.blocks[-1]) is FusedBlock
+            and type(model.blocks[-1].attn) is FusedAttention)
 
 
 def _affine(norm: nn.Module) -> Norm | None:

@@ -6,7 +6,13 @@ import torch
 from torch import nn
 
 import adacomcat
-from adacomcat.fuse import FusedAttention, FusedBlock, FusedMlp, Sublayer
+from adacomcat.fuse import (
+    FirstTokenVisionTransformer,
+    FusedAttention,
+    FusedBlock,
+    FusedMlp,
+    Sublayer,
+)
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4,
         "num_classes": 7}
@@ -56,6 +62,21 @@ def test_what_is_fused() -> None:
     assert type(block.attn) is Sublayer and type(block.mlp) is Sublayer
     block = adacomcat.optimize(compressed(qk_norm=True)).blocks[0]
     assert type(block.attn) is Sublayer and type(block.mlp) is FusedMlp
+
+
+@pytest.mark.parametrize("kwargs, shortcut", [
+    ({}, True), ({"reg_tokens": 2}, True), ({"init_values": 0.3}, True),
+    ({"class_token": False, "global_pool": "avg"}, False), ({"global_pool": "avg"}, False),
+    ({"global_pool": "map"}, False), ({"qk_norm": True}, False),
+], ids=str)
+@torch.no_grad()
+def test_a_head_that_reads_the_class_token_gets_no_other(kwargs: dict, shortcut: bool) -> None:
+    model = compressed(**kwargs)
+    optimized, x = adacomcat.optimize(model), torch.randn(3, 3, 32, 32)
+    assert (type(optimized) is FirstTokenVisionTransformer) == shortcut
+    assert relative(optimized(x), model(x)) < 1e-5
+    assert relative(optimized.forward_features(x), model.forward_features(x)) < 1e-5
+    assert relative(optimized(x, is_causal=True), model(x, is_causal=True)) < 1e-5
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
-"""Photos that are on every machine: those that scikit-image, scikit-learn and matplotlib bundle.
+"""Photos that can be had without a photo collection of one's own, split by file.
 
-Where Debian's packages are installed, their photographs join in, and cut-out animals, plants,
-vehicles and things (tuxpaint-stamps-default) are pasted on half of the calibration crops.
+Python packages bundle some, and Debian's packages more; those that are installed join in. Cut-out
+animals, plants, vehicles and things (tuxpaint-stamps-default) are pasted on half of the calibration
+crops.
 """
 
 import importlib.util
@@ -13,14 +14,27 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+# Package → (folder, files). The first three are always there; the others can be installed without
+# their dependencies.
 PHOTOGRAPHS = {
     "skimage": ("data", ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png",
                          "rocket.jpg")),
     "sklearn": ("datasets/images", ("china.jpg", "flower.jpg")),
     "matplotlib": ("mpl-data/sample_data", ("grace_hopper.jpg",)),
+    "foolbox": ("data", (
+        "imagenet_00_243.jpg", "imagenet_01_559.jpg", "imagenet_02_438.jpg", "imagenet_03_990.jpg",
+        "imagenet_04_949.jpg", "imagenet_05_853.jpg", "imagenet_06_609.jpg", "imagenet_07_609.jpg",
+        "imagenet_08_915.jpg", "imagenet_09_455.jpg", "imagenet_10_541.jpg", "imagenet_11_630.jpg",
+        "imagenet_12_741.jpg", "imagenet_13_471.jpg", "imagenet_14_129.jpg", "imagenet_15_99.jpg",
+        "imagenet_16_251.jpg", "imagenet_17_22.jpg", "imagenet_18_317.jpg",
+        "imagenet_19_305.jpg")),
+    "gradio": ("media_assets/images", ("cheetah.jpg", "cheetah1.jpg", "lion.jpg", "tower.jpg")),
+    "imgaug": ("", ("quokka.jpg",)),
+    "mahotas": ("demos/data", ("luispedro.jpg",)),
+    "ultralytics": ("assets", ("bus.jpg",)),
 }
-# Debian's mate-backgrounds, lomiri-wallpapers-16.04 and opencv-doc, where they are installed; of
-# each scene one photograph.
+# Debian's mate-backgrounds, lomiri-wallpapers-16.04, opencv-doc, scratch and kphotoalbum, where
+# they are installed; of each scene one photograph.
 INSTALLED = {
     "/usr/share/backgrounds/mate/nature": (
         "Aqua", "Blinds", "Dune", "FreshFlower", "Garden", "GreenMeadow", "LadyBird", "RainDrops",
@@ -36,6 +50,23 @@ INSTALLED = {
         "aero1", "aero3", "aloeL", "apple", "baboon", "board", "building", "butterfly",
         "ela_original", "fruits", "home", "left", "leuvenA", "licenseplate_motion", "messi5",
         "orange", "squirrel_cls", "stuff"),
+    "/usr/share/scratch/Media/Backgrounds/Nature": (
+        "beach-malibu", "canyon", "flower-bed", "forest", "garden-rock", "grand-canyon",
+        "gravel-desert", "hill", "lake", "pathway", "tree", "water-and-rocks", "wave"),
+    "/usr/share/scratch/Media/Backgrounds/Sports": (
+        "baseball-field", "basketball-court1-a", "football-field", "playing-field",
+        "tennis-backboard"),
+    "/usr/share/scratch/Media/Backgrounds/Outdoors": (
+        "all-sports-mural", "atom-playground", "bench-with-view", "boardwalk", "brick-wall2",
+        "brick-wall-and-stairs", "building-at-mit", "building-fireproof", "castle",
+        "city-with-water", "driveway", "hallway_outdoors", "hay_field", "houses", "mansion",
+        "mural-faro", "parking-ramp", "pool", "route66", "silos", "the-movies", "train-tracks1",
+        "village", "wooden-house"),
+    "/usr/share/scratch/Media/Backgrounds/Indoors": (
+        "chalkboard", "clothing-store", "hall", "kitchen", "the-movies-inside"),
+    "/usr/share/kphotoalbum/demo": (
+        "anne_helene", "bar55", "blackie", "cold_water", "donna", "grand_canyon_1", "jesper",
+        "new_wave_1", "pool_2", "skagen", "snow", "spiff", "sunset", "wayne"),
 }
 # Textures, microscopy, astronomy: they widen the calibration, and nothing is judged on them.
 OTHERS = {
@@ -65,8 +96,12 @@ def split(folders: list[str]) -> tuple[list[Path], list[Path]]:
 
 
 def _bundled(packages: dict[str, tuple[str, tuple[str, ...]]]) -> list[Path]:
-    return [Path(importlib.util.find_spec(package).origin).parent / folder / name
-            for package, (folder, names) in packages.items() for name in names]
+    """Of the packages that are installed."""
+    found = []
+    for package, (folder, names) in packages.items():
+        if (spec := importlib.util.find_spec(package)) is not None:
+            found += [Path(spec.origin).parent / folder / name for name in names]
+    return found
 
 
 def cutouts() -> list[Path]:
