@@ -9,6 +9,7 @@ DeiT-S on 132 multiprocessors, and at batch 64 reads x once for each head.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -255,8 +256,10 @@ def backward(
             attention_queries_backward_kernel, tile,
             q, k, v, heads.mask, context, dcontext, dq, log, delta,
         )  # fmt: skip
+        # Two sums are alive there: half as many queries at a time, or registers spill.
+        keys_tile = replace(tile, BLOCK_N=max(16, tile.BLOCK_N // 2))
         heads.launch(
-            attention_keys_backward_kernel, tile,
+            attention_keys_backward_kernel, keys_tile,
             q, k, v, heads.mask, dcontext, log, delta, dk, dv,
         )  # fmt: skip
     if need_x:

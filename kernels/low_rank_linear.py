@@ -1,8 +1,10 @@
 """low_rank_linear: act((x V) Uᵀ + b) + residual, and its gradients.
 
 One program owns BLOCK_M rows: it reads them once, keeps x V on the chip, and writes all N outputs,
-so neither x is read nor x V computed again for each output tile. Without an activation the
-gradient of x is the same computation, with the factors exchanged: (grad U) Vᵀ.
+so neither x is read nor x V computed again for each output tile. Few rows would leave most of a GPU
+idle: there several programs own the same rows, each of which computes x V and writes its part of
+the columns. Without an activation the gradient of x is the same computation, with the factors
+exchanged: (grad U) Vᵀ.
 """
 
 from collections.abc import Sequence
@@ -24,7 +26,7 @@ Gradient = Tensor | None
 @triton.jit
 def low_rank_linear_kernel(
     x_ptr, v_ptr, gate_ptr, u_ptr, bias_ptr, residual_ptr, y_ptr, middle_ptr,
-    M, K, N, R, stride_x, stride_v, stride_u, stride_residual,
+    M, K, N, R, stride_x, stride_v, stride_u, stride_residual, columns_per_part,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -38,16 +40,19 @@ def low_rank_linear_kernel(
         BLOCK_M, BLOCK_K, BLOCK_R, PRECISION,
     )  # fmt: skip
     if middle_ptr is not None:
-        store_tile(middle_ptr + first * R, R, rows, ranks, left, R, middle)
+        kept = tl.where(tl.program_id(1) == 0, left, 0)  # one of those that share the rows writes
+        store_tile(middle_ptr + first * R, R, rows, ranks, kept, R, middle)
     if gate_ptr is not None:
         middle *= load_row(gate_ptr, ranks, R)[None, :]
     if y_ptr is not None:
         if residual_ptr is not None:
             residual_ptr += first * stride_residual
+        begin = tl.program_id(1) * columns_per_part
         expand(
             middle.to(x_ptr.dtype.element_ty), u_ptr, stride_u, bias_ptr,
             residual_ptr, stride_residual, y_ptr + first * N,
-            left, N, R, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+            left, N, R, begin, begin + columns_per_part,
+            ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
         )  # fmt: skip
 
 
@@ -81,7 +86,7 @@ def low_rank_linear_backward_kernel(
     if dx_ptr is not None:
         expand(
             dmiddle.to(v_ptr.dtype.element_ty), v_ptr, stride_v, None, None, 0,
-            dx_ptr + first * K, left, K, R, None, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+            dx_ptr + first * K, left, K, R, 0, K, None, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
         )  # fmt: skip
 
 
@@ -121,10 +126,13 @@ def gated(
     middle = x.new_empty(*x.shape[:-1], r) if need_middle else None
 
     def run(tile: tiles.Tile) -> None:
+        blocks = triton.cdiv(m, tile.BLOCK_M)
+        columns = tiles.columns_per_part(n, tile.BLOCK_N, blocks)
+        parts = max(1, triton.cdiv(n, columns)) if need_out else 1
         launch(
-            low_rank_linear_kernel, (triton.cdiv(m, tile.BLOCK_M),), x,
+            low_rank_linear_kernel, (blocks, parts), x,
             flat, v, gate, u, bias, residual, out, middle, m, k, n, r,
-            flat.stride(0), v.stride(0), u.stride(0), stride(residual),
+            flat.stride(0), v.stride(0), u.stride(0), stride(residual), columns,
             ACTIVATION=activation, BLOCK_R=tiles.padded(r), PRECISION=tiles.precision(x),
             **tile.arguments(),
         )  # fmt: skip

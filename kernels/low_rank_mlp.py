@@ -3,6 +3,10 @@
 One program owns BLOCK_M rows. x V1 stays on the chip; each tile of the hidden layer is computed
 from it, used at once for h V2, and forgotten: the hidden layer, four times as wide as x, is never
 written, and neither product is computed twice. The gradient of x walks the same way back.
+
+Few rows leave most of a GPU idle. Programs could share out the hidden layer of the same rows, but
+the sums of their parts would have to pass through global memory: at one image more than twice the
+bytes, and a second launch. Not done as long as no GPU has shown that it pays.
 """
 
 from collections.abc import Sequence
@@ -54,7 +58,7 @@ def low_rank_mlp_kernel(
         store_tile(middle2_ptr + first * R2, R2, rows, ranks2, left, R2, middle2)
     expand(
         middle2.to(dtype), u2_ptr, stride_u2, b2_ptr, None, 0, y_ptr + first * N,
-        left, N, R2, None, BLOCK_M, BLOCK_N, BLOCK_R2, PRECISION,
+        left, N, R2, 0, N, None, BLOCK_M, BLOCK_N, BLOCK_R2, PRECISION,
     )  # fmt: skip
 
 
@@ -98,7 +102,7 @@ def low_rank_mlp_backward_kernel(
     if dx_ptr is not None:
         expand(
             dmiddle1.to(dtype), v1_ptr, stride_v1, None, None, 0, dx_ptr + first * K,
-            left, K, R1, None, BLOCK_M, BLOCK_N, BLOCK_R1, PRECISION,
+            left, K, R1, 0, K, None, BLOCK_M, BLOCK_N, BLOCK_R1, PRECISION,
         )  # fmt: skip
 
 
@@ -212,7 +216,8 @@ def backward(
     need_hidden = need_u1 or need_b1 or need_v2
     dmiddle2 = grad.new_empty(*lead, r2) if need_hidden else None
     if need_x or need_v1 or need_hidden:
-        tile = tile or tiles.row_tile(m, max(r1, r2), grad, factors=2)
+        # Four blocks of rows are alive at once: 128 rows of them spill on sm_89.
+        tile = tile or tiles.row_tile(m, max(r1, r2), grad, factors=2, most=64)
         launch(
             low_rank_mlp_backward_kernel, (triton.cdiv(m, tile.BLOCK_M),), grad,
             flat, u2, v2, kept, u1, b1, v1, dx, dmiddle1, dmiddle2, m, k, h, n, r1, r2,

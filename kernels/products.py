@@ -110,7 +110,8 @@ def gather(*pairs: tuple[Tensor, Tensor], tile: tiles.Tile | None = None) -> Ten
     m, n = xs[0].shape[0], ws[0].shape[1]
     out = xs[0].new_empty(*lead, n)
     absent, zeros = [None] * (3 - len(pairs)), [0] * (3 - len(pairs))
-    tile = tile or tiles.product_tile(m, n, out)
+    # Three products' pointers beside a tile of 128 columns spill on sm_89.
+    tile = tile or tiles.product_tile(m, n, out, widest=64)
     launch(
         gather_kernel, (triton.cdiv(m, tile.BLOCK_M), triton.cdiv(n, tile.BLOCK_N)), out,
         *xs, *absent, *ws, *absent, out, m, n, *(w.shape[0] for w in ws), *zeros,

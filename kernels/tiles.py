@@ -39,6 +39,10 @@ def target() -> triton.backends.compiler.GPUTarget:
     return triton.runtime.driver.active.get_current_target()
 
 
+def on_amd() -> bool:
+    return target().backend == "hip"
+
+
 def multiprocessors() -> int:
     return MULTIPROCESSORS.get(target().arch, 108)
 
@@ -55,7 +59,7 @@ def precision(x: Tensor) -> str:
     tensor-core products of the operands' upper and lower halves, within 1e-6 of exact, where
     the exact product of scalar units would be an order of magnitude slower.
     """
-    if x.dtype != torch.float32 or target().backend == "hip":
+    if x.dtype != torch.float32 or on_amd():
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
@@ -65,47 +69,56 @@ def operand_bytes(x: Tensor) -> int:
     return 8 if precision(x) == "tf32x3" else x.element_size()
 
 
+def warps(large: bool) -> int:
+    """Eight for large tiles, else four; half of AMD's, which are twice as wide.
+
+    More threads than a tile has 16 bytes would load less than that at a time.
+    """
+    return (8 if large else 4) // (2 if on_amd() else 1)
+
+
 def stages(bytes_per_stage: int) -> int:
     """Loads in flight: three, or fewer where they would take over half of the shared memory."""
     half = SHARED_KIB.get(target().arch, 64) * 512
-    if target().backend == "hip":
+    if on_amd():
         return 2  # LDS is small, and AMD's pipeliner keeps the next tile in registers
     return 3 if 3 * bytes_per_stage <= half else 2 if 2 * bytes_per_stage <= half else 1
 
 
-def row_tile(rows: int, rank: int, x: Tensor, factors: int = 1) -> Tile:
+def row_tile(rows: int, rank: int, x: Tensor, factors: int = 1, most: int = 128) -> Tile:
     """Kernels that keep (BLOCK_M, rank) on the chip and stream all weights past it.
 
     Every program reads all weights, however few its rows are, so rows are shared out evenly: the
     fewest rows for which one wave of programs is enough. 394 tokens get 16 rows, 12,608 get 128.
     The upper bound is the register file: two (BLOCK_M, rank) blocks in float32 are alive at once,
     and 64 registers a thread for each is what leaves room for the rest; in shared memory, where
-    they pass as operands, 32 KiB each. `factors` are read at a time.
+    they pass as operands, 32 KiB each. `factors` are read at a time; `most` rows are for kernels
+    that keep more.
     """
     width, size = padded(rank), operand_bytes(x)
     rows_at_once = 16
-    most = min(128, max(16, 32768 // (width * size)))
+    most = min(most, max(16, 32768 // (width * size)))
     while rows_at_once < most and triton.cdiv(rows, rows_at_once) > multiprocessors():
         rows_at_once *= 2
     # A stage holds (BLOCK_K or BLOCK_N) rows of a factor: 32 KiB of it, or what memory allows.
     room = 32768 if SHARED_KIB.get(target().arch, 64) > 100 else 16384
     depth = max(16, min(64, room // (width * size)))
-    warps = 8 if rows_at_once * width > 8192 else 4
     stage = depth * x.element_size() * (factors * width + rows_at_once)
-    return Tile(rows_at_once, depth, depth, warps, stages(stage))
+    large = rows_at_once * width > (4096 if on_amd() else 8192)
+    return Tile(rows_at_once, depth, depth, warps(large), stages(stage))
 
 
-def product_tile(rows: int, columns: int, x: Tensor) -> Tile:
+def product_tile(rows: int, columns: int, x: Tensor, widest: int = 128) -> Tile:
     """Plain products (rows, columns): the largest tile that still gives every processor one."""
     size = operand_bytes(x)
     depth = 128 // size
-    for rows_at_once, columns_at_once in ((128, 128), (128, 64), (64, 64), (32, 64), (16, 64)):
+    for rows_at_once, columns_at_once in ((128, widest), (128, 64), (64, 64), (32, 64), (16, 64)):
         programs = triton.cdiv(rows, rows_at_once) * triton.cdiv(columns, columns_at_once)
         if programs >= multiprocessors():
             break
-    warps = 8 if rows_at_once * columns_at_once > 8192 else 4
     stage = depth * size * (rows_at_once + columns_at_once)
-    return Tile(rows_at_once, depth, columns_at_once, warps, stages(stage))
+    count = warps(rows_at_once * columns_at_once > 8192)
+    return Tile(rows_at_once, depth, columns_at_once, count, stages(stage))
 
 
 def reduction_tile(rows: int, rank: int, x: Tensor) -> Tile:
@@ -113,21 +126,23 @@ def reduction_tile(rows: int, rank: int, x: Tensor) -> Tile:
     width, size = padded(rank), operand_bytes(x)
     # Exact float32 holds both halves of its operands in registers, and AMD's compiler the tiles
     # that come next: half the columns, no spills.
-    doubled = 2 if size == 8 or target().backend == "hip" else 1
+    doubled = 2 if size == 8 or on_amd() else 1
     columns = max(16, min(64, 8192 // (width * doubled)))
     depth = max(16, min(64, 16384 // (width * size)))
-    warps = 8 if columns * width > 4096 else 4
-    return Tile(depth, depth, columns, warps, stages(depth * size * (width + columns)))
+    count = warps(columns * width > 4096)
+    return Tile(depth, depth, columns, count, stages(depth * size * (width + columns)))
 
 
 def attention_tile(tokens: int, heads: int, rank: int, x: Tensor) -> Tile:
     """Queries (BLOCK_M) against all keys, BLOCK_N at a time, for batch times `heads` heads."""
     width, size = padded(rank), operand_bytes(x)
     queries, most = 16, 16 if size == 8 else 64
+    if on_amd():
+        queries = most = 32  # fewer leave less than 16 bytes of a tile to each of its 128 threads
     while queries < most and heads * triton.cdiv(tokens, queries) > multiprocessors():
         queries *= 2
     keys = max(16, min(64, 8192 // (width * size)))
-    return Tile(queries, width, keys, 4, stages(2 * keys * width * size))
+    return Tile(queries, width, keys, warps(False), stages(2 * keys * width * size))
 
 
 def splits(rows: int, block: int, programs: int) -> int:
@@ -137,6 +152,15 @@ def splits(rows: int, block: int, programs: int) -> int:
     """
     wanted = triton.cdiv(2 * multiprocessors(), max(programs, 1))
     return max(1, min(wanted, rows // (4 * block)))
+
+
+def columns_per_part(columns: int, block: int, programs: int) -> int:
+    """How many columns, in whole blocks, each of the programs writes that share the same rows.
+
+    As many programs as one wave has room for: what a program does before, it does once for each.
+    """
+    parts = max(1, multiprocessors() // max(programs, 1))
+    return max(1, triton.cdiv(triton.cdiv(columns, parts), block)) * block
 
 
 def best(tile: Tile, key: tuple, x: Tensor, run: Callable[[Tile], object]) -> Tile:

@@ -34,6 +34,17 @@ def test_sums_are_split_in_whole_tiles(rows: int, programs: int) -> None:
     assert parts == 1 or rows // parts >= 4 * 64
 
 
+@given(columns=st.integers(0, 4000), programs=st.integers(0, 400))
+def test_few_rows_are_shared_by_one_wave(columns: int, programs: int) -> None:
+    with compiling_for("sm_90"):
+        share = tiles.columns_per_part(columns, 64, programs)
+    parts = max(1, -(-columns // share))
+    assert share % 64 == 0
+    assert parts == 1 or parts * programs <= 132
+    assert share == 64 or 2 * programs > 132 or (parts + 1) * programs > 132 or (
+        -(-columns // (share - 64)) * programs > 132)
+
+
 def test_autotuning_takes_the_fastest_and_remembers(monkeypatch: pytest.MonkeyPatch) -> None:
     table = tiles.Tile(32, 64, 64, 4, 3)
     x, timed = SimpleNamespace(is_cuda=True, dtype=torch.float16), []
