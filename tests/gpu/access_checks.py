@@ -49,6 +49,7 @@ class Launches:
         self.random = np.random.default_rng(seed)
         self.arguments: list[Argument] = []
         self.unwritten: list[str] = []
+        self.kernels: set[str] = set()
         self.count = 0
         self.order: np.ndarray | None = None
 
@@ -58,6 +59,7 @@ class Launches:
 
     def end(self, kernel: str) -> None:
         """An output that was written at all must have been written everywhere."""
+        self.kernels.add(kernel)
         for argument in self.arguments:
             if argument.written.any() and not argument.written.all():
                 self.unwritten.append(f"{kernel}: {argument.name}")

@@ -19,8 +19,9 @@ from stub_driver import compiling_for  # noqa: E402
 
 
 def findings(part: int, parts: int) -> dict[str, list[str]]:
-    """Case and type → what is wrong with it."""
-    found = {}
+    """Case and type → what is wrong with it; "kernels PART" → the kernels that ran."""
+    found: dict[str, list[str]] = {}
+    kernels: set[str] = set()
     for i, case in enumerate(ragged()):
         for dtype_name, (dtype, setting) in DTYPES.items():
             if i % parts != part:
@@ -37,10 +38,11 @@ def findings(part: int, parts: int) -> dict[str, list[str]]:
                     actual = run_kernels(case, arguments, grad)
                 complaints = worst(actual, exact, plain, UNITS[dtype_name])
                 complaints += [f"not written: {name}" for name in launches.unwritten]
+                kernels |= launches.kernels
             except Exception as error:  # reported as this case's finding
                 complaints = [f"{type(error).__name__}: {error} {error.__cause__ or ''}"]
             found[f"{case.id}-{dtype_name}"] = complaints
-    return found
+    return found | {f"kernels {part}": sorted(kernels)}
 
 
 if __name__ == "__main__":

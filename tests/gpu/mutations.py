@@ -20,11 +20,19 @@ def dropped_barriers(kernel: Kernel) -> Iterator[Kernel]:
             yield _changed(kernel, place, NOTHING)
 
 
-def weakened_waits(kernel: Kernel) -> Iterator[Kernel]:
+def dropped_waits(kernel: Kernel) -> Iterator[Kernel]:
     """Waits for copies and products: each left out."""
     for place, instruction in enumerate(kernel.code):
         if "wait_group" in instruction.opcode:
             yield _changed(kernel, place, NOTHING)
+
+
+def weakened_waits(kernel: Kernel) -> Iterator[Kernel]:
+    """Waits that leave one more group in flight."""
+    for place, instruction in enumerate(kernel.code):
+        if "wait_group" in instruction.opcode:
+            groups = str(int(instruction.operands[0], 0) + 1)
+            yield _changed(kernel, place, replace(instruction, operands=(groups,)))
 
 
 def flipped_transposes(kernel: Kernel) -> Iterator[Kernel]:
@@ -64,7 +72,8 @@ def dropped_guards(kernel: Kernel) -> Iterator[Kernel]:
 
 KINDS = {
     "barriers": dropped_barriers,
-    "waits": weakened_waits,
+    "waits": dropped_waits,
+    "weak waits": weakened_waits,
     "transposes": flipped_transposes,
     "operands": swapped_operands,
     "guards": dropped_guards,

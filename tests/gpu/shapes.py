@@ -17,6 +17,7 @@ LINEAR = {
     "rank-512": ((18,), 80, 512, 24),
     "aligned": ((64,), 128, 64, 128),
     "197": ((197,), 40, 24, 56),
+    "many-rows": ((700,), 20, 5, 33),  # whose sums are split
 }
 # lead, in, rank 1, hidden, rank 2, out
 MLP = {
@@ -31,6 +32,7 @@ MLP = {
     "rank-512": ((10,), 24, 512, 40, 16, 24),
     "aligned": ((64,), 64, 32, 128, 64, 64),
     "197": ((197,), 40, 24, 96, 16, 40),
+    "many-rows": ((1100,), 20, 5, 33, 7, 18),
 }
 # batch, tokens, width, heads, rank of queries and keys, rank of values, mask
 ATTENTION = {

@@ -6,6 +6,7 @@ its tensor, and that no program touches what another one stores, whatever their 
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from shapes import ragged
 
 PARTS = 2  # processes at once
 HERE = Path(__file__).parent
+KERNELS = HERE.parent.parent / "kernels"
 
 
 def start(*arguments: str) -> subprocess.Popen:
@@ -41,6 +43,12 @@ def findings() -> dict[str, list[str]]:
 @pytest.mark.parametrize("case", [case.id for case in ragged()])
 def test_interpreted(case: str, dtype: str, findings: dict[str, list[str]]) -> None:
     assert findings[f"{case}-{dtype}"] == []
+
+
+def test_no_kernel_is_left_out(findings: dict[str, list[str]]) -> None:
+    source = "".join(file.read_text() for file in KERNELS.glob("*.py"))
+    ran = {name for part in range(PARTS) for name in findings[f"kernels {part}"]}
+    assert ran == set(re.findall(r"^def (\w+_kernel)\(", source, re.M))
 
 
 @pytest.fixture(scope="module")
