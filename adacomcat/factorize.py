@@ -17,8 +17,8 @@ from adacomcat.errors import UserError
 EIGENVALUE_FLOOR = 1e-6
 # A Gram matrix squares the condition: up to this one, spectra keep six digits and more in float64.
 GRAM_CONDITION = 1e4
-# Rows that a Gram matrix takes at a time.
-PANEL = 512
+# Rows that a Gram matrix takes at a time: as many as columns, within these limits.
+PANEL = (256, 512)
 
 
 class LinearStatistics(NamedTuple):
@@ -121,7 +121,7 @@ def gram(a: Tensor) -> Tensor:
     n = a.shape[-1]
     width = max(64, -(-n // 6))
     product = a.new_zeros(*a.shape[:-2], n, n, dtype=torch.float64)
-    for rows in a.split(PANEL, -2):
+    for rows in a.split(min(max(n, PANEL[0]), PANEL[1]), -2):
         panel = rows.double()
         for start in range(0, n, width):
             block = slice(start, start + width)

@@ -82,6 +82,10 @@ def hard(name: str, n: int, dtype: torch.dtype) -> Tensor:
         "huge": torch.linspace(1, 2, n, dtype=torch.float64) * 1e30,
         "tiny": torch.linspace(1, 2, n, dtype=torch.float64) * 1e-30,
     }
+    if name == "kahan":  # misleads pivoting by column norms
+        sine, cosine = math.sin(1.2), math.cos(1.2)
+        upper = torch.eye(n, dtype=torch.float64) - cosine * torch.ones(n, n).double().triu(1)
+        return (sine ** torch.arange(n).double().unsqueeze(-1) * upper).to(dtype)
     if name == "zeros":
         return torch.zeros(n, n, dtype=dtype)
     if name == "identity":
@@ -90,12 +94,28 @@ def hard(name: str, n: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["condition 1e12", "clusters", "rank 3", "huge", "tiny", "zeros",
-                                  "identity"])
+@pytest.mark.parametrize("name", ["condition 1e12", "clusters", "rank 3", "huge", "tiny", "kahan",
+                                  "zeros", "identity"])
 def test_hard_matrices(name: str, dtype: torch.dtype, backend: str) -> None:
     for n in (8, 33):
         a = hard(name, n, dtype)
         check(a, *batched_svd(a), factor=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("end", ["denormal", "largest"])
+def test_the_ends_of_the_range(end: str, dtype: torch.dtype, backend: str) -> None:
+    """Where squares underflow or overflow. The check sees it all at scale 1."""
+    info = torch.finfo(dtype)
+    exponent = math.frexp(info.tiny)[1] - 3 if end == "denormal" else math.frexp(info.max)[1] - 8
+    half = exponent // 2
+
+    def at_scale(t: Tensor, sign: int) -> Tensor:
+        return t * 2.0 ** (sign * half) * 2.0 ** (sign * (exponent - half))
+
+    a = at_scale(hard("clusters", 12, torch.float64), 1).to(dtype)
+    u, s, v = batched_svd(a)
+    check(at_scale(a.double(), -1).to(dtype), u, at_scale(s.double(), -1).to(dtype), v, factor=4)
 
 
 def test_graded_columns_keep_small_singular_values(backend: str) -> None:
