@@ -180,19 +180,21 @@ class Svd {
   bool load() {
     const int64_t step_m = wide ? p.column_stride : p.row_stride;
     const int64_t step_n = wide ? p.row_stride : p.column_stride;
-    T largest = 0, poison = 0;
     for (int64_t j = 0; j < n; ++j) {
       T* to = column_a(j);
       const T* from = p.a + j * step_n;
-      for (int64_t i = 0; i < m; ++i) {
-        const T value = from[i * step_m];
-        to[i] = value;
-        const T size = std::fabs(value);
-        largest = size > largest ? size : largest;
-        poison += value * 0;  // NaN for NaN and infinity
-      }
+      for (int64_t i = 0; i < m; ++i) to[i] = from[i * step_m];
     }
-    if (poison != 0) return false;
+    const auto* all = reinterpret_cast<const Vector<T>*>(a);
+    Vector<T> extremes{}, poisons{};
+    for (int64_t i = 0; i < n * vectors_m(); ++i) {
+      const Vector<T> size = all[i] < 0 ? -all[i] : all[i];
+      extremes = size > extremes ? size : extremes;
+      poisons += all[i] * 0;  // NaN for NaN and infinity
+    }
+    if (sum_lanes<T>(poisons) != 0) return false;
+    T largest = 0;
+    for (int64_t i = 0; i < kLanes<T>; ++i) largest = extremes[i] > largest ? extremes[i] : largest;
     if (largest == 0) return true;
     exponent = std::ilogb(largest);
     // Two factors: 2^-exponent alone overflows where the matrix is denormal.
@@ -227,19 +229,24 @@ class Svd {
       const T scale = T(1) / std::sqrt(length * (length + std::fabs(h[r])));
       h[r] += head;
       for (int64_t i = begin; i < ldm; ++i) h[i] *= scale;
-      for (int64_t c = r + 1; c < n; ++c) reflect(h, begin, order[c]);
+      Vector<T> keep = splat(T(1));
+      keep[r - begin] = 0;
+      for (int64_t c = r + 1; c < n; ++c) reflect(h, begin, order[c], keep);
     }
   }
 
-  void reflect(const T* h, int64_t begin, int32_t c) {
+  void reflect(const T* h, int64_t begin, int32_t c, Vector<T> keep) {
     T* to = column_a(c);
     const Vector<T> w = splat(dot(h + begin, to + begin, vectors_m(begin)));
     auto* vh = reinterpret_cast<const Vector<T>*>(h + begin);
     auto* vt = reinterpret_cast<Vector<T>*>(to + begin);
-    vt[0] -= w * vh[0];
+    Vector<T> first = vt[0] - w * vh[0];
+    vt[0] = first;
     column_x(r)[c] = column_r(c)[r] = to[r];
-    to[r] = 0;
-    Vector<T> sum = vt[0] * vt[0];
+    // Row r becomes zero in the register: one element written to memory would stall the next load.
+    first *= keep;
+    vt[0] = first;
+    Vector<T> sum = first * first;
     for (int64_t i = 1; i < vectors_m(begin); ++i) {
       vt[i] -= w * vh[i];
       sum += vt[i] * vt[i];
