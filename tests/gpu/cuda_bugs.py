@@ -190,10 +190,10 @@ def ptx_tally(op: str, architecture: str, step: int = 1) -> dict[str, Counter]:
 
 
 def emulated_svd(emulated: Emulated) -> tuple[torch.Tensor, ...]:
-    """A block for the matrix, few sweeps; a zero column."""
+    """A block for the matrix, which is tall; few sweeps; two zero columns to fill."""
     generator = torch.Generator().manual_seed(5)
-    a = torch.eye(33, 34) + 1e-4 * torch.randn(1, 33, 34, generator=generator)
-    a[0, 5] = 0
+    a = torch.eye(34, 33) + 1e-4 * torch.randn(1, 34, 33, generator=generator)
+    a[0, :, 5:7] = 0
     return emulated.batched_svd(a, 33)
 
 
