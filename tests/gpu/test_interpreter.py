@@ -4,6 +4,7 @@ Checked: errors against float64, that every element of an output is written, tha
 its tensor, and that no program touches what another one stores, whatever their order.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -28,8 +29,7 @@ def start(*arguments: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def findings() -> dict[str, list[str]]:
+def interpret() -> dict[str, list[str]]:
     processes = [start("interpret.py", str(part), str(PARTS)) for part in range(PARTS)]
     found = {}
     for process in processes:
@@ -37,6 +37,20 @@ def findings() -> dict[str, list[str]]:
         assert process.returncode == 0, error
         found |= json.loads(out)
     return found
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Interpreted once, also where several workers have a share of these tests."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that of all workers
+    path = folder / "interpreted.json"
+    with (folder / "interpreted.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            path.write_text(json.dumps(interpret()))
+    return json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
