@@ -97,16 +97,20 @@ def extension_arguments() -> dict[str, Any]:
     sources = found("csrc/*.cpp", "csrc/cpu/*.cpp")
     cuda_sources = found("csrc/cuda/*.cpp", "csrc/cuda/*.cu")
     # No errno and no traps, as torch itself is built: else square roots are not vectorised.
-    flags = ["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+    # at::parallel_for is inline: compiled without OpenMP it would run everything on one thread.
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    flags = [*openmp, "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
     if use_cuda(cuda_sources):
         flags = [*flags, "-DADACOMCAT_CUDA"]
         extension = CUDAExtension(
             "adacomcat._C",
             [*sources, *cuda_sources],
             extra_compile_args={"cxx": flags, "nvcc": NVCC_FLAGS},
+            extra_link_args=openmp,
         )
     else:
-        extension = CppExtension("adacomcat._C", sources, extra_compile_args={"cxx": flags})
+        extension = CppExtension("adacomcat._C", sources, extra_compile_args={"cxx": flags},
+                                 extra_link_args=openmp)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
 

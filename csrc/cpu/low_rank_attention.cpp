@@ -1,9 +1,11 @@
 // concat_h[softmax(q_h k_hᵀ · scale + mask) v_h] Woᵀ + bo, with q, k, v projected from x̂.
 //
-// Three sweeps: projections by rows, attention by image and head, output projection by rows. Of the
-// logits a thread holds a few rows at a time, in cache.
+// Three sweeps: projections by rows, attention by image and head, output projection by rows. Where
+// there are images enough for all threads, each goes through the three alone, in its thread's cache.
+// Of the logits a thread holds a few rows at a time.
 #include <torch/library.h>
 
+#include <array>
 #include <tuple>
 
 #include "shell.h"
@@ -11,7 +13,7 @@
 namespace adacomcat {
 namespace {
 
-constexpr int64_t kLogitBytes = 256 * 1024;
+constexpr int64_t kLogitBytes = 32 * 1024;
 
 // A mask broadcast to (B, H, N, N), read in place.
 struct Masks {
@@ -70,7 +72,7 @@ class Workspace {
 };
 
 struct Heads {
-  int64_t images, tokens, heads, rank_qk, rank_vo;
+  int64_t first_image, images, tokens, heads, rank_qk, rank_vo;
   float scale;
 };
 
@@ -101,7 +103,7 @@ void attend_head(const Engine& e, const Heads& s, int64_t image, int64_t head, i
     const Rows rows{q.at_row(first + row, head * s.rank_qk), q.columns, e.operand};
     const Left left = left_operand(e, m, s.rank_qk, rows, {}, queries);
     e.accumulate({m, n, s.rank_qk, left.data, left.stride, keys, kq, 0}, logits, width, false);
-    e.softmax(m, n, logits, width, s.scale, masks.of(image, head, row), weights, width,
+    e.softmax(m, n, logits, width, s.scale, masks.of(s.first_image + image, head, row), weights, width,
               inverse_sum);
     Finish finish{context.at_row(first + row, head * s.rank_vo), context.columns, e.operand};
     finish.row_scale = inverse_sum;
@@ -125,10 +127,10 @@ void attend(const Engine& e, const Heads& s, const Operand& q, const Operand& k,
   });
 }
 
-at::Tensor kept(const Engine& e, const Operand& from, const at::Tensor& x) {
-  at::Tensor to = at::empty({x.size(0), x.size(1), from.columns}, x.options());
-  keep_rows(from.rows, from.columns, from.data, from.columns, e.operand, to, 0);
-  return to;
+// Whether images are shared out whole: a few of them would leave threads idle.
+bool image_by_image(int64_t images) {
+  const int64_t threads = at::get_num_threads();
+  return images % threads == 0 || images >= 4 * threads;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_attention(
@@ -150,54 +152,69 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
   if (bo) check(x, *bo, "bo", {out});
   if (residual) check(x, *residual, "residual", with_last(x, out));
 
-  at::Tensor y = at::empty(with_last(x, out), x.options());
-  const Engine& e = engine(dtype_of(x));
-  Workspace workspace(e, rows, 2 * (columns_qk + columns_vo));
-  const Operand q = workspace.take(rows, columns_qk), k = workspace.take(rows, columns_qk);
-  const Operand v = workspace.take(rows, columns_vo), context = workspace.take(rows, columns_vo);
-  const auto results = [&] {
-    const auto maybe = [&](const Operand& o) {
-      return keep ? kept(e, o, x) : at::empty({0}, x.options());
-    };
-    return std::make_tuple(y, maybe(q), maybe(k), maybe(v), maybe(context));
+  const auto kept = [&](int64_t n) {
+    return keep ? at::empty(with_last(x, n), x.options()) : at::empty({0}, x.options());
   };
-  if (!rows || !out) return results();
+  at::Tensor y = at::empty(with_last(x, out), x.options());
+  const std::array<at::Tensor, 4> middles{kept(columns_qk), kept(columns_qk), kept(columns_vo),
+                                          kept(columns_vo)};
+  const auto results = std::tuple_cat(std::make_tuple(y), middles);
+  if (!rows || !out) return results;
 
-  const Heads shape{x.size(0), x.size(1), num_heads, columns_qk / num_heads,
-                    columns_vo / num_heads, static_cast<float>(scale)};
-  const Masks masks(attn_mask, shape.images, num_heads, shape.tokens);
+  const Engine& e = engine(dtype_of(x));
+  const int64_t tokens = x.size(1), size = e.operand_size();
+  const Masks masks(attn_mask, x.size(0), num_heads, tokens);
   const Packed pq = packed(e, wq, true), pk = packed(e, wk, true), pv = packed(e, wv, true);
   const Packed po = packed(e, wo, true);
   const RowsOf xs(x), rs(residual ? *residual : x);
   const Bias bias_q(bq), bias_o(bo);
-  const int64_t size = e.operand_size(), block = block_rows(e, rows);
   const int64_t kx = e.padded_k(in), kc = e.padded_k(columns_vo);
-
-  for_each_block(e, rows, [&](int64_t row, int64_t m) {
-    Scratch scratch(Scratch::aligned(block * kx * size));
-    const Left left = left_operand(e, m, in, rows_from(xs.rows, row), epsilon,
-                                   scratch.take(block * kx * size));
-    const auto project = [&](const Packed& weight, const Operand& to, Rows bias) {
-      e.multiply({m, to.columns, in, left.data, left.stride, weight.data.get(), kx, 0},
-                 {to.at_row(row), to.columns, e.operand, bias});
-    };
-    project(pq, q, bias_q.rows);
-    project(pk, k, {nullptr, 0, Dtype::f32});
-    project(pv, v, {nullptr, 0, Dtype::f32});
-  });
-  attend(e, shape, q, k, v, context, masks);
-
   const Dtype dtype = dtype_of(y);
   char* result = static_cast<char*>(y.mutable_data_ptr());
-  for_each_block(e, rows, [&](int64_t row, int64_t m) {
-    Scratch scratch(Scratch::aligned(block * kc * size));
-    const Rows from{context.at_row(row), context.columns, e.operand};
-    const Left left = left_operand(e, m, columns_vo, from, {}, scratch.take(block * kc * size));
-    Finish finish{result + row * out * dtype_size(dtype), out, dtype, bias_o.rows};
-    if (residual) finish.residual = rows_from(rs.rows, row);
-    e.multiply({m, out, columns_vo, left.data, left.stride, po.data.get(), kc, 0}, finish);
+
+  const auto sweep = [&](int64_t image, int64_t images) {
+    const int64_t first = image * tokens, count = images * tokens, block = block_rows(e, count);
+    Workspace workspace(e, count, 2 * (columns_qk + columns_vo));
+    const Operand q = workspace.take(count, columns_qk), k = workspace.take(count, columns_qk);
+    const Operand v = workspace.take(count, columns_vo), z = workspace.take(count, columns_vo);
+
+    for_each_block(e, count, [&](int64_t row, int64_t m) {
+      Scratch scratch(Scratch::aligned(block * kx * size));
+      const Left left = left_operand(e, m, in, rows_from(xs.rows, first + row), epsilon,
+                                     scratch.take(block * kx * size));
+      const auto project = [&](const Packed& weight, const Operand& to, Rows bias) {
+        e.multiply({m, to.columns, in, left.data, left.stride, weight.data.get(), kx, 0},
+                   {to.at_row(row), to.columns, e.operand, bias});
+      };
+      project(pq, q, bias_q.rows);
+      project(pk, k, {nullptr, 0, Dtype::f32});
+      project(pv, v, {nullptr, 0, Dtype::f32});
+    });
+    attend(e, {image, images, tokens, num_heads, columns_qk / num_heads, columns_vo / num_heads,
+               static_cast<float>(scale)}, q, k, v, z, masks);
+    for_each_block(e, count, [&](int64_t row, int64_t m) {
+      Scratch scratch(Scratch::aligned(block * kc * size));
+      const Rows from{z.at_row(row), z.columns, e.operand};
+      const Left left = left_operand(e, m, columns_vo, from, {}, scratch.take(block * kc * size));
+      Finish finish{result + (first + row) * out * dtype_size(dtype), out, dtype, bias_o.rows};
+      if (residual) finish.residual = rows_from(rs.rows, first + row);
+      e.multiply({m, out, columns_vo, left.data, left.stride, po.data.get(), kc, 0}, finish);
+    });
+    if (!keep) return;
+    const Operand* operands[] = {&q, &k, &v, &z};
+    for (int i = 0; i < 4; ++i) {
+      const Operand& o = *operands[i];
+      keep_rows(count, o.columns, o.data, o.columns, e.operand, middles[i], first);
+    }
+  };
+  if (!image_by_image(x.size(0))) {
+    sweep(0, x.size(0));
+    return results;
+  }
+  at::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; ++image) sweep(image, 1);
   });
-  return results();
+  return results;
 }
 
 }  // namespace
