@@ -21,6 +21,13 @@ struct Rows {
   Dtype dtype;
 };
 
+// Memory that is needed next, brought nearer while a product runs: of small batches the weights come
+// from DRAM, and the first rows would wait for them. In pieces `stride` bytes apart, or in one.
+struct Ahead {
+  const void* data = nullptr;
+  int64_t bytes = 0, piece = 0, stride = 0;
+};
+
 // C (m, n) = A (m, k) · B (k, n). B is packed; of its `b_rows` rows those from `b_first` on count.
 struct Product {
   int64_t m, n, k;
@@ -28,6 +35,7 @@ struct Product {
   int64_t a_stride;
   const void* b;
   int64_t b_rows, b_first;
+  Ahead ahead{};
 };
 
 // What becomes of a tile of C while it is in cache: out = act(C · row_scale + bias) + residual.

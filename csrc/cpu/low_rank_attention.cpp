@@ -182,13 +182,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
       Scratch scratch(Scratch::aligned(block * kx * size));
       const Left left = left_operand(e, m, in, rows_from(xs.rows, first + row), epsilon,
                                      scratch.take(block * kx * size));
-      const auto project = [&](const Packed& weight, const Operand& to, Rows bias) {
-        e.multiply({m, to.columns, in, left.data, left.stride, weight.data.get(), kx, 0},
+      const auto project = [&](const Packed& weight, const Operand& to, Rows bias, Ahead ahead) {
+        e.multiply({m, to.columns, in, left.data, left.stride, weight.data.get(), kx, 0,
+                    first + row ? Ahead{} : ahead},
                    {to.at_row(row), to.columns, e.operand, bias});
       };
-      project(pq, q, bias_q.rows);
-      project(pk, k, {nullptr, 0, Dtype::f32});
-      project(pv, v, {nullptr, 0, Dtype::f32});
+      project(pq, q, bias_q.rows, pk.all());
+      project(pk, k, {nullptr, 0, Dtype::f32}, pv.all());
+      project(pv, v, {nullptr, 0, Dtype::f32}, po.all());
     });
     attend(e, {image, images, tokens, num_heads, columns_qk / num_heads, columns_vo / num_heads,
                static_cast<float>(scale)}, q, k, v, z, masks);
@@ -198,7 +199,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
       const Left left = left_operand(e, m, columns_vo, from, {}, scratch.take(block * kc * size));
       Finish finish{result + (first + row) * out * dtype_size(dtype), out, dtype, bias_o.rows};
       if (residual) finish.residual = rows_from(rs.rows, first + row);
-      e.multiply({m, out, columns_vo, left.data, left.stride, po.data.get(), kc, 0}, finish);
+      const Ahead ahead = first + row ? Ahead{} : po.follower();
+      e.multiply({m, out, columns_vo, left.data, left.stride, po.data.get(), kc, 0, ahead}, finish);
     });
     if (!keep) return;
     const Operand* operands[] = {&q, &k, &v, &z};

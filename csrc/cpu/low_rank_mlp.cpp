@@ -59,14 +59,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> low_rank_mlp(
     float* sum = scratch.take<float>(block * n2 * 4);
     void* t2 = scratch.take(block * k2 * size);
     if (k1 != rank1) std::memset(t1, 0, m * k1 * size);
-    e.multiply({m, rank1, in, left.data, left.stride, pv1.data.get(), kx, 0}, {t1, k1, e.operand});
+    // The first rows see every weight for the first time: each product fetches what the next needs.
+    const auto ahead = [&](Ahead memory) { return row ? Ahead{} : memory; };
+    const auto part_of_u1 = [&](int64_t first) {
+      const int64_t bytes = e.padded_n(std::min(chunk, hidden - first)) * k1 * size;
+      return Ahead{static_cast<const char*>(pu1.data.get()) + first * k1 * size, bytes};
+    };
+    const auto part_of_v2 = [&](int64_t first, int64_t columns) {
+      const int64_t lanes = std::min(2 * e.width, n2) * size, panels = ceil_div(n2 * size, lanes);
+      return Ahead{static_cast<const char*>(pv2.data.get()) + first * lanes,
+                   panels * columns * lanes, columns * lanes, kh * lanes};
+    };
+    e.multiply({m, rank1, in, left.data, left.stride, pv1.data.get(), kx, 0, ahead(part_of_u1(0))},
+               {t1, k1, e.operand});
     for (int64_t first = 0; first < hidden; first += chunk) {
-      const int64_t columns = std::min(chunk, hidden - first);
+      const int64_t columns = std::min(chunk, hidden - first), following = first + columns;
       if (columns % e.group) std::memset(h, 0, m * chunk * size);
-      const char* u1_panels = static_cast<const char*>(pu1.data.get()) + first * k1 * size;
-      e.multiply({m, columns, rank1, t1, k1, u1_panels, k1, 0},
+      e.multiply({m, columns, rank1, t1, k1, part_of_u1(first).data, k1, 0,
+                  ahead(part_of_v2(first, columns))},
                  {h, chunk, e.operand, bias1.from(first), act});
-      e.accumulate({m, rank2, columns, h, chunk, pv2.data.get(), kh, first}, sum, n2, first > 0);
+      e.accumulate({m, rank2, columns, h, chunk, pv2.data.get(), kh, first,
+                    ahead(following < hidden ? part_of_u1(following) : pu2.all())},
+                   sum, n2, first > 0);
     }
     e.load(m, rank2, {sum, n2, Dtype::f32}, t2, k2);
     if (keep) {
@@ -75,7 +89,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> low_rank_mlp(
     }
     Finish finish{result + row * out * dtype_size(dtype), out, dtype, bias2.rows};
     if (residual) finish.residual = rows_from(rs.rows, row);
-    e.multiply({m, out, rank2, t2, k2, pu2.data.get(), k2, 0}, finish);
+    e.multiply({m, out, rank2, t2, k2, pu2.data.get(), k2, 0, ahead(pu2.follower())}, finish);
   });
   return {y, middle1, middle2};
 }

@@ -30,7 +30,7 @@ Packed pack_now(const Engine& engine, int64_t k, int64_t n, const void* b, int64
   const int failed = posix_memalign(&memory, 64, std::max<int64_t>(bytes, 64));
   TORCH_CHECK(failed == 0, "out of memory: ", bytes, " bytes for a packed weight");
   engine.pack(k, n, b, row, column, dtype, memory);
-  return {k, n, std::shared_ptr<const void>(memory, std::free)};
+  return {k, n, bytes, std::shared_ptr<const void>(memory, std::free)};
 }
 
 namespace {
@@ -38,9 +38,9 @@ namespace {
 using Key = std::tuple<const Engine*, const void*, int64_t, int64_t, int64_t, int64_t, bool>;
 using Storage = c10::weak_intrusive_ptr<c10::StorageImpl>;
 
-constexpr int64_t kSamples = 64;
+constexpr int64_t kSamples = 16;
 
-// 64 elements spread evenly over the weight.
+// A few elements spread evenly over the weight.
 uint64_t fingerprint(const at::Tensor& weight) {
   const int64_t rows = weight.size(0), columns = weight.size(1), size = weight.element_size();
   if (!rows || !columns) return 0;
@@ -56,11 +56,18 @@ uint64_t fingerprint(const at::Tensor& weight) {
   return hash;
 }
 
+// What was asked for after an entry.
+struct Follower {
+  std::weak_ptr<const void> data;
+  int64_t bytes = 0;
+};
+
 struct Entry {
   Storage storage;
   uint32_t version;
   uint64_t fingerprint;
   Packed packed;
+  std::shared_ptr<Follower> follower = std::make_shared<Follower>();
 };
 
 struct Cache {
@@ -71,6 +78,18 @@ struct Cache {
 Cache& cache() {
   static Cache* cache = new Cache;  // never destroyed: weights may outlive static destruction
   return *cache;
+}
+
+// The entry's weight and what followed it, which is noted for the entry asked for before. Under the
+// cache's mutex.
+Packed found_after_last(const Entry& entry) {
+  thread_local std::weak_ptr<Follower> last;
+  if (const auto before = last.lock()) *before = {entry.packed.data, entry.packed.bytes};
+  last = entry.follower;
+  Packed result = entry.packed;
+  result.next = entry.follower->data.lock();
+  result.next_bytes = entry.follower->bytes;
+  return result;
 }
 
 void drop_dead_entries(std::map<Key, Entry>& entries) {
@@ -100,16 +119,16 @@ Packed packed(const Engine& engine, const at::Tensor& weight, bool transposed) {
       const auto alive = entry.storage.lock();
       if (alive.get() == weight.storage().unsafeGetStorageImpl() && entry.version == version &&
           entry.fingerprint == sample) {
-        return entry.packed;
+        return found_after_last(entry);
       }
     }
   }
   Packed made = pack_it();
   std::lock_guard<std::mutex> lock(all.mutex);
   drop_dead_entries(all.entries);
-  all.entries.insert_or_assign(
-      key, Entry{weight.storage().getWeakStorageImpl(), version, sample, made});
-  return made;
+  const auto [kept, inserted] = all.entries.insert_or_assign(
+      key, Entry{weight.storage().getWeakStorageImpl(), version, sample, std::move(made)});
+  return found_after_last(kept->second);
 }
 
 }  // namespace adacomcat

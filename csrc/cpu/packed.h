@@ -13,8 +13,15 @@ Dtype dtype_of(const at::Tensor& t);
 
 // A right operand B (k, n) in panels.
 struct Packed {
-  int64_t k = 0, n = 0;
+  int64_t k = 0, n = 0, bytes = 0;
   std::shared_ptr<const void> data;
+  // What this thread asked for next, the last time that it asked for this one: in a model the first
+  // weight of the layer that follows. Empty where that is not known, or gone.
+  std::shared_ptr<const void> next;
+  int64_t next_bytes = 0;
+
+  Ahead all() const { return {data.get(), bytes}; }
+  Ahead follower() const { return {next.get(), next_bytes}; }
 };
 
 // `weight` is B, or Bᵀ where `transposed`. Kept, for all threads, until the weight changes or goes;

@@ -22,10 +22,16 @@ constexpr int kOperandSize = 4;
 #endif
 constexpr int kStep = kGroup * kOperandSize;  // bytes of one lane of A
 
+// What one tile prefetches: `step` bytes further with every lane of k.
+struct Prefetch {
+  const char* from;
+  int64_t step;
+};
+
 // c (R, P vectors) = or += a · b over `steps` lanes of k; the packed rows of b are P vectors apart.
 template <int R, int P>
 void multiply_tile(int64_t steps, const char* a, int64_t a_stride, const float* b, float* c,
-                   int64_t c_stride, bool add) {
+                   int64_t c_stride, bool add, Prefetch ahead) {
   Vector sum[R][P];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -33,6 +39,8 @@ void multiply_tile(int64_t steps, const char* a, int64_t a_stride, const float* 
     for (int p = 0; p < P; ++p) sum[r][p] = add ? load(c + r * c_stride + p * kLanes) : Vector{};
   }
   for (int64_t i = 0; i < steps; ++i) {
+    __builtin_prefetch(ahead.from, 0, 2);
+    ahead.from += ahead.step;
     Vector right[P];
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) right[p] = load(b + p * kLanes);
@@ -52,7 +60,8 @@ void multiply_tile(int64_t steps, const char* a, int64_t a_stride, const float* 
   }
 }
 
-using MultiplyTile = void (*)(int64_t, const char*, int64_t, const float*, float*, int64_t, bool);
+using MultiplyTile = void (*)(int64_t, const char*, int64_t, const float*, float*, int64_t, bool,
+                              Prefetch);
 
 template <int P, int... R>
 constexpr MultiplyTile tile_of(int rows, Sequence<R...>) {
@@ -88,11 +97,37 @@ inline const float* right_of(const Product& p, int64_t column, int64_t vectors) 
 
 inline int64_t steps_of(const Product& p) { return (p.k + kGroup - 1) / kGroup; }
 
+// The part of p.ahead that each tile prefetches, in turn.
+class Prefetches {
+ public:
+  explicit Prefetches(const Product& p) : ahead_(p.ahead), none_{static_cast<const char*>(p.b), 0} {
+    if (!ahead_.data) return;
+    const int64_t columns = kPanel * kLanes;
+    const int64_t tiles = (p.m + kTileRows - 1) / kTileRows * ((p.n + columns - 1) / columns);
+    share_ = (ahead_.bytes + tiles - 1) / tiles;
+    step_ = (share_ + steps_of(p) - 1) / steps_of(p);
+    if (!ahead_.piece) ahead_.piece = ahead_.bytes;
+  }
+
+  Prefetch next() {
+    if (done_ >= ahead_.bytes) return none_;
+    const int64_t piece = done_ / ahead_.piece, offset = done_ % ahead_.piece;
+    done_ += share_;
+    return {static_cast<const char*>(ahead_.data) + piece * ahead_.stride + offset, step_};
+  }
+
+ private:
+  Ahead ahead_;
+  Prefetch none_;  // an address that is in cache
+  int64_t share_ = 0, step_ = 0, done_ = 0;
+};
+
 void accumulate(const Product& p, float* sum, int64_t stride, bool add) {
+  Prefetches ahead(p);
   for_each_tile(p.m, p.n, [&](int64_t row, int64_t rows, int64_t column, int64_t vectors) {
     find_tile(rows, vectors)(steps_of(p), left_of(p, row), p.a_stride * kOperandSize,
                              right_of(p, column, vectors), sum + row * stride + column, stride,
-                             add);
+                             add, ahead.next());
   });
 }
 
@@ -123,9 +158,11 @@ template <Activation A, Dtype D>
 void multiply_with(const Product& p, const Finish& f) {
   constexpr int64_t stride = kPanel * kLanes;
   alignas(64) float tile[kTileRows * stride];
+  Prefetches ahead(p);
   for_each_tile(p.m, p.n, [&](int64_t row, int64_t rows, int64_t column, int64_t vectors) {
     find_tile(rows, vectors)(steps_of(p), left_of(p, row), p.a_stride * kOperandSize,
-                             right_of(p, column, vectors), tile, stride, false);
+                             right_of(p, column, vectors), tile, stride, false,
+                             ahead.next());
     const int64_t columns = least(vectors * kLanes, p.n - column);
     for (int64_t j = 0; j < columns; j += kLanes) {
       finish_column<A, D>(f, tile + j, stride, row, rows, column + j, least(kLanes, columns - j));
