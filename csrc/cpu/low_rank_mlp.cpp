@@ -8,7 +8,7 @@
 namespace adacomcat {
 namespace {
 
-constexpr int64_t kHiddenPanels = 4;
+constexpr int64_t kHiddenPanels = 8;
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> low_rank_mlp(
     const at::Tensor& x, const at::Tensor& v1, const at::Tensor& u1, const OptionalTensor& b1,

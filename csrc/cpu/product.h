@@ -28,10 +28,15 @@ struct Prefetch {
   int64_t step;
 };
 
+// Where a tile waits for its finish; a constant stride saves every tile the sums of its addresses.
+constexpr int64_t kTileStride = kPanel * kLanes;
+
 // c (R, P vectors) = or += a · b over `steps` lanes of k; the packed rows of b are P vectors apart.
-template <int R, int P>
+// Rows of c are S elements apart, or `c_stride` where S is 0.
+template <int R, int P, int64_t S>
 void multiply_tile(int64_t steps, const char* a, int64_t a_stride, const float* b, float* c,
                    int64_t c_stride, bool add, Prefetch ahead) {
+  if (S) c_stride = S;
   Vector sum[R][P];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -63,15 +68,16 @@ void multiply_tile(int64_t steps, const char* a, int64_t a_stride, const float* 
 using MultiplyTile = void (*)(int64_t, const char*, int64_t, const float*, float*, int64_t, bool,
                               Prefetch);
 
-template <int P, int... R>
-constexpr MultiplyTile tile_of(int rows, Sequence<R...>) {
-  constexpr MultiplyTile tiles[] = {multiply_tile<R + 1, P>...};
+template <int P, int64_t S, int... R>
+inline MultiplyTile tile_of(int64_t rows, Sequence<R...>) {
+  static constexpr MultiplyTile tiles[] = {multiply_tile<R + 1, P, S>...};
   return tiles[rows - 1];
 }
 
+template <int64_t S>
 inline MultiplyTile find_tile(int64_t rows, int64_t vectors) {
   using Tiles = typename MakeSequence<kTileRows>::type;
-  return vectors == kPanel ? tile_of<kPanel>(rows, Tiles{}) : tile_of<1>(rows, Tiles{});
+  return vectors == kPanel ? tile_of<kPanel, S>(rows, Tiles{}) : tile_of<1, S>(rows, Tiles{});
 }
 
 // Calls `visit(row, rows, column, vectors)` for each tile of C. The last panel is one vector wide
@@ -125,21 +131,21 @@ class Prefetches {
 void accumulate(const Product& p, float* sum, int64_t stride, bool add) {
   Prefetches ahead(p);
   for_each_tile(p.m, p.n, [&](int64_t row, int64_t rows, int64_t column, int64_t vectors) {
-    find_tile(rows, vectors)(steps_of(p), left_of(p, row), p.a_stride * kOperandSize,
-                             right_of(p, column, vectors), sum + row * stride + column, stride,
-                             add, ahead.next());
+    find_tile<0>(rows, vectors)(steps_of(p), left_of(p, row), p.a_stride * kOperandSize,
+                                right_of(p, column, vectors), sum + row * stride + column, stride,
+                                add, ahead.next());
   });
 }
 
 // One vector column of a tile, all its rows: the bias stays in a register.
 template <Activation A, Dtype D>
-inline void finish_column(const Finish& f, const float* tile, int64_t tile_stride, int64_t row,
-                          int64_t rows, int64_t column, int64_t count) {
+inline void finish_column(const Finish& f, const float* tile, int64_t row, int64_t rows,
+                          int64_t column, int64_t count) {
   const bool whole = count == kLanes;
   const Vector bias = f.bias.data ? load_some(f.bias.data, column, f.bias.dtype, count) : Vector{};
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t out = (row + i) * f.stride + column;
-    Vector x = load(tile + i * tile_stride);
+    Vector x = load(tile + i * kTileStride);
     if (f.row_scale) x *= f.row_scale[row + i];
     x = activate(x + bias, A);
     if (f.residual.data) {
@@ -156,16 +162,15 @@ inline void finish_column(const Finish& f, const float* tile, int64_t tile_strid
 
 template <Activation A, Dtype D>
 void multiply_with(const Product& p, const Finish& f) {
-  constexpr int64_t stride = kPanel * kLanes;
-  alignas(64) float tile[kTileRows * stride];
+  alignas(64) float tile[kTileRows * kTileStride];
   Prefetches ahead(p);
   for_each_tile(p.m, p.n, [&](int64_t row, int64_t rows, int64_t column, int64_t vectors) {
-    find_tile(rows, vectors)(steps_of(p), left_of(p, row), p.a_stride * kOperandSize,
-                             right_of(p, column, vectors), tile, stride, false,
-                             ahead.next());
+    find_tile<kTileStride>(rows, vectors)(steps_of(p), left_of(p, row), p.a_stride * kOperandSize,
+                                          right_of(p, column, vectors), tile, kTileStride, false,
+                                          ahead.next());
     const int64_t columns = least(vectors * kLanes, p.n - column);
     for (int64_t j = 0; j < columns; j += kLanes) {
-      finish_column<A, D>(f, tile + j, stride, row, rows, column + j, least(kLanes, columns - j));
+      finish_column<A, D>(f, tile + j, row, rows, column + j, least(kLanes, columns - j));
     }
   });
 }

@@ -15,7 +15,14 @@ inline void store(float* p, Vector x) { *reinterpret_cast<LooseVector*>(p) = x; 
 inline Vector select(Integers mask, Vector yes, Vector no) {
   return (Vector)((mask & (Integers)yes) | (~mask & (Integers)no));
 }
+// Where one is NaN, b.
+#if defined(__AVX512F__)
+inline Vector maximum(Vector a, Vector b) { return (Vector)_mm512_max_ps((__m512)a, (__m512)b); }
+inline Vector minimum(Vector a, Vector b) { return (Vector)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 inline Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
+inline Vector minimum(Vector a, Vector b) { return a < b ? a : b; }
+#endif
 
 inline Vector from_bf16(Halves x) {
   return (Vector)(__builtin_convertvector(x, Words) << 16);
@@ -82,16 +89,32 @@ inline void store_some(void* p, int64_t i, Dtype dtype, Vector x, int64_t count)
   __builtin_memcpy(static_cast<char*>(p) + i * size, lanes, count * size);
 }
 
-inline float sum_of(Vector x) {
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += x[i];
-  return sum;
+// Lane i becomes lane i + Distance, around.
+template <int Distance>
+inline Vector rotated(Vector x) {
+  Integers from;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) from[i] = (i + Distance) % kLanes;
+  return __builtin_shuffle(x, from);
 }
 
+// Halves onto halves: one lane after the other would wait kLanes times for an addition.
+template <int Half = kLanes / 2>
+inline float sum_of(Vector x) {
+  if constexpr (Half == 0) {
+    return x[0];
+  } else {
+    return sum_of<Half / 2>(x + rotated<Half>(x));
+  }
+}
+
+template <int Half = kLanes / 2>
 inline float maximum_of(Vector x) {
-  float most = x[0];
-  for (int i = 1; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
-  return most;
+  if constexpr (Half == 0) {
+    return x[0];
+  } else {
+    return maximum_of<Half / 2>(maximum(x, rotated<Half>(x)));
+  }
 }
 
 // 2^n · Σ r^i / i!, |r| ≤ ln2 / 2: relative error about 1e-7; 0 below -87, infinity above 88.7.
@@ -118,10 +141,24 @@ inline Vector exponential(Vector x) {
   return select(x == x, p, x);
 }
 
-// exp(x) for x <= 0: the softmax's. 0 below -87; relative error about 1e-7, or 2e-5 where the result
+// p · 2^n for n <= 0; `shifted` is n + 1.5 · 2^23, so n stands in its low bits.
+#if defined(__AVX512F__)
+inline Vector times_power(Vector p, Vector n, Vector) {
+  return (Vector)_mm512_scalef_ps((__m512)p, (__m512)n);
+}
+constexpr float kLeastDecay = -105.0f;  // there the result is zero of itself
+#else
+inline Vector times_power(Vector p, Vector n, Vector shifted) {
+  const Vector scaled = (Vector)((Integers)p + ((Integers)shifted << 23));
+  return select(n <= -126.0f, Vector{}, scaled);
+}
+constexpr float kLeastDecay = -88.0f;
+#endif
+
+// exp(x) for x <= 0: the softmax's. 0 far below; relative error about 1e-7, or 2e-5 where the result
 // becomes bfloat16.
 inline Vector decay(Vector x) {
-  const Vector clamped = maximum(x, broadcast(-87.3f));
+  const Vector clamped = maximum(broadcast(kLeastDecay), x);
   const float round = 12582912.0f;
   const Vector shifted = clamped * 1.44269504088896f + round;
   const Vector n = shifted - round;
@@ -137,20 +174,22 @@ inline Vector decay(Vector x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  // The integer n stands in the low bits of `shifted`; it moves into the exponent.
-  p = (Vector)((Integers)p + ((Integers)shifted << 23));
-  return select(x < -87.3f, Vector{}, p);
+  return times_power(p, n, shifted);
 }
 
-// Minimax polynomials of erf(z) / z in s = 2 z² / 3.9² - 1, |z| <= 3.9 (beyond, erf is 1 to 4e-8):
-// absolute error of erf 3e-7 in fp32, and 9e-5 where a result of 16 bits is asked for.
-constexpr float kErf[] = {0.362583995f,   -0.181011453f, 0.134689063f,   -0.109516501f,
-                          0.0907082185f,  -0.0739961267f, 0.0576511919f, -0.0417783521f,
-                          0.0299289729f,  -0.022178771f,  0.0123189595f, -0.003447111f,
-                          0.0028952607f,  -0.00405585626f, 0.00161876739f};
-constexpr float kShortErf[] = {0.362615883f,   -0.180948049f,  0.132945478f, -0.109977536f,
-                               0.105556101f,   -0.075670734f,  0.0150556369f, -0.0295003615f,
-                               0.0759493336f, -0.0396387316f};
+// Minimax polynomials of erf(z) / z in s = 2 (z / limit)² - 1, beyond which erf is constant: absolute
+// error of erf 4e-7 in fp32, and 8e-5 where a result of 16 bits is asked for.
+#ifdef ADACOMCAT_BF16_DOT
+constexpr float kErfLimit = 3.0f;
+constexpr float kErf[] = {0.470096461f,  -0.228897412f,  0.158800531f,  -0.109451143f,
+                          0.0652847265f, -0.0437961244f, 0.0364157193f, -0.0151536426f};
+#else
+constexpr float kErfLimit = 3.6f;
+constexpr float kErf[] = {0.392712022f,   -0.195488566f,  0.143818684f,   -0.113852739f,
+                          0.0897092831f,  -0.0675183463f, 0.0487858248f,  -0.0344497661f,
+                          0.0201857866f,  -0.00821142238f, 0.00561546278f, -0.0057780533f,
+                          0.00224961795f};
+#endif
 
 template <int N>
 inline Vector horner(const float (&coefficients)[N], Vector s) {
@@ -161,14 +200,8 @@ inline Vector horner(const float (&coefficients)[N], Vector s) {
 }
 
 inline Vector error_function(Vector x) {
-  const Vector s = x * x * (2.0f / (3.9f * 3.9f)) - 1.0f;
-#ifdef ADACOMCAT_BF16_DOT
-  const Vector inside = x * horner(kShortErf, s);
-#else
-  const Vector inside = x * horner(kErf, s);
-#endif
-  const Vector low = select(x < -3.9f, broadcast(-1.0f), inside);
-  return select(x > 3.9f, broadcast(1.0f), low);
+  const Vector z = minimum(broadcast(kErfLimit), maximum(broadcast(-kErfLimit), x));
+  return z * horner(kErf, z * z * (2.0f / (kErfLimit * kErfLimit)) - 1.0f);
 }
 
 inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
@@ -176,7 +209,7 @@ inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
 inline Vector activate(Vector x, Activation activation) {
   switch (activation) {
     case Activation::gelu:
-      return 0.5f * x * (1.0f + error_function(x * 0.70710678118654752f));
+      return 0.5f * x + 0.5f * x * error_function(x * 0.70710678118654752f);
     case Activation::gelu_tanh:  // 0.5 (1 + tanh z) = sigmoid(2 z)
       return x * sigmoid(1.59576912160573071f * (x + 0.044715f * x * x * x));
     case Activation::silu:
