@@ -215,6 +215,16 @@ void pack(int64_t k, int64_t n, const void* b, int64_t row, int64_t column, Dtyp
     const int64_t lanes = n - first <= kLanes ? kLanes : kPanel * kLanes;
     const int64_t columns = least(lanes, n - first);
     for (int64_t i = 0; i < padded; i += kGroup) {
+      if (copy && row == 1 && i + kGroup <= k) {  // a lane's rows lie side by side
+        char* out = static_cast<char*>(packed) + at * kOperandSize;
+        const char* from = static_cast<const char*>(b) + (i + first * column) * size;
+        for (int64_t j = 0; j < columns; ++j) {
+          __builtin_memcpy(out + j * kStep, from + j * column * size, kStep);
+        }
+        __builtin_memset(out + columns * kStep, 0, (lanes - columns) * kStep);
+        at += lanes * kGroup;
+        continue;
+      }
       for (int g = 0; g < kGroup; ++g) {
         char* out = static_cast<char*>(packed) + (at + g) * kOperandSize;
         const char* from = static_cast<const char*>(b) + ((i + g) * row + first * column) * size;

@@ -85,9 +85,15 @@ void softmax_rows(int64_t m, int64_t n, float* logits, int64_t stride, float sca
     } else {
       for (int64_t j = n; j % kLanes; ++j) row[j] = -infinity;  // there is room for whole vectors
     }
-    Vector most = broadcast(-infinity);
-    for (int64_t j = 0; j < n; j += kLanes) most = maximum(most, load(row + j));
-    float peak = maximum_of(most) * rest;
+    // Two at a time: each waits for itself only.
+    Vector even = broadcast(-infinity), odd = even;
+    int64_t place = 0;
+    for (; place + kLanes < n; place += 2 * kLanes) {
+      even = maximum(even, load(row + place));
+      odd = maximum(odd, load(row + place + kLanes));
+    }
+    if (place < n) even = maximum(even, load(row + place));
+    float peak = maximum_of(maximum(even, odd)) * rest;
     if (peak == -infinity) peak = 0;  // masked entirely: every exponential is zero
     Vector sums{};
     char* to = static_cast<char*>(out) + i * out_stride * kOperandSize;
