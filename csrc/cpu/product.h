@@ -107,7 +107,8 @@ inline int64_t steps_of(const Product& p) { return (p.k + kGroup - 1) / kGroup; 
 class Prefetches {
  public:
   explicit Prefetches(const Product& p) : ahead_(p.ahead), none_{static_cast<const char*>(p.b), 0} {
-    if (!ahead_.data) return;
+    if (!ahead_.data) ahead_.bytes = 0;  // nothing known, or gone
+    if (!ahead_.bytes) return;
     const int64_t columns = kPanel * kLanes;
     const int64_t tiles = (p.m + kTileRows - 1) / kTileRows * ((p.n + columns - 1) / columns);
     share_ = (ahead_.bytes + tiles - 1) / tiles;
