@@ -206,6 +206,41 @@ def test_weights_are_shared_between_threads() -> None:
     assert all(torch.equal(y, expected) for result in results for y in result)
 
 
+@pytest.mark.parametrize("name", ["mlp-197", "attention-197"])
+def test_what_followed_may_be_gone(name: str) -> None:
+    """Kernels fetch the weights that came next the last time, here those of a layer since deleted."""
+    case = ALL[name]
+    tensors = convert(case.draw(), torch.float32)
+    expected = case.call(tensors)
+    other = convert(case.draw(), torch.float32)
+    case.call(other)
+    del other
+    gc.collect()
+    for _ in range(3):
+        torch.testing.assert_close(case.call(tensors), expected)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_kernels_run_on_all_threads(threads: int) -> None:
+    program = f"""
+import os
+import numpy as np
+import torch
+from adacomcat import ops
+torch.set_num_threads({threads})
+x, v, u = (torch.from_numpy(np.ones(shape, np.float32))
+           for shape in ((394, 384), (384, 64), (384, 64)))
+before = len(os.listdir("/proc/self/task"))
+with torch.no_grad():
+    ops.low_rank_linear(x, v, u)
+print(len(os.listdir("/proc/self/task")) - before)"""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                         env=environment)
+    assert run.stdout.strip() == str(threads - 1), run.stderr
+
+
 # The choice of the instruction set and of the kernel.
 
 
