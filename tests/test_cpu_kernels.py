@@ -209,7 +209,7 @@ def test_weights_are_shared_between_threads() -> None:
 
 @pytest.mark.parametrize("name", ["mlp-197", "attention-197"])
 def test_what_followed_may_be_gone(name: str) -> None:
-    """Kernels fetch the weights that came next the last time, here those of a layer since deleted."""
+    """Kernels fetch the weights that came next the last time: here of a layer since deleted."""
     case = ALL[name]
     tensors = convert(case.draw(), torch.float32)
     expected = case.call(tensors)
