@@ -14,9 +14,15 @@ from adacomcat.cost import model_params, module_tokens, plan_macs, site_macs
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.progress import progress
+from adacomcat.sequential import sequential_blocks
 from adacomcat.sites import DENSE, MULTIPLE, Rank, Site, find_sites
 
 PROBE_IMAGES = 4
+
+# Of the sum of single errors this much is left where all blocks are fitted in sequence, for then
+# outputs are refitted to what scores and values lost. Half of each kind alone, DINOv2 ViT-S, on
+# photographs kept from calibration (examples/dinov2): 0.03 of 0.23, 0.12 of 0.42, 0.15 of 0.26.
+LEFT_IN_SEQUENCE = {"qk": 0.13, "vo": 0.28, "hidden": 0.57}
 
 
 @dataclass(frozen=True)
@@ -78,13 +84,14 @@ def _spend_rest(items: list[list[Choice]], chosen: list[int], rest: float) -> No
 
 
 @torch.no_grad()
-def sensitivities(model: nn.Module, factors: Factors, images: Tensor) -> dict[str, float]:
+def sensitivities(model: nn.Module, factors: Factors, images: Tensor,
+                  sites: list[Site]) -> dict[str, float]:
     """How much of each site's own error reaches the outputs, measured.
 
     Each site alone is truncated to half its break-even rank; the relative change of tokens and
     outputs, steadied, over the truncation error of that site is its sensitivity.
     """
-    sites, changes, own = find_sites(model), [], []
+    changes, own = [], []
     with evaluating(model):
         dense = _tokens_and_outputs(model, images)
         for site in progress(sites, "probing"):
@@ -135,21 +142,26 @@ def choices(site: Site, factors: Factors, sensitivity: float, cost: "Cost",
 
 def choose_plan(model: nn.Module, factors: Factors, *, keep_params: float | None = None,
                 keep_macs: float | None = None, calibration: Tensor | Iterable | None = None,
-                multiple: int = MULTIPLE) -> RankPlan:
+                multiple: int = MULTIPLE, sites: list[Site] | None = None) -> RankPlan:
     """The knapsack's plan for a budget given as a fraction of the whole model.
+
+    sites: the decisions to take; every rank where not given.
 
     Where the budget cannot be reached with ranks in steps of ``multiple``, the steps are halved.
     """
     keep = keep_params if keep_params is not None else keep_macs
     if not 0 < keep <= 1:
         raise UserError(f"keep must be a fraction in (0, 1], like 0.5; got {keep}")
-    sites = find_sites(model)
+    sites = find_sites(model) if sites is None else sites
     cost, whole = _parameter_cost(model) if keep_macs is None else _mac_cost(model, sites)
     fixed = whole - sum(cost(site, DENSE) for site in sites)
     weights = relative_sensitivities(sites, factors)
     if calibration is not None:
         images = calibration_batches(calibration, model)[0][:PROBE_IMAGES]
-        weights = sensitivities(model, factors, images)
+        weights = sensitivities(model, factors, images, sites)
+        if sequential_blocks(model) and any(site.kind == "hidden" for site in sites):
+            weights = {site.name: LEFT_IN_SEQUENCE.get(site.kind, 1.0) * weights[site.name]
+                       for site in sites}
     while multiple:
         items = [choices(s, factors, weights[s.name], cost, multiple) for s in sites]
         chosen = knapsack(items, keep * whole - fixed)

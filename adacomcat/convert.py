@@ -26,13 +26,15 @@ from adacomcat.factorize import (
     score_spectrum,
     value_spectrum,
 )
+from adacomcat.hidden import HiddenFactors, factorize_hidden, narrow, narrowed
 from adacomcat.layers import LowRankLinear, LowRankMlp
 from adacomcat.plan import RankPlan
 from adacomcat.sequential import compress_blocks_, sequential_blocks
-from adacomcat.sites import DENSE, MULTIPLE, Site, find_sites
+from adacomcat.sites import DENSE, MULTIPLE, Site, find_sites, narrowable_mlps
 from adacomcat.workers import one_by_one, side_by_side
 
-Factors = dict[str, LinearFactors | ScoreFactors | ValueFactors]
+SiteFactors = LinearFactors | ScoreFactors | ValueFactors | HiddenFactors
+Factors = dict[str, SiteFactors]
 
 # Shrinkage of every whitening covariance; measured on DINOv2 ViT-S (examples/dinov2).
 SHRINKAGE = 0.1
@@ -54,7 +56,7 @@ SPECTRA = Decomposition(linear_spectrum, score_spectrum, value_spectrum)
 
 
 def factorize_site(model: nn.Module, site: Site, statistics: Statistics,
-                   shrinkage: float = SHRINKAGE) -> LinearFactors | ScoreFactors | ValueFactors:
+                   shrinkage: float = SHRINKAGE) -> SiteFactors:
     """Full-rank nested factors of one site."""
     return decompose_site(FACTORS, model, site, statistics, shrinkage)
 
@@ -64,6 +66,12 @@ def decompose_site(make: Decomposition, model: nn.Module, site: Site, statistics
     module = model.get_submodule(site.module)
     require_finite(site.module, **{name.replace(".", "_"): p for name, p in
                                    module.named_parameters()})
+    if site.kind == "hidden":
+        found = statistics.get(f"{site.module}.fc2")
+        if found is None:
+            raise UserError(f"{site.name}: only activations tell which neurons can go; give "
+                            "calibration images")
+        return factorize_hidden(*_weight_and_bias(module.fc2), found)
     found = statistics.get(site.module)
     if site.kind == "linear":
         return make.linear(*_weight_and_bias(module), _for_linear(found, site),
@@ -119,9 +127,9 @@ def _for_linear(found: object | None, site: Site) -> LinearStatistics | None:
 
 
 def factorize_model(model: nn.Module, statistics: Statistics | None = None,
-                    shrinkage: float = SHRINKAGE) -> Factors:
+                    shrinkage: float = SHRINKAGE, sites: list[Site] | None = None) -> Factors:
     """Site name → full-rank nested factors, for every site."""
-    sites = find_sites(model)
+    sites = find_sites(model) if sites is None else sites
     factors = decompose_sites(FACTORS, model, sites, statistics or {}, shrinkage, "factorising")
     return {site.name: made for site, made in zip(sites, factors, strict=True)}
 
@@ -150,6 +158,8 @@ def _swap(model: nn.Module, plan: RankPlan, make: Callable) -> nn.Module:
 def low_rank_module(module: nn.Module, sites: list[Site], plan: RankPlan,
                     factors: Factors) -> nn.Module:
     """The drop-in for one dense module, filled. ``sites``: those of this module that shrink."""
+    if sites[0].kind == "hidden":
+        return narrowed(module, *factors[sites[0].name].narrowed(plan[sites[0].name]))
     replacement = _skeleton(module, sites, plan)
     if isinstance(replacement, LowRankLinear):
         replacement.set_(factors[sites[0].name])
@@ -168,6 +178,8 @@ def _skeleton(module: nn.Module, sites: list[Site], plan: RankPlan) -> nn.Module
     site, prefix = sites[0], sites[0].module
     if site.kind == "linear":
         return LowRankLinear.like(module, plan[site.name])
+    if site.kind == "hidden":
+        return narrow(module, plan[site.name])
 
     def folded(part: str) -> int:
         rank = plan[f"{prefix}.{part}"]
@@ -218,10 +230,14 @@ def compress_(model: nn.Module, *, keep_params: float | None = None,
     if plan is not None:
         plan.validate(model)
     batches = None if calibration is None else calibration_batches(calibration, model)
-    factors = factorize_model(model, model_statistics(model, batches))
+    if plan is not None:
+        sites = plan.sites(model)
+    else:  # which neurons may go, only activations tell
+        sites = find_sites(model, () if batches is None else narrowable_mlps(model))
+    factors = factorize_model(model, model_statistics(model, batches), sites=sites)
     if plan is None:
         plan = choose_plan(model, factors, keep_params=keep_params, keep_macs=keep_macs,
-                           calibration=batches, multiple=multiple)
+                           calibration=batches, multiple=multiple, sites=sites)
     return convert_(model, plan, factors, batches)
 
 

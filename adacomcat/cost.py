@@ -22,7 +22,7 @@ def model_params(model: nn.Module) -> int:
 
 def plan_params(model: nn.Module, plan: RankPlan) -> int:
     """Parameters that ``model`` will have under ``plan``."""
-    sites = find_sites(model)
+    sites = plan.sites(model)
     fixed = model_params(model) - sum(site.dense_params for site in sites)
     return fixed + plan.params(sites)
 
@@ -70,7 +70,7 @@ def site_macs(site: Site, rank: Rank, tokens: dict[str, tuple[int, int]]) -> int
 
 def plan_macs(model: nn.Module, plan: RankPlan) -> int:
     """Multiply-accumulates of one image that ``model`` will have under ``plan``."""
-    sites = find_sites(model)
+    sites = plan.sites(model)
     tokens = module_tokens(model, (site.module for site in sites))
     return _patch_macs(model) + sum(site_macs(s, plan[s.name], tokens) for s in sites)
 

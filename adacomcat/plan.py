@@ -11,10 +11,16 @@ from torch import nn
 from adacomcat.errors import UserError
 from adacomcat.sites import DENSE, MULTIPLE, Rank, Site, find_sites
 
+HIDDEN = ".hidden"
+
 
 @dataclass
 class RankPlan:
-    """Site name → rank (per head for '.qk' and '.vo') or 'dense'. Sites not named stay dense."""
+    """Site name → rank or 'dense'; sites not named stay dense.
+
+    Ranks are per head for '.qk' and '.vo'; for '.hidden', which excludes '.fc1' and '.fc2', they
+    are numbers of neurons.
+    """
 
     ranks: dict[str, Rank] = field(default_factory=dict)
 
@@ -39,9 +45,14 @@ class RankPlan:
     def __getitem__(self, name: str) -> Rank:
         return self.ranks.get(name, DENSE)
 
+    def sites(self, model: nn.Module) -> list[Site]:
+        """The decisions that this plan takes: an MLP has two ranks or one width."""
+        return find_sites(model, {name.removesuffix(HIDDEN) for name in self.ranks
+                                  if name.endswith(HIDDEN)})
+
     def validate(self, model: nn.Module) -> list[Site]:
-        """The model's sites, or an error that names the entry that does not fit the model."""
-        sites = {site.name: site for site in find_sites(model)}
+        """``sites``, or an error that names the entry that does not fit the model."""
+        sites = {site.name: site for site in self.sites(model)}
         for name, rank in self.ranks.items():
             if name not in sites:
                 raise UserError(f"the plan names {name!r}, which this model does not have; its "

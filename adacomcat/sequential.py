@@ -23,6 +23,7 @@ from adacomcat.factorize import (
     factorize_values,
     shrink,
 )
+from adacomcat.hidden import SHRINKAGE, eliminate, narrowed, refitted
 from adacomcat.layers import LowRankLinear
 from adacomcat.plan import RankPlan
 from adacomcat.progress import progress
@@ -67,6 +68,14 @@ class Regression:
         self.inputs.add(inputs)
         self.cross = self.cross + (inputs.mT @ targets).double()
         self.target_sum = self.target_sum + targets.sum(0).double()
+
+    def narrowed(self, kept: Tensor, weight: Tensor) -> "Regression":
+        """On a part of the inputs, shrunk towards ``weight`` (out, kept)."""
+        part = Regression(weight, self.shrinkage)
+        part.inputs.count, part.inputs.sum = self.inputs.count, self.inputs.sum[kept]
+        part.inputs.products = self.inputs.products[kept][:, kept]
+        part.cross, part.target_sum = self.cross[kept], self.target_sum
+        return part
 
     def solve(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """(v, u, bias) of the best map of this rank: reduced-rank regression.
@@ -119,7 +128,8 @@ class BlockCompression:
         self._replace_attention(compressed, dense_middle)
         compressed = _mapped(lambda x: x + _attention(self.block, x), compressed)
         dense = _mapped(lambda x: x + _mlp(self.dense, x), dense_middle)
-        self._replace_fc1(compressed, dense_middle)
+        if self.ranks["mlp.hidden"] == DENSE:
+            self._replace_fc1(compressed, dense_middle)
         self._replace_fc2(compressed, dense)
         return dense, _mapped(lambda x: x + _mlp(self.block, x), compressed)
 
@@ -189,6 +199,9 @@ class BlockCompression:
         regression = Regression(scale.unsqueeze(1) * fc2.weight, self.shrinkage, self.tokens)
         for x, target in zip(_batches(stream), _batches(dense), strict=True):
             regression.add(mlp.act(mlp.fc1(self.block.norm2(x))), target - x)
+        if self.ranks["mlp.hidden"] != DENSE:
+            self.block.mlp = _narrowed(mlp, scale, regression, self.ranks["mlp.hidden"])
+            return
         if rank == DENSE:
             weight, bias = regression.solve_dense()
             mlp.fc2.weight.copy_(weight / scale.unsqueeze(1))
@@ -210,6 +223,19 @@ def _mlp(block: Block, x: Tensor) -> Tensor:
 def _layer_scale(module: nn.Module) -> Tensor:
     gamma = module.gamma.detach() if isinstance(module, LayerScale) else torch.ones(1)
     return torch.where(gamma.abs() < 1e-8, torch.full_like(gamma, 1e-8), gamma)
+
+
+def _narrowed(mlp: Mlp, scale: Tensor, regression: Regression, width: int) -> Mlp:
+    """The neurons that the regression's weight, in the metric of the stream, can spare the least.
+
+    What the others did is refitted first, with little shrinkage; the drift then as everywhere.
+    """
+    covariance, dense = regression.inputs.covariance, regression.weight
+    order, _ = eliminate(dense, shrink(covariance, SHRINKAGE))
+    kept = order[:width].sort().values
+    base = refitted(dense, covariance, kept)
+    weight, bias = regression.narrowed(kept, base).solve_dense()
+    return narrowed(mlp, kept, weight / scale.unsqueeze(1), bias / scale)
 
 
 def _low_rank(linear: nn.Linear, rank: int, v: Tensor, u: Tensor, bias: Tensor) -> LowRankLinear:
@@ -245,7 +271,7 @@ def compress_blocks_(model: VisionTransformer, plan: RankPlan, calibration: Tens
         for index in progress(range(len(model.blocks)), "compressing"):
             prefix = f"blocks.{index}."
             ranks = {part: plan[prefix + part]
-                     for part in ("attn.qk", "attn.vo", "mlp.fc1", "mlp.fc2")}
+                     for part in ("attn.qk", "attn.vo", "mlp.fc1", "mlp.fc2", "mlp.hidden")}
             job = BlockCompression(model.blocks[index], ranks, shrinkage)
             dense, compressed = job.run(dense, compressed)
             model.blocks[index] = job.block

@@ -5,13 +5,13 @@ Exact type decides what may be done (subclasses may compute something else):
 A  fold QK and VO head by head: plain softmax attention, additive biases on the logits allowed
 B  fold VO only, q and k become low-rank linears: rotary embeddings, normalised queries and keys,
    cosine attention
-C  every other ``nn.Linear``
+C  every other ``nn.Linear``; of an MLP instead the number of its hidden neurons may be chosen
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
-from timm.layers import Attention, AttentionRope
+from timm.layers import Attention, AttentionRope, Mlp
 from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
 from timm.models.swin_transformer import WindowAttention
@@ -30,11 +30,11 @@ FOLDABLE = (Attention, AttentionRope, EvaAttention, BeitAttention, WindowAttenti
 
 @dataclass(frozen=True)
 class Site:
-    """One rank decision. ``rank`` is per head for kinds 'qk' and 'vo'."""
+    """One rank decision. ``rank`` is per head for kinds 'qk' and 'vo', neurons for 'hidden'."""
 
     name: str
     module: str
-    kind: str  # 'linear', 'q', 'k' (tier B projections), 'qk', 'vo'
+    kind: str  # 'linear', 'q', 'k' (tier B projections), 'qk', 'vo', 'hidden'
     in_features: int
     out_features: int
     num_heads: int = 1
@@ -42,6 +42,7 @@ class Site:
     tier: str = "C"
     dense_bias: int = 0  # bias parameters of the dense projection
     bias: int = 0  # bias parameters that stay, whatever the rank
+    hidden: int = 0  # neurons of a dense MLP
 
     @property
     def folded(self) -> bool:
@@ -49,6 +50,8 @@ class Site:
 
     @property
     def full_rank(self) -> int:
+        if self.kind == "hidden":
+            return self.hidden
         return self.head_dim if self.folded else min(self.in_features, self.out_features)
 
     @property
@@ -58,14 +61,16 @@ class Site:
     @property
     def break_even(self) -> float:
         """Ranks below this one save parameters."""
-        if self.folded:
-            return self.head_dim
+        if self.folded or self.kind == "hidden":
+            return self.full_rank
         return self.in_features * self.out_features / (self.in_features + self.out_features)
 
     def _weights(self, rank: Rank) -> int:
         if self.folded:
             rank = self.head_dim if rank == DENSE else rank
             return self.num_heads * rank * (self.in_features + self.out_features)
+        if rank == DENSE and self.kind == "hidden":
+            rank = self.hidden
         if rank == DENSE:
             return self.in_features * self.out_features
         return rank * (self.in_features + self.out_features)
@@ -74,8 +79,12 @@ class Site:
         """Parameters at this rank, biases included."""
         if rank == DENSE:
             return self._weights(rank) + self.dense_bias
-        per_rank = self.num_heads * rank if self.kind == "qk" else 0  # the query bias
-        return self._weights(rank) + self.bias + per_rank
+        per_rank = 0
+        if self.kind == "qk":
+            per_rank = self.num_heads  # the query bias
+        elif self.kind == "hidden":
+            per_rank = (self.dense_bias - self.bias) // self.hidden
+        return self._weights(rank) + self.bias + per_rank * rank
 
     def macs(self, rank: Rank, tokens: int, span: int = 0) -> int:
         """Multiply-accumulates over ``tokens`` rows; ``span`` tokens attend to each other."""
@@ -135,12 +144,35 @@ def _attention_sites(name: str, attn: nn.Module, tier: str) -> Iterator[Site]:
                **shape)
 
 
-def find_sites(model: nn.Module) -> list[Site]:
-    """Every rank decision of ``model``, in the order of its modules."""
+def narrowable(module: nn.Module) -> bool:
+    """Whether hidden neurons of this module can be left out: timm's plain MLP, dense."""
+    return type(module) is Mlp and isinstance(module.norm, nn.Identity) and all(
+        type(part) is nn.Linear for part in (module.fc1, module.fc2))
+
+
+def narrowable_mlps(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if narrowable(module)]
+
+
+def _hidden_site(name: str, mlp: Mlp) -> Site:
+    biases = [0 if part.bias is None else part.out_features for part in (mlp.fc1, mlp.fc2)]
+    return Site(f"{name}.hidden", name, "hidden", mlp.fc1.in_features, mlp.fc2.out_features,
+                dense_bias=sum(biases), bias=biases[1], hidden=mlp.fc1.out_features)
+
+
+def find_sites(model: nn.Module, narrowing: Container[str] = ()) -> list[Site]:
+    """Every rank decision of ``model``, in the order of its modules.
+
+    narrowing: names of MLPs whose hidden neurons are counted, in place of two ranks
+    """
     sites: list[Site] = []
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
+            continue
+        if name in narrowing and narrowable(module):
+            sites.append(_hidden_site(name, module))
+            inside = (*inside, name + ".")
             continue
         tier = attention_tier(module, _rotary(model, module))
         if tier is not None:

@@ -88,7 +88,8 @@ def test_a_site_that_matters_less_is_measured_as_less_sensitive() -> None:
         block.ls1.gamma.fill_(strength)
         block.ls2.gamma.fill_(strength)
     before = [parameter.clone() for parameter in model.parameters()]
-    measured = sensitivities(model, factorize_model(model), torch.randn(4, 3, 28, 28))
+    measured = sensitivities(model, factorize_model(model), torch.randn(4, 3, 28, 28),
+                             find_sites(model))
     assert measured.keys() == {site.name for site in find_sites(model)}
     for kind in ("attn.vo", "mlp.fc2"):
         assert measured[f"blocks.1.{kind}"] < 0.1 * measured[f"blocks.0.{kind}"]

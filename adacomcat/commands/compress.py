@@ -5,7 +5,6 @@ import argparse
 from adacomcat import checkpoint, cost
 from adacomcat.commands import Outcome, inputs
 from adacomcat.report import Comparison, print_comparison, write_report
-from adacomcat.sites import find_sites
 
 
 def run(args: argparse.Namespace) -> Outcome:
@@ -19,8 +18,8 @@ def run(args: argparse.Namespace) -> Outcome:
     })
     checkpoint.save(small, args.output)
     if not args.no_report:
-        write_report(args.output, f"{args.model} compressed", comparison, find_sites(model),
-                     small.rank_plan)
+        write_report(args.output, f"{args.model} compressed", comparison,
+                     small.rank_plan.sites(model), small.rank_plan)
     data = {"output": args.output, "models": comparison.rows, "ranks": small.rank_plan.ranks,
             "calibration_images": 0 if images is None else len(images)}
 
