@@ -181,3 +181,6 @@ _register("require_distinct", "(Tensor s, int k, bool zero) -> Tensor", _require
 _LIBRARY.define(f"batched_svd_cpu{_SVD}")
 _LIBRARY.define(f"batched_svd_cuda{_SVD}")
 _LIBRARY.define("truncation_errors_cuda(Tensor s) -> Tensor")
+# Spectra alone, of which no op is made: nothing differentiates or traces them.
+for _name in ("gram", "eigenvalues", "singular_values"):
+    _LIBRARY.define(f"{_name}_cpu(Tensor a) -> Tensor")
