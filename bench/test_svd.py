@@ -21,10 +21,10 @@ import timm
 import torch
 from machine import fastest, machine
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from adacomcat.convert import SPECTRA, decompose_site, error_curves
 from adacomcat.decompositions import batched_svd
+from adacomcat.memory import allocation_peak
 from adacomcat.sites import MULTIPLE, find_sites
 
 MODELS = {"deit_small": "deit_small_patch16_224", "deit_base": "deit_base_patch16_224"}
@@ -133,19 +133,6 @@ def _difference(model: nn.Module, task: comcat_scoring.Task,
         values = values / model.get_submodule(site.module).scale
     expected = torch.from_numpy(score.values[:len(values)]).double()
     return ((values - expected).abs() / expected).max().item()
-
-
-def allocation_peak(run: Run) -> tuple[int, int]:
-    """Bytes of tensors at the peak of a run on this thread, and those of the largest tensor."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    events = [event for event in recorded.profiler.kineto_results.events()
-              if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak, max(event.nbytes() for event in events)
 
 
 def layer_bytes(model: nn.Module) -> int:
