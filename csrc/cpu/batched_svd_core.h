@@ -165,41 +165,77 @@ class Svd {
       case 2: return orthogonalize<2>();
       case 4: return orthogonalize<4>();
       case 8: return orthogonalize<8>();
+      case 16: return orthogonalize<16>();
       default: return orthogonalize<0>();
     }
   }
 
-  // Sweeps over all pairs of columns, until all cosines are rounding. The pairs (i, j) with the same
-  // i + j are disjoint, and one such round after the other is the order row by row.
+  // Sweeps over all pairs of columns, until all cosines are rounding. Where far more columns than the
+  // first cache holds would pass through it in every round, blocks of them are paired, two of which
+  // it holds.
   template <int64_t fixed>
   bool orthogonalize() {
+    constexpr int64_t kMost = 64 << 10, kBlock = 16 << 10;  // bytes
+    const int64_t size = ldn * sizeof(T), most = kBlock / size / kLanes<T> * kLanes<T>;
+    const int64_t block = r * size <= kMost || most == 0 ? r : most;
     for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
       for (int64_t j = 0; j < r; ++j) {
         squares[j] = dot<T, fixed>(column_x(j), column_x(j), vectors_n());
       }
       bool rotated = false;
-      for (int64_t sum = 1; sum <= 2 * r - 3; ++sum) rotated |= rotate_round<fixed>(sum);
+      for (int64_t begin = 0; begin < r; begin += block) {
+        rotated |= rotate_block<fixed>(begin, begin + block < r ? begin + block : r);
+        for (int64_t other = begin + block; other < r; other += block) {
+          rotated |= rotate_blocks<fixed>(begin, other, block);
+        }
+      }
       if (!rotated) return true;
     }
     return false;
   }
 
+  // All pairs of columns begin … end. Those with the same i + j are disjoint, and one such round
+  // after the other is the order row by row.
   template <int64_t fixed>
-  bool rotate_round(int64_t sum) {
-    const int64_t begin = sum < r ? 0 : sum - r + 1, end = (sum + 1) / 2;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t j = sum - i;
-      inner[i - begin] = dot<T, fixed>(column_x(i), column_x(j), vectors_n());
-      sines[i - begin] = squares[i];
-      taus[i - begin] = squares[j];
-    }
-    for (int64_t i = 0; i < end - begin; i += kLanes<T>) angles(inner + i, sines + i, taus + i);
+  bool rotate_block(int64_t begin, int64_t end) {
     bool rotated = false;
-    for (int64_t i = begin; i < end; ++i) {
-      const T sine = sines[i - begin], tau = taus[i - begin], change = inner[i - begin];
+    for (int64_t sum = 2 * begin + 1; sum <= 2 * end - 3; ++sum) {
+      const int64_t first = sum - end + 1 > begin ? sum - end + 1 : begin;
+      rotated |= rotate_round<fixed>((sum + 1) / 2 - first, [=](int64_t k) {
+        return std::pair(first + k, sum - first - k);
+      });
+    }
+    return rotated;
+  }
+
+  // All pairs of a column of one block and a column of another behind it, which may be shorter.
+  template <int64_t fixed>
+  bool rotate_blocks(int64_t begin, int64_t other, int64_t block) {
+    bool rotated = false;
+    for (int64_t shift = 0; shift < block; ++shift) {
+      rotated |= rotate_round<fixed>(other + block < r ? block : r - other, [=](int64_t k) {
+        return std::pair(begin + k + shift - (k + shift < block ? 0 : block), other + k);
+      });
+    }
+    return rotated;
+  }
+
+  // Rotates `count` disjoint pairs (i, j) of columns, i < j.
+  template <int64_t fixed, class Pair>
+  bool rotate_round(int64_t count, Pair pair) {
+    for (int64_t k = 0; k < count; ++k) {
+      const auto [i, j] = pair(k);
+      inner[k] = dot<T, fixed>(column_x(i), column_x(j), vectors_n());
+      sines[k] = squares[i];
+      taus[k] = squares[j];
+    }
+    for (int64_t k = 0; k < count; k += kLanes<T>) angles(inner + k, sines + k, taus + k);
+    bool rotated = false;
+    for (int64_t k = 0; k < count; ++k) {
+      const T sine = sines[k], tau = taus[k], change = inner[k];
       if (sine == 0) continue;
       rotated = true;
-      const int64_t j = sum - i;
+      const auto [i, j] = pair(k);
       T *one = column_x(i), *two = column_x(j);
       const T square_one = squares[i] - change, square_two = squares[j] + change;
       // The longer column goes first: it takes fewer sweeps.
