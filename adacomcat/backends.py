@@ -39,7 +39,9 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Decompositions give no intermediates, and want more digits.
 DECOMPOSITIONS = ("batched_svd", "truncation_errors", *SPECTRA)
 DECOMPOSITION_DTYPES = (torch.float32, torch.float64)
-SVD_WIDTH = 128  # of the smaller side; for CUDA of both
+# Of the smaller side; for CUDA of both. From 96 on LAPACK takes one float64 matrix faster, but small
+# singular values of graded ones lose their digits there, and which are graded a QR would have to tell.
+SVD_WIDTH = 128
 
 
 def available() -> dict[str, str | None]:

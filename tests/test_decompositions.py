@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adacomcat import backends
 from adacomcat.decompositions import (
@@ -192,6 +193,12 @@ def test_ops_pass_opcheck() -> None:
     for op, args in ((ops.batched_svd, (a, 3)), (ops.low_rank_approximation, (a, 3)),
                      (ops.factored_svd, (a, b, 3)), (ops.truncation_errors, (torch.rand(3, 5),))):
         torch.library.opcheck(op.default, args)
+
+
+def test_fake_tensors_have_the_shapes(backend: str) -> None:
+    with FakeTensorMode():
+        shapes = [tuple(t.shape) for t in batched_svd(torch.randn(3, 6, 4), 2)]
+    assert shapes == [(3, 6, 2), (3, 2), (3, 4, 2)]
 
 
 def test_the_kernel_takes_what_is_narrow() -> None:
