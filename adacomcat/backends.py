@@ -39,8 +39,8 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Decompositions give no intermediates, and want more digits.
 DECOMPOSITIONS = ("batched_svd", "truncation_errors", *SPECTRA)
 DECOMPOSITION_DTYPES = (torch.float32, torch.float64)
-# Of the smaller side; for CUDA of both. From 96 on LAPACK takes one float64 matrix faster, but small
-# singular values of graded ones lose their digits there, and which are graded a QR would have to tell.
+# Of the smaller side; for CUDA of both. From 96 on LAPACK takes one float64 matrix faster, but it
+# loses digits of small singular values of graded ones, and only a QR would tell which are graded.
 SVD_WIDTH = 128
 
 
