@@ -31,14 +31,17 @@ _FORCED: ContextVar[str | None] = ContextVar("adacomcat_backend", default=None)
 # What `pick` tries, in this order: bench/RESULTS.md shows that the C++ kernels win. Not Triton's
 # nor CUDA's: they are tested without a GPU, and nothing has shown yet that they are faster on one.
 PREFERENCE = ("cpp", "reference")
-CPP_OPS = ("low_rank_linear", "low_rank_mlp", "low_rank_attention", "batched_svd")
+SPECTRA = ("gram", "eigenvalues", "singular_values")  # what only the CPU has kernels for
+CPP_OPS = ("low_rank_linear", "low_rank_mlp", "low_rank_attention", "batched_svd", *SPECTRA)
 CUDA_OPS = ("low_rank_linear", "batched_svd", "truncation_errors")
 CUDA_CAPABILITY = (8, 0)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Decompositions give no intermediates, and want more digits.
-DECOMPOSITIONS = ("batched_svd", "truncation_errors")
+DECOMPOSITIONS = ("batched_svd", "truncation_errors", *SPECTRA)
 DECOMPOSITION_DTYPES = (torch.float32, torch.float64)
-SVD_WIDTH = 128  # of the smaller side; for CUDA of both
+# Of the smaller side; for CUDA of both. From 96 on LAPACK takes one float64 matrix faster, but it
+# loses digits of small singular values of graded ones, and only a QR would tell which are graded.
+SVD_WIDTH = 128
 
 
 def available() -> dict[str, str | None]:
@@ -140,6 +143,10 @@ def _no_cpp_kernel(op: str, x: Tensor) -> str | None:
         return f"the kernel runs on the CPU and the input is on {x.device}"
     if op not in DECOMPOSITIONS:
         return _no_dtype(x, KERNEL_DTYPES)
+    if op in ("gram", "eigenvalues"):
+        if _EXTENSION.build_info()["instruction_set"] == "generic":
+            return "the kernel is for AVX2 and AVX512; a library's are faster without them"
+        return _no_dtype(x, DECOMPOSITION_DTYPES if op == "gram" else (torch.float64,))
     width = min(x.shape[-2:])
     if width > SVD_WIDTH:
         return f"the kernel takes matrices up to {SVD_WIDTH} wide and this one is {width}"

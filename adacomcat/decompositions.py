@@ -26,7 +26,11 @@ def batched_svd(a: Tensor, k: int | None = None) -> Triple:
     a (..., m, n) → u (..., m, k), s (..., k), v (..., n, k). Small singular values of graded
     matrices keep their relative accuracy. ValueError names the matrix that holds NaN or infinity.
     """
-    return _OPS.batched_svd(a, min(a.shape[-2:]) if k is None else k)
+    k = min(a.shape[-2:]) if k is None else k
+    if not (torch.is_grad_enabled() and a.requires_grad) and (
+            kernel := backends.direct_kernel("batched_svd", a)):
+        return kernel(a, k)
+    return _OPS.batched_svd(a, k)
 
 
 def factored_svd(a: Tensor, b: Tensor, k: int | None = None, root_a: Tensor | None = None,
@@ -179,5 +183,12 @@ _register("require_distinct", "(Tensor s, int k, bool zero) -> Tensor", _require
           lambda s, *_: [tuple(s.shape)])
 # Implemented in csrc/cpu and csrc/cuda under names of their own, so that `pick` stays in charge.
 _LIBRARY.define(f"batched_svd_cpu{_SVD}")
+# Called without the op around it, which takes longer than the SVD of a small matrix.
+torch.library.register_fake(
+    "adacomcat::batched_svd_cpu",
+    lambda a, k: tuple(a.new_empty(shape) for shape in _svd_shapes(a, k)), lib=_LIBRARY)
 _LIBRARY.define(f"batched_svd_cuda{_SVD}")
 _LIBRARY.define("truncation_errors_cuda(Tensor s) -> Tensor")
+# Spectra alone, of which no op is made: nothing differentiates or traces them.
+for _name in ("gram", "eigenvalues", "singular_values"):
+    _LIBRARY.define(f"{_name}_cpu(Tensor a) -> Tensor")

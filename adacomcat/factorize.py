@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adacomcat import backends
 from adacomcat.decompositions import batched_svd, truncation_errors
 from adacomcat.errors import UserError
 
@@ -118,6 +119,8 @@ def gram(a: Tensor) -> Tensor:
     Panels of rows stay in cache and spare a float64 copy of all of a; of the result only the
     blocks above the diagonal are computed.
     """
+    if kernel := backends.direct_kernel("gram", a):
+        return kernel(a)
     n = a.shape[-1]
     width = max(64, -(-n // 6))
     product = a.new_zeros(*a.shape[:-2], n, n, dtype=torch.float64)
@@ -129,6 +132,17 @@ def gram(a: Tensor) -> Tensor:
     for stop in range(width, n, width):
         product[..., stop:, stop - width:stop] = product[..., stop - width:stop, stop:].mT
     return product
+
+
+def eigenvalues(a: Tensor) -> Tensor:
+    """Of symmetric a (..., n, n) in float64, ascending, (..., n)."""
+    return (backends.direct_kernel("eigenvalues", a) or torch.linalg.eigvalsh)(a)
+
+
+def singular_values(a: Tensor) -> Tensor:
+    """(..., R) descending: those of ``batched_svd`` without its vectors."""
+    kernel = backends.direct_kernel("singular_values", a)
+    return kernel(a) if kernel else batched_svd(a)[1]
 
 
 def triangle(a: Tensor, covariance: Tensor | None = None) -> Tensor:
@@ -198,7 +212,7 @@ def linear_spectrum(weight: Tensor, bias: Tensor | None,
         covariance = shrink(statistics.covariance.double(), shrinkage)
         product = (gram(weight @ square_root(covariance)) if tall
                    else weight @ covariance @ weight.mT)
-    return torch.linalg.eigvalsh(product).flip(-1).clamp_min(0).sqrt().unsqueeze(0)
+    return eigenvalues(product).flip(-1).clamp_min(0).sqrt().unsqueeze(0)
 
 
 def factorize_scores(wq: Tensor, bq: Tensor, wk: Tensor, scale: float,
@@ -223,7 +237,7 @@ def score_spectrum(wq: Tensor, bq: Tensor, wk: Tensor, scale: float,
                    shrinkage: float = 0.0) -> Tensor:
     """(H, R) singular values of the logits' matrices, scaled."""
     r_q, r_k, *_ = _score_triangles(wq, bq, wk, statistics, shrinkage)
-    return batched_svd(r_q @ r_k.mT)[1] * scale
+    return singular_values(r_q @ r_k.mT) * scale
 
 
 def _score_triangles(wq: Tensor, bq: Tensor, wk: Tensor, statistics: AttentionStatistics | None,
@@ -271,7 +285,7 @@ def value_spectrum(wv: Tensor, bv: Tensor, wo: Tensor, bo: Tensor,
                    shrinkage: float = 0.0) -> Tensor:
     """(H, R) singular values of wo_h wv_h Cz^½."""
     values = _value_triangle(wv, statistics, shrinkage)
-    return batched_svd(triangle(wo) @ values.mT)[1]
+    return singular_values(triangle(wo) @ values.mT)
 
 
 def _value_triangle(wv: Tensor, statistics: AttentionStatistics | None,

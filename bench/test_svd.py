@@ -2,8 +2,8 @@
 
 `batched_svd` for many sizes and batches; its accuracy; all ranks of all layers of a model, in time
 and memory. Runs alternate; medians and their ratios count. ``python bench/test_svd.py`` writes
-bench/SVD.md; ``--models``, ``--sizes`` and ``--batches`` do a part of it, ``--whole`` runs ComCAT's
-way on whole models, for minutes, and not on one matrix of each shape.
+bench/SVD.md; ``--models``, ``--sizes``, ``--batches`` and ``--dtypes`` do a part of it, ``--whole``
+runs ComCAT's way on whole models, for minutes, and not on one matrix of each shape.
 """
 
 import argparse
@@ -21,15 +21,16 @@ import timm
 import torch
 from machine import fastest, machine
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from adacomcat.convert import SPECTRA, decompose_site, error_curves
 from adacomcat.decompositions import batched_svd
+from adacomcat.memory import allocation_peak
 from adacomcat.sites import MULTIPLE, find_sites
 
 MODELS = {"deit_small": "deit_small_patch16_224", "deit_base": "deit_base_patch16_224"}
 LIMITS = {"deit_small": 1.5, "deit_base": 6.0}  # seconds on two cores
 SIZES, BATCHES = (16, 32, 64, 128), (1, 2, 4, 16, 144, 1024, 4096)
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
 SPEEDUP, SVD_SPEEDUP = 200, 3
 Run = Callable[[], object]
 
@@ -135,19 +136,6 @@ def _difference(model: nn.Module, task: comcat_scoring.Task,
     return ((values - expected).abs() / expected).max().item()
 
 
-def allocation_peak(run: Run) -> tuple[int, int]:
-    """Bytes of tensors at the peak of a run on this thread, and those of the largest tensor."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    events = [event for event in recorded.profiler.kineto_results.events()
-              if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak, max(event.nbytes() for event in events)
-
-
 def layer_bytes(model: nn.Module) -> int:
     """Of the weights of the largest layer with ranks: an attention or a linear."""
     modules = (model.get_submodule(site.module) for site in find_sites(model))
@@ -205,7 +193,8 @@ def test_scoring(benchmark: Callable, name: str, shape: str, dtype: str, directi
     assert measured["difference"] < 1e-5
 
 
-def report(sizes: list[int], batches: list[int], models: list[str], whole: bool) -> str:
+def report(sizes: list[int], batches: list[int], dtypes: list[str], models: list[str],
+           whole: bool) -> str:
     load, cores = os.getloadavg()[0], os.cpu_count()
     about = ", ".join(f"{key} {value}" for key, value in machine().items() if key != "extension")
     lines = ["# Decompositions on the CPU", "",
@@ -216,25 +205,32 @@ def report(sizes: list[int], batches: list[int], models: list[str], whole: bool)
              + " Medians of alternating runs.", "",
              "## All ranks of all layers", ""]
     lines += _scoring_lines(models, whole)
-    lines += ["", "## batched_svd, float32", "",
-              "ms. torch.linalg.svd also on one thread, which is often faster; the ratio is to the "
-              f"better of the two. Target: {SVD_SPEEDUP} for 144 of 64 x 64, never below 1.", "",
-              "| matrices | ours | torch | torch, 1 thread | ratio |",
-              "| --- | --- | --- | --- | --- |"]
+    for dtype in dtypes:
+        lines += _svd_lines(sizes, batches, dtype)
+    return "\n".join(lines) + "\n"
+
+
+def _svd_lines(sizes: list[int], batches: list[int], dtype: str) -> list[str]:
+    lines = ["", f"## batched_svd, {dtype}", "",
+             "ms. torch.linalg.svd also on one thread, which is often faster; the ratio is to the "
+             f"better of the two. Target: {SVD_SPEEDUP} for 144 of 64 x 64 in float32, never below "
+             "1.", "",
+             "| matrices | ours | torch | torch, 1 thread | ratio |",
+             "| --- | --- | --- | --- | --- |"]
     for size in sizes:
         for batch in batches:
-            ms = svd_times(size, batch)
+            ms = svd_times(size, batch, DTYPES[dtype])
             lines.append(f"| {batch} of {size} x {size} | {ms['ours']:.3f} | {ms['torch']:.3f} | "
                          f"{ms['torch, 1 thread']:.3f} | {ms['ratio']:.2f} |")
             print(lines[-1], flush=True)
     lines += ["", "Largest errors, in float64: of the product relative to |A|, of UᵀU, of VᵀV.", "",
               "| 144 matrices | ours | torch |", "| --- | --- | --- |"]
     for size in sizes:
-        a = torch.randn(144, size, size)
+        a = torch.randn(144, size, size, dtype=DTYPES[dtype])
         ours, library = ([f"{error:.1e}" for error in svd_errors(decompose, a)]
                          for decompose in (batched_svd, library_svd))
         lines.append(f"| {size} x {size} | {', '.join(ours)} | {', '.join(library)} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _scoring_lines(models: list[str], whole: bool) -> list[str]:
@@ -280,7 +276,8 @@ if __name__ == "__main__":
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--whole", action="store_true", help="ComCAT's way on whole models")
     args = parser.parse_args()
     Path(__file__).with_name("SVD.md").write_text(
-        report(args.sizes, args.batches, args.models, args.whole), encoding="utf-8")
+        report(args.sizes, args.batches, args.dtypes, args.models, args.whole), encoding="utf-8")

@@ -1,11 +1,14 @@
 """Fixtures and the tolerance that all tests share."""
 
+import importlib
 import zlib
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
+
+from adacomcat import backends
 
 # Relative error that is rounding and nothing else.
 FLOOR = 1e-6
@@ -41,3 +44,21 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(64).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["reference", "generic", "avx2", "avx512"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Plain PyTorch, and the C++ kernel on each instruction set of this CPU."""
+    if request.param == "reference":
+        with backends.use_backend("reference"):
+            yield "reference"
+        return
+    if backends.available()["cpp"] is not None:
+        pytest.skip(str(backends.available()["cpp"]))
+    extension = importlib.import_module("adacomcat._C")
+    here = backends.build_info()["instruction_set"]
+    if not extension.use_instruction_set(request.param):
+        pytest.skip(f"this CPU has no {request.param}")
+    with backends.use_backend("cpp"):
+        yield request.param
+    extension.use_instruction_set(here)

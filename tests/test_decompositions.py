@@ -1,12 +1,11 @@
 """Decompositions against float64 LAPACK, closed forms and gradcheck; hard matrices; bad ones."""
 
-import importlib
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adacomcat import backends
 from adacomcat.decompositions import (
@@ -16,28 +15,9 @@ from adacomcat.decompositions import (
     truncation_errors,
 )
 
-NAMES = ("generic", "avx2", "avx512")
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [(1, 1, 1), (5, 8, 8), (3, 17, 9), (2, 9, 33), (4, 64, 64), (2, 128, 128), (1, 300, 40),
           (0, 6, 4), (2, 7, 1)]
-
-
-@pytest.fixture(params=["reference", *NAMES])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Plain PyTorch, and the C++ kernel on each instruction set of this CPU."""
-    if request.param == "reference":
-        with backends.use_backend("reference"):
-            yield "reference"
-        return
-    if backends.available()["cpp"] is not None:
-        pytest.skip(str(backends.available()["cpp"]))
-    extension = importlib.import_module("adacomcat._C")
-    here = backends.build_info()["instruction_set"]
-    if not extension.use_instruction_set(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    with backends.use_backend("cpp"):
-        yield request.param
-    extension.use_instruction_set(here)
 
 
 def check(a: Tensor, u: Tensor, s: Tensor, v: Tensor, factor: float = 1.0) -> None:
@@ -116,6 +96,19 @@ def test_the_ends_of_the_range(end: str, dtype: torch.dtype, backend: str) -> No
     a = at_scale(hard("clusters", 12, torch.float64), 1).to(dtype)
     u, s, v = batched_svd(a)
     check(at_scale(a.double(), -1).to(dtype), u, at_scale(s.double(), -1).to(dtype), v, factor=4)
+
+
+@pytest.mark.parametrize("n", [70, 100, 127, 128])
+def test_graded_columns_of_many_blocks(n: int, backend: str) -> None:
+    """As below, where the columns are too many for a cache and are rotated block by block."""
+    if backend == "reference":
+        pytest.skip("LAPACK promises absolute accuracy only")
+    q = torch.linalg.qr(torch.randn(n + 5, n, dtype=torch.float64)).Q
+    d = torch.logspace(0, -60, n, dtype=torch.float64)
+    _, s, _ = batched_svd((q * d)[:, torch.randperm(n)])
+    assert ((s - d).abs() / d).max() < 256 * torch.finfo(torch.float64).eps
+    a = torch.randn(2, n, n, dtype=torch.float64)
+    check(a, *batched_svd(a))
 
 
 def test_graded_columns_keep_small_singular_values(backend: str) -> None:
@@ -200,6 +193,12 @@ def test_ops_pass_opcheck() -> None:
     for op, args in ((ops.batched_svd, (a, 3)), (ops.low_rank_approximation, (a, 3)),
                      (ops.factored_svd, (a, b, 3)), (ops.truncation_errors, (torch.rand(3, 5),))):
         torch.library.opcheck(op.default, args)
+
+
+def test_fake_tensors_have_the_shapes(backend: str) -> None:
+    with FakeTensorMode():
+        shapes = [tuple(t.shape) for t in batched_svd(torch.randn(3, 6, 4), 2)]
+    assert shapes == [(3, 6, 2), (3, 2), (3, 4, 2)]
 
 
 def test_the_kernel_takes_what_is_narrow() -> None:

@@ -1,4 +1,5 @@
-// Truncated SVD of many small matrices: a (..., m, n) → u (..., m, k), s (..., k), v (..., n, k).
+// Truncated SVD of many small matrices: a (..., m, n) → u (..., m, k), s (..., k), v (..., n, k), and
+// their singular values alone.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -50,8 +51,9 @@ void batched_svd_core(const at::Tensor& a, int64_t k, T* u, T* s, T* v) {
     const at::Tensor workspace = at::empty({size}, a.options());
     for (int64_t i = begin; i < end; ++i) {
       const SvdStatus status = kernel({rows, columns, k, data + i * a.stride(0), a.stride(1),
-                                       a.stride(2), u + i * rows * k, s + i * k,
-                                       v + i * columns * k, workspace.data_ptr<T>()});
+                                       a.stride(2), u ? u + i * rows * k : nullptr, s + i * k,
+                                       v ? v + i * columns * k : nullptr,
+                                       workspace.data_ptr<T>()});
       if (status == SvdStatus::not_finite) lower(not_finite, i);
       if (status == SvdStatus::not_converged) lower(not_converged, i);
     }
@@ -85,9 +87,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batched_svd_cpu(const at::Tensor&
   return {u, s, v};
 }
 
+// All singular values of a (..., m, n), without vectors.
+at::Tensor singular_values_cpu(const at::Tensor& a) {
+  TORCH_CHECK(a.dim() >= 2, "a must be a matrix or a batch of them, got shape ", a.sizes());
+  TORCH_CHECK(a.device().is_cpu(), "a must be on the CPU, got ", a.device());
+  const int64_t rows = a.size(-2), columns = a.size(-1), k = std::min(rows, columns);
+  auto shape = a.sizes().slice(0, a.dim() - 2).vec();
+  const int64_t count = c10::multiply_integers(shape);
+  shape.push_back(k);
+  const at::Tensor s = at::empty(shape, a.options());
+  const at::Tensor batch = a.reshape({count, rows, columns});
+  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "singular_values", [&] {
+    batched_svd_core<scalar_t>(batch, k, nullptr, s.data_ptr<scalar_t>(), nullptr);
+  });
+  return s;
+}
+
 }  // namespace
 }  // namespace adacomcat
 
 TORCH_LIBRARY_IMPL(adacomcat, CPU, m) {
   m.impl("batched_svd_cpu", &adacomcat::batched_svd_cpu);
+  m.impl("singular_values_cpu", &adacomcat::singular_values_cpu);
 }

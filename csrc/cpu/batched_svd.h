@@ -12,7 +12,7 @@ struct SvdProblem {
   int64_t rows, columns, rank;
   const T* a;
   int64_t row_stride, column_stride;
-  T *u, *s, *v;  // (rows, rank), (rank,), (columns, rank)
+  T *u, *s, *v;  // (rows, rank), (rank,), (columns, rank); no u and v where they are not wanted
   T* workspace;
 };
 

@@ -5,113 +5,16 @@
 //
 // Included by one file for each instruction set, which sets ISA (a namespace) and VECTOR_BYTES.
 #include "batched_svd.h"
+#include "lanes.h"
 
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
 #include <limits>
-#include <type_traits>
 #include <utility>
 
 namespace adacomcat::ISA {
 namespace {
-
-template <class T>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(VECTOR_BYTES)));
-};
-template <class T>
-using Vector = typename VectorOf<T>::type;
-template <class T>
-constexpr int64_t kLanes = VECTOR_BYTES / sizeof(T);
-
-template <class T>
-inline Vector<T> splat(T x) {
-  return x - Vector<T>{};
-}
-
-template <class T>
-using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-
-template <class T, Index<T>... lane>
-inline T sum_lanes(Vector<T> x, std::integer_sequence<Index<T>, lane...>) {
-#ifndef __clang__
-  // Butterflies stay in registers; clang makes them of the plain sum by itself.
-  typedef Index<T> Lanes __attribute__((vector_size(VECTOR_BYTES)));
-  if constexpr (sizeof...(lane) > 8) x += __builtin_shuffle(x, Lanes{(lane ^ 8)...});
-  if constexpr (sizeof...(lane) > 4) x += __builtin_shuffle(x, Lanes{(lane ^ 4)...});
-  if constexpr (sizeof...(lane) > 2) x += __builtin_shuffle(x, Lanes{(lane ^ 2)...});
-  x += __builtin_shuffle(x, Lanes{(lane ^ 1)...});
-  return x[0];
-#else
-  return (x[lane] + ...);
-#endif
-}
-
-template <class T>
-inline T sum_lanes(Vector<T> x) {
-  return sum_lanes<T>(x, std::make_integer_sequence<Index<T>, kLanes<T>>{});
-}
-
-// Columns are aligned and zero-padded; a length is a number of vectors. One that is known when
-// compiling (`fixed`, else 0) keeps the loops below free of overhead.
-template <class T, int64_t fixed = 0>
-inline T dot(const T* x, const T* y, int64_t vectors) {
-  auto* a = reinterpret_cast<const Vector<T>*>(x);
-  auto* b = reinterpret_cast<const Vector<T>*>(y);
-  Vector<T> sum{}, other{};
-  const int64_t end = fixed ? fixed : vectors;
-  int64_t i = 0;
-#pragma GCC unroll 4
-  for (; i + 1 < end; i += 2) {
-    sum += a[i] * b[i];
-    other += a[i + 1] * b[i + 1];
-  }
-  if (i < end) sum += a[i] * b[i];
-  return sum_lanes<T>(sum + other);
-}
-
-// to -= w x
-template <class T>
-inline void subtract(T* to, const T* x, T w, int64_t vectors) {
-  auto* a = reinterpret_cast<Vector<T>*>(to);
-  auto* b = reinterpret_cast<const Vector<T>*>(x);
-  const Vector<T> vw = splat(w);
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < vectors; ++i) a[i] -= vw * b[i];
-}
-
-// to += Σ weights[q] · column q, the columns ld apart; four vectors at a time stay in registers.
-template <class T>
-inline void add_columns(T* to, const T* columns, int64_t ld, const T* weights, int64_t count,
-                        int64_t vectors) {
-  constexpr int64_t kBlock = 4;
-  for (int64_t first = 0; first < vectors; first += kBlock) {
-    const int64_t size = vectors - first < kBlock ? vectors - first : kBlock;
-    auto* a = reinterpret_cast<Vector<T>*>(to) + first;
-    if (size == kBlock) {
-      Vector<T> s0 = a[0], s1 = a[1], s2 = a[2], s3 = a[3];
-      for (int64_t q = 0; q < count; ++q) {
-        auto* b = reinterpret_cast<const Vector<T>*>(columns + q * ld) + first;
-        const Vector<T> w = splat(weights[q]);
-        s0 += w * b[0];
-        s1 += w * b[1];
-        s2 += w * b[2];
-        s3 += w * b[3];
-      }
-      a[0] = s0, a[1] = s1, a[2] = s2, a[3] = s3;
-    } else {
-      for (int64_t i = 0; i < size; ++i) {
-        Vector<T> sum = a[i];
-        for (int64_t q = 0; q < count; ++q) {
-          auto* b = reinterpret_cast<const Vector<T>*>(columns + q * ld) + first;
-          sum += splat(weights[q]) * b[i];
-        }
-        a[i] = sum;
-      }
-    }
-  }
-}
 
 // (c x - s y, s x + c y), c = 1 - s τ, to (first, second), which are x and y in one order or the
 // other. Written as corrections, so that small angles round little.
@@ -157,6 +60,8 @@ class Svd {
     factorize();
     if (!orthogonalize()) return SvdStatus::not_converged;
     sort();
+    for (int64_t i = 0; i < p.rank; ++i) p.s[i] = std::ldexp(values[order[i]], exponent);
+    if (!p.u) return SvdStatus::ok;
     for (int64_t i = 0; i < p.rank; ++i) finish_right(i);
     for (int64_t i = 0; i < p.rank; ++i) finish_left(i);
     apply_reflections();
@@ -260,41 +165,77 @@ class Svd {
       case 2: return orthogonalize<2>();
       case 4: return orthogonalize<4>();
       case 8: return orthogonalize<8>();
+      case 16: return orthogonalize<16>();
       default: return orthogonalize<0>();
     }
   }
 
-  // Sweeps over all pairs of columns, until all cosines are rounding. The pairs (i, j) with the same
-  // i + j are disjoint, and one such round after the other is the order row by row.
+  // Sweeps over all pairs of columns, until all cosines are rounding. Where far more columns than the
+  // first cache holds would pass through it in every round, blocks of them are paired, two of which
+  // it holds.
   template <int64_t fixed>
   bool orthogonalize() {
+    constexpr int64_t kMost = 64 << 10, kBlock = 16 << 10;  // bytes
+    const int64_t size = ldn * sizeof(T), most = kBlock / size / kLanes<T> * kLanes<T>;
+    const int64_t block = r * size <= kMost || most == 0 ? r : most;
     for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
       for (int64_t j = 0; j < r; ++j) {
         squares[j] = dot<T, fixed>(column_x(j), column_x(j), vectors_n());
       }
       bool rotated = false;
-      for (int64_t sum = 1; sum <= 2 * r - 3; ++sum) rotated |= rotate_round<fixed>(sum);
+      for (int64_t begin = 0; begin < r; begin += block) {
+        rotated |= rotate_block<fixed>(begin, begin + block < r ? begin + block : r);
+        for (int64_t other = begin + block; other < r; other += block) {
+          rotated |= rotate_blocks<fixed>(begin, other, block);
+        }
+      }
       if (!rotated) return true;
     }
     return false;
   }
 
+  // All pairs of columns begin … end. Those with the same i + j are disjoint, and one such round
+  // after the other is the order row by row.
   template <int64_t fixed>
-  bool rotate_round(int64_t sum) {
-    const int64_t begin = sum < r ? 0 : sum - r + 1, end = (sum + 1) / 2;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t j = sum - i;
-      inner[i - begin] = dot<T, fixed>(column_x(i), column_x(j), vectors_n());
-      sines[i - begin] = squares[i];
-      taus[i - begin] = squares[j];
-    }
-    for (int64_t i = 0; i < end - begin; i += kLanes<T>) angles(inner + i, sines + i, taus + i);
+  bool rotate_block(int64_t begin, int64_t end) {
     bool rotated = false;
-    for (int64_t i = begin; i < end; ++i) {
-      const T sine = sines[i - begin], tau = taus[i - begin], change = inner[i - begin];
+    for (int64_t sum = 2 * begin + 1; sum <= 2 * end - 3; ++sum) {
+      const int64_t first = sum - end + 1 > begin ? sum - end + 1 : begin;
+      rotated |= rotate_round<fixed>((sum + 1) / 2 - first, [=](int64_t k) {
+        return std::pair(first + k, sum - first - k);
+      });
+    }
+    return rotated;
+  }
+
+  // All pairs of a column of one block and a column of another behind it, which may be shorter.
+  template <int64_t fixed>
+  bool rotate_blocks(int64_t begin, int64_t other, int64_t block) {
+    bool rotated = false;
+    for (int64_t shift = 0; shift < block; ++shift) {
+      rotated |= rotate_round<fixed>(other + block < r ? block : r - other, [=](int64_t k) {
+        return std::pair(begin + k + shift - (k + shift < block ? 0 : block), other + k);
+      });
+    }
+    return rotated;
+  }
+
+  // Rotates `count` disjoint pairs (i, j) of columns, i < j.
+  template <int64_t fixed, class Pair>
+  bool rotate_round(int64_t count, Pair pair) {
+    for (int64_t k = 0; k < count; ++k) {
+      const auto [i, j] = pair(k);
+      inner[k] = dot<T, fixed>(column_x(i), column_x(j), vectors_n());
+      sines[k] = squares[i];
+      taus[k] = squares[j];
+    }
+    for (int64_t k = 0; k < count; k += kLanes<T>) angles(inner + k, sines + k, taus + k);
+    bool rotated = false;
+    for (int64_t k = 0; k < count; ++k) {
+      const T sine = sines[k], tau = taus[k], change = inner[k];
       if (sine == 0) continue;
       rotated = true;
-      const int64_t j = sum - i;
+      const auto [i, j] = pair(k);
       T *one = column_x(i), *two = column_x(j);
       const T square_one = squares[i] - change, square_two = squares[j] + change;
       // The longer column goes first: it takes fewer sweeps.
@@ -418,7 +359,6 @@ class Svd {
       if (std::fabs(u[k]) > std::fabs(extreme)) extreme = u[k];
     }
     const T sign = extreme < 0 ? T(-1) : T(1);
-    p.s[i] = std::ldexp(values[j], exponent);
     T* of_column = wide ? p.v : p.u;
     T* of_right = wide ? p.u : p.v;
     for (int64_t k = 0; k < m; ++k) of_column[k * p.rank + i] = sign * other[k];

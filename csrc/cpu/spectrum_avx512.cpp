@@ -1,0 +1,19 @@
+// Gram matrices and eigenvalues for CPUs with AVX512.
+#include "spectrum.h"
+
+#ifdef ADACOMCAT_X86_KERNELS
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+// After the standard headers: what they define must run on every CPU.
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx2,fma")
+#define ISA avx512
+#define VECTOR_BYTES 64
+#include "spectrum_core.h"
+
+namespace adacomcat::avx512 {
+const Spectrum kSpectrum{kPanel, pack<float>, pack<double>, add_products, eigenvalues};
+}
+#endif
