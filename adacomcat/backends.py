@@ -31,7 +31,7 @@ _FORCED: ContextVar[str | None] = ContextVar("adacomcat_backend", default=None)
 # What `pick` tries, in this order: bench/RESULTS.md shows that the C++ kernels win. Not Triton's
 # nor CUDA's: they are tested without a GPU, and nothing has shown yet that they are faster on one.
 PREFERENCE = ("cpp", "reference")
-CPP_OPS = ("low_rank_linear", "low_rank_mlp", "low_rank_attention", "batched_svd")
+CPP_OPS = ("low_rank_linear", "low_rank_mlp", "dense_mlp", "low_rank_attention", "batched_svd")
 CUDA_OPS = ("low_rank_linear", "batched_svd", "truncation_errors")
 CUDA_CAPABILITY = (8, 0)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -6,6 +6,7 @@ differentiated computes them anew.
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def _reusable(ctx: Any) -> bool:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(prod(x.shape[:-1]), x.shape[-1])  # -1 is ambiguous where a width is 0
 
 
 def _weight_grad(needed: bool, a: Tensor, b: Tensor) -> Gradient:
@@ -125,6 +126,28 @@ def low_rank_mlp(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, ...]:
         _bias_grad(need_b1, grad_pre),
         _weight_grad(need_v2, hidden, grad_middle2),
         _weight_grad(need_u2, grad, middle2),
+        _bias_grad(need_b2, grad),
+        None,
+        None,
+    )
+
+
+def dense_mlp(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, ...]:
+    """Nothing of the hidden layer was kept: it is computed anew."""
+    x, w1, b1, w2, _ = ctx.saved_tensors
+    need_x, need_w1, need_b1, need_w2, need_b2, *_ = ctx.needs_input_grad
+    grad_w2 = grad_pre = None
+    if need_x or need_w1 or need_b1 or need_w2:
+        pre = F.linear(x, w1, b1)
+    if need_w2:
+        grad_w2 = _weight_grad(True, grad, activate(pre, ctx.options["activation"]))
+    if need_x or need_w1 or need_b1:
+        grad_pre = _activation_backward(grad @ w2, pre, ctx.options["activation"])
+    return (
+        grad_pre @ w1 if need_x else None,
+        _weight_grad(need_w1, grad_pre, x),
+        _bias_grad(need_b1, grad_pre),
+        grad_w2,
         _bias_grad(need_b2, grad),
         None,
         None,

@@ -1,6 +1,7 @@
 """Every op in a few lines of PyTorch: the oracle, and what runs where nothing faster can.
 
-Each function returns its result first, then the intermediates that the backward pass reuses.
+Each function returns its result first, then the intermediates that the backward pass reuses; the
+result alone where there are none.
 """
 
 import torch
@@ -57,6 +58,13 @@ def low_rank_mlp(
     hidden, middle1 = low_rank_linear(x, v1, u1, b1, activation)
     out, middle2 = low_rank_linear(hidden, v2, u2, b2)
     return out, middle1, middle2
+
+
+def dense_mlp(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str | None
+) -> Tensor:
+    """act(x W1ᵀ + b1) W2ᵀ + b2.  x (..., in), W1 (hidden, in), W2 (out, hidden)."""
+    return F.linear(activate(F.linear(x, w1, b1), activation), w2, b2)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -18,6 +18,7 @@ from test_ops import (
     Case,
     attention_case,
     convert,
+    dense_case,
     leaves,
     linear_case,
     mlp_case,
@@ -44,6 +45,9 @@ SHAPES = {
     "mlp-197": mlp_case((197,), 64, 24, 300, 40, "gelu"),
     "mlp-hidden": mlp_case((2, 50), 48, 15, 129, 65, "gelu_tanh"),
     "mlp-relu": mlp_case((25,), 33, 31, 256, 16, "relu"),
+    "dense-197": dense_case((197,), 64, 300, 64, "gelu"),
+    "dense-hidden": dense_case((2, 50), 47, 1027, 65, "gelu_tanh"),
+    "dense-256": dense_case((25,), 33, 256, 16, "relu", bias=False),
     "attention-197": attention_case(2, 197, 64, 4, 16, 24),
     "attention-long": attention_case(1, 523, 32, 2, 8, 33, "float", (1, 2, 523, 523)),
     "attention-causal": attention_case(2, 65, 48, 3, 17, 7, "bool", (65, 65)),
@@ -77,7 +81,8 @@ def test_values(case: Case, dtype: torch.dtype, instruction_set: str,
     torch.testing.assert_close(again, actual)
 
 
-@pytest.mark.parametrize("name", ["linear-197", "mlp-197", "attention-197", "attention-float"])
+@pytest.mark.parametrize(
+    "name", ["linear-197", "mlp-197", "dense-197", "attention-197", "attention-float"])
 @each_dtype
 def test_gradients(name: str, dtype: torch.dtype, instruction_set: str,
                    poisoned_memory: None) -> None:
@@ -94,7 +99,7 @@ def test_gradients(name: str, dtype: torch.dtype, instruction_set: str,
 
 
 @each_dtype
-@pytest.mark.parametrize("name", ["mlp-197", "attention-causal"])
+@pytest.mark.parametrize("name", ["mlp-197", "dense-197", "dense-hidden", "attention-causal"])
 def test_norm_and_residual_in_one(name: str, dtype: torch.dtype, instruction_set: str,
                                   poisoned_memory: None) -> None:
     """A large mean, as residual streams have it, must not cost digits of the variance."""
@@ -141,7 +146,7 @@ def test_rows_masked_entirely_give_the_bias(instruction_set: str) -> None:
 
 def test_one_thread_and_several_agree(instruction_set: str) -> None:
     threads = torch.get_num_threads()
-    for name in ("linear-197", "mlp-197", "attention-197"):
+    for name in ("linear-197", "mlp-197", "dense-197", "attention-197"):
         tensors = convert(ALL[name].draw(), torch.float32)
         results = []
         for count in (1, 2, 7):
@@ -207,7 +212,7 @@ def test_weights_are_shared_between_threads() -> None:
     assert all(torch.equal(y, expected) for result in results for y in result)
 
 
-@pytest.mark.parametrize("name", ["mlp-197", "attention-197"])
+@pytest.mark.parametrize("name", ["mlp-197", "dense-197", "attention-197"])
 def test_what_followed_may_be_gone(name: str) -> None:
     """Kernels fetch the weights that came next the last time: here of a layer since deleted."""
     case = ALL[name]
@@ -256,7 +261,7 @@ def test_environment_variable(name: str) -> None:
         assert run.returncode and "ADACOMCAT_CPU=nonsense is not an instruction set" in run.stderr
 
 
-@pytest.mark.parametrize("name", ["linear-197", "mlp-197", "attention-197"])
+@pytest.mark.parametrize("name", ["linear-197", "mlp-197", "dense-197", "attention-197"])
 def test_opcheck_of_the_kernels(name: str) -> None:
     case = ALL[name]
     op = getattr(torch.ops.adacomcat, f"{case.op}_cpu").default

@@ -112,7 +112,8 @@ class Prefetches {
     const int64_t columns = kPanel * kLanes;
     const int64_t tiles = (p.m + kTileRows - 1) / kTileRows * ((p.n + columns - 1) / columns);
     share_ = (ahead_.bytes + tiles - 1) / tiles;
-    step_ = (share_ + steps_of(p) - 1) / steps_of(p);
+    const int64_t steps = steps_of(p) ? steps_of(p) : 1;  // of no columns at all
+    step_ = (share_ + steps - 1) / steps;
     if (!ahead_.piece) ahead_.piece = ahead_.bytes;
   }
 
@@ -147,6 +148,7 @@ inline void finish_column(const Finish& f, const float* tile, int64_t row, int64
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t out = (row + i) * f.stride + column;
     Vector x = load(tile + i * kTileStride);
+    if (f.sum) x += load(f.sum + (row + i) * f.sum_stride + column);
     if (f.row_scale) x *= f.row_scale[row + i];
     x = activate(x + bias, A);
     if (f.residual.data) {
