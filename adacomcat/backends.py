@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from adacomcat import kernels, reference
+from adacomcat import cpu_gradients, kernels, reference
 from adacomcat.errors import UserError
 
 
@@ -105,9 +105,11 @@ def backward_kernel(
 
     They also do where a gradient is traced or batched: kernels want memory that is there.
     """
-    if backend != "triton" or type(grad) is not Tensor:
+    if type(grad) is not Tensor:
         return None
-    return kernels.load(op).backward
+    if backend == "cpp":
+        return getattr(cpu_gradients, op)
+    return kernels.load(op).backward if backend == "triton" else None
 
 
 def direct_kernel(op: str, x: Tensor) -> Callable[..., tuple[Tensor, ...]] | None:

@@ -13,7 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adacomcat.reference import activate, broadcast_mask, split_heads
+from adacomcat.reference import (
+    activate,
+    broadcast_mask,
+    merge_heads,
+    probability,
+    split_heads,
+)
 
 Gradient = Tensor | None
 
@@ -52,7 +58,7 @@ def _weight_grad(needed: bool, a: Tensor, b: Tensor) -> Gradient:
     return _rows(a).t() @ _rows(b) if needed else None
 
 
-def _bias_grad(needed: bool, grad: Tensor) -> Gradient:
+def bias_grad(needed: bool, grad: Tensor) -> Gradient:
     return _rows(grad).sum(0) if needed else None
 
 
@@ -84,7 +90,7 @@ def low_rank_linear(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, ...
         grad_middle @ v.t() if need_x else None,
         _weight_grad(need_v, x, grad_middle),
         _weight_grad(need_u, grad, middle),
-        _bias_grad(need_bias, grad),
+        bias_grad(need_bias, grad),
         None,
         grad_residual,
         None,
@@ -103,7 +109,7 @@ def gated_low_rank_linear(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradien
         _weight_grad(need_v, x, grad_middle),
         _rows(grad_gated * middle).sum(0) if need_gate else None,
         _weight_grad(need_u, grad, middle * gate) if need_u else None,
-        _bias_grad(need_bias, grad),
+        bias_grad(need_bias, grad),
         None,
     )
 
@@ -123,10 +129,10 @@ def low_rank_mlp(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, ...]:
         grad_middle1 @ v1.t() if need_x else None,
         _weight_grad(need_v1, x, grad_middle1),
         _weight_grad(need_u1, grad_pre, middle1),
-        _bias_grad(need_b1, grad_pre),
+        bias_grad(need_b1, grad_pre),
         _weight_grad(need_v2, hidden, grad_middle2),
         _weight_grad(need_u2, grad, middle2),
-        _bias_grad(need_b2, grad),
+        bias_grad(need_b2, grad),
         None,
         None,
     )
@@ -146,30 +152,12 @@ def dense_mlp(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, ...]:
     return (
         grad_pre @ w1 if need_x else None,
         _weight_grad(need_w1, grad_pre, x),
-        _bias_grad(need_b1, grad_pre),
+        bias_grad(need_b1, grad_pre),
         grad_w2,
-        _bias_grad(need_b2, grad),
+        bias_grad(need_b2, grad),
         None,
         None,
     )
-
-
-def _merge_heads(x: Tensor) -> Tensor:
-    """(B, H, N, r) → (B, N, H·r)."""
-    return x.transpose(1, 2).flatten(2)
-
-
-def _probability(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """softmax(q kᵀ · scale + mask), zero in rows that are masked entirely."""
-    logits = (q * scale) @ k.transpose(-2, -1)
-    if mask is None:
-        return logits.softmax(-1)
-    if mask.dtype == torch.bool:
-        logits = logits.masked_fill(~mask, float("-inf"))
-    else:
-        logits = logits + mask
-    empty = (logits == float("-inf")).all(-1, keepdim=True)
-    return logits.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
 
 
 def low_rank_attention(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, ...]:
@@ -179,23 +167,23 @@ def low_rank_attention(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, 
         q, k, v = (F.linear(x, w, b) for w, b in ((wq, bq), (wk, None), (wv, None)))
     num_heads, scale = ctx.options["num_heads"], ctx.options["scale"]
     q, k, v = (split_heads(t, num_heads) for t in (q, k, v))
-    p = _probability(q, k, scale, broadcast_mask(mask))
+    p = probability(q, k, scale, broadcast_mask(mask))
     if not _reusable(ctx):
-        context = _merge_heads(p @ v)
+        context = merge_heads(p @ v)
     d_heads = split_heads(grad @ wo, num_heads)
     dp = d_heads @ v.transpose(-2, -1)
     ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-    dq = _merge_heads(ds @ k) * scale
-    dk = _merge_heads(ds.transpose(-2, -1) @ q) * scale
-    dv = _merge_heads(p.transpose(-2, -1) @ d_heads)
+    dq = merge_heads(ds @ k) * scale
+    dk = merge_heads(ds.transpose(-2, -1) @ q) * scale
+    dv = merge_heads(p.transpose(-2, -1) @ d_heads)
     return (
         dq @ wq + dk @ wk + dv @ wv if need_x else None,
         _weight_grad(need_wq, dq, x),
-        _bias_grad(need_bq, dq),
+        bias_grad(need_bq, dq),
         _weight_grad(need_wk, dk, x),
         _weight_grad(need_wv, dv, x),
         _weight_grad(need_wo, grad, context),
-        _bias_grad(need_bo, grad),
+        bias_grad(need_bo, grad),
         None,
         None,
         ds.sum_to_size(mask.shape) if ctx.needs_input_grad[9] else None,

@@ -72,11 +72,29 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(1, 2)
 
 
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, N, r) → (B, N, H·r)."""
+    return x.transpose(1, 2).flatten(2)
+
+
 def broadcast_mask(attn_mask: Tensor | None) -> Tensor | None:
     """A mask with leading dimensions of size 1 up to (B, H, N, N)."""
     if attn_mask is None:
         return None
     return attn_mask[(None,) * (4 - attn_mask.dim())]
+
+
+def probability(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """softmax(q kᵀ · scale + mask), zero in rows that are masked entirely."""
+    logits = (q * scale) @ k.transpose(-2, -1)
+    if mask is None:
+        return logits.softmax(-1)
+    if mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    else:
+        logits = logits + mask
+    empty = (logits == float("-inf")).all(-1, keepdim=True)
+    return logits.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, attn_mask: Tensor | None) -> Tensor:

@@ -50,6 +50,10 @@ struct Finish {
   const float* row_scale = nullptr;  // (m)
   const float* sum = nullptr;        // of accumulate(), (m, sum_stride)
   int64_t sum_stride = 0;
+  // Where there is one, out = act'(C + bias) · gradient and, if it is wanted, activated =
+  // act(C + bias), laid out as out; nothing else of the above.
+  Rows gradient{nullptr, 0, Dtype::f32};
+  void* activated = nullptr;
 };
 
 // Added to the logits of one head: element (i, j) at i * row + j * column; bytes where boolean.

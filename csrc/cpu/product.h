@@ -163,6 +163,22 @@ inline void finish_column(const Finish& f, const float* tile, int64_t row, int64
   }
 }
 
+// The same where the activation's derivative is asked for.
+template <Activation A, Dtype D>
+inline void differentiate_column(const Finish& f, const float* tile, int64_t row, int64_t rows,
+                                 int64_t column, int64_t count) {
+  const Vector bias = f.bias.data ? load_some(f.bias.data, column, f.bias.dtype, count) : Vector{};
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t out = (row + i) * f.stride + column;
+    Vector slope;
+    const Vector y = activate(load(tile + i * kTileStride) + bias, A, slope);
+    const Vector gradient = load_some(
+        f.gradient.data, (row + i) * f.gradient.stride + column, f.gradient.dtype, count);
+    store_some(f.out, out, D, slope * gradient, count);
+    if (f.activated) store_some(f.activated, out, D, y, count);
+  }
+}
+
 template <Activation A, Dtype D>
 void multiply_with(const Product& p, const Finish& f) {
   alignas(64) float tile[kTileRows * kTileStride];
@@ -172,8 +188,9 @@ void multiply_with(const Product& p, const Finish& f) {
                                           right_of(p, column, vectors), tile, kTileStride, false,
                                           ahead.next());
     const int64_t columns = least(vectors * kLanes, p.n - column);
+    const auto finish = f.gradient.data ? differentiate_column<A, D> : finish_column<A, D>;
     for (int64_t j = 0; j < columns; j += kLanes) {
-      finish_column<A, D>(f, tile + j, row, rows, column + j, least(kLanes, columns - j));
+      finish(f, tile + j, row, rows, column + j, least(kLanes, columns - j));
     }
   });
 }
@@ -228,6 +245,15 @@ void pack(int64_t k, int64_t n, const void* b, int64_t row, int64_t column, Dtyp
         at += lanes * kGroup;
         continue;
       }
+#ifdef ADACOMCAT_BF16_DOT
+      if (copy && column == 1 && i + kGroup <= k && columns == lanes) {  // rows in pairs, whole
+        auto* out = reinterpret_cast<uint32_t*>(packed) + at / kGroup;
+        const auto* from = static_cast<const uint16_t*>(b) + i * row + first;
+        for (int64_t j = 0; j < lanes; ++j) out[j] = from[j] | uint32_t{from[row + j]} << 16;
+        at += lanes * kGroup;
+        continue;
+      }
+#endif
       for (int g = 0; g < kGroup; ++g) {
         char* out = static_cast<char*>(packed) + (at + g) * kOperandSize;
         const char* from = static_cast<const char*>(b) + ((i + g) * row + first * column) * size;
