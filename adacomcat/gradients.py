@@ -58,7 +58,7 @@ def _weight_grad(needed: bool, a: Tensor, b: Tensor) -> Gradient:
     return _rows(a).t() @ _rows(b) if needed else None
 
 
-def bias_grad(needed: bool, grad: Tensor) -> Gradient:
+def _bias_grad(needed: bool, grad: Tensor) -> Gradient:
     return _rows(grad).sum(0) if needed else None
 
 
@@ -90,7 +90,7 @@ def low_rank_linear(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, ...
         grad_middle @ v.t() if need_x else None,
         _weight_grad(need_v, x, grad_middle),
         _weight_grad(need_u, grad, middle),
-        bias_grad(need_bias, grad),
+        _bias_grad(need_bias, grad),
         None,
         grad_residual,
         None,
@@ -109,7 +109,7 @@ def gated_low_rank_linear(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradien
         _weight_grad(need_v, x, grad_middle),
         _rows(grad_gated * middle).sum(0) if need_gate else None,
         _weight_grad(need_u, grad, middle * gate) if need_u else None,
-        bias_grad(need_bias, grad),
+        _bias_grad(need_bias, grad),
         None,
     )
 
@@ -129,10 +129,10 @@ def low_rank_mlp(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, ...]:
         grad_middle1 @ v1.t() if need_x else None,
         _weight_grad(need_v1, x, grad_middle1),
         _weight_grad(need_u1, grad_pre, middle1),
-        bias_grad(need_b1, grad_pre),
+        _bias_grad(need_b1, grad_pre),
         _weight_grad(need_v2, hidden, grad_middle2),
         _weight_grad(need_u2, grad, middle2),
-        bias_grad(need_b2, grad),
+        _bias_grad(need_b2, grad),
         None,
         None,
     )
@@ -152,9 +152,9 @@ def dense_mlp(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, ...]:
     return (
         grad_pre @ w1 if need_x else None,
         _weight_grad(need_w1, grad_pre, x),
-        bias_grad(need_b1, grad_pre),
+        _bias_grad(need_b1, grad_pre),
         grad_w2,
-        bias_grad(need_b2, grad),
+        _bias_grad(need_b2, grad),
         None,
         None,
     )
@@ -179,11 +179,11 @@ def low_rank_attention(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, 
     return (
         dq @ wq + dk @ wk + dv @ wv if need_x else None,
         _weight_grad(need_wq, dq, x),
-        bias_grad(need_bq, dq),
+        _bias_grad(need_bq, dq),
         _weight_grad(need_wk, dk, x),
         _weight_grad(need_wv, dv, x),
         _weight_grad(need_wo, grad, context),
-        bias_grad(need_bo, grad),
+        _bias_grad(need_bo, grad),
         None,
         None,
         ds.sum_to_size(mask.shape) if ctx.needs_input_grad[9] else None,

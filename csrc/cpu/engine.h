@@ -50,8 +50,8 @@ struct Finish {
   const float* row_scale = nullptr;  // (m)
   const float* sum = nullptr;        // of accumulate(), (m, sum_stride)
   int64_t sum_stride = 0;
-  // Where there is one, out = act'(C + bias) · gradient and, if it is wanted, activated =
-  // act(C + bias), laid out as out; nothing else of the above.
+  // Where there is one, of out's dtype: out = act'(C + bias) · gradient and, if it is wanted,
+  // activated = act(C + bias), laid out as out; nothing else of the above.
   Rows gradient{nullptr, 0, Dtype::f32};
   void* activated = nullptr;
 };

@@ -167,15 +167,20 @@ inline void finish_column(const Finish& f, const float* tile, int64_t row, int64
 template <Activation A, Dtype D>
 inline void differentiate_column(const Finish& f, const float* tile, int64_t row, int64_t rows,
                                  int64_t column, int64_t count) {
+  const bool whole = count == kLanes;
   const Vector bias = f.bias.data ? load_some(f.bias.data, column, f.bias.dtype, count) : Vector{};
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t out = (row + i) * f.stride + column;
+    const int64_t from = (row + i) * f.gradient.stride + column;
     Vector slope;
     const Vector y = activate(load(tile + i * kTileStride) + bias, A, slope);
-    const Vector gradient = load_some(
-        f.gradient.data, (row + i) * f.gradient.stride + column, f.gradient.dtype, count);
-    store_some(f.out, out, D, slope * gradient, count);
-    if (f.activated) store_some(f.activated, out, D, y, count);
+    if (whole) {
+      store(f.out, out, D, slope * load(f.gradient.data, from, D));
+      if (f.activated) store(f.activated, out, D, y);
+    } else {
+      store_some(f.out, out, D, slope * load_some(f.gradient.data, from, D, count), count);
+      if (f.activated) store_some(f.activated, out, D, y, count);
+    }
   }
 }
 
@@ -188,9 +193,13 @@ void multiply_with(const Product& p, const Finish& f) {
                                           right_of(p, column, vectors), tile, kTileStride, false,
                                           ahead.next());
     const int64_t columns = least(vectors * kLanes, p.n - column);
-    const auto finish = f.gradient.data ? differentiate_column<A, D> : finish_column<A, D>;
     for (int64_t j = 0; j < columns; j += kLanes) {
-      finish(f, tile + j, row, rows, column + j, least(kLanes, columns - j));
+      const int64_t count = least(kLanes, columns - j);
+      if (f.gradient.data) {
+        differentiate_column<A, D>(f, tile + j, row, rows, column + j, count);
+      } else {
+        finish_column<A, D>(f, tile + j, row, rows, column + j, count);
+      }
     }
   });
 }
