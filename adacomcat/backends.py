@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from adacomcat import kernels, reference
+from adacomcat import cpu_gradients, kernels, reference
 from adacomcat.errors import UserError
 
 
@@ -32,7 +32,8 @@ _FORCED: ContextVar[str | None] = ContextVar("adacomcat_backend", default=None)
 # nor CUDA's: they are tested without a GPU, and nothing has shown yet that they are faster on one.
 PREFERENCE = ("cpp", "reference")
 SPECTRA = ("gram", "eigenvalues", "singular_values")  # what only the CPU has kernels for
-CPP_OPS = ("low_rank_linear", "low_rank_mlp", "low_rank_attention", "batched_svd", *SPECTRA)
+CPP_OPS = ("low_rank_linear", "low_rank_mlp", "dense_mlp", "low_rank_attention", "batched_svd",
+           *SPECTRA)
 CUDA_OPS = ("low_rank_linear", "batched_svd", "truncation_errors")
 CUDA_CAPABILITY = (8, 0)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -108,9 +109,11 @@ def backward_kernel(
 
     They also do where a gradient is traced or batched: kernels want memory that is there.
     """
-    if backend != "triton" or type(grad) is not Tensor:
+    if type(grad) is not Tensor:
         return None
-    return kernels.load(op).backward
+    if backend == "cpp":
+        return getattr(cpu_gradients, op)
+    return kernels.load(op).backward if backend == "triton" else None
 
 
 def direct_kernel(op: str, x: Tensor) -> Callable[..., tuple[Tensor, ...]] | None:

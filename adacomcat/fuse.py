@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm, LayerScale
+from timm.layers import Attention, LayerNorm, LayerScale, Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from adacomcat import ops
-from adacomcat.attention import LowRankAttention, causal_mask
-from adacomcat.layers import LowRankLinear, LowRankMlp
+from adacomcat.attention import LowRankAttention, attention_weights, causal_mask
+from adacomcat.layers import LowRankLinear, LowRankMlp, activation_name
+from adacomcat.sites import attention_tier
 
 
 class Norm(NamedTuple):
@@ -26,22 +27,34 @@ class Norm(NamedTuple):
     epsilon: float
 
 
+class Projections(NamedTuple):
+    """An attention's, in float64: wq, wk (H·rank_qk, d), wv (H·rank_vo, d), wo (out, H·rank_vo)."""
+
+    wq: Tensor
+    bq: Tensor
+    wk: Tensor
+    wv: Tensor
+    wo: Tensor
+    bo: Tensor
+
+
 class FusedAttention(nn.Module):
-    """x + ls · attention(norm(x)), attention of the type ``LowRankAttention``.
+    """x + ls · attention(norm(x)), attention a ``LowRankAttention`` or timm's, of full rank.
 
     A bias that the norm gives to every key cancels in the softmax; given to every value it passes
     through, into bo.
     """
 
-    def __init__(self, norm: nn.LayerNorm, attn: LowRankAttention, scale: nn.Module) -> None:
+    def __init__(self, norm: nn.LayerNorm, attn: LowRankAttention | Attention,
+                 scale: nn.Module) -> None:
         super().__init__()
-        affine, gamma = _affine(norm), _layer_scale(scale, attn.wo)
-        wq, wk, wv, wo = (w.detach().double() for w in (attn.wq, attn.wk, attn.wv, attn.wo))
+        affine, p = _affine(norm), _projections(attn)
+        gamma, like = _layer_scale(scale, p.wo), next(attn.parameters())
         self.num_heads, self.scale, self.epsilon = attn.num_heads, attn.scale, affine.epsilon
-        bo = attn.bo.detach().double() + wo @ (wv @ affine.bias)
-        _set_weights(self, attn.wo, wq=wq * affine.weight, wk=wk * affine.weight,
-                     wv=wv * affine.weight, bq=attn.bq.detach().double() + wq @ affine.bias,
-                     wo=gamma.unsqueeze(1) * wo, bo=gamma * bo)
+        bo = p.bo + p.wo @ (p.wv @ affine.bias)
+        _set_weights(self, like, wq=p.wq * affine.weight, wk=p.wk * affine.weight,
+                     wv=p.wv * affine.weight, bq=p.bq + p.wq @ affine.bias,
+                     wo=gamma.unsqueeze(1) * p.wo, bo=gamma * bo)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
@@ -83,6 +96,23 @@ class FusedMlp(nn.Module):
                                 self.activation, epsilon=self.epsilon, residual=x)
 
 
+class FusedDenseMlp(nn.Module):
+    """x + ls · mlp(norm(x)), mlp timm's."""
+
+    def __init__(self, norm: nn.LayerNorm, mlp: Mlp, scale: nn.Module) -> None:
+        super().__init__()
+        affine, gamma = _affine(norm), _layer_scale(scale, mlp.fc2.weight)
+        w1, w2 = (linear.weight.detach().double() for linear in (mlp.fc1, mlp.fc2))
+        self.activation, self.epsilon = activation_name(mlp.act), affine.epsilon
+        _set_weights(self, mlp.fc1.weight, w1=w1 * affine.weight,
+                     b1=_bias(mlp.fc1) + w1 @ affine.bias,
+                     w2=gamma.unsqueeze(1) * w2, b2=gamma * _bias(mlp.fc2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.dense_mlp(x, self.w1, self.b1, self.w2, self.b2, self.activation,
+                             epsilon=self.epsilon, residual=x)
+
+
 class Sublayer(nn.Module):
     """x + ls · f(norm(x)) where f stays what it is."""
 
@@ -99,12 +129,8 @@ class FusedBlock(nn.Module):
 
     def __init__(self, block: Block) -> None:
         super().__init__()
-        fuse_attention = type(block.attn) is LowRankAttention and _affine(block.norm1) is not None
-        fuse_mlp = (type(block.mlp) is LowRankMlp and block.mlp.activation is not None
-                    and _affine(block.norm2) is not None)
-        self.attn = (FusedAttention if fuse_attention else Sublayer)(
-            block.norm1, block.attn, block.ls1)
-        self.mlp = (FusedMlp if fuse_mlp else Sublayer)(block.norm2, block.mlp, block.ls2)
+        self.attn = _attention_class(block)(block.norm1, block.attn, block.ls1)
+        self.mlp = _mlp_class(block)(block.norm2, block.mlp, block.ls2)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
@@ -129,9 +155,9 @@ class FirstTokenVisionTransformer(VisionTransformer):
 def optimize(model: nn.Module) -> nn.Module:
     """A copy of ``model`` for inference, its blocks on the fused path; same outputs.
 
-    Blocks that are not timm's ``Block``, and dense sublayers, stay as they are. Where the head
-    reads the class token only, the last block computes only that. Save and train the model that
-    went in, not this one: norms are folded into weights here.
+    Low-rank and dense sublayers alike; blocks that are not timm's ``Block`` stay as they are. Where
+    the head reads the class token only, the last block computes only that. Save and train the model
+    that went in, not this one: norms are folded into weights here.
     """
     optimized = copy.deepcopy(model).eval().requires_grad_(False)
     for name, module in list(optimized.named_modules()):
@@ -140,6 +166,27 @@ def optimize(model: nn.Module) -> nn.Module:
     if _head_reads_first_token(optimized):
         optimized.__class__ = FirstTokenVisionTransformer  # its parts, names and API stay
     return optimized
+
+
+def _attention_class(block: Block) -> type[nn.Module]:
+    attn = block.attn
+    # Elsewhere than on a CPU one library product for q, k and v serves a dense attention better.
+    fits = type(attn) is LowRankAttention or (
+        type(attn) is Attention and attention_tier(attn) == "A"
+        and type(attn.qkv) is type(attn.proj) is nn.Linear and attn.qkv.weight.is_cpu)
+    return FusedAttention if fits and _affine(block.norm1) is not None else Sublayer
+
+
+def _mlp_class(block: Block) -> type[nn.Module]:
+    mlp = block.mlp
+    if _affine(block.norm2) is None or type(mlp) not in (Mlp, LowRankMlp):
+        return Sublayer
+    if activation_name(mlp.act) is None:
+        return Sublayer
+    if type(mlp) is LowRankMlp:
+        return FusedMlp
+    dense = type(mlp.fc1) is type(mlp.fc2) is nn.Linear and type(mlp.norm) is nn.Identity
+    return FusedDenseMlp if dense else Sublayer
 
 
 def _head_reads_first_token(model: nn.Module) -> bool:
@@ -159,15 +206,26 @@ def _affine(norm: nn.Module) -> Norm | None:
     return Norm(weight.double(), bias.double(), norm.eps)
 
 
+def _projections(attn: LowRankAttention | Attention) -> Projections:
+    if type(attn) is LowRankAttention:
+        return Projections(*(w.detach().double() for w in (attn.wq, attn.bq, attn.wk, attn.wv,
+                                                           attn.wo, attn.bo)))
+    w = attention_weights(attn)
+    wq, bq, wk, wv, bv = (t.double().flatten(0, 1) for t in (w.wq, w.bq, w.wk, w.wv, w.bv))
+    wo = w.wo.double().transpose(0, 1).flatten(1)
+    return Projections(wq, bq, wk, wv, wo, w.bo.double() + wo @ bv)
+
+
 def _layer_scale(scale: nn.Module, like: Tensor) -> Tensor:
     if isinstance(scale, LayerScale):
         return scale.gamma.detach().double()
     return like.new_ones(like.shape[0], dtype=torch.float64)
 
 
-def _bias(linear: LowRankLinear) -> Tensor:
+def _bias(linear: LowRankLinear | nn.Linear) -> Tensor:
     if linear.bias is None:
-        return linear.u.new_zeros(linear.out_features, dtype=torch.float64)
+        device = next(linear.parameters()).device
+        return torch.zeros(linear.out_features, dtype=torch.float64, device=device)
     return linear.bias.detach().double()
 
 

@@ -6,13 +6,20 @@ differentiated computes them anew.
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adacomcat.reference import activate, broadcast_mask, split_heads
+from adacomcat.reference import (
+    activate,
+    broadcast_mask,
+    merge_heads,
+    probability,
+    split_heads,
+)
 
 Gradient = Tensor | None
 
@@ -43,7 +50,7 @@ def _reusable(ctx: Any) -> bool:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(prod(x.shape[:-1]), x.shape[-1])  # -1 is ambiguous where a width is 0
 
 
 def _weight_grad(needed: bool, a: Tensor, b: Tensor) -> Gradient:
@@ -131,22 +138,26 @@ def low_rank_mlp(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, ...]:
     )
 
 
-def _merge_heads(x: Tensor) -> Tensor:
-    """(B, H, N, r) → (B, N, H·r)."""
-    return x.transpose(1, 2).flatten(2)
-
-
-def _probability(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """softmax(q kᵀ · scale + mask), zero in rows that are masked entirely."""
-    logits = (q * scale) @ k.transpose(-2, -1)
-    if mask is None:
-        return logits.softmax(-1)
-    if mask.dtype == torch.bool:
-        logits = logits.masked_fill(~mask, float("-inf"))
-    else:
-        logits = logits + mask
-    empty = (logits == float("-inf")).all(-1, keepdim=True)
-    return logits.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+def dense_mlp(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, ...]:
+    """Nothing of the hidden layer was kept: it is computed anew."""
+    x, w1, b1, w2, _ = ctx.saved_tensors
+    need_x, need_w1, need_b1, need_w2, need_b2, *_ = ctx.needs_input_grad
+    grad_w2 = grad_pre = None
+    if need_x or need_w1 or need_b1 or need_w2:
+        pre = F.linear(x, w1, b1)
+    if need_w2:
+        grad_w2 = _weight_grad(True, grad, activate(pre, ctx.options["activation"]))
+    if need_x or need_w1 or need_b1:
+        grad_pre = _activation_backward(grad @ w2, pre, ctx.options["activation"])
+    return (
+        grad_pre @ w1 if need_x else None,
+        _weight_grad(need_w1, grad_pre, x),
+        _bias_grad(need_b1, grad_pre),
+        grad_w2,
+        _bias_grad(need_b2, grad),
+        None,
+        None,
+    )
 
 
 def low_rank_attention(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, ...]:
@@ -156,15 +167,15 @@ def low_rank_attention(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, 
         q, k, v = (F.linear(x, w, b) for w, b in ((wq, bq), (wk, None), (wv, None)))
     num_heads, scale = ctx.options["num_heads"], ctx.options["scale"]
     q, k, v = (split_heads(t, num_heads) for t in (q, k, v))
-    p = _probability(q, k, scale, broadcast_mask(mask))
+    p = probability(q, k, scale, broadcast_mask(mask))
     if not _reusable(ctx):
-        context = _merge_heads(p @ v)
+        context = merge_heads(p @ v)
     d_heads = split_heads(grad @ wo, num_heads)
     dp = d_heads @ v.transpose(-2, -1)
     ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-    dq = _merge_heads(ds @ k) * scale
-    dk = _merge_heads(ds.transpose(-2, -1) @ q) * scale
-    dv = _merge_heads(p.transpose(-2, -1) @ d_heads)
+    dq = merge_heads(ds @ k) * scale
+    dk = merge_heads(ds.transpose(-2, -1) @ q) * scale
+    dv = merge_heads(p.transpose(-2, -1) @ d_heads)
     return (
         dq @ wq + dk @ wk + dv @ wv if need_x else None,
         _weight_grad(need_wq, dq, x),

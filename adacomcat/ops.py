@@ -1,6 +1,7 @@
 """The ops: public functions, schemas, shapes, gradients and flop formulas.
 
-Each op also returns the intermediates that its backward pass reuses; they are empty unless `keep`.
+Each op also returns the intermediates that its backward pass reuses, if there are any; they are
+empty unless `keep`.
 The implementation is chosen in `backends.pick`.
 """
 
@@ -17,7 +18,8 @@ from adacomcat import backends, gradients
 from adacomcat.errors import UserError
 from adacomcat.reference import ACTIVATIONS
 
-__all__ = ["gated_low_rank_linear", "low_rank_attention", "low_rank_linear", "low_rank_mlp"]
+__all__ = ["dense_mlp", "gated_low_rank_linear", "low_rank_attention", "low_rank_linear",
+           "low_rank_mlp"]
 
 Shapes = Callable[..., list[tuple[int, ...]]]
 Flops = Callable[..., int]
@@ -84,6 +86,32 @@ def low_rank_mlp(
                       residual=residual)[0]
     x = _normalized(x, epsilon)
     y = _OPS.low_rank_mlp(x, v1, u1, b1, v2, u2, b2, activation, keep)[0]
+    return y if residual is None else y + residual
+
+
+def dense_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str | None,
+    *,
+    epsilon: float | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """act(x̂ W1ᵀ + b1) W2ᵀ + b2 (+ residual), the hidden layer computed anew for gradients.
+
+    x (..., in), W1 (hidden, in), W2 (out, hidden). x̂ is x, or with an ``epsilon`` its layer norm
+    without weight and bias.
+    """
+    _check_activation(activation)
+    x, w1, b1, w2, b2, residual = _autocast(x, w1, b1, w2, b2, residual)
+    keep = _needs_grad(x, w1, b1, w2, b2, residual)
+    if not keep and (kernel := backends.direct_kernel("dense_mlp", x)):
+        return kernel(x, w1, b1, w2, b2, activation, epsilon=epsilon, residual=residual)
+    x = _normalized(x, epsilon)
+    y = _OPS.dense_mlp(x, w1, b1, w2, b2, activation, keep)
     return y if residual is None else y + residual
 
 
@@ -214,6 +242,17 @@ def _shape_low_rank_mlp(x, v1, u1, b1, v2, u2, b2, activation) -> list[tuple]:
     return [(*x.shape[:-1], n) for n in (u2.shape[0], v1.shape[1], v2.shape[1])]
 
 
+def _shape_dense_mlp(x, w1, b1, w2, b2, activation) -> list[tuple]:
+    _check_input(x)
+    _check_like(x, w1=w1, b1=b1, w2=w2, b2=b2)
+    torch._check(w1.dim() == 2 and w2.dim() == 2, lambda: "w1, w2 must be matrices")
+    _check_shape("w1", w1, w1.shape[0], x.shape[-1])
+    _check_shape("b1", b1, w1.shape[0])
+    _check_shape("w2", w2, w2.shape[0], w1.shape[0])
+    _check_shape("b2", b2, w2.shape[0])
+    return [(*x.shape[:-1], w2.shape[0])]
+
+
 def _shape_low_rank_attention(x, wq, bq, wk, wv, wo, bo, heads, scale, mask) -> list[tuple]:
     _check_input(x)
     additive = mask if mask is not None and mask.dtype != torch.bool else None
@@ -255,9 +294,18 @@ def _flops_low_rank_mlp(x, v1, u1, b1, v2, u2, *_, **__) -> int:
     return _flops_low_rank(x, v1, u1) + _flops_low_rank((*x[:-1], v2[0]), v2, u2)
 
 
+def _flops_dense_mlp(x, w1, b1, w2, *_, **__) -> int:
+    return 2 * prod(x[:-1]) * (prod(w1) + prod(w2))
+
+
 def _flops_low_rank_attention(x, wq, bq, wk, wv, wo, *_, **__) -> int:
     projections = wq[0] * x[2] + wk[0] * x[2] + wv[0] * x[2] + wo[0] * wo[1]
     return 2 * x[0] * x[1] * (projections + x[1] * (wq[0] + wv[0]))
+
+
+def _returned(*results: Tensor) -> Any:
+    """A single result stands alone, as its schema says."""
+    return results if len(results) > 1 else results[0]
 
 
 def _register(name: str, arguments: str, results: int, shapes: Shapes, flops: Flops) -> None:
@@ -269,28 +317,31 @@ def _register(name: str, arguments: str, results: int, shapes: Shapes, flops: Fl
     names = [parameter.name for parameter in parameters]
     options = [parameter.name for parameter in parameters if "Tensor" not in str(parameter.type)]
 
-    def implementation(*args: Any) -> tuple[Tensor, ...]:
+    def implementation(*args: Any) -> Any:
         *inputs, keep = args
         shapes(*inputs)
         x = inputs[0]
         # Fused attention on CPUs refuses a mask that requires a gradient, even here below autograd.
         inputs = [a.detach() if isinstance(a, Tensor) else a for a in inputs]
-        out, *kept = backends.kernel(name, x, keep)(*inputs)
-        return (out.contiguous(), *(t.contiguous() if keep else x.new_empty(0) for t in kept))
+        found = backends.kernel(name, x, keep)(*inputs)
+        out, *kept = found if results > 1 else (found,)
+        return _returned(out.contiguous(),
+                         *(t.contiguous() if keep else x.new_empty(0) for t in kept))
 
-    def fake(*args: Any) -> tuple[Tensor, ...]:
+    def fake(*args: Any) -> Any:
         *inputs, keep = args
         out, *kept = shapes(*inputs)
         x = inputs[0]
-        return (x.new_empty(out), *(x.new_empty(s if keep else (0,)) for s in kept))
+        return _returned(x.new_empty(out), *(x.new_empty(s if keep else (0,)) for s in kept))
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *arguments, ctx.keep = inputs
+        kept = output[1:] if results > 1 else ()
         # Chosen now: gradients on GPUs come from another thread, which knows no `use_backend`.
         ctx.backend = backends.pick(name, inputs[0])
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(*kept)
         named = dict(zip(names, arguments, strict=True))
-        ctx.save_for_backward(*(named[n] for n in names if n not in options), *output[1:])
+        ctx.save_for_backward(*(named[n] for n in names if n not in options), *kept)
         ctx.options = {n: named[n] for n in options}
 
     def backward(ctx: Any, grad: Tensor, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -333,6 +384,13 @@ _register(
     _flops_low_rank_mlp,
 )
 _register(
+    "dense_mlp",
+    "Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str? activation",
+    1,
+    _shape_dense_mlp,
+    _flops_dense_mlp,
+)
+_register(
     "low_rank_attention",
     "Tensor x, Tensor wq, Tensor? bq, Tensor wk, Tensor wv, Tensor wo, Tensor? bo, "
     "int num_heads, float scale, Tensor? attn_mask",
@@ -351,9 +409,9 @@ def _register_compiled(name: str, extra: str, shapes: Shapes, flops: Flops) -> N
     tags = (torch.Tag.pt2_compliant_tag,)
     _LIBRARY.define(f"{name}({arguments[0]}, *, {extra}bool keep=False) -> ({returns})", tags=tags)
 
-    def fake(x: Tensor, *args: Any, keep: bool = False, **fused: Any) -> tuple[Tensor, ...]:
+    def fake(x: Tensor, *args: Any, keep: bool = False, **fused: Any) -> Any:
         out, *kept = shapes(x, *args)
-        return (x.new_empty(out), *(x.new_empty(s if keep else (0,)) for s in kept))
+        return _returned(x.new_empty(out), *(x.new_empty(s if keep else (0,)) for s in kept))
 
     torch.library.register_fake(f"adacomcat::{name}", fake, lib=_LIBRARY)
     register_flop_formula(getattr(_OPS, name))(flops)
@@ -365,5 +423,6 @@ _FUSED = "float? epsilon=None, Tensor? residual=None, "
 _register_compiled("low_rank_linear_cpu", "", _shape_low_rank_linear, _flops_low_rank_linear)
 _register_compiled("low_rank_linear_cuda", "", _shape_low_rank_linear, _flops_low_rank_linear)
 _register_compiled("low_rank_mlp_cpu", _FUSED, _shape_low_rank_mlp, _flops_low_rank_mlp)
+_register_compiled("dense_mlp_cpu", _FUSED, _shape_dense_mlp, _flops_dense_mlp)
 _register_compiled("low_rank_attention_cpu", _FUSED, _shape_low_rank_attention,
                    _flops_low_rank_attention)

@@ -1,6 +1,7 @@
 """Every op in a few lines of PyTorch: the oracle, and what runs where nothing faster can.
 
-Each function returns its result first, then the intermediates that the backward pass reuses.
+Each function returns its result first, then the intermediates that the backward pass reuses; the
+result alone where there are none.
 """
 
 import torch
@@ -59,9 +60,21 @@ def low_rank_mlp(
     return out, middle1, middle2
 
 
+def dense_mlp(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str | None
+) -> Tensor:
+    """act(x W1ᵀ + b1) W2ᵀ + b2.  x (..., in), W1 (hidden, in), W2 (out, hidden)."""
+    return F.linear(activate(F.linear(x, w1, b1), activation), w2, b2)
+
+
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, N, H·r) → (B, H, N, r)."""
     return x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, N, r) → (B, N, H·r)."""
+    return x.transpose(1, 2).flatten(2)
 
 
 def broadcast_mask(attn_mask: Tensor | None) -> Tensor | None:
@@ -69,6 +82,19 @@ def broadcast_mask(attn_mask: Tensor | None) -> Tensor | None:
     if attn_mask is None:
         return None
     return attn_mask[(None,) * (4 - attn_mask.dim())]
+
+
+def probability(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """softmax(q kᵀ · scale + mask), zero in rows that are masked entirely."""
+    logits = (q * scale) @ k.transpose(-2, -1)
+    if mask is None:
+        return logits.softmax(-1)
+    if mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    else:
+        logits = logits + mask
+    empty = (logits == float("-inf")).all(-1, keepdim=True)
+    return logits.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, attn_mask: Tensor | None) -> Tensor:

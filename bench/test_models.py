@@ -2,7 +2,7 @@
 
 Every repeat runs all peers in turn; ratios are of medians. Run: make bench, or
 ``python -m pytest bench/test_models.py``; ``--models deit_small --batches 1 8 --threads 1 2`` as
-``python bench/test_models.py`` for a part of it.
+``python bench/test_models.py`` for a part of it, ``--memory`` for activations instead of time.
 """
 
 import argparse
@@ -11,6 +11,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from itertools import accumulate, product
 from pathlib import Path
 
 import peers
@@ -19,6 +22,7 @@ import timm
 import torch
 from machine import gemm_peak, machine
 from torch import Tensor, nn
+from torch.profiler import profile
 
 import adacomcat
 from adacomcat.cost import model_macs, model_params
@@ -111,6 +115,32 @@ def compare(name: str, dtype: str, batch: int, threads: int, repeats: int = REPE
             "fraction of peak": round(gflops / peak, 2)}
 
 
+@torch.inference_mode()
+def activation_bytes(run: peers.Peer, x: Tensor) -> int:
+    """What a forward pass holds at most beside weights and input, the kernels' scratch too."""
+    scratch = import_module("adacomcat._C").scratch_bytes
+    before = scratch()
+    with profile(profile_memory=True) as found:
+        run(x)
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(alive, default=0) + scratch() - before
+
+
+def compare_memory(name: str, dtype: str, batch: int) -> dict[str, object]:
+    """Megabytes of activations, and their ratio to those of the dense model in PyTorch."""
+    wanted = ["ours", "ours, not fused", "dense, eager"]
+    x = torch.randn(batch, 3, 224, 224).to(DTYPES[dtype])
+    # In a thread of its own no scratch is there yet; the first pass of a peer packs its weights.
+    with torch.no_grad():
+        made, _ = make_peers(name, DTYPES[dtype], 1, 1, wanted)
+    used = {peer: ThreadPoolExecutor(1).submit(activation_bytes, made[peer], x).result()
+            for peer in wanted}
+    return {"model": name, "dtype": dtype, "batch": batch,
+            "megabytes": {peer: round(n / 1e6, 1) for peer, n in used.items()},
+            "vs dense eager": round(used["ours"] / used["dense, eager"], 3)}
+
+
 def table(results: list[dict]) -> str:
     columns = ["model", "dtype", "batch", "threads", "vs dense eager", "vs fastest dense",
                "vs fastest low-rank", "GFLOP/s", "peak GFLOP/s", "fraction of peak"]
@@ -128,6 +158,16 @@ def test_model(benchmark: Callable, name: str, dtype: str, batch: int, threads: 
     print("\n" + table([result]) + "\n" + json.dumps(result["milliseconds"]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_memory(benchmark: Callable, name: str, dtype: str) -> None:
+    result = benchmark.pedantic(compare_memory, (name, dtype, 32), rounds=1)
+    benchmark.extra_info.update(result, **machine())
+    print("\n" + json.dumps(result))
+    if name == "deit_small":
+        assert result["vs dense eager"] <= 0.35
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
@@ -136,8 +176,13 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--peers", nargs="+", help="only these, 'ours' included")
+    parser.add_argument("--memory", action="store_true", help="of activations, instead of time")
     parser.add_argument("--output", type=Path, help="JSON")
     args = parser.parse_args()
+    if args.memory:
+        for name, dtype, batch in product(args.models, args.dtypes, args.batches):
+            print(json.dumps(compare_memory(name, dtype, batch)), flush=True)
+        return
     results = []
     for name in args.models:
         for dtype in args.dtypes:

@@ -48,6 +48,15 @@ def mlp() -> Problem:
              weight(384, 128), torch.randn(384)], ("gelu",))
 
 
+def dense_mlp(hidden: int) -> Problem:
+    def plain(x, w1, b1, w2, b2, activation) -> Tensor:
+        return F.linear(reference.activate(F.linear(x, w1, b1), activation), w2, b2)
+
+    return (ops.dense_mlp, plain,
+            [weight(hidden, 384), torch.randn(hidden), weight(384, hidden), torch.randn(384)],
+            ("gelu",))
+
+
 def attention(rank_qk: int, rank_vo: int) -> Problem:
     def plain(x, wq, bq, wk, wv, wo, bo, heads, scale) -> Tensor:
         q, k, v = (F.linear(x, w, b).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -65,6 +74,8 @@ OPS: dict[str, Callable[[], Problem]] = {
     "low_rank_linear": lambda: linear(None),
     "low_rank_linear_gelu": lambda: linear("gelu"),
     "low_rank_mlp": mlp,
+    "dense_mlp": lambda: dense_mlp(1536),
+    "dense_mlp_half": lambda: dense_mlp(768),
     "low_rank_attention": lambda: attention(32, 32),
     "low_rank_attention_unequal": lambda: attention(24, 40),
 }

@@ -5,6 +5,7 @@
 #include <torch/version.h>
 
 #include "cpu/engine.h"
+#include "cpu/shell.h"
 #ifdef ADACOMCAT_CUDA
 #include "cuda/kernels.h"
 #endif
@@ -56,6 +57,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, torch, CUDA and CPU.");
   m.def("use_instruction_set", &adacomcat::use_instruction_set,
         "Run the CPU kernels on generic, avx2, avx512 or avx512_bf16; False where this CPU cannot.");
+  m.def("scratch_bytes", [] { return adacomcat::scratch_bytes.load(); },
+        "Memory that the CPU kernels hold beside tensors, of all threads.");
 #ifdef ADACOMCAT_CUDA
   m.def("svd_shared_memory", &adacomcat::cuda::svd_shared_memory,
         "Bytes that a (rows, columns) matrix of an element size takes of a block's shared memory.");

@@ -18,6 +18,7 @@ from test_ops import (
     Case,
     attention_case,
     convert,
+    dense_case,
     leaves,
     linear_case,
     mlp_case,
@@ -44,6 +45,12 @@ SHAPES = {
     "mlp-197": mlp_case((197,), 64, 24, 300, 40, "gelu"),
     "mlp-hidden": mlp_case((2, 50), 48, 15, 129, 65, "gelu_tanh"),
     "mlp-relu": mlp_case((25,), 33, 31, 256, 16, "relu"),
+    "dense-197": dense_case((197,), 64, 300, 64, "gelu"),
+    "dense-hidden": dense_case((2, 50), 47, 1027, 65, "gelu_tanh"),
+    "dense-256": dense_case((25,), 33, 256, 16, "relu", bias=False),
+    "linear-1100": linear_case((1100,), 40, 33, 77, activation="gelu"),  # rows in two parts
+    "dense-narrow": dense_case((2, 30), 70, 24, 50, "silu"),
+    "mlp-identity": mlp_case((9,), 16, 5, 24, 7, None),
     "attention-197": attention_case(2, 197, 64, 4, 16, 24),
     "attention-long": attention_case(1, 523, 32, 2, 8, 33, "float", (1, 2, 523, 523)),
     "attention-causal": attention_case(2, 65, 48, 3, 17, 7, "bool", (65, 65)),
@@ -77,7 +84,9 @@ def test_values(case: Case, dtype: torch.dtype, instruction_set: str,
     torch.testing.assert_close(again, actual)
 
 
-@pytest.mark.parametrize("name", ["linear-197", "mlp-197", "attention-197", "attention-float"])
+@pytest.mark.parametrize(
+    "name", ["linear-197", "linear-1100", "mlp-197", "mlp-hidden", "mlp-identity", "dense-197",
+             "dense-hidden", "dense-narrow", "attention-197", "attention-float"])
 @each_dtype
 def test_gradients(name: str, dtype: torch.dtype, instruction_set: str,
                    poisoned_memory: None) -> None:
@@ -93,8 +102,63 @@ def test_gradients(name: str, dtype: torch.dtype, instruction_set: str,
         assert_close_to_float64(actual[key], exact[key], plain[key], key)
 
 
+@pytest.mark.parametrize("name", ["linear-odd", "linear-197", "mlp", "dense", "attention"])
+def test_each_gradient_alone_is_the_same(name: str, instruction_set: str) -> None:
+    case = ALL[name]
+    tensors = convert(case.draw(), torch.float32, grad=True)
+    grad_out = torch.randn_like(case.call(tensors))
+    together = value_and_gradients(getattr(ops, case.op), tensors, grad_out, **case.options)
+    for wanted in leaves(tensors):
+        alone = {n: t if t is None else t.detach().requires_grad_(n == wanted)
+                 for n, t in tensors.items()}
+        result = value_and_gradients(getattr(ops, case.op), alone, grad_out, **case.options)
+        torch.testing.assert_close(result[wanted], together[wanted])
+
+
+@pytest.mark.parametrize("layout", ["expanded", "strided"])
+def test_gradients_may_lie_anyhow_in_memory(layout: str, instruction_set: str) -> None:
+    for name in ("linear-197", "mlp", "dense", "attention"):
+        case = ALL[name]
+        tensors = convert(case.draw(), torch.float32, grad=True)
+        y = case.call(tensors)
+        grad = torch.randn(()).expand(y.shape)
+        if layout == "strided":
+            grad = strided(torch.randn_like(y))
+        wanted = list(leaves(tensors).values())
+        actual = torch.autograd.grad(y, wanted, grad, retain_graph=True)
+        expected = torch.autograd.grad(y, wanted, grad.contiguous())
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu"])
+def test_slopes_over_their_whole_range(activation: str, instruction_set: str) -> None:
+    x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([-1e30, 1e30, 3e38])])
+    x = x.unsqueeze(1).requires_grad_()
+    one = torch.ones(1, 1)
+    y = ops.low_rank_linear(x, one, one, activation=activation)
+    slope, = torch.autograd.grad(y.sum(), x)
+    exact = x.detach().double().requires_grad_()
+    getattr(F, activation.removesuffix("_tanh"))(
+        exact, **({"approximate": "tanh"} if activation == "gelu_tanh" else {})).sum().backward()
+    expected = exact.grad.where(exact.grad.isfinite(), (exact.detach() > 0).double())
+    torch.testing.assert_close(slope.double(), expected, rtol=3e-6, atol=4e-6)
+
+
+def test_backward_keeps_less_than_the_formulas_need() -> None:
+    """Of the hidden layer nothing is kept between the passes."""
+    case = mlp_case((50,), 32, 8, 512, 8, "gelu")
+    tensors, saved = convert(case.draw(), torch.float32, grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.append(t) or t, lambda t: t):
+        case.call(tensors)
+    inputs = {t.data_ptr() for t in leaves(tensors).values()}
+    kept = [t for t in saved if t.data_ptr() not in inputs]
+    assert sum(t.numel() for t in kept) == 50 * (8 + 8)
+
+
 @each_dtype
-@pytest.mark.parametrize("name", ["mlp-197", "attention-causal"])
+@pytest.mark.parametrize("name", ["mlp-197", "dense-197", "dense-hidden", "attention-causal"])
 def test_norm_and_residual_in_one(name: str, dtype: torch.dtype, instruction_set: str,
                                   poisoned_memory: None) -> None:
     """A large mean, as residual streams have it, must not cost digits of the variance."""
@@ -141,7 +205,7 @@ def test_rows_masked_entirely_give_the_bias(instruction_set: str) -> None:
 
 def test_one_thread_and_several_agree(instruction_set: str) -> None:
     threads = torch.get_num_threads()
-    for name in ("linear-197", "mlp-197", "attention-197"):
+    for name in ("linear-197", "mlp-197", "dense-197", "attention-197"):
         tensors = convert(ALL[name].draw(), torch.float32)
         results = []
         for count in (1, 2, 7):
@@ -207,7 +271,7 @@ def test_weights_are_shared_between_threads() -> None:
     assert all(torch.equal(y, expected) for result in results for y in result)
 
 
-@pytest.mark.parametrize("name", ["mlp-197", "attention-197"])
+@pytest.mark.parametrize("name", ["mlp-197", "dense-197", "attention-197"])
 def test_what_followed_may_be_gone(name: str) -> None:
     """Kernels fetch the weights that came next the last time: here of a layer since deleted."""
     case = ALL[name]
@@ -256,7 +320,7 @@ def test_environment_variable(name: str) -> None:
         assert run.returncode and "ADACOMCAT_CPU=nonsense is not an instruction set" in run.stderr
 
 
-@pytest.mark.parametrize("name", ["linear-197", "mlp-197", "attention-197"])
+@pytest.mark.parametrize("name", ["linear-197", "mlp-197", "dense-197", "attention-197"])
 def test_opcheck_of_the_kernels(name: str) -> None:
     case = ALL[name]
     op = getattr(torch.ops.adacomcat, f"{case.op}_cpu").default

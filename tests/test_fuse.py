@@ -3,6 +3,8 @@
 import pytest
 import timm
 import torch
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block
 from torch import nn
 
 import adacomcat
@@ -10,6 +12,7 @@ from adacomcat.fuse import (
     FirstTokenVisionTransformer,
     FusedAttention,
     FusedBlock,
+    FusedDenseMlp,
     FusedMlp,
     Sublayer,
 )
@@ -107,7 +110,67 @@ def test_compiles_whole() -> None:
         torch.testing.assert_close(torch.compile(optimized, fullgraph=True)(x), optimized(x))
 
 
-def test_a_dense_model_passes_through() -> None:
-    model = timm.create_model("vit_tiny_patch16_224", **TINY).eval()
-    x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(adacomcat.optimize(model)(x), model(x))
+def dense(**kwargs: object) -> nn.Module:
+    return randomize_(timm.create_model("vit_tiny_patch16_224", **{**TINY, **kwargs}))
+
+
+@pytest.mark.parametrize("kwargs", [
+    {}, {"init_values": 0.1}, {"qkv_bias": False, "proj_bias": False},
+    {"class_token": False, "global_pool": "avg"}, {"act_layer": "silu"}, {"act_layer": "tanh"},
+    {"qk_norm": True}, {"scale_attn_norm": True}, {"scale_mlp_norm": True},
+], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@torch.no_grad()
+def test_dense_sublayers_give_the_same(kwargs: dict, dtype: torch.dtype) -> None:
+    model = dense(**kwargs).to(dtype)
+    x = torch.randn(5, 3, 32, 32, dtype=dtype)
+    optimized = adacomcat.optimize(model)
+    assert relative(optimized(x), model(x)) < (1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("kwargs, attention, mlp", [
+    ({}, FusedAttention, FusedDenseMlp), ({"init_values": 0.1}, FusedAttention, FusedDenseMlp),
+    ({"act_layer": "tanh"}, FusedAttention, Sublayer), ({"qk_norm": True}, Sublayer, FusedDenseMlp),
+    ({"scale_attn_norm": True}, Sublayer, FusedDenseMlp),
+    ({"scale_mlp_norm": True}, FusedAttention, Sublayer),
+    ({"norm_layer": "rmsnorm"}, Sublayer, Sublayer),
+], ids=str)
+def test_which_dense_sublayers_are_fused(kwargs: dict, attention: type, mlp: type) -> None:
+    optimized = adacomcat.optimize(dense(**kwargs))
+    assert type(optimized.blocks[0].attn) is attention and type(optimized.blocks[0].mlp) is mlp
+    assert (type(optimized) is FirstTokenVisionTransformer) == (attention is FusedAttention)
+
+
+def test_linears_of_another_kind_are_left_alone() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = dense()
+    model.blocks[0].attn.qkv, model.blocks[1].mlp.fc2 = Doubled(48, 144), Doubled(192, 48)
+    optimized, x = adacomcat.optimize(model.eval()), torch.randn(2, 3, 32, 32)
+    assert type(optimized.blocks[0].attn) is Sublayer and type(optimized.blocks[1].mlp) is Sublayer
+    with torch.no_grad():
+        assert relative(optimized(x), model(x)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@torch.no_grad()
+def test_an_mlp_of_fewer_hidden_neurons() -> None:
+    """Beside low-rank attention, in some blocks: of none at all it is its last bias."""
+    model = compressed(init_values=0.4)
+    for block, hidden in zip(model.blocks, (37, 1, 0), strict=True):
+        block.mlp = randomize_(Mlp(48, 48, act_layer=nn.GELU))
+        block.mlp.fc1 = nn.Linear(48, hidden)
+        block.mlp.fc2 = nn.Linear(hidden, 48)
+    optimized, x = adacomcat.optimize(model.eval()), torch.randn(3, 3, 32, 32)
+    assert {type(block.mlp) for block in optimized.blocks} == {FusedDenseMlp}
+    assert relative(optimized(x), model(x)) < 1e-5
+
+
+@torch.no_grad()
+def test_masks_reach_a_dense_attention() -> None:
+    block = randomize_(Block(48, 4, qkv_bias=True))
+    fused, x, mask = FusedBlock(block), torch.randn(2, 17, 48), torch.randn(2, 1, 17, 17)
+    torch.testing.assert_close(fused(x, attn_mask=mask), block(x, attn_mask=mask))
+    torch.testing.assert_close(fused(x, is_causal=True), block(x, is_causal=True))

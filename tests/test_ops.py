@@ -43,6 +43,12 @@ def plain_mlp(x, v1, u1, b1, v2, u2, b2, activation) -> Tensor:
     return plain_linear(plain_linear(x, v1, u1, b1, activation), v2, u2, b2)
 
 
+def plain_dense(x, w1, b1, w2, b2, activation) -> Tensor:
+    hidden = x @ w1.t() if b1 is None else x @ w1.t() + b1
+    y = activation_by_formula(hidden, activation) @ w2.t()
+    return y if b2 is None else y + b2
+
+
 def plain_attention(x, wq, bq, wk, wv, wo, bo, num_heads, scale, attn_mask=None) -> Tensor:
     q = x @ wq.t() if bq is None else x @ wq.t() + bq
     k, v = x @ wk.t(), x @ wv.t()
@@ -77,6 +83,7 @@ class Case:
             "low_rank_linear": plain_linear,
             "gated_low_rank_linear": plain_gated,
             "low_rank_mlp": plain_mlp,
+            "dense_mlp": plain_dense,
             "low_rank_attention": plain_attention,
         }[self.op]
 
@@ -90,7 +97,7 @@ class Case:
             fan_in = 1
             if shape is not None and name[0] in "vuw":
                 fan_in = shape[0] if name[0] == "v" else shape[1]
-            value = None if shape is None else torch.randn(shape) / math.sqrt(fan_in)
+            value = None if shape is None else torch.randn(shape) / math.sqrt(max(fan_in, 1))
             if name == "attn_mask" and self.mask == "bool":
                 tensors[name] = (value > -0.5).logical_or(torch.eye(shape[-1], dtype=torch.bool))
             else:
@@ -116,6 +123,12 @@ def mlp_case(lead, d, r1, hidden, r2, activation, bias=True) -> Case:
     return Case("low_rank_mlp", shapes, {"activation": activation})
 
 
+def dense_case(lead, d, hidden, out, activation, bias=True) -> Case:
+    shapes = {"x": (*lead, d), "w1": (hidden, d), "b1": (hidden,) if bias else None,
+              "w2": (out, hidden), "b2": (out,) if bias else None}
+    return Case("dense_mlp", shapes, {"activation": activation})
+
+
 def attention_case(b, n, d, heads, rq, rv, mask=None, mask_shape=None, bias=True) -> Case:
     shapes = {"x": (b, n, d), "wq": (heads * rq, d), "bq": (heads * rq,) if bias else None,
               "wk": (heads * rq, d), "wv": (heads * rv, d), "wo": (d, heads * rv),
@@ -137,6 +150,15 @@ CASES = {
     "mlp": mlp_case((2, 197), 32, 11, 128, 13, "gelu"),
     "mlp-rank1": mlp_case((5,), 16, 1, 40, 1, "silu", bias=False),
     "mlp-empty": mlp_case((0, 7), 16, 4, 40, 6, "gelu_tanh"),
+    "mlp-rank0": mlp_case((5,), 16, 0, 40, 0, "gelu"),
+    "mlp-hidden0": mlp_case((5,), 16, 4, 0, 3, "gelu"),
+    "dense": dense_case((2, 197), 32, 75, 32, "gelu"),
+    "dense-odd": dense_case((3, 5), 37, 53, 29, "silu", bias=False),
+    "dense-identity": dense_case((9,), 16, 24, 16, None),
+    "dense-hidden1": dense_case((70,), 33, 1, 65, "gelu_tanh"),
+    "dense-hidden0": dense_case((5,), 16, 0, 8, "gelu"),
+    "dense-vector": dense_case((), 12, 20, 8, "relu"),
+    "dense-empty": dense_case((0, 7), 16, 40, 16, "gelu"),
     "attention": attention_case(2, 197, 24, 3, 5, 9),
     "attention-wide-qk": attention_case(2, 33, 24, 2, 12, 7, bias=False),
     "attention-rank1": attention_case(1, 17, 16, 4, 1, 1),
@@ -144,11 +166,12 @@ CASES = {
     "attention-float": attention_case(3, 19, 16, 2, 8, 5, "float", (1, 2, 19, 19)),
     "attention-empty": attention_case(0, 19, 16, 2, 8, 5),
 }
-SMALL = ["linear-odd", "gated", "mlp-rank1", "attention-float", "attention-bool"]
+SMALL = ["linear-odd", "gated", "mlp-rank1", "dense-odd", "attention-float", "attention-bool"]
 SMALLEST = {
     "linear": linear_case((2, 3), 5, 2, 4, activation="gelu", residual=True),
     "gated": gated_case((3,), 5, 2, 4),
     "mlp": mlp_case((3,), 4, 2, 6, 3, "silu"),
+    "dense": dense_case((3,), 4, 6, 5, "gelu"),
     "attention": attention_case(2, 3, 4, 2, 2, 1, "float", (2, 3, 3)),
     "attention-no-mask": attention_case(1, 4, 4, 2, 1, 2),
 }
@@ -259,7 +282,7 @@ def test_opcheck(case: Case, keep: bool) -> None:
 
 
 def test_compile_whole_graph_forward_and_backward() -> None:
-    cases = [SMALLEST[n] for n in ("linear", "gated", "mlp", "attention")]
+    cases = [SMALLEST[n] for n in ("linear", "gated", "mlp", "dense", "attention")]
     draws = [convert(c.draw(), torch.float32, grad=True) for c in cases]
 
     def f(draws: list[dict]) -> Tensor:
@@ -311,7 +334,7 @@ def test_autocast_leaves_float64() -> None:
         assert case.call(tensors).dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", ["linear-odd", "gated", "mlp", "attention"])
+@pytest.mark.parametrize("name", ["linear-odd", "gated", "mlp", "dense", "attention"])
 def test_flops_are_those_of_the_matrix_products(name: str) -> None:
     case = CASES[name]
     tensors = convert(case.draw(), torch.float32)
@@ -351,6 +374,8 @@ WRONG = {
     "gate must have shape": ("gated", "gate", (18,)),
     "u1 must have shape": ("mlp", "u1", (128, 12)),
     "v2 must have shape": ("mlp", "v2", (127, 13)),
+    "w1 must have shape": ("dense", "w1", (75, 31)),
+    "w2 must have shape": ("dense", "w2", (32, 74)),
     "wk must have shape": ("attention", "wk", (18, 24)),
     "do not split into 3 heads": ("attention", "wv", (28, 24)),
     "wo must have shape": ("attention", "wo", (24, 26)),

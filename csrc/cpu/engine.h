@@ -38,7 +38,8 @@ struct Product {
   Ahead ahead{};
 };
 
-// What becomes of a tile of C while it is in cache: out = act(C · row_scale + bias) + residual.
+// What becomes of a tile of C while it is in cache:
+// out = act((C + sum) · row_scale + bias) + residual.
 struct Finish {
   void* out;
   int64_t stride;
@@ -47,6 +48,12 @@ struct Finish {
   Activation activation = Activation::none;
   Rows residual{nullptr, 0, Dtype::f32};
   const float* row_scale = nullptr;  // (m)
+  const float* sum = nullptr;        // of accumulate(), (m, sum_stride)
+  int64_t sum_stride = 0;
+  // Where there is one, of out's dtype: out = act'(C + bias) · gradient and, if it is wanted,
+  // activated = act(C + bias), laid out as out; nothing else of the above.
+  Rows gradient{nullptr, 0, Dtype::f32};
+  void* activated = nullptr;
 };
 
 // Added to the logits of one head: element (i, j) at i * row + j * column; bytes where boolean.

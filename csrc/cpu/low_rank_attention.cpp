@@ -55,8 +55,7 @@ class Workspace {
  public:
   Workspace(const Engine& e, int64_t rows, int64_t columns) : size_(e.operand_size()) {
     thread_local std::vector<char> memory;
-    const int64_t bytes = rows * columns * size_ + 5 * 64;
-    if (static_cast<int64_t>(memory.size()) < bytes) memory.resize(bytes);
+    grow(memory, rows * columns * size_ + 5 * 64);
     next_ = memory.data();
   }
 

@@ -112,7 +112,8 @@ class Prefetches {
     const int64_t columns = kPanel * kLanes;
     const int64_t tiles = (p.m + kTileRows - 1) / kTileRows * ((p.n + columns - 1) / columns);
     share_ = (ahead_.bytes + tiles - 1) / tiles;
-    step_ = (share_ + steps_of(p) - 1) / steps_of(p);
+    const int64_t steps = steps_of(p) ? steps_of(p) : 1;  // of no columns at all
+    step_ = (share_ + steps - 1) / steps;
     if (!ahead_.piece) ahead_.piece = ahead_.bytes;
   }
 
@@ -147,6 +148,7 @@ inline void finish_column(const Finish& f, const float* tile, int64_t row, int64
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t out = (row + i) * f.stride + column;
     Vector x = load(tile + i * kTileStride);
+    if (f.sum) x += load(f.sum + (row + i) * f.sum_stride + column);
     if (f.row_scale) x *= f.row_scale[row + i];
     x = activate(x + bias, A);
     if (f.residual.data) {
@@ -161,6 +163,27 @@ inline void finish_column(const Finish& f, const float* tile, int64_t row, int64
   }
 }
 
+// The same where the activation's derivative is asked for.
+template <Activation A, Dtype D>
+inline void differentiate_column(const Finish& f, const float* tile, int64_t row, int64_t rows,
+                                 int64_t column, int64_t count) {
+  const bool whole = count == kLanes;
+  const Vector bias = f.bias.data ? load_some(f.bias.data, column, f.bias.dtype, count) : Vector{};
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t out = (row + i) * f.stride + column;
+    const int64_t from = (row + i) * f.gradient.stride + column;
+    Vector slope;
+    const Vector y = activate(load(tile + i * kTileStride) + bias, A, slope);
+    if (whole) {
+      store(f.out, out, D, slope * load(f.gradient.data, from, D));
+      if (f.activated) store(f.activated, out, D, y);
+    } else {
+      store_some(f.out, out, D, slope * load_some(f.gradient.data, from, D, count), count);
+      if (f.activated) store_some(f.activated, out, D, y, count);
+    }
+  }
+}
+
 template <Activation A, Dtype D>
 void multiply_with(const Product& p, const Finish& f) {
   alignas(64) float tile[kTileRows * kTileStride];
@@ -171,7 +194,12 @@ void multiply_with(const Product& p, const Finish& f) {
                                           ahead.next());
     const int64_t columns = least(vectors * kLanes, p.n - column);
     for (int64_t j = 0; j < columns; j += kLanes) {
-      finish_column<A, D>(f, tile + j, row, rows, column + j, least(kLanes, columns - j));
+      const int64_t count = least(kLanes, columns - j);
+      if (f.gradient.data) {
+        differentiate_column<A, D>(f, tile + j, row, rows, column + j, count);
+      } else {
+        finish_column<A, D>(f, tile + j, row, rows, column + j, count);
+      }
     }
   });
 }
@@ -226,6 +254,15 @@ void pack(int64_t k, int64_t n, const void* b, int64_t row, int64_t column, Dtyp
         at += lanes * kGroup;
         continue;
       }
+#ifdef ADACOMCAT_BF16_DOT
+      if (copy && column == 1 && i + kGroup <= k && columns == lanes) {  // rows in pairs, whole
+        auto* out = reinterpret_cast<uint32_t*>(packed) + at / kGroup;
+        const auto* from = static_cast<const uint16_t*>(b) + i * row + first;
+        for (int64_t j = 0; j < lanes; ++j) out[j] = from[j] | uint32_t{from[row + j]} << 16;
+        at += lanes * kGroup;
+        continue;
+      }
+#endif
       for (int g = 0; g < kGroup; ++g) {
         char* out = static_cast<char*>(packed) + (at + g) * kOperandSize;
         const char* from = static_cast<const char*>(b) + ((i + g) * row + first * column) * size;

@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <optional>
 #include <string_view>
@@ -85,12 +86,22 @@ struct Bias {
   }
 };
 
+// What the kernels hold of such memory as follows, all threads together.
+inline std::atomic<int64_t> scratch_bytes{0};
+
+inline void grow(std::vector<char>& memory, int64_t bytes) {
+  const int64_t more = bytes - static_cast<int64_t>(memory.size());
+  if (more <= 0) return;
+  memory.resize(bytes);
+  scratch_bytes += more;
+}
+
 // Memory of this thread, reused from call to call; `get` invalidates nothing of the same frame.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {
     thread_local std::vector<char> memory;
-    if (static_cast<int64_t>(memory.size()) < bytes + 64) memory.resize(bytes + 64);
+    grow(memory, bytes + 64);
     next_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~63ull);
   }
 

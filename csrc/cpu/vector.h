@@ -221,3 +221,32 @@ inline Vector activate(Vector x, Activation activation) {
   }
   return x;
 }
+
+// act(x), and act'(x) in `slope`.
+inline Vector activate(Vector x, Activation activation, Vector& slope) {
+  switch (activation) {
+    case Activation::gelu: {
+      const Vector below = 0.5f + 0.5f * error_function(x * 0.70710678118654752f);
+      slope = below + 0.398942280401432678f * x * decay(-0.5f * x * x);
+      return x * below;
+    }
+    case Activation::gelu_tanh: {  // far out, where x³ would overflow, the sigmoid is 0 or 1
+      const Vector square = minimum(broadcast(1e6f), x * x);
+      const Vector below = sigmoid(1.59576912160573071f * x * (1.0f + 0.044715f * square));
+      slope = below + x * below * (1.0f - below) * 1.59576912160573071f *
+                          (1.0f + 3 * 0.044715f * square);
+      return x * below;
+    }
+    case Activation::silu: {
+      const Vector below = sigmoid(x);
+      slope = below * (1.0f + x * (1.0f - below));
+      return x * below;
+    }
+    case Activation::relu:
+      slope = select(x > 0.0f, broadcast(1), Vector{});
+      return activate(x, Activation::relu);
+    case Activation::none:
+      slope = broadcast(1);
+  }
+  return x;
+}

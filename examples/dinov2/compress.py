@@ -6,7 +6,7 @@ import time
 import torch
 import torch.nn.functional as F
 from backbone import load_backbone
-from photos import split
+from photos import calibration_crops, crops, split
 from torch import Tensor, nn
 
 import adacomcat
@@ -42,7 +42,6 @@ def main() -> None:
     calibration_files, test_files = split(args.photos)
     calibration = calibration_crops(calibration_files, args.crops, args.seed)
     test = crops(test_files, args.test_crops, args.seed + 1)
-
     dense = tokens(model, test)
     print(f"{len(calibration_files)} photos calibrate, {len(test_files)} test")
 
