@@ -5,7 +5,6 @@ and which gradients are needed; of the hidden layer it recomputes what no one ke
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +12,8 @@ from torch import Tensor
 from adacomcat.reference import broadcast_mask, merge_heads, probability, split_heads
 
 Gradient = Tensor | None
+# Of an attention's probabilities so many at a time: they stay in cache, of any number of images.
+LOGITS = 1 << 20
 _OPS = torch.ops.adacomcat
 
 
@@ -69,13 +70,19 @@ def low_rank_attention(grad: Tensor, x: Tensor, wq: Tensor, bq: Tensor | None, w
                        attn_mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor, context: Tensor,
                        needs: Sequence[bool]) -> tuple[Gradient, ...]:
     need_x, need_wq, need_bq, need_wk, need_wv, need_wo, need_bo = needs
-    split = partial(split_heads, num_heads=num_heads)
-    q, k, v = split(q), split(k), split(v)
-    p = probability(q, k, scale, broadcast_mask(attn_mask))
-    d_heads = split(_OPS.row_product_cpu(grad, wo))
-    ds = torch.ops.aten._softmax_backward_data(d_heads @ v.mT, p, -1, p.dtype)
-    dq, dk = merge_heads(ds @ k) * scale, merge_heads(ds.mT @ q) * scale
-    dv = merge_heads(p.mT @ d_heads)
+    mask, grad_context = broadcast_mask(attn_mask), _OPS.row_product_cpu(grad, wo)
+    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+    images = max(LOGITS // max(num_heads * x.shape[1] ** 2, 1), 1)
+    for first in range(0, x.shape[0], images):
+        part = slice(first, first + images)
+        some = mask if mask is None or mask.shape[0] == 1 else mask[part]
+        queries, keys, values, d_heads = (split_heads(t[part], num_heads)
+                                          for t in (q, k, v, grad_context))
+        p = probability(queries, keys, scale, some)
+        ds = torch.ops.aten._softmax_backward_data(d_heads @ values.mT, p, -1, p.dtype)
+        dq[part] = merge_heads(ds @ keys) * scale
+        dk[part] = merge_heads(ds.mT @ queries) * scale
+        dv[part] = merge_heads(p.mT @ d_heads)
     grad_x = None
     if need_x:
         for grad_projected, weight in ((dq, wq), (dk, wk), (dv, wv)):

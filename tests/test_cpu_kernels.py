@@ -26,7 +26,7 @@ from test_ops import (
     value_and_gradients,
 )
 
-from adacomcat import backends, ops
+from adacomcat import backends, cpu_gradients, ops
 
 if backends.available()["cpp"] is not None:
     pytest.skip(str(backends.available()["cpp"]), allow_module_level=True)
@@ -113,6 +113,18 @@ def test_each_gradient_alone_is_the_same(name: str, instruction_set: str) -> Non
                  for n, t in tensors.items()}
         result = value_and_gradients(getattr(ops, case.op), alone, grad_out, **case.options)
         torch.testing.assert_close(result[wanted], together[wanted])
+
+
+@pytest.mark.parametrize("name", ["attention", "attention-bool", "attention-float"])
+def test_gradients_of_few_images_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = ALL[name]
+    tensors = convert(case.draw(), torch.float32, grad=True)
+    grad_out = torch.randn_like(case.call(tensors))
+    together = value_and_gradients(getattr(ops, case.op), tensors, grad_out, **case.options)
+    monkeypatch.setattr(cpu_gradients, "LOGITS", 1)
+    one_by_one = value_and_gradients(getattr(ops, case.op), tensors, grad_out, **case.options)
+    for key in together:
+        torch.testing.assert_close(one_by_one[key], together[key])
 
 
 @pytest.mark.parametrize("layout", ["expanded", "strided"])
