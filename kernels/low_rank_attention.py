@@ -211,7 +211,9 @@ def forward(
     heads = _Heads(q, v, num_heads, scale, attn_mask)
 
     def run(tile: tiles.Tile) -> None:
-        heads.launch(attention_kernel, tile, q, k, v, heads.mask, context)
+        heads.launch(
+            attention_kernel, tile, q, k, v, heads.mask, context, **tiles.registers(tile)
+        )
 
     tile = tile or heads.tile()
     run(tiles.best(tile, ("low_rank_attention", *q.shape, *v.shape, num_heads), x, run))
@@ -297,12 +299,14 @@ class _Heads:
             self.tokens, self.batch * self.num_heads, rank, self.like
         )
 
-    def launch(self, kernel: object, tile: tiles.Tile, *tensors: Tensor | None) -> None:
+    def launch(
+        self, kernel: object, tile: tiles.Tile, *tensors: Tensor | None, **options: int
+    ) -> None:
         grid = (triton.cdiv(self.tokens, tile.BLOCK_M), self.batch * self.num_heads)
         strides = (0, 0, 0, 0) if self.mask is None else self.mask.stride()
         launch(
             kernel, grid, self.like, *tensors, self.tokens, self.num_heads, self.scale, *strides,
             IS_BOOL=self.is_bool, RANK_QK=self.rank_qk, RANK_VO=self.rank_vo,
             BLOCK_QK=tiles.padded(self.rank_qk), BLOCK_VO=tiles.padded(self.rank_vo),
-            PRECISION=tiles.precision(self.like), **tile.arguments(without="BLOCK_K"),
+            PRECISION=tiles.precision(self.like), **tile.arguments(without="BLOCK_K"), **options,
         )  # fmt: skip

@@ -4,13 +4,16 @@ One program owns BLOCK_M rows. x V1 stays on the chip; each tile of the hidden l
 from it, used at once for h V2, and forgotten: the hidden layer, four times as wide as x, is never
 written, and neither product is computed twice. The gradient of x walks the same way back.
 
-Few rows leave most of a GPU idle. Programs could share out the hidden layer of the same rows, but
-the sums of their parts would have to pass through global memory: at one image more than twice the
-bytes, and a second launch. Not done as long as no GPU has shown that it pays.
+Few rows would leave most of a GPU idle. There several programs own the same rows, each of which
+computes x V1 and its part of the hidden layer, and writes its part of the sum h V2 in float32; a
+second kernel adds the parts in a fixed order and goes on to the output; likewise for the gradient
+of x. The parts are as many bytes as the weights, but stay in the L2 cache, and every processor then
+reads a tenth of the factors of the hidden layer.
 """
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,12 +30,12 @@ Gradient = Tensor | None
 @triton.jit
 def low_rank_mlp_kernel(
     x_ptr, v1_ptr, u1_ptr, b1_ptr, v2_ptr, u2_ptr, b2_ptr, y_ptr, middle1_ptr, middle2_ptr,
-    M, K, H, N, R1, R2, stride_x, stride_v1, stride_u1, stride_v2, stride_u2,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    parts_ptr, M, K, H, N, R1, R2, stride_x, stride_v1, stride_u1, stride_v2, stride_u2,
+    hidden_per_part, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R1: tl.constexpr, BLOCK_R2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y, and where pointers are given x V1 and h V2."""
+    """y, and where pointers are given x V1 and h V2; or one part of h V2 where parts are wanted."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     left = (M - first).to(tl.int32)
@@ -42,10 +45,12 @@ def low_rank_mlp_kernel(
         BLOCK_M, BLOCK_K, BLOCK_R1, PRECISION,
     )  # fmt: skip
     if middle1_ptr is not None:
-        store_tile(middle1_ptr + first * R1, R1, rows, ranks1, left, R1, middle)
+        kept = tl.where(tl.program_id(1) == 0, left, 0)  # one of those that share the rows writes
+        store_tile(middle1_ptr + first * R1, R1, rows, ranks1, kept, R1, middle)
     middle1 = middle.to(dtype)
     middle2 = tl.zeros((BLOCK_M, BLOCK_R2), tl.float32)
-    for start in range(0, H, BLOCK_N):
+    begin = tl.program_id(1) * hidden_per_part
+    for start in range(begin, tl.minimum(begin + hidden_per_part, H), BLOCK_N):
         hidden = start + tl.arange(0, BLOCK_N)
         u1 = load_tile(u1_ptr, stride_u1, hidden, ranks1, H, R1)
         h = tl.dot(middle1, tl.trans(u1), input_precision=PRECISION)
@@ -54,24 +59,57 @@ def low_rank_mlp_kernel(
         h = activate(h, ACTIVATION).to(dtype)
         v2 = load_tile(v2_ptr, stride_v2, hidden, ranks2, H, R2)
         middle2 = tl.dot(h, v2, middle2, input_precision=PRECISION)
-    if middle2_ptr is not None:
-        store_tile(middle2_ptr + first * R2, R2, rows, ranks2, left, R2, middle2)
+    if parts_ptr is not None:
+        parts_ptr += (tl.program_id(1).to(tl.int64) * M + first) * R2
+        store_tile(parts_ptr, R2, rows, ranks2, left, R2, middle2)
+    else:
+        if middle2_ptr is not None:
+            store_tile(middle2_ptr + first * R2, R2, rows, ranks2, left, R2, middle2)
+        expand(
+            middle2.to(dtype), u2_ptr, stride_u2, b2_ptr, None, 0, y_ptr + first * N,
+            left, N, R2, 0, N, None, BLOCK_M, BLOCK_N, BLOCK_R2, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def expand_parts_kernel(
+    parts_ptr, u_ptr, bias_ptr, y_ptr, middle_ptr, M, N, R, PARTS, stride_parts, stride_u,
+    columns_per_part,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y = middle Uᵀ + b with middle = Σ parts in their order, (PARTS, M, R) in float32."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    left = (M - first).to(tl.int32)
+    rows, ranks = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
+    middle = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    parts_ptr += first * R
+    for _ in range(PARTS):
+        middle += load_tile(parts_ptr, R, rows, ranks, left, R)
+        parts_ptr += stride_parts
+    if middle_ptr is not None:
+        kept = tl.where(tl.program_id(1) == 0, left, 0)
+        store_tile(middle_ptr + first * R, R, rows, ranks, kept, R, middle)
+    begin = tl.program_id(1) * columns_per_part
     expand(
-        middle2.to(dtype), u2_ptr, stride_u2, b2_ptr, None, 0, y_ptr + first * N,
-        left, N, R2, 0, N, None, BLOCK_M, BLOCK_N, BLOCK_R2, PRECISION,
+        middle.to(y_ptr.dtype.element_ty), u_ptr, stride_u, bias_ptr, None, 0, y_ptr + first * N,
+        left, N, R, begin, tl.minimum(begin + columns_per_part, N), None,
+        BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit
 def low_rank_mlp_backward_kernel(
     grad_ptr, u2_ptr, v2_ptr, middle1_ptr, u1_ptr, b1_ptr, v1_ptr,
-    dx_ptr, dmiddle1_ptr, dmiddle2_ptr,
+    dx_ptr, dmiddle1_ptr, dmiddle2_ptr, parts_ptr,
     M, K, H, N, R1, R2, stride_grad, stride_middle1, stride_v1, stride_u1, stride_v2, stride_u2,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    hidden_per_part, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R1: tl.constexpr, BLOCK_R2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dmiddle2 = grad U2, dmiddle1 = (dmiddle2 V2ᵀ * act') U1, dx = dmiddle1 V1ᵀ."""
+    """dmiddle2 = grad U2, dmiddle1 = (dmiddle2 V2ᵀ * act') U1, dx = dmiddle1 V1ᵀ.
+
+    Where parts are wanted, one of dmiddle1 and no more.
+    """
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     left = (M - first).to(tl.int32)
@@ -81,12 +119,14 @@ def low_rank_mlp_backward_kernel(
         BLOCK_M, BLOCK_K, BLOCK_R2, PRECISION,
     )  # fmt: skip
     if dmiddle2_ptr is not None:
-        store_tile(dmiddle2_ptr + first * R2, R2, rows, ranks2, left, R2, dmiddle)
+        kept = tl.where(tl.program_id(1) == 0, left, 0)
+        store_tile(dmiddle2_ptr + first * R2, R2, rows, ranks2, kept, R2, dmiddle)
     dmiddle2 = dmiddle.to(dtype)
     middle1_ptr += first * stride_middle1
     middle1 = load_tile(middle1_ptr, stride_middle1, rows, ranks1, left, R1)
     dmiddle1 = tl.zeros((BLOCK_M, BLOCK_R1), tl.float32)
-    for start in range(0, H, BLOCK_N):
+    begin = tl.program_id(1) * hidden_per_part
+    for start in range(begin, tl.minimum(begin + hidden_per_part, H), BLOCK_N):
         hidden = start + tl.arange(0, BLOCK_N)
         u1 = load_tile(u1_ptr, stride_u1, hidden, ranks1, H, R1)
         pre = tl.dot(middle1, tl.trans(u1), input_precision=PRECISION)
@@ -97,13 +137,17 @@ def low_rank_mlp_backward_kernel(
         if ACTIVATION is not None:
             dh *= slope(pre, ACTIVATION)
         dmiddle1 = tl.dot(dh.to(dtype), u1, dmiddle1, input_precision=PRECISION)
-    if dmiddle1_ptr is not None:
-        store_tile(dmiddle1_ptr + first * R1, R1, rows, ranks1, left, R1, dmiddle1)
-    if dx_ptr is not None:
-        expand(
-            dmiddle1.to(dtype), v1_ptr, stride_v1, None, None, 0, dx_ptr + first * K,
-            left, K, R1, 0, K, None, BLOCK_M, BLOCK_N, BLOCK_R1, PRECISION,
-        )  # fmt: skip
+    if parts_ptr is not None:
+        parts_ptr += (tl.program_id(1).to(tl.int64) * M + first) * R1
+        store_tile(parts_ptr, R1, rows, ranks1, left, R1, dmiddle1)
+    else:
+        if dmiddle1_ptr is not None:
+            store_tile(dmiddle1_ptr + first * R1, R1, rows, ranks1, left, R1, dmiddle1)
+        if dx_ptr is not None:
+            expand(
+                dmiddle1.to(dtype), v1_ptr, stride_v1, None, None, 0, dx_ptr + first * K,
+                left, K, R1, 0, K, None, BLOCK_M, BLOCK_N, BLOCK_R1, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -176,13 +220,16 @@ def forward(
     middle1, middle2 = (x.new_empty(*x.shape[:-1], r) if keep else None for r in (r1, r2))
 
     def run(tile: tiles.Tile) -> None:
+        grid, share, parts = _shared_out(x, m, h, r2, tile)
         launch(
-            low_rank_mlp_kernel, (triton.cdiv(m, tile.BLOCK_M),), x,
-            flat, v1, u1, b1, v2, u2, b2, out, middle1, middle2, m, k, h, n, r1, r2,
-            flat.stride(0), v1.stride(0), u1.stride(0), v2.stride(0), u2.stride(0),
+            low_rank_mlp_kernel, grid, x,
+            flat, v1, u1, b1, v2, u2, b2, out, middle1, middle2, parts, m, k, h, n, r1, r2,
+            flat.stride(0), v1.stride(0), u1.stride(0), v2.stride(0), u2.stride(0), share,
             ACTIVATION=activation, BLOCK_R1=tiles.padded(r1), BLOCK_R2=tiles.padded(r2),
             PRECISION=tiles.precision(x), **tile.arguments(),
         )  # fmt: skip
+        if parts is not None:
+            _expand_parts(parts, u2, b2, out, middle2, tile)
 
     table = tile or tiles.row_tile(m, max(r1, r2), x, factors=2)
     run(tiles.best(table, ("low_rank_mlp", m, k, h, n, r1, r2), x, run))
@@ -218,20 +265,55 @@ def backward(
     if need_x or need_v1 or need_hidden:
         # Four blocks of rows are alive at once: 128 rows of them spill on sm_89.
         tile = tile or tiles.row_tile(m, max(r1, r2), grad, factors=2, most=64)
+        grid, share, parts = _shared_out(grad, m, h, r1, tile, need_x)
         launch(
-            low_rank_mlp_backward_kernel, (triton.cdiv(m, tile.BLOCK_M),), grad,
-            flat, u2, v2, kept, u1, b1, v1, dx, dmiddle1, dmiddle2, m, k, h, n, r1, r2,
+            low_rank_mlp_backward_kernel, grid, grad,
+            flat, u2, v2, kept, u1, b1, v1, dx, dmiddle1, dmiddle2, parts, m, k, h, n, r1, r2,
             flat.stride(0), kept.stride(0),
-            v1.stride(0), u1.stride(0), v2.stride(0), u2.stride(0),
+            v1.stride(0), u1.stride(0), v2.stride(0), u2.stride(0), share,
             ACTIVATION=activation, BLOCK_R1=tiles.padded(r1), BLOCK_R2=tiles.padded(r2),
             PRECISION=tiles.precision(grad), **tile.arguments(),
         )  # fmt: skip
+        if parts is not None:
+            _expand_parts(parts, v1, None, dx, dmiddle1, tile)
     du1, db1, dv2 = _hidden_grads(
         middle1, dmiddle2, u1, b1, v2, activation, need_u1, need_b1, need_v2
     )
     dv1 = weight_grad(x, dmiddle1) if need_v1 else None
     du2 = weight_grad(grad, middle2) if need_u2 else None
     return dx, dv1, du1, db1, dv2, du2, row_sum(grad) if need_b2 else None
+
+
+def _shared_out(
+    x: Tensor, m: int, h: int, r: int, tile: tiles.Tile, wanted: bool = True
+) -> tuple[tuple[int, int], int, Tensor | None]:
+    """The grid, hidden units a program, and room for the parts where several share the rows."""
+    blocks = triton.cdiv(m, tile.BLOCK_M)
+    share = tiles.columns_per_part(h, tile.BLOCK_N, blocks)
+    count = triton.cdiv(h, share)
+    if count < 2 or not wanted:
+        return (blocks, 1), h, None
+    return (blocks, count), share, x.new_empty(count, m, r, dtype=torch.float32)
+
+
+def _expand_parts(
+    parts: Tensor,
+    u: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    middle: Tensor | None,
+    tile: tiles.Tile,
+) -> None:
+    """out = middle Uᵀ + b with middle = Σ parts."""
+    (count, m, r), n = parts.shape, u.shape[0]
+    blocks = triton.cdiv(m, tile.BLOCK_M)
+    columns = tiles.columns_per_part(n, tile.BLOCK_N, blocks)
+    launch(
+        expand_parts_kernel, (blocks, triton.cdiv(n, columns)), parts,
+        parts, u, bias, out, middle, m, n, r, count, parts.stride(0), u.stride(0), columns,
+        BLOCK_R=tiles.padded(r), PRECISION=tiles.precision(out),
+        **tile.arguments(without="BLOCK_K"),
+    )  # fmt: skip
 
 
 def _hidden_grads(
@@ -263,6 +345,6 @@ def _hidden_grads(
         a.stride(0), b.stride(0), u1.stride(0), v2.stride(0),
         part_rows(m, parts, tile.BLOCK_M), ACTIVATION=activation,
         BLOCK_R1=tiles.padded(r1), BLOCK_R2=tiles.padded(r2), PRECISION=tiles.precision(a),
-        **tile.arguments(without="BLOCK_K"),
+        **tile.arguments(without="BLOCK_K"), **tiles.registers(tile),
     )  # fmt: skip
     return tuple(sum_parts(parts, a.dtype) for parts in (du1, db1, dv2))

@@ -159,6 +159,7 @@ def weight_grad(a: Tensor, b: Tensor, scale: Tensor | None = None) -> Tensor:
         a, b, None if scale is None else scale.contiguous(), out,
         m, n, r, a.stride(0), b.stride(0), part_rows(m, parts, tile.BLOCK_M),
         BLOCK_R=block_r, PRECISION=tiles.precision(a), **tile.arguments(without="BLOCK_K"),
+        **tiles.registers(tile),
     )  # fmt: skip
     return sum_parts(out, a.dtype)
 

@@ -77,6 +77,13 @@ def warps(large: bool) -> int:
     return (8 if large else 4) // (2 if on_amd() else 1)
 
 
+def registers(tile: Tile) -> dict[str, int]:
+    """What leaves room for two blocks; left to itself ptxas for sm_100 aims at more, and spills."""
+    if target().arch != 100:
+        return {}
+    return {"maxnreg": min(255, 65536 // (2 * 32 * tile.num_warps))}
+
+
 def stages(bytes_per_stage: int) -> int:
     """Loads in flight: three, or fewer where they would take over half of the shared memory."""
     half = SHARED_KIB.get(target().arch, 64) * 512
@@ -105,7 +112,9 @@ def row_tile(rows: int, rank: int, x: Tensor, factors: int = 1, most: int = 128)
     depth = max(16, min(64, room // (width * size)))
     stage = depth * x.element_size() * (factors * width + rows_at_once)
     large = rows_at_once * width > (4096 if on_amd() else 8192)
-    return Tile(rows_at_once, depth, depth, warps(large), stages(stage))
+    # Half as many warps where the tiles of x and y would have less than 16 bytes a thread.
+    small = rows_at_once * depth * x.element_size() < 512 * warps(large) * (2 if on_amd() else 1)
+    return Tile(rows_at_once, depth, depth, warps(large) // (2 if small else 1), stages(stage))
 
 
 def product_tile(rows: int, columns: int, x: Tensor, widest: int = 128) -> Tile:
@@ -116,6 +125,8 @@ def product_tile(rows: int, columns: int, x: Tensor, widest: int = 128) -> Tile:
         programs = triton.cdiv(rows, rows_at_once) * triton.cdiv(columns, columns_at_once)
         if programs >= multiprocessors():
             break
+    # At least 16 bytes of the smaller tile for each of 128 threads.
+    depth = max(depth, 2048 // (rows_at_once * x.element_size()))
     stage = depth * size * (rows_at_once + columns_at_once)
     count = warps(rows_at_once * columns_at_once > 8192)
     return Tile(rows_at_once, depth, columns_at_once, count, stages(stage))

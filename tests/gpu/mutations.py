@@ -35,6 +35,13 @@ def weakened_waits(kernel: Kernel) -> Iterator[Kernel]:
             yield _changed(kernel, place, replace(instruction, operands=(groups,)))
 
 
+def dropped_fences(kernel: Kernel) -> Iterator[Kernel]:
+    """Between stores to shared memory and the wgmma that read them."""
+    for place, instruction in enumerate(kernel.code):
+        if instruction.opcode.startswith("fence.proxy.async"):
+            yield _changed(kernel, place, NOTHING)
+
+
 def flipped_transposes(kernel: Kernel) -> Iterator[Kernel]:
     for place, instruction in enumerate(kernel.code):
         if instruction.parts[0] != "ldmatrix":
@@ -70,8 +77,15 @@ def dropped_guards(kernel: Kernel) -> Iterator[Kernel]:
             yield _changed(kernel, place, replace(instruction, guard=None))
 
 
+def place_of(mutant: Kernel, original: Kernel) -> int:
+    """Where the one instruction is that differs."""
+    pairs = zip(mutant.code, original.code, strict=True)
+    return next(place for place, (now, before) in enumerate(pairs) if now is not before)
+
+
 KINDS = {
     "barriers": dropped_barriers,
+    "fences": dropped_fences,
     "waits": dropped_waits,
     "weak waits": weakened_waits,
     "transposes": flipped_transposes,

@@ -208,8 +208,9 @@ head), compiled as for a GPU; `fp32` is exact (tf32x3). After a change to a kern
 `kernels/tiles.py` it is to be generated again. Spilled: bytes a thread. Shared: bytes a block.
 Blocks: that fit on a multiprocessor at once. Narrow: instructions that move less than 128 bits of a
 tile (vectors, as biases, are none; on gfx942 loads only, since its compiler stores from where
-products leave four elements side by side). The limits are those that `tests/gpu/test_resources.py`
-holds, for 16 bits.
+products leave four elements side by side). Narrow in exact `fp32` is what is left of one kernel,
+whose tile of gradients the compiler copies element by element. The limits are those that
+`tests/gpu/test_resources.py` holds, for 16 bits.
 
 ## Two images
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import DTYPES, UNITS, Case, draw, incoming, oracles, precision, run_kernels, worst
 from ptx.emulate import Launch, emulated
-from shapes import ragged, vision
+from shapes import DEIT, ragged, vision
 
 from adacomcat import backends, ops
 from adacomcat.kernels import tiles
@@ -19,8 +19,7 @@ ARCHITECTURES = ("sm_80", "sm_90")
 # Off every tile; the interpreter has the rest. Compiling takes longer than running these.
 RAGGED = [(case, dtype) for case in ragged() for dtype in DTYPES
           if case.name == "odd" or dtype == "bf16" and case.name in ("rank-1", "additive", "keys")]
-# Both widths and both token counts; all four combinations would take twice as long.
-VISION = [*vision("deit_s", 394), *vision("deit_b", 197)]
+VISION = [case for model in DEIT for tokens in (197, 394) for case in vision(model, tokens)]
 
 
 @pytest.fixture(autouse=True)

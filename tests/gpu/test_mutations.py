@@ -3,10 +3,9 @@
 from collections import Counter
 from itertools import islice
 
-import pytest
 import torch
 from cases import draw
-from mutations import KINDS
+from mutations import KINDS, place_of
 from ptx.emulate import emulated
 from ptx.memory import Fault
 from ptx.parser import Kernel
@@ -22,9 +21,19 @@ ATTENTION = Case("low_rank_attention", "mutated",
                  {"NUM_HEADS": 1, "SCALE": 0.2})
 
 
+def apart(x: torch.Tensor) -> torch.Tensor:
+    """The same matrix with NaN between its rows, so that who reads there does not go unnoticed."""
+    wide = x.new_full((x.shape[0], x.shape[1] + 50), torch.nan)
+    wide[:, : x.shape[1]] = x
+    return wide[:, : x.shape[1]]
+
+
 def linear() -> torch.Tensor:
+    x, v, u, bias, activation, residual = draw(LINEAR, torch.float16)
+    x, v, u, residual = map(apart, (x, v, u, residual))
     tile = tiles.Tile(64, 32, 32, 4, 3)
-    return load("low_rank_linear").forward(*draw(LINEAR, torch.float16), tile=tile)[0]
+    arguments = (x, v, u, bias, activation, residual)
+    return load("low_rank_linear").forward(*arguments, tile=tile)[0]
 
 
 def attention() -> torch.Tensor:
@@ -46,59 +55,47 @@ RUNS = {
 
 
 def noticed(name: str, architecture: str, kind: str) -> Counter:
-    """How many mutants of one kernel are caught: a fault, or another result."""
-    with emulated(architecture) as launches:
+    """How many mutants of one kernel are caught (a fault, or another result), missed, and spare:
+    those that change nothing that could be noticed.
+    """
+    with emulated(architecture, trace=kind == "barriers") as launches:
         right = RUNS[name]()
-    original = next(launch.kernel for launch in launches if launch.name == name)
-    tally: Counter = Counter()
+    launch = next(launch for launch in launches if launch.name == name)
+    original, machine, tally = launch.kernel, launch.machine, Counter()
     # There are hundreds of guards, all alike.
-    for mutant in islice(KINDS[kind](original), 0, None, 8 if kind == "guards" else 1):
+    for mutant in islice(KINDS[kind](original), 0, None, 4 if kind == "guards" else 1):
 
         def swap(kernel: Kernel, mutant: Kernel = mutant) -> Kernel:
             return mutant if kernel is original else kernel
 
-        tally["all"] += 1
         try:
             with emulated(architecture, mutate=swap):
-                tally["caught"] += not torch.equal(RUNS[name](), right)
+                caught = not torch.equal(RUNS[name](), right)
         except Fault:
-            tally["caught"] += 1
+            caught = True
+        place = place_of(mutant, original)
+        spare = (kind == "barriers" and machine.trace.spare(place)
+                 or kind == "guards" and place not in machine.held_back)
+        tally["caught but spare"] += caught and spare
+        tally["caught" if caught else "spare" if spare else "missed"] += 1
     return tally
 
 
-@pytest.fixture(scope="module")
-def tallies() -> dict[tuple[str, str, str], Counter]:
-    return {
-        (name, architecture, kind): noticed(name, architecture, kind)
-        for name in RUNS
-        for architecture in ("sm_80", "sm_90")
-        for kind in KINDS
-    }
+# Of what is not spare. One fence in five stands before a loop that has its own. A guard is missed
+# where the value is loaded for a place that is not stored.
+LEAST = {"barriers": 1.0, "fences": 0.8, "waits": 1.0, "weak waits": 1.0, "transposes": 1.0,
+         "operands": 1.0, "guards": 0.9}
 
 
-def total(tallies: dict, kind: str) -> Counter:
-    found: Counter = Counter()
-    for (_, _, k), tally in tallies.items():
-        found += tally if k == kind else Counter()
-    return found
-
-
-# Compilers emit barriers that can go: of 41 here 10 are missed, and those inspected have another
-# barrier between them and the shared memory that they could guard. Guards may be dropped where
-# nobody looks at the value that is then loaded, or at the place that is then stored to.
-LEAST = {"barriers": 0.75, "waits": 1.0, "weak waits": 1.0, "transposes": 1.0, "operands": 1.0,
-         "guards": 0.5}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_damage_is_noticed(kind: str, tallies: dict) -> None:
-    tally = total(tallies, kind)
-    assert tally["all"] >= 5
-    found = {key: dict(value) for key, value in tallies.items() if key[2] == kind}
-    assert tally["caught"] >= LEAST[kind] * tally["all"], found
-
-
-def test_nine_in_ten_barriers_waits_and_operands(tallies: dict) -> None:
-    kinds = ("barriers", "waits", "weak waits", "operands")
-    tally = sum((total(tallies, kind) for kind in kinds), Counter())
-    assert tally["caught"] >= 0.9 * tally["all"]
+def test_damage_is_noticed() -> None:
+    """One test, so that workers do not count the same mutants twice."""
+    found = {kind: {(name, architecture): noticed(name, architecture, kind)
+                    for name in RUNS for architecture in ("sm_80", "sm_90")} for kind in KINDS}
+    totals = {kind: sum(tallies.values(), Counter()) for kind, tallies in found.items()}
+    for kind, tally in totals.items():
+        assert tally["caught"] >= 4
+        assert tally["caught"] >= LEAST[kind] * (tally["caught"] + tally["missed"]), found[kind]
+        # What is spare is told by other code than what is caught, and they never contradict.
+        assert tally["caught but spare"] == 0, found[kind]
+    assert totals["barriers"]["spare"] <= 0.25 * totals["barriers"]["caught"]
+    print({kind: dict(tally) for kind, tally in totals.items()})

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ptx.machine import RED_ZONE, Machine, room
 from ptx.memory import Fault
-from ptx.parser import parse
+from ptx.parser import Kernel, parse
 
 ENTRY = """
 .visible .entry parameters(.param .u64 p_0, .param .u32 p_1, .param .u32 p_2,
@@ -57,3 +57,54 @@ def test_parameters_are_loaded(code: str, numbers: tuple[int, int]) -> None:
 def test_parameters_end_somewhere() -> None:
     with pytest.raises(Fault, match="parameters"):
         run("mov.b64 %rd3, p_3; ld.param.b32 %r2, [%rd3+16];")
+
+
+# Two warps; what they do to shared memory, and which of the barriers (numbered) can go.
+SHARED = """
+.visible .entry exchange(.param .u64 p_0)
+{
+    .reg .b32 %r<9>; .reg .b64 %rd<5>;
+    .shared .align 16 .b8 buffer[512];
+    mov.u32 %r1, %tid.x; mov.b32 %r2, buffer; shl.b32 %r3, %r1, 2; add.s32 %r4, %r2, %r3;
+    xor.b32 %r3, %r3, 128; add.s32 %r5, %r2, %r3;
+    <code>
+    ret;
+}
+"""
+OWN, OTHER = "[%r4]", "[%r5]"  # the thread's word, and that of its like in the other warp
+STORE, LOAD, BARRIER = "st.shared.b32 {}, %r1;", "ld.shared.b32 %r6, {};", "bar.sync 0;"
+EXCHANGES = {
+    "needed": ([STORE.format(OWN), BARRIER, LOAD.format(OTHER)], []),
+    "its own word": ([STORE.format(OWN), BARRIER, LOAD.format(OWN)], [0]),
+    "read, then overwritten": (
+        [STORE.format(OWN), BARRIER, LOAD.format(OTHER), BARRIER, STORE.format(OWN)], []),
+    "one of two": ([STORE.format(OWN), BARRIER, BARRIER, LOAD.format(OTHER)], [0, 1]),
+    "reads only": (
+        [STORE.format(OWN), BARRIER, LOAD.format(OTHER), BARRIER, LOAD.format(OWN)], [1]),
+    "at the end": ([STORE.format(OWN), BARRIER, LOAD.format(OTHER), BARRIER], [1]),
+    "another buffer": ([STORE.format(OWN), BARRIER, STORE.format("[%r4+256]"), BARRIER,
+                        LOAD.format(OTHER), LOAD.format("[%r5+256]")], [0]),
+}
+
+
+@pytest.mark.parametrize("steps, spare", EXCHANGES.values(), ids=EXCHANGES.keys())
+def test_spare_barriers(steps: list[str], spare: list[int]) -> None:
+    """The race check agrees: it faults without one of the barriers that are not spare, only."""
+    machine, kernel = exchange(steps)
+    places = [i for i, ins in enumerate(kernel.code) if ins.parts[0] == "bar"]
+    assert [i for i, place in enumerate(places) if machine.trace.spare(place)] == spare
+    at = [i for i, step in enumerate(steps) if step == BARRIER]
+    for i, step in enumerate(at):
+        without = steps[:step] + steps[step + 1 :]
+        if i in spare:
+            exchange(without)
+        else:
+            with pytest.raises(Fault, match="race"):
+                exchange(without)
+
+
+def exchange(steps: list[str]) -> tuple[Machine, Kernel]:
+    kernel = parse(SHARED.replace("<code>", "\n".join(steps)))
+    machine = Machine(RED_ZONE, trace=True)
+    machine.launch(kernel, (2,), 64, [0], 0)
+    return machine, kernel

@@ -3,7 +3,8 @@
 Each program owns some rows: it reads them once and all weights, which stay in the L2 cache, and
 writes its outputs once. So device memory sees every input and output once; the cache sees the
 weights once for each program. Where rows are few, several programs share them: the cache also sees
-x and V once for each of these. `python tests/gpu/traffic.py` writes bench/gpu/ROOFLINE.md.
+x and V once for each of these, and of an MLP the parts of a sum, written and read again.
+`python tests/gpu/traffic.py` writes bench/gpu/ROOFLINE.md.
 """
 
 from dataclasses import dataclass
@@ -56,37 +57,69 @@ class Shape:
     def row_blocks(self) -> int:
         return triton.cdiv(self.m, self.tile.BLOCK_M)
 
-    @property
-    def parts(self) -> int:
-        """Programs that share the same rows: each reads them and V, and computes x V."""
-        if self.hidden:
-            return 1
-        columns = tiles.columns_per_part(self.n, self.tile.BLOCK_N, self.row_blocks)
-        return triton.cdiv(self.n, columns)
+    def shared_out(self, columns: int) -> int:
+        """Programs that own the same rows and a part each of these columns, or hidden units."""
+        share = tiles.columns_per_part(columns, self.tile.BLOCK_N, self.row_blocks)
+        return triton.cdiv(columns, share)
 
-    @property
-    def programs(self) -> int:
-        return self.row_blocks * self.parts
+
+@dataclass(frozen=True)
+class Launch:
+    """What one launch does: FLOPs, bytes of inputs and outputs, bytes that programs ask for."""
+
+    flops: int
+    weights: int
+    rows: int  # bytes of x and y
+    requested: int
+    programs: int
+    workspace: int = 0  # bytes written for the next launch, or read from the last one
+
+
+def launches(shape: Shape) -> list[Launch]:
+    """One for a linear or for many rows; an MLP of few rows adds up its parts in a second one.
+
+    Programs that share rows each read x and V, and compute x V.
+    """
+    m, blocks, r = shape.m, shape.row_blocks, shape.r
+    parts = shape.shared_out(shape.hidden or shape.n)
+    x, y, v, last = SIZE * m * shape.k, SIZE * m * shape.n, SIZE * shape.k * r, SIZE * shape.n * r
+    again = (parts - 1) * (x + blocks * v)
+    flops = 2 * m * (shape.weights // SIZE + (parts - 1) * shape.k * r)
+    if not shape.hidden or parts == 1:
+        asked = x + y + blocks * shape.weights + again
+        return [Launch(flops, shape.weights, x + y, asked, blocks * parts)]
+    out, room = last + SIZE * shape.n, 4 * parts * m * r
+    first, columns = shape.weights - out, shape.shared_out(shape.n)
+    return [
+        Launch(flops - 2 * m * out // SIZE, first, x, x + again + blocks * first + room,
+               blocks * parts, room),
+        Launch(2 * m * out // SIZE + columns * parts * m * r, out, y,
+               y + blocks * out + columns * room, blocks * columns, room),
+    ]  # fmt: skip
 
 
 def moved(shape: Shape, cache: int) -> int:
-    """Bytes between device memory and cache; weights that do not fit are read by every wave."""
-    waves = 1
-    if shape.weights > cache // 2:
-        waves = triton.cdiv(shape.programs, tiles.multiprocessors())
-    return SIZE * shape.m * (shape.k + shape.n) + waves * shape.weights
+    """Bytes between device memory and cache; weights that do not fit are read by every wave.
+
+    What one launch leaves to the next stays in the cache, in which it is small.
+    """
+    total = 0
+    for one in launches(shape):
+        waves = 1
+        if one.weights + one.workspace > cache // 2:
+            waves = triton.cdiv(one.programs, tiles.multiprocessors())
+        total += one.rows + waves * one.weights
+    return total
+
+
+def workspace(shape: Shape) -> int:
+    """Bytes written for the next launch."""
+    return max(one.workspace for one in launches(shape))
 
 
 def requested(shape: Shape) -> int:
-    """Bytes that programs ask the cache for."""
-    again = (shape.parts - 1) * SIZE * shape.k
-    own = SIZE * shape.m * (shape.k + shape.n) + shape.row_blocks * shape.weights
-    return own + again * (shape.m + shape.row_blocks * shape.r)
-
-
-def flops(shape: Shape) -> int:
-    again = (shape.parts - 1) * shape.k * shape.r
-    return 2 * shape.m * (shape.weights // SIZE + again)
+    """Bytes that programs ask the cache for, or write."""
+    return sum(one.requested for one in launches(shape))
 
 
 def seconds(flop: float, memory: float, cache: float, architecture: str) -> float:
@@ -118,12 +151,11 @@ def products(shape: Shape, architecture: str) -> float:
 
 def ours(shape: Shape, architecture: str) -> float:
     """Slowed by the processors that a small grid leaves idle, which also ask for less."""
-    cache = GPUS[architecture][3]
-    busy = min(1.0, shape.programs / tiles.multiprocessors())
-    return max(
-        moved(shape, cache) / GPUS[architecture][1],
-        seconds(flops(shape), 0, requested(shape), architecture) / busy,
-    )
+    total = 0.0
+    for one in launches(shape):
+        busy = min(1.0, one.programs / tiles.multiprocessors())
+        total += seconds(one.flops / busy, 0, one.requested / busy, architecture)
+    return max(total, moved(shape, GPUS[architecture][3]) / GPUS[architecture][1])
 
 
 def shapes() -> dict[str, Shape]:
@@ -139,15 +171,16 @@ def shapes() -> dict[str, Shape]:
 
 
 def table() -> str:
-    lines = ["| shape | GPU | rank | moved / minimum | dense | products | ours |",
-             "|" + " --- |" * 7]
+    lines = ["| shape | GPU | rank | moved / minimum | launches | parts, KiB | dense | products "
+             "| ours |", "|" + " --- |" * 9]
     for name, shape in shapes().items():
         for architecture in GPUS:
             with compiling_for(architecture):
                 ratio = moved(shape, GPUS[architecture][3]) / shape.minimum
                 times = [f(shape, architecture) * 1e6 for f in (dense, products, ours)]
-                lines.append(f"| {name} | {architecture} | {shape.r} | {ratio:.3f} | "
-                             + " | ".join(f"{time:.1f}" for time in times) + " |")
+                count, room = len(launches(shape)), workspace(shape) / 1024
+                lines.append(f"| {name} | {architecture} | {shape.r} | {ratio:.3f} | {count} | "
+                             f"{room:.0f} | " + " | ".join(f"{time:.1f}" for time in times) + " |")
     return "\n".join(lines)
 
 
@@ -157,10 +190,12 @@ Prediction. Generated by `python tests/gpu/traffic.py`. Microseconds in 16 bits 
 and an H100 (sm_90): for the dense weights, for the low-rank products one after the other, and for
 the fused kernel; each the longest of arithmetic at the data sheet's peak, device memory, and for
 ours the cache, shared out over as many processors as the grid has programs. No launch costs, no
-latency. At batch 1 these decide. There 13 blocks of rows cannot keep a GPU busy: those of a linear
-are shared by several programs, each of which computes x V again; those of an MLP are not. So at
-batch 1 one launch instead of two or four is the fused kernels' advantage, and the last column
-their handicap.
+latency. At batch 1 these decide. There 13 blocks of rows cannot keep a GPU busy: they are shared by
+several programs, each of which computes x V again, and an MLP takes a second launch to add up the
+parts of h V2. So at batch 1 one launch or two instead of two or four are the fused kernels'
+advantage, and the last column their handicap. Moved / minimum is of inputs and outputs. The parts
+are counted as traffic of the cache, which holds fifty times as much; a cache that wrote them back
+to memory would move up to as much again.
 No kernel has run on a GPU yet; `make gpu-check` measures.
 
 """

@@ -30,7 +30,7 @@ class Launch:
 
 @contextmanager
 def emulated(
-    architecture: str, mutate: Mutation | None = None, traffic: bool = False
+    architecture: str, mutate: Mutation | None = None, traffic: bool = False, trace: bool = False
 ) -> Iterator[list[Launch]]:
     """Run every launch inside on the emulated architecture; each is appended to the list."""
     launches: list[Launch] = []
@@ -44,7 +44,8 @@ def emulated(
         bound |= {name: value for name, value in options.items() if name in self.arg_names}
         kernel = _parsed(compiled)
         launches.append(
-            _launch(self, compiled, mutate(kernel) if mutate else kernel, grid, bound, traffic)
+            _launch(self, compiled, mutate(kernel) if mutate else kernel, grid, bound,
+                    traffic, trace)
         )
         return compiled
 
@@ -67,14 +68,15 @@ def _parsed(compiled) -> Kernel:
 
 
 def _launch(
-    function: JITFunction, compiled, kernel: Kernel, grid: tuple, bound: dict, traffic: bool
-) -> Launch:
+    function: JITFunction, compiled, kernel: Kernel, grid: tuple, bound: dict,
+    traffic: bool, trace: bool,
+) -> Launch:  # fmt: skip
     names = function.arg_names
     folded = {names[path[0]] for path in compiled.src.constants if len(path) == 1}
     passed = {name: bound[name] for name in names if name not in folded}
     tensors = {name: value for name, value in passed.items() if torch.is_tensor(value)}
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
-    machine = Machine(RED_ZONE + sum(map(room, sizes.values())), traffic)
+    machine = Machine(RED_ZONE + sum(map(room, sizes.values())), traffic, trace)
     storages: dict[int, tuple[int, int]] = {}
     arguments, addresses = [], {}
     for name, value in passed.items():

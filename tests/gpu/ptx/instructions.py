@@ -47,6 +47,8 @@ def _step(machine: Machine, instruction: Instruction) -> Step:
     name = instruction.parts[0]
     if instruction.opcode.startswith("bar.warp.sync"):
         return lambda mask: _pass_warp_barrier(machine, mask)
+    if instruction.opcode.startswith("fence.proxy.async"):
+        return machine.fence
     if name in NO_EFFECT:
         return lambda mask: None
     return SPECIAL.get(name, arithmetic)(machine, instruction)

@@ -11,6 +11,7 @@ import numpy as np
 
 from ptx.memory import UNSIGNED, Fault, GlobalUse, Memory, SharedUse, Traffic
 from ptx.parser import Instruction, Kernel, narrowest_access
+from ptx.trace import SEVERAL, Trace
 
 Lanes = np.ndarray
 Mask = np.ndarray | None  # None: every thread
@@ -26,7 +27,7 @@ TYPES = {
 GLOBAL_BASE = 0x7F0000000000
 # Below 2^32: compilers keep addresses of parameters in registers of 64 bits or of 32.
 PARAM_BASE = 0x7D000000
-RED_ZONE = 4096
+RED_ZONE = 1 << 16  # more than a tile of rows
 WARP = 32
 
 
@@ -38,9 +39,11 @@ def room(size: int) -> int:
 class Machine:
     """Global memory, and one kernel at a time."""
 
-    def __init__(self, size: int, count_traffic: bool = False) -> None:
+    def __init__(self, size: int, count_traffic: bool = False, trace: bool = False) -> None:
         self.memory = Memory(size, "global")
         self.traffic = Traffic(size) if count_traffic else None
+        self.trace = Trace() if trace else None
+        self.held_back: set[int] = set()  # places whose guard has kept a thread from something
         self.top = RED_ZONE
         self.buffers: list[int] = []
 
@@ -83,10 +86,14 @@ class Machine:
         self.granules = {space: narrowest_access(kernel, space) for space in ("global", "shared")}
         self.uses = {
             "global": GlobalUse(self.memory.bytes.size // self.granules["global"]),
-            "shared": SharedUse(self.shared.bytes.size // self.granules["shared"]),
+            "shared": SharedUse(
+                self.shared.bytes.size // self.granules["shared"],
+                any(ins.opcode.startswith("bar.warp.sync") for ins in kernel.code),
+            ),
         }
         self.block_barriers = np.zeros(self.blocks, np.int32)
         self.warp_barriers = np.zeros(self.lanes // WARP, np.int32)
+        self.fences, self.last_fence = np.zeros(self.lanes, np.int32), np.zeros(self.blocks, int)
         self.copies: list = []  # cp.async in flight
         self.copy_groups = np.zeros(self.lanes, np.int32)
         self.products: list = []  # wgmma in flight
@@ -193,6 +200,8 @@ class Machine:
             raise Fault("a barrier that not all threads of the block reach")
         waiting[:] = False
         self.block_barriers += 1
+        if self.trace:
+            self.trace.barrier(latest[:, 0] - 1)
 
     # Operands -------------------------------------------------------------------------------------
 
@@ -270,11 +279,13 @@ class Machine:
     # Memory ---------------------------------------------------------------------------------------
 
     def access(
-        self, memory: Memory, offsets: Lanes, width: int, mask: Mask, kind: str
-    ) -> tuple[Lanes, Lanes]:
+        self, memory: Memory, offsets: Lanes, width: int, mask: Mask, kind: str,
+        collective: bool = False,
+    ) -> tuple[Lanes, Lanes]:  # fmt: skip
         """Check an access of `width` bytes a thread; the threads that make it and their offsets.
 
-        `kind` is load, store, or copy: a store whose data arrives later.
+        `kind` is load, store, or copy: a store whose data arrives later. What is `collective` is
+        for other threads too, whoever names the address.
         """
         threads = self.thread if mask is None else np.flatnonzero(mask).astype(np.int32)
         offsets = offsets if mask is None else offsets[mask]
@@ -293,7 +304,8 @@ class Machine:
             ready = memory.initialised[offsets] & memory.initialised[offsets + width - 1]
             if not ready.all():
                 raise Fault(f"{memory.name} memory is read before it is written")
-        self._order(memory, threads, offsets, width, "load" if kind == "load" else "store")
+        order = "load" if kind == "load" else "store"
+        self._order(memory, threads, offsets, width, order, collective)
         if kind != "load":
             for byte in range(width):
                 memory.initialised[offsets + byte] = kind == "store"
@@ -303,21 +315,37 @@ class Machine:
         return threads, offsets
 
     def _order(
-        self, memory: Memory, threads: Lanes, offsets: Lanes, width: int, kind: str
-    ) -> None:
+        self, memory: Memory, threads: Lanes, offsets: Lanes, width: int, kind: str,
+        collective: bool = False,
+    ) -> None:  # fmt: skip
         size = self.granules[memory.name]
         granules = offsets[:, None] // size + np.arange(width // size)
         lanes = np.broadcast_to(threads[:, None], granules.shape)
         if memory is self.memory:
             complaint = getattr(self.uses["global"], kind)(granules, lanes)
         else:
-            block = np.broadcast_to(
-                self.block_barriers[self.block[threads]][:, None], granules.shape
-            )
-            warp = np.broadcast_to(self.warp_barriers[self.warp[threads]][:, None], granules.shape)
-            complaint = getattr(self.uses["shared"], kind)(granules, lanes, block, warp)
+            block = self.block_barriers[self.block[threads]][:, None]
+            warp = self.warp_barriers[self.warp[threads]][:, None]
+            if collective:
+                lanes = np.full(granules.shape, SEVERAL, np.int32)
+            if self.trace:
+                self.trace.touch(kind == "store", granules, lanes, self.block[threads][:, None])
+            use = self.uses["shared"]
+            complaint = getattr(use, kind)(granules, lanes, block, warp)
+            if kind == "store":
+                use.written_fence[granules] = self.fences[lanes]
+            elif collective and not complaint:
+                last = self.last_fence[self.block[threads]][:, None]
+                complaint = use.fenced(granules, self.fences, last)
         if complaint:
             raise Fault(f"race: a {memory.name} {kind} {complaint}")
+
+    def fence(self, mask: Mask) -> None:
+        """fence.proxy.async: what was stored before is seen by wgmma after."""
+        active = slice(None) if mask is None else mask
+        self.fences[active] += 1
+        blocks = self.block[active]
+        self.last_fence[blocks] = self.block_barriers[blocks]
 
     def whole_warps(self, mask: Mask, what: str) -> slice | Lanes:
         """The warps that run; all their threads must."""
@@ -340,7 +368,10 @@ def guarded(machine: Machine, instruction: Instruction, step: Step) -> Step:
         active = guard() if mask is None else guard() & mask
         if active.all():
             step(None)
-        elif active.any():
+            return
+        if mask is None or (active != mask).any():
+            machine.held_back.add(machine.at)
+        if active.any():
             step(active)
 
     return when_true

@@ -2,8 +2,10 @@
 
 import numpy as np
 
+from ptx.trace import SEVERAL
+
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-NOBODY, SEVERAL = -1, -2
+NOBODY = -1
 SECTOR = 32  # bytes; the unit in which a GPU moves global memory
 
 
@@ -61,36 +63,41 @@ class SharedUse:
     """The last writer and readers of each granule, and when: race detection by barriers passed.
 
     Two accesses are ordered if one thread made both, or a barrier of the block lies between them,
-    or a barrier of the warp if one warp made both.
+    or a barrier of the warp if one warp made both. Most kernels have none of the latter, and half
+    of this is left out for them.
     """
 
-    def __init__(self, granules: int) -> None:
+    def __init__(self, granules: int, warp_barriers: bool = True) -> None:
+        self.of_warps = warp_barriers
         self.writer, self.reader, self.reader_warp = (
             np.full(granules, NOBODY, np.int32) for _ in range(3)
         )
-        # When: barriers passed by the block, and by the warp.
-        self.written_block, self.written_warp, self.read_block, self.read_warp = (
-            np.zeros(granules, np.int32) for _ in range(4)
-        )
+        # When: barriers passed by the block, before all of which is -1, and by the warp.
+        self.written_block, self.read_block = (np.full(granules, -1, np.int32) for _ in range(2))
+        self.written_warp, self.read_warp = (np.zeros(granules, np.int32) for _ in range(2))
+        self.written_fence = np.zeros(granules, np.int32)  # proxy fences that the writer had passed
 
     def load(
         self, granules: np.ndarray, threads: np.ndarray, block: np.ndarray, warp: np.ndarray
     ) -> str | None:
-        """`block` and `warp` are the barriers that the threads' block and warp have passed."""
+        """`block` and `warp` are the barriers that the threads' block and warp have passed.
+
+        SEVERAL as a thread is none of those that store: it needs a barrier of the block.
+        """
         if not self._after_writer(granules, threads, block, warp).all():
             return "loads what another thread stored without a barrier between"
-        reader, own_warp = self.reader[granules], threads // 32
-        outdated = (reader == NOBODY) | (self.read_block[granules] < block)
-        outdated |= (self.reader_warp[granules] == own_warp) & (self.read_warp[granules] < warp)
-        warps = self.reader_warp[granules]
+        outdated = self.read_block[granules] < block
+        if self.of_warps:
+            outdated |= self._warp_has_read(granules, threads, warp)
+            self._keep_warp(granules, threads // 32, outdated)
+            self.read_warp[granules] = warp
+        reader = self.reader[granules]
         self.reader[granules] = np.where(outdated | (reader == threads), threads, SEVERAL)
-        self.reader_warp[granules] = np.where(outdated | (warps == own_warp), own_warp, SEVERAL)
         # Several lanes may read one granule in this instruction; the last of them was kept.
         shared = self.reader[granules] != threads
-        self.reader[granules[shared]] = SEVERAL
-        across = self.reader_warp[granules] != own_warp
-        self.reader_warp[granules[across]] = SEVERAL
-        self.read_block[granules], self.read_warp[granules] = block, warp
+        if shared.any():
+            self.reader[granules[shared]] = SEVERAL
+        self.read_block[granules] = block
         return None
 
     def store(
@@ -98,24 +105,52 @@ class SharedUse:
     ) -> str | None:
         if not self._after_writer(granules, threads, block, warp).all():
             return "stores over what another thread stored without a barrier between"
-        reader = self.reader[granules]
-        ordered = (reader == NOBODY) | (reader == threads) | (self.read_block[granules] < block)
-        same_warp = self.reader_warp[granules] == threads // 32
-        ordered |= same_warp & (self.read_warp[granules] < warp)
+        ordered = (self.read_block[granules] < block) | (self.reader[granules] == threads)
+        if self.of_warps:
+            ordered |= self._warp_has_read(granules, threads, warp)
         if not ordered.all():
             return "stores over what another thread loaded without a barrier between"
         self.writer[granules] = threads
         self.written_block[granules], self.written_warp[granules] = block, warp
-        self.reader[granules] = NOBODY
+        self.read_block[granules] = -1
+        return None
+
+    def fenced(
+        self, granules: np.ndarray, fences: np.ndarray, last_fence: np.ndarray
+    ) -> str | None:
+        """What wgmma reads was stored before a proxy fence: the writer's own, or a reader's.
+
+        `fences` counts those of each thread; at the last one the block had passed `last_fence`
+        barriers.
+        """
+        seen = self.written_block[granules] < last_fence
+        if not (seen | (fences[self.writer[granules]] > self.written_fence[granules])).all():
+            return "by wgmma of what was stored without fence.proxy.async since"
         return None
 
     def _after_writer(
         self, granules: np.ndarray, threads: np.ndarray, block: np.ndarray, warp: np.ndarray
     ) -> np.ndarray:
+        ordered = self.written_block[granules] < block
+        if ordered.all():
+            return ordered
         writer = self.writer[granules]
-        ordered = (writer == NOBODY) | (writer == threads) | (self.written_block[granules] < block)
-        same_warp = writer // 32 == threads // 32
-        return ordered | same_warp & (self.written_warp[granules] < warp)
+        ordered |= writer == threads
+        if self.of_warps:
+            ordered |= (writer // 32 == threads // 32) & (self.written_warp[granules] < warp)
+        return ordered
+
+    def _warp_has_read(
+        self, granules: np.ndarray, threads: np.ndarray, warp: np.ndarray
+    ) -> np.ndarray:
+        """Only the threads' own warp has read, and passed a barrier of its own since."""
+        return (self.reader_warp[granules] == threads // 32) & (self.read_warp[granules] < warp)
+
+    def _keep_warp(self, granules: np.ndarray, own: np.ndarray, outdated: np.ndarray) -> None:
+        warps = self.reader_warp[granules]
+        self.reader_warp[granules] = np.where(outdated | (warps == own), own, SEVERAL)
+        across = self.reader_warp[granules] != own
+        self.reader_warp[granules[across]] = SEVERAL
 
 
 class Traffic:

@@ -164,7 +164,10 @@ class Product:
         return a
 
     def tile(self, descriptor: Lanes, rows: int, transposed: bool) -> Lanes:
-        """The operand (groups, rows, depth) that a descriptor points to; its reads are checked."""
+        """The operand (groups, rows, depth) that a descriptor points to; its reads are checked.
+
+        All warps of the group read it, so only barriers of the block come before and after.
+        """
         machine, size = self.machine, self.bits.itemsize
         groups = descriptor.reshape(-1, GROUP)
         if (groups != groups[:, :1]).any():
@@ -177,7 +180,7 @@ class Product:
             offsets = np.full((len(flat), GROUP), -1, np.int64)
             offsets[:, : part.shape[1]] = part
             offsets = offsets.reshape(-1)
-            machine.access(machine.shared, offsets, 16, offsets >= 0, "load")
+            machine.access(machine.shared, offsets, 16, offsets >= 0, "load", collective=True)
         at = chunks[..., None] // size + np.arange(16 // size)
         values = DECODE[self.kind](machine.shared.views[size][at])
         values = values.reshape(*chunks.shape[:2], -1)
