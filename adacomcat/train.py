@@ -16,7 +16,7 @@ from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.trainer import Trainer, evaluate
 from adacomcat.errors import UserError
 from adacomcat.parallel import Processes, start_processes
-from adacomcat.plan import RankPlan
+from adacomcat.plan import HIDDEN, RankPlan
 from adacomcat.randomness import derived_generator
 from adacomcat.search.gates import RankGates, reachable_multiple, uniform_plan
 from adacomcat.search.search import RankSearch
@@ -133,6 +133,7 @@ def start_search(model: nn.Module, images: Tensor | None, config: TrainConfig,
     fixed = whole - sum(site.dense_params for site in sites)
     if plan is not None:
         plan.validate(model)
+        _require_ranks(plan)
     target = fixed + plan.params(sites) if plan is not None else config.keep_params * whole
     factors = factorize_model(model, None if images is None else calibrate(model, images))
     supernet = build_supernet(model, factors)
@@ -152,6 +153,13 @@ def start_search(model: nn.Module, images: Tensor | None, config: TrainConfig,
     policy = config.search if searching else "off"
     return RankSearch(supernet, sites, gates.to(processes.device), plan,
                       config.with_(search=policy).search_config(), target=target, fixed=fixed)
+
+
+def _require_ranks(plan: RankPlan) -> None:
+    widths = [name for name in plan.ranks if name.endswith(HIDDEN)]
+    if widths:
+        raise UserError(f"training takes plans of ranks, and this one gives {widths[0]} a width; "
+                        "compress with it first, then train that folder with --dense")
 
 
 def _freeze_attention_biases(supernet: nn.Module) -> None:
