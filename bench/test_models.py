@@ -77,10 +77,15 @@ def make_peers(name: str, dtype: torch.dtype, batch: int, threads: int,
 
 
 def measure(made: dict[str, peers.Peer], x: Tensor, repeats: int) -> dict[str, float]:
-    """Median milliseconds, A B C A B C …"""
+    """Median milliseconds, A B C A B C …
+
+    Each runs untimed before it runs timed: threads of the one before (onnxruntime's, OpenVINO's)
+    go on spinning for a while after its run and would take a core from the next.
+    """
     spent: dict[str, list[float]] = {name: [] for name in made}
     for repeat in range(repeats + 2):
         for name, run in made.items():
+            run(x)
             start = time.perf_counter()
             run(x)
             if repeat >= 2:
