@@ -154,7 +154,8 @@ def test_command(tmp_path, capsys):
     assert recovered.rank_plan.ranks == adacomcat.load(tmp_path / "small").rank_plan.ranks
     images = adacomcat.pictures.image_tensor_files(
         folder, adacomcat.data.model_data_config(recovered))
-    assert found["error_after"] == pytest.approx(feature_error(recovered, teacher, images), rel=1e-4)
+    after = feature_error(recovered, teacher, images)
+    assert found["error_after"] == pytest.approx(after, rel=1e-4)
     assert found["images"] == 10
 
     assert cli.main([*command, "--teacher", str(tmp_path / "nowhere")]) == 2

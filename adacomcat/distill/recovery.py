@@ -1,6 +1,6 @@
 """Recovery: a compressed model learns the dense model's features, on images without labels.
 
-loss = ρ(tokens) + |s - t|² / |t|² (the head's outputs) + w · mean over blocks of ρ(residual stream),
+loss = ρ(tokens) + |s - t|² / |t|² (the head's outputs) + w · mean over blocks of ρ(its stream),
 ρ(s, t) = |s - t|² / |t - mean t|² of student s and teacher t, so 1 is no better than the mean.
 """
 
