@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <string>
+#include <string_view>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define ADACOMCAT_X86
@@ -111,6 +112,11 @@ const Engine& engine(Dtype dtype) {
 }
 
 const char* instruction_set() { return chosen().load()->name; }
+
+bool has_avx512() {
+  const std::string_view name = instruction_set();
+  return name != "generic" && name != "avx2";
+}
 
 bool use_instruction_set(const char* name) {
   const InstructionSet* set = find(name);
