@@ -42,6 +42,16 @@ def at_least(least: int) -> Callable[[str], int]:
     return whole
 
 
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0; got {text!r}")
+    return value
+
+
 def key_value(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not (key and equals):
@@ -123,6 +133,11 @@ def _budget(parser: Parser) -> None:
     _keep_params_or_plan(group)
     group.add_argument("--keep-macs", type=fraction, metavar="FRACTION",
                        help="part of the multiply-accumulates to keep")
+    group.add_argument("--max-latency-ms", type=positive, metavar="MS",
+                       help="milliseconds of adacomcat.optimize(compressed), or of the plain model "
+                            "where no CPU kernels are built; measured here, with these threads")
+    parser.add_argument("--latency-batch", type=at_least(1), default=1, metavar="N",
+                        help="images that --max-latency-ms is for (default: %(default)s)")
     parser.add_argument("--rank-multiple", type=at_least(1), default=8, metavar="N",
                         help="step of the ranks per head; twice that elsewhere "
                              "(default: %(default)s)")
@@ -243,4 +258,4 @@ REQUIRED = {
     "train": ("model", "data", "output"), "evaluate": ("model", "data"), "profile": ("model",),
     "import-comcat": ("ranks", "checkpoint", "model", "output"),
 }
-EXCLUSIVE = ("keep_params", "keep_macs", "plan")
+EXCLUSIVE = ("keep_params", "keep_macs", "max_latency_ms", "plan")
