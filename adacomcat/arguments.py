@@ -79,7 +79,8 @@ def _model(parser: Parser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("-m", "--model", metavar="NAME|DIR",
                        help="timm architecture, or a checkpoint folder")
-    group.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
+    group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=False,
+                       help="timm's pretrained weights")
     group.add_argument("--checkpoint", metavar="FILE",
                        help="weights for the architecture: .safetensors, or .pth read with "
                             "weights_only")
@@ -169,6 +170,8 @@ def _train(parser: Parser) -> None:
         "-b --batch-size": (at_least(1), "N", "images per step over all processes (default: 128)"),
         "--epochs": (at_least(0), "N", "0 is legal (default: 10)"),
         "--finetune-epochs": (at_least(0), "N", "more epochs at the ranks found (default: 0)"),
+        "--steps": (at_least(1), "N", "end every epoch after N steps, for a trial run "
+                                      "(default: None)"),
         "--opt": (str, "NAME", "timm's name of an optimiser (default: adamw)"),
         "--lr": (float, "LR", "default: 0.0005"),
         "--weight-decay": (float, "W", "default: 0.05"),

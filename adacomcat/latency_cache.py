@@ -70,10 +70,14 @@ class LatencyCache:
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"machine": self.machine, "milliseconds": self.milliseconds}, indent=1)
-        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".partial",
-                                         delete=False) as scratch:
-            scratch.write(content)
-        os.replace(scratch.name, self.path)
+        descriptor, scratch = tempfile.mkstemp(dir=self.path.parent, suffix=".partial")
+        try:
+            with open(descriptor, "w") as file:
+                file.write(content)
+            os.replace(scratch, self.path)
+        except OSError:
+            os.unlink(scratch)
+            raise
 
 
 def _plausible(times: object) -> bool:
