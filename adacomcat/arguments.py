@@ -170,8 +170,7 @@ def _train(parser: Parser) -> None:
         "-b --batch-size": (at_least(1), "N", "images per step over all processes (default: 128)"),
         "--epochs": (at_least(0), "N", "0 is legal (default: 10)"),
         "--finetune-epochs": (at_least(0), "N", "more epochs at the ranks found (default: 0)"),
-        "--steps": (at_least(1), "N", "end every epoch after N steps, for a trial run "
-                                      "(default: None)"),
+        "--steps": (at_least(1), "N", "end every epoch after N steps (default: after all images)"),
         "--opt": (str, "NAME", "timm's name of an optimiser (default: adamw)"),
         "--lr": (float, "LR", "default: 0.0005"),
         "--weight-decay": (float, "W", "default: 0.05"),
