@@ -42,6 +42,16 @@ def at_least(least: int) -> Callable[[str], int]:
     return whole
 
 
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0; got {text!r}")
+    return value
+
+
 def key_value(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not (key and equals):
@@ -69,7 +79,8 @@ def _model(parser: Parser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("-m", "--model", metavar="NAME|DIR",
                        help="timm architecture, or a checkpoint folder")
-    group.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
+    group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=False,
+                       help="timm's pretrained weights")
     group.add_argument("--checkpoint", metavar="FILE",
                        help="weights for the architecture: .safetensors, or .pth read with "
                             "weights_only")
@@ -123,6 +134,11 @@ def _budget(parser: Parser) -> None:
     _keep_params_or_plan(group)
     group.add_argument("--keep-macs", type=fraction, metavar="FRACTION",
                        help="part of the multiply-accumulates to keep")
+    group.add_argument("--max-latency-ms", type=positive, metavar="MS",
+                       help="milliseconds of adacomcat.optimize(compressed), or of the plain model "
+                            "where no CPU kernels are built; measured here, with these threads")
+    parser.add_argument("--latency-batch", type=at_least(1), default=1, metavar="N",
+                        help="images that --max-latency-ms is for (default: %(default)s)")
     parser.add_argument("--rank-multiple", type=at_least(1), default=8, metavar="N",
                         help="step of the ranks per head; twice that elsewhere "
                              "(default: %(default)s)")
@@ -154,6 +170,7 @@ def _train(parser: Parser) -> None:
         "-b --batch-size": (at_least(1), "N", "images per step over all processes (default: 128)"),
         "--epochs": (at_least(0), "N", "0 is legal (default: 10)"),
         "--finetune-epochs": (at_least(0), "N", "more epochs at the ranks found (default: 0)"),
+        "--steps": (at_least(1), "N", "end every epoch after N steps (default: after all images)"),
         "--opt": (str, "NAME", "timm's name of an optimiser (default: adamw)"),
         "--lr": (float, "LR", "default: 0.0005"),
         "--weight-decay": (float, "W", "default: 0.05"),
@@ -270,4 +287,4 @@ REQUIRED = {
     "recover": ("model", "teacher", "output"),
     "import-comcat": ("ranks", "checkpoint", "model", "output"),
 }
-EXCLUSIVE = ("keep_params", "keep_macs", "plan")
+EXCLUSIVE = ("keep_params", "keep_macs", "max_latency_ms", "plan")

@@ -231,11 +231,15 @@ class Batches:
     augment: bool
     start_step: int
     num_workers: int
+    steps: int | None
 
     def __len__(self) -> int:
         """Steps that are left. Shuffled epochs drop the last batch if it is not full."""
         whole, rest = divmod(len(self.dataset), self.batch_size)
-        return max(0, whole + (rest > 0 and not self.shuffle) - self.start_step)
+        total = whole + (rest > 0 and not self.shuffle)
+        if self.steps is not None:
+            total = min(total, self.steps)
+        return max(0, total - self.start_step)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if isinstance(self.dataset, TensorImages):
@@ -293,8 +297,12 @@ def loader(
     augment: bool = False,
     start_step: int = 0,
     num_workers: int = 0,
+    steps: int | None = None,
 ) -> Batches:
-    """Batches of one epoch, a function of (seed, epoch) alone; batch_size counts all processes."""
+    """Batches of one epoch, a function of (seed, epoch) alone; batch_size counts all processes.
+
+    steps: the epoch ends after so many.
+    """
     if shuffle and batch_size % world_size:
         raise UserError(f"--batch-size {batch_size} does not divide by {world_size} processes")
     if shuffle and batch_size > len(dataset):
@@ -312,6 +320,7 @@ def loader(
         augment,
         start_step,
         num_workers,
+        steps,
     )
 
 

@@ -166,6 +166,14 @@ def test_an_epoch_resumes_at_a_step(dataset: data.Dataset) -> None:
     assert collect(data.loader(dataset, **options, start_step=len(whole))) == []
 
 
+def test_an_epoch_ends_after_so_many_steps(dataset: data.Dataset) -> None:
+    options = EPOCH | {"seed": 6, "epoch": 3}
+    whole = collect(data.loader(dataset, **options))
+    assert_same(collect(data.loader(dataset, **options, steps=2)), whole[:2])
+    assert_same(collect(data.loader(dataset, **options, steps=2, start_step=1)), whole[1:2])
+    assert len(data.loader(dataset, **options, steps=10_000)) == len(whole)
+
+
 def test_worker_processes_change_nothing(image_folder: Path) -> None:
     dataset = folder_train(image_folder)
     options = EPOCH | {"seed": 7, "epoch": 0}

@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor, nn
 
 from adacomcat import checkpoint, data, pictures
+from adacomcat.arguments import EXCLUSIVE
 from adacomcat.convert import compress
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
@@ -106,10 +107,16 @@ def _chosen(args: argparse.Namespace, count: int) -> Tensor:
     return order[:args.calibration_images or count]
 
 
+def has_budget(args: argparse.Namespace) -> bool:
+    return any(getattr(args, name) is not None for name in EXCLUSIVE)
+
+
 def compressed(args: argparse.Namespace, model: nn.Module, images: Tensor | None) -> nn.Module:
-    """A compressed copy at --keep-params, --keep-macs or --plan."""
-    if args.keep_params is args.keep_macs is args.plan:
-        raise UserError(f"{args.command} needs one of --keep-params, --keep-macs and --plan")
+    """A compressed copy at --keep-params, --keep-macs, --max-latency-ms or --plan."""
+    if not has_budget(args):
+        raise UserError(f"{args.command} needs one of --keep-params, --keep-macs, "
+                        "--max-latency-ms and --plan")
     plan = None if args.plan is None else RankPlan.load(args.plan)
-    return compress(model, keep_params=args.keep_params, keep_macs=args.keep_macs, plan=plan,
-                    calibration=images, multiple=args.rank_multiple)
+    return compress(model, keep_params=args.keep_params, keep_macs=args.keep_macs,
+                    max_latency_ms=args.max_latency_ms, plan=plan, calibration=images,
+                    multiple=args.rank_multiple, latency_batch=args.latency_batch)

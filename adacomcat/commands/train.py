@@ -19,7 +19,7 @@ from adacomcat.sites import find_sites
 from adacomcat.training_state import has_state
 
 # Flags that are fields of TrainConfig; those not given leave the preset's value.
-FIELDS = ("epochs", "finetune_epochs", "batch_size", "opt", "lr", "weight_decay", "sched",
+FIELDS = ("epochs", "finetune_epochs", "steps", "batch_size", "opt", "lr", "weight_decay", "sched",
           "warmup_epochs", "warmup_lr", "min_lr", "clip_grad", "mixup", "cutmix", "smoothing",
           "kd", "kd_alpha", "kd_temperature", "align", "align_weight", "keep_params", "search",
           "search_steps", "search_fraction", "calibration_images", "checkpoint_steps", "seed",
