@@ -60,6 +60,10 @@ def test_recovers_on_pictures_it_has_not_seen(pair):
     assert feature_error(found, teacher, unseen) < 0.6 * before
     assert found.rank_plan.ranks == student.rank_plan.ranks and not found.training
     assert all(torch.equal(kept[name], value) for name, value in student.state_dict().items())
+    moved = {name for name, value in found.state_dict().items()
+             if not torch.equal(kept[name], value)}
+    matrices = {name for name, parameter in found.named_parameters() if parameter.ndim == 2}
+    assert moved == matrices and all(p.requires_grad for p in found.parameters())
     assert not any(len(block._forward_hooks) for block in found.blocks)
 
 

@@ -31,7 +31,7 @@ class RecoveryConfig:
     minutes: float = 15.0
     steps: int | None = None
     opt: str = "adamw"
-    lr: float = 3e-4
+    lr: float = 6e-5
     weight_decay: float = 0.0
     warmup: float = 0.02  # part of the whole
     block_weight: float = 0.5
@@ -53,16 +53,21 @@ class RecoveryConfig:
 
 def recover(student: nn.Module, teacher: nn.Module, batches: Iterable,
             config: RecoveryConfig | None = None) -> nn.Module:
-    """A trained copy of ``student``; its shapes, and so its plan, stay what they are.
+    """A copy of ``student`` whose matrices are trained; its shapes, and so its plan, stay.
+
+    Norms, layer scales, biases and embeddings are the teacher's and stay: moved as fast as matrices
+    they cost more than is won (examples/dinov2).
 
     batches: images (N, C, H, W) as the models see them, or tuples that start with them; begun anew
     when they end.
     """
     config = (config or RecoveryConfig()).checked()
-    student = copy.deepcopy(student).requires_grad_(True).train()
+    student = copy.deepcopy(student).train()
+    for parameter in student.parameters():
+        parameter.requires_grad_(parameter.ndim == 2)
     teacher = copy.deepcopy(teacher).requires_grad_(False).eval()
     _Recovery(student, teacher, config).run(_endless(batches))
-    return student.eval()
+    return student.requires_grad_(True).eval()
 
 
 def _endless(batches: Iterable) -> Iterator[Tensor]:
@@ -82,7 +87,8 @@ class _Recovery:
         self.student, self.teacher, self.config = student, teacher, config
         indices = aligned_blocks(student, range(len(getattr(student, "blocks", ()))))
         self.features = [BlockFeatures(model, indices) for model in (student, teacher)]
-        self.optimizer = create_optimizer_v2(student, opt=config.opt, lr=config.lr,
+        self.matrices = [p for p in student.parameters() if p.requires_grad]
+        self.optimizer = create_optimizer_v2(self.matrices, opt=config.opt, lr=config.lr,
                                              weight_decay=config.weight_decay)
         self.scheduler = CosineLRScheduler(
             self.optimizer, t_initial=SCHEDULE, warmup_t=int(config.warmup * SCHEDULE),
@@ -116,7 +122,7 @@ class _Recovery:
             loss = self._loss(images)
         self.optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip_grad)
+        norm = nn.utils.clip_grad_norm_(self.matrices, self.config.clip_grad)
         if not norm.isfinite():
             raise UserError(f"the gradient is {norm.item()} at step {step}; a lower lr may mend it")
         self.optimizer.step()
