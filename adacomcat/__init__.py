@@ -23,9 +23,13 @@ _HOME = {
     "save": "checkpoint",
     "load": "checkpoint",
     "optimize": "fuse",
+    "collages": "collage",
+    "with_collages": "collage",
+    "recover": "distill.recovery",
+    "RecoveryConfig": "distill.recovery",
 }
-_MODULES = ("allocate", "attention", "backends", "calibrate", "checkpoint", "convert", "cost",
-            "factorize", "fuse", "layers", "ops", "plan", "reference", "sites", "train")
+_MODULES = ("allocate", "attention", "backends", "calibrate", "checkpoint", "collage", "convert",
+            "cost", "factorize", "fuse", "layers", "ops", "plan", "reference", "sites", "train")
 
 __all__ = [*sorted(_HOME), *_MODULES]
 

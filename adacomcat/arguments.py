@@ -158,6 +158,8 @@ def _calibration(default: int) -> Callable[[Parser], None]:
                                 "(default: %(default)s)")
         group.add_argument("--calibration-dir", metavar="FOLDER",
                            help="take them from the pictures under this folder instead")
+        group.add_argument("--collages", type=at_least(0), default=0, metavar="N",
+                           help="and so many scenes made of them, where pictures are few")
     return add
 
 

@@ -21,6 +21,15 @@ RECOLOURED = 0.5  # of all textures
 SOFTNESS = 0.02  # of an outline, of the image's side
 
 
+def with_collages(images: Tensor, count: int, seed: int = 0) -> Tensor:
+    """The images and ``count`` collages of them, (N + count, C, H, W), shuffled, since compression
+    takes the first ones for some of its measurements."""
+    if not count:
+        return images
+    mixed = torch.cat([images, collages(images, count, seed)])
+    return mixed[torch.randperm(len(mixed), generator=torch.Generator().manual_seed(seed))]
+
+
 def collages(images: Tensor, count: int, seed: int = 0) -> Tensor:
     """``count`` scenes made of images (N, C, H, W), in their value range: (count, C, H, W)."""
     # Colours are jittered between 0 and 1.

@@ -1,12 +1,13 @@
 """Scenes of blobs: what they are made of, that they repeat, where outlines are."""
 
+import json
 import math
 
 import pytest
 import torch
 
-from adacomcat import collage
-from adacomcat.collage import collages
+from adacomcat import cli, collage
+from adacomcat.collage import collages, with_collages
 
 
 def flat(values):
@@ -78,3 +79,20 @@ def test_what_sticks_out_is_cut_off(top, left):
                 expected[:, top + i, left + j] = texture[:, i, j]
     collage._paste_(scene, texture, mask, top, left)
     torch.testing.assert_close(scene, expected)
+
+
+def test_with_collages_keeps_every_image_and_mixes():
+    images = torch.randn(30, 3, 16, 16)
+    mixed = with_collages(images, 30)
+    assert len(mixed) == 60 and with_collages(images, 0) is images
+    given = {image.sum().item() for image in images}
+    where = [image.sum().item() in given for image in mixed]
+    assert sum(where) == 30 and 5 < sum(where[:30]) < 25
+
+
+def test_command_counts_them(tmp_path, capsys):
+    command = ["compress", "-m", "vit_tiny_patch16_224", "--img-size", "32", "--num-classes", "10",
+               "--model-kwargs", "embed_dim=48", "depth=2", "num_heads=2", "--keep-params", "0.7",
+               "--data", "digits", "--calibration-images", "12", "--collages", "20", "--json"]
+    assert cli.main([*command, "-o", str(tmp_path / "small")]) == 0
+    assert json.loads(capsys.readouterr().out)["calibration_images"] == 32

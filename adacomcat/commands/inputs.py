@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from adacomcat import checkpoint, data, pictures
 from adacomcat.arguments import EXCLUSIVE
+from adacomcat.collage import with_collages
 from adacomcat.convert import compress
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
@@ -91,6 +92,11 @@ def dataset(args: argparse.Namespace) -> tuple[str, str | None]:
 
 def calibration(args: argparse.Namespace, model: nn.Module) -> Tensor | None:
     """Images (N, C, H, W) as the model sees them, or None for a data-free decomposition."""
+    images = _calibration_images(args, model)
+    return images if images is None else with_collages(images, args.collages, args.seed)
+
+
+def _calibration_images(args: argparse.Namespace, model: nn.Module) -> Tensor | None:
     config = data.model_data_config(model)
     del config["num_classes"]  # labels are not looked at
     if args.calibration_dir is not None:
