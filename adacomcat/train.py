@@ -126,6 +126,7 @@ def drop_attention_biases_(model: nn.Module, sites: list[Site]) -> None:
 def start_search(model: nn.Module, images: Tensor | None, config: TrainConfig,
                  plan: RankPlan | None, processes: Processes) -> RankSearch:
     """Supernet, architecture parameters and the plan that training starts from."""
+    _require_uncompressed(model)
     sites = chosen_sites(model, images, config, plan)
     if not sites:
         raise UserError("this model has no projection that can be made low-rank")
@@ -153,13 +154,16 @@ def start_search(model: nn.Module, images: Tensor | None, config: TrainConfig,
                       config.with_(search=policy).search_config(), target=target, fixed=fixed)
 
 
+def _require_uncompressed(model: nn.Module) -> None:
+    if any(rank != DENSE for rank in getattr(model, "rank_plan", RankPlan()).ranks.values()):
+        raise UserError("this model is compressed already; start from the dense model, or train "
+                        "this one as it is, without a budget or a plan (--dense)")
+
+
 def chosen_sites(model: nn.Module, images: Tensor | None, config: TrainConfig,
                  plan: RankPlan | None) -> list[Site]:
     """A given plan's decisions; else widths or ranks of the MLPs. Which neurons may go, only
     activations tell: without images, ranks."""
-    if any(rank != DENSE for rank in getattr(model, "rank_plan", RankPlan()).ranks.values()):
-        raise UserError("this model is compressed already; start from the dense model, or train "
-                        "this one as it is, without a budget or a plan (--dense)")
     if plan is not None:
         return plan.validate(model)
     neurons = config.mlp == "neurons" and images is not None
