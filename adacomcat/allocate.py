@@ -133,10 +133,26 @@ def relative_sensitivities(sites: list[Site], factors: Factors) -> dict[str, flo
     return {site.name: 1.0 / max(factors[site.name].errors[0].item(), 1e-30) for site in sites}
 
 
-def choices(site: Site, factors: Factors, sensitivity: float, cost: "Cost",
+def error_weights(model: nn.Module, factors: Factors, calibration: Tensor | Iterable | None,
+                  sites: list[Site]) -> dict[str, float]:
+    """What the squared error of each site counts in the sum that the knapsack makes least."""
+    if calibration is None:
+        return relative_sensitivities(sites, factors)
+    images = calibration_batches(calibration, model)[0][:PROBE_IMAGES]
+    weights = sensitivities(model, factors, images, sites)
+    if not (sequential_blocks(model) and any(site.kind == "hidden" for site in sites)):
+        return weights
+    return {site.name: LEFT_IN_SEQUENCE.get(site.kind, 1.0) * weights[site.name]
+            for site in sites}
+
+
+def weighted_error(factors: Factors, weights: dict[str, float], site: Site, rank: Rank) -> float:
+    return 0.0 if rank == DENSE else weights[site.name] * factors[site.name].errors[rank].item()
+
+
+def choices(site: Site, factors: Factors, weights: dict[str, float], cost: "Cost",
             multiple: int) -> list[Choice]:
-    errors = factors[site.name].errors
-    return [Choice(cost(site, rank), 0.0 if rank == DENSE else sensitivity * errors[rank].item())
+    return [Choice(cost(site, rank), weighted_error(factors, weights, site, rank))
             for rank in site.candidates(multiple)]
 
 
@@ -155,15 +171,9 @@ def choose_plan(model: nn.Module, factors: Factors, *, keep_params: float | None
     sites = find_sites(model) if sites is None else sites
     cost, whole = _parameter_cost(model) if keep_macs is None else _mac_cost(model, sites)
     fixed = whole - sum(cost(site, DENSE) for site in sites)
-    weights = relative_sensitivities(sites, factors)
-    if calibration is not None:
-        images = calibration_batches(calibration, model)[0][:PROBE_IMAGES]
-        weights = sensitivities(model, factors, images, sites)
-        if sequential_blocks(model) and any(site.kind == "hidden" for site in sites):
-            weights = {site.name: LEFT_IN_SEQUENCE.get(site.kind, 1.0) * weights[site.name]
-                       for site in sites}
+    weights = error_weights(model, factors, calibration, sites)
     while multiple:
-        items = [choices(s, factors, weights[s.name], cost, multiple) for s in sites]
+        items = [choices(site, factors, weights, cost, multiple) for site in sites]
         chosen = knapsack(items, keep * whole - fixed)
         if chosen is not None:
             return RankPlan({site.name: site.candidates(multiple)[index]

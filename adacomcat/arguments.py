@@ -42,6 +42,16 @@ def at_least(least: int) -> Callable[[str], int]:
     return whole
 
 
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0; got {text!r}")
+    return value
+
+
 def key_value(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not (key and equals):
@@ -69,7 +79,8 @@ def _model(parser: Parser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("-m", "--model", metavar="NAME|DIR",
                        help="timm architecture, or a checkpoint folder")
-    group.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
+    group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=False,
+                       help="timm's pretrained weights")
     group.add_argument("--checkpoint", metavar="FILE",
                        help="weights for the architecture: .safetensors, or .pth read with "
                             "weights_only")
@@ -123,6 +134,11 @@ def _budget(parser: Parser) -> None:
     _keep_params_or_plan(group)
     group.add_argument("--keep-macs", type=fraction, metavar="FRACTION",
                        help="part of the multiply-accumulates to keep")
+    group.add_argument("--max-latency-ms", type=positive, metavar="MS",
+                       help="milliseconds of adacomcat.optimize(compressed), or of the plain model "
+                            "where no CPU kernels are built; measured here, with these threads")
+    parser.add_argument("--latency-batch", type=at_least(1), default=1, metavar="N",
+                        help="images that --max-latency-ms is for (default: %(default)s)")
     parser.add_argument("--rank-multiple", type=at_least(1), default=8, metavar="N",
                         help="step of the ranks per head; twice that elsewhere "
                              "(default: %(default)s)")
@@ -154,6 +170,7 @@ def _train(parser: Parser) -> None:
         "-b --batch-size": (at_least(1), "N", "images per step over all processes (default: 128)"),
         "--epochs": (at_least(0), "N", "0 is legal (default: 10)"),
         "--finetune-epochs": (at_least(0), "N", "more epochs at the ranks found (default: 0)"),
+        "--steps": (at_least(1), "N", "end every epoch after N steps (default: after all images)"),
         "--opt": (str, "NAME", "timm's name of an optimiser (default: adamw)"),
         "--lr": (float, "LR", "default: 0.0005"),
         "--weight-decay": (float, "W", "default: 0.05"),
@@ -190,14 +207,38 @@ def _search(parser: Parser) -> None:
                        help="distillation from the teacher (default: soft)")
     group.add_argument("--align", choices=("mse", "manifold", "none"),
                        help="alignment of block outputs (default: mse)")
+    _teacher(group, "default: the dense model that is given")
     _add(group, {
-        "--teacher": (str, "NAME|DIR", "default: the dense model that is given"),
         "--kd-alpha": (float, "A", "weight of distillation (default: 0.5)"),
         "--kd-temperature": (float, "T", "default: 2.0"),
         "--align-weight": (float, "W", "default: 1.0"),
         "--search-steps": (at_least(1), "N", "batches per search (default: 50)"),
         "--search-fraction": (fraction, "F", "training images held out for it (default: 0.1)"),
         "--calibration-images": (at_least(0), "N", "0: data-free (default: 256)"),
+    })
+
+
+def _recovery(parser: Parser) -> None:
+    group = parser.add_argument_group("recovery")
+    _teacher(group, "the dense model")
+    group.add_argument("--images", metavar="FOLDER",
+                       help="pictures without labels; --data takes those of a training set")
+    group.add_argument("--minutes", type=float, default=15.0, metavar="N",
+                       help="of training (default: %(default)s)")
+    group.add_argument("--steps", type=at_least(0), metavar="N", help="so many instead")
+    group.add_argument("--lr", type=float, default=3e-4, metavar="LR",
+                       help="default: %(default)s")
+    group.add_argument("--block-weight", type=float, default=0.5, metavar="W",
+                       help="of the blocks' features beside the last ones (default: %(default)s)")
+    group.add_argument("--model-ema-decay", type=float, metavar="D",
+                       help="average the weights; the average is what is saved")
+    group.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+
+
+def _teacher(group: argparse._ArgumentGroup, default: str) -> None:
+    _add(group, {
+        "--teacher": (str, "NAME|DIR", default),
+        "--teacher-checkpoint": (str, "FILE", "its weights (default: timm's pretrained ones)"),
     })
 
 
@@ -233,6 +274,8 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
                  (_model, _budget, _data, _calibration(256), _output, _report, _seed, _device)),
     "train": ("Search ranks, train and distil; or train a dense model.",
               (_model, _data, _train, _search, _output, _report, _seed, _device)),
+    "recover": ("Distil the dense model's features into a compressed one, without labels.",
+                (_model, _data, _recovery, _batch(16), _output, _seed, _device)),
     "evaluate": ("Measure accuracy on a dataset's test images.",
                  (_model, _data, _batch(256), _gate, _device)),
     "profile": ("Measure parameters, MACs and latency, dense against compressed.",
@@ -244,6 +287,7 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
 REQUIRED = {
     "doctor": (), "inspect": ("model",), "compress": ("model", "output"),
     "train": ("model", "data", "output"), "evaluate": ("model", "data"), "profile": ("model",),
+    "recover": ("model", "teacher", "output"),
     "import-comcat": ("ranks", "checkpoint", "model", "output"),
 }
-EXCLUSIVE = ("keep_params", "keep_macs", "plan")
+EXCLUSIVE = ("keep_params", "keep_macs", "max_latency_ms", "plan")

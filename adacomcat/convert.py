@@ -136,7 +136,7 @@ def factorize_model(model: nn.Module, statistics: Statistics | None = None,
 
 def build_skeleton(model: nn.Module, plan: RankPlan) -> nn.Module:
     """In place: low-rank modules of the plan's shapes, their factors not yet filled."""
-    return _swap(model, plan, lambda module, sites: _skeleton(module, sites, plan))
+    return _swap(model, plan, lambda module, sites: skeleton_module(module, sites, plan))
 
 
 @torch.no_grad()
@@ -160,7 +160,7 @@ def low_rank_module(module: nn.Module, sites: list[Site], plan: RankPlan,
     """The drop-in for one dense module, filled. ``sites``: those of this module that shrink."""
     if sites[0].kind == "hidden":
         return narrowed(module, *factors[sites[0].name].narrowed(plan[sites[0].name]))
-    replacement = _skeleton(module, sites, plan)
+    replacement = skeleton_module(module, sites, plan)
     if isinstance(replacement, LowRankLinear):
         replacement.set_(factors[sites[0].name])
         return replacement
@@ -174,7 +174,8 @@ def low_rank_module(module: nn.Module, sites: list[Site], plan: RankPlan,
     return replacement
 
 
-def _skeleton(module: nn.Module, sites: list[Site], plan: RankPlan) -> nn.Module:
+def skeleton_module(module: nn.Module, sites: list[Site], plan: RankPlan) -> nn.Module:
+    """The drop-in for one dense module, its factors not yet filled."""
     site, prefix = sites[0], sites[0].module
     if site.kind == "linear":
         return LowRankLinear.like(module, plan[site.name])
@@ -204,28 +205,32 @@ def join_mlps_(model: nn.Module) -> None:
 
 
 def compress(model: nn.Module, *, keep_params: float | None = None,
-             keep_macs: float | None = None, plan: RankPlan | None = None,
-             calibration: Tensor | Iterable | None = None,
-             multiple: int = MULTIPLE) -> nn.Module:
+             keep_macs: float | None = None, max_latency_ms: float | None = None,
+             plan: RankPlan | None = None, calibration: Tensor | Iterable | None = None,
+             multiple: int = MULTIPLE, latency_batch: int = 1) -> nn.Module:
     """A compressed copy of ``model``, training-free.
 
     keep_params, keep_macs: fraction of the whole model's parameters or multiply-accumulates to
-    keep, in (0, 1]; or a ``plan`` of your own. calibration: images (N, C, H, W), or an iterable of
-    batches, as the model sees them; without it the decomposition is data-free. multiple: the step
-    of ranks per head (twice that elsewhere), halved where the budget cannot be reached otherwise.
+    keep, in (0, 1]; or max_latency_ms: milliseconds for ``latency_batch`` images, measured on this
+    machine with its threads as they are set, of ``adacomcat.optimize`` of the result where the CPU
+    kernels are built; or a ``plan`` of your own. calibration: images (N, C, H, W), or an iterable
+    of batches, as the model sees them; without it the decomposition is data-free. multiple: the
+    step of ranks per head (twice that elsewhere), halved where a fraction cannot be reached
+    otherwise.
     """
     return compress_(copy.deepcopy(model), keep_params=keep_params, keep_macs=keep_macs,
-                     plan=plan, calibration=calibration, multiple=multiple)
+                     max_latency_ms=max_latency_ms, plan=plan, calibration=calibration,
+                     multiple=multiple, latency_batch=latency_batch)
 
 
 def compress_(model: nn.Module, *, keep_params: float | None = None,
-              keep_macs: float | None = None, plan: RankPlan | None = None,
-              calibration: Tensor | Iterable | None = None,
-              multiple: int = MULTIPLE) -> nn.Module:
+              keep_macs: float | None = None, max_latency_ms: float | None = None,
+              plan: RankPlan | None = None, calibration: Tensor | Iterable | None = None,
+              multiple: int = MULTIPLE, latency_batch: int = 1) -> nn.Module:
     """``compress`` in place."""
-    from adacomcat.allocate import choose_plan  # allocation scores candidates by converting
-    if sum(choice is not None for choice in (keep_params, keep_macs, plan)) != 1:
-        raise UserError("say exactly one of keep_params, keep_macs and plan")
+    budgets = (keep_params, keep_macs, max_latency_ms, plan)
+    if sum(choice is not None for choice in budgets) != 1:
+        raise UserError("say exactly one of keep_params, keep_macs, max_latency_ms and plan")
     require_finite_model(model)
     if plan is not None:
         plan.validate(model)
@@ -235,7 +240,14 @@ def compress_(model: nn.Module, *, keep_params: float | None = None,
     else:  # which neurons may go, only activations tell
         sites = find_sites(model, () if batches is None else narrowable_mlps(model))
     factors = factorize_model(model, model_statistics(model, batches), sites=sites)
-    if plan is None:
+    # Allocation scores candidates by converting: it is imported late.
+    if max_latency_ms is not None:
+        from adacomcat.latency_budget import choose_plan_for_latency
+        plan = choose_plan_for_latency(model, factors, max_latency_ms=max_latency_ms,
+                                       batch=latency_batch, calibration=batches,
+                                       multiple=multiple, sites=sites)
+    elif plan is None:
+        from adacomcat.allocate import choose_plan
         plan = choose_plan(model, factors, keep_params=keep_params, keep_macs=keep_macs,
                            calibration=batches, multiple=multiple, sites=sites)
     return convert_(model, plan, factors, batches)

@@ -1,8 +1,10 @@
 """What a model costs: parameters, multiply-accumulates, measured latency."""
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +16,9 @@ from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Rank, Site, find_sites
 
 InputSize = tuple[int, int, int]
+Key = TypeVar("Key", bound=Hashable)
+
+WARM_UP, LEAST_REPEATS = 2, 5
 
 
 def model_params(model: nn.Module) -> int:
@@ -107,18 +112,31 @@ def _patch_macs(model: nn.Module) -> int:
     return projection.weight.numel() * (height // rows) * (width // columns)
 
 
-@torch.inference_mode()
 def latency(models: dict[str, nn.Module], batch: int = 1, repeats: int = 20) -> dict[str, float]:
     """Median milliseconds of a forward pass of each model, measured in turn, A B A B …"""
-    spent: dict[str, list[float]] = {name: [] for name in models}
-    images = {name: torch.randn(batch, *input_size(model)).to(next(model.parameters()))
-              for name, model in models.items()}
-    for repeat in range(repeats + 2):  # the first two warm up
-        for name, model in models.items():
-            start = time.perf_counter()
-            model(images[name])
-            if images[name].is_cuda:
-                torch.cuda.synchronize()
-            if repeat >= 2:
-                spent[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(times) for name, times in spent.items()}
+    def forward(model: nn.Module) -> Callable[[], object]:
+        parameter = next(model.parameters())
+        images = torch.randn(batch, *input_size(model)).to(parameter)
+        return lambda: model(images)
+
+    return interleaved({name: forward(model) for name, model in models.items()}, repeats)
+
+
+@torch.inference_mode()
+def interleaved(runs: Mapping[Key, Callable[[], object]], repeats: int = 20,
+                seconds: float = math.inf,
+                clock: Callable[[], float] = time.perf_counter) -> dict[Key, float]:
+    """Median milliseconds of each run, measured in turn; after ``seconds`` a few repeats do."""
+    spent: dict[Key, list[float]] = {key: [] for key in runs}
+    synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else (lambda: None)
+    begin = time.perf_counter()
+    for repeat in range(WARM_UP + repeats):
+        if repeat >= WARM_UP + LEAST_REPEATS and time.perf_counter() - begin > seconds:
+            break
+        for key, run in runs.items():
+            start = clock()
+            run()
+            synchronize()
+            if repeat >= WARM_UP:
+                spent[key].append((clock() - start) * 1e3)
+    return {key: statistics.median(times) for key, times in spent.items()}

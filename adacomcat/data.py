@@ -6,7 +6,6 @@ process then takes its rows: a resumed run and a run on several processes see th
 
 import gzip
 import math
-import random
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,65 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
-from timm.data import (
-    create_dataset,
-    create_transform,
-    get_img_extensions,
-    resolve_model_data_config,
-)
+from timm.data import create_dataset, resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from adacomcat.augmentation import Augmentation
 from adacomcat.errors import UserError
+from adacomcat.pictures import FolderImages, ImageFormat
 
 ARRAY_DATASETS = ("digits", "fashion-mnist")
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_CACHE = Path("~/.cache/adacomcat/fashion-mnist")
-
-
-@dataclass(frozen=True)
-class ImageFormat:
-    """What the model wants to see: (C, H, W), and (pixel - mean) / std per channel."""
-
-    input_size: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bicubic"
-    crop_pct: float = 1.0
-
-    @classmethod
-    def from_config(cls, model_cfg: dict[str, Any]) -> "ImageFormat":
-        """Reads timm's data configuration; statistics of RGB are averaged for one channel."""
-        channels = model_cfg["input_size"][0]
-        return cls(
-            input_size=tuple(model_cfg["input_size"]),
-            mean=_per_channel(model_cfg["mean"], channels),
-            std=_per_channel(model_cfg["std"], channels),
-            interpolation=model_cfg.get("interpolation") or "bicubic",
-            crop_pct=model_cfg.get("crop_pct") or 1.0,
-        )
-
-    def transform(self, is_training: bool) -> Any:
-        """timm's transform from a PIL image to a normalised tensor (C, H, W)."""
-        return create_transform(
-            self.input_size,
-            is_training=is_training,
-            interpolation=self.interpolation,
-            mean=self.mean,
-            std=self.std,
-            crop_pct=self.crop_pct,
-        )
-
-    def pil_mode(self) -> str:
-        return "L" if self.input_size[0] == 1 else "RGB"
-
-
-def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    if len(values) == channels:
-        return tuple(values)
-    return (sum(values) / len(values),) * channels
 
 
 class TensorImages(Dataset):
@@ -112,50 +63,6 @@ class TensorImages(Dataset):
         mean = torch.tensor(self.image_format.mean).view(-1, 1, 1)
         std = torch.tensor(self.image_format.std).view(-1, 1, 1)
         return (pixels.expand(-1, channels, -1, -1) - mean) / std, self.labels[indices]
-
-
-class FolderImages(Dataset):
-    """Picture files of one split; an index (i, seed) asks for the augmented picture."""
-
-    def __init__(self, reader: Any, indices: Tensor, image_format: ImageFormat) -> None:
-        self.reader, self.indices, self.image_format = reader, indices, image_format
-        self.transforms = {flag: image_format.transform(flag) for flag in (False, True)}
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int | tuple[int, int | None]) -> tuple[Tensor, int]:
-        index, seed = index if isinstance(index, tuple) else (index, None)
-        position = int(self.indices[index])
-        path, label = self.reader.samples[position]
-        picture = _open_picture(path, self.image_format)
-        if seed is None:
-            return self.transforms[False](picture), label
-        return _seeded(seed, lambda: self.transforms[True](picture)), label
-
-    def subset(self, indices: Tensor) -> "FolderImages":
-        return FolderImages(self.reader, self.indices[indices], self.image_format)
-
-
-def _seeded(seed: int, function: Any) -> Any:
-    """Runs with every generator that transforms draw from seeded, and puts them back."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        result = function()
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    return result
-
-
-def _open_picture(path: str | Path, image_format: ImageFormat) -> Image.Image:
-    try:
-        with Image.open(path) as picture:
-            return picture.convert(image_format.pil_mode())
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise UserError(f"cannot read the picture {path}: {error}; mend or remove it") from error
 
 
 def model_data_config(model: nn.Module) -> dict[str, Any]:
@@ -274,7 +181,7 @@ def _folder(
         raise UserError(
             f"{root}: training and validation have different classes ({', '.join(differing[:5])})"
         )
-    parts = [FolderImages(r, torch.arange(len(r)), image_format) for r in (train, test)]
+    parts = [FolderImages(r.samples, torch.arange(len(r)), image_format) for r in (train, test)]
     return len(train.class_to_idx), parts[0], parts[1]
 
 
@@ -293,18 +200,6 @@ def _read_split(root: Path, names: tuple[str, ...]) -> Any:
     if "" in reader.class_to_idx:
         raise UserError(f"{found[0]} holds pictures outside class folders; move or remove them")
     return reader
-
-
-def image_tensor_files(folder: str | Path, model_cfg: dict[str, Any]) -> Tensor:
-    """Every picture under a folder, in the order of their names, as the model wants it: NCHW."""
-    root = Path(folder).expanduser()
-    extensions = get_img_extensions(as_set=True)
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in extensions)
-    if not files:
-        raise UserError(f"no pictures in the folder {root}; give one that holds some")
-    image_format = ImageFormat.from_config(model_cfg)
-    transform = image_format.transform(is_training=False)
-    return torch.stack([transform(_open_picture(file, image_format)) for file in files])
 
 
 def split_holdout(dataset: Any, fraction: float, seed: int) -> tuple[Any, Any]:
@@ -336,11 +231,15 @@ class Batches:
     augment: bool
     start_step: int
     num_workers: int
+    steps: int | None
 
     def __len__(self) -> int:
         """Steps that are left. Shuffled epochs drop the last batch if it is not full."""
         whole, rest = divmod(len(self.dataset), self.batch_size)
-        return max(0, whole + (rest > 0 and not self.shuffle) - self.start_step)
+        total = whole + (rest > 0 and not self.shuffle)
+        if self.steps is not None:
+            total = min(total, self.steps)
+        return max(0, total - self.start_step)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if isinstance(self.dataset, TensorImages):
@@ -398,8 +297,12 @@ def loader(
     augment: bool = False,
     start_step: int = 0,
     num_workers: int = 0,
+    steps: int | None = None,
 ) -> Batches:
-    """Batches of one epoch, a function of (seed, epoch) alone; batch_size counts all processes."""
+    """Batches of one epoch, a function of (seed, epoch) alone; batch_size counts all processes.
+
+    steps: the epoch ends after so many.
+    """
     if shuffle and batch_size % world_size:
         raise UserError(f"--batch-size {batch_size} does not divide by {world_size} processes")
     if shuffle and batch_size > len(dataset):
@@ -417,4 +320,22 @@ def loader(
         augment,
         start_step,
         num_workers,
+        steps,
     )
+
+
+@dataclass
+class EndlessBatches:
+    """Augmented, shuffled epochs one after the other: every ``iter`` begins the next."""
+
+    dataset: TensorImages | FolderImages
+    batch_size: int
+    seed: int
+    augment: bool = True
+    num_workers: int = 0
+    epoch: int = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.epoch += 1
+        return iter(loader(self.dataset, self.batch_size, shuffle=True, seed=self.seed,
+                           epoch=self.epoch, augment=self.augment, num_workers=self.num_workers))

@@ -129,8 +129,7 @@ class FusedBlock(nn.Module):
 
     def __init__(self, block: Block) -> None:
         super().__init__()
-        self.attn = _attention_class(block)(block.norm1, block.attn, block.ls1)
-        self.mlp = _mlp_class(block)(block.norm2, block.mlp, block.ls2)
+        self.attn, self.mlp = sublayer(block, "attn"), sublayer(block, "mlp")
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
@@ -166,6 +165,13 @@ def optimize(model: nn.Module) -> nn.Module:
     if _head_reads_first_token(optimized):
         optimized.__class__ = FirstTokenVisionTransformer  # its parts, names and API stay
     return optimized
+
+
+def sublayer(block: Block, part: str) -> nn.Module:
+    """What runs in the place of 'attn' or 'mlp' with its norm, scale and residual."""
+    if part == "attn":
+        return _attention_class(block)(block.norm1, block.attn, block.ls1)
+    return _mlp_class(block)(block.norm2, block.mlp, block.ls2)
 
 
 def _attention_class(block: Block) -> type[nn.Module]:

@@ -371,13 +371,14 @@ def test_flags_reach_the_training_unless_not_given(tmp_path, run_json, monkeypat
     monkeypatch.setattr(train, "run", remember)
     base = ["train", *GRAY, "--data", "digits", "--keep-params", 0.5, "--output", tmp_path / "x"]
     for flags in ([], ["--preset", "comcat"], ["--preset", "comcat", "--kd", "soft"],
-                  ["--lr", 0.1, "--mixup", 0.8, "--model-ema", "--amp", "-b", 64, "--no-augment"]):
+                  ["--lr", 0.1, "--mixup", 0.8, "--model-ema", "--amp", "-b", 64, "--no-augment",
+                   "--steps", 3]):
         assert cli.main([str(word) for word in base + flags]) == 1
     state = {"state_dir": f"{tmp_path}/x.state", "keep_params": 0.5}
     assert seen == [TrainConfig(**state), TrainConfig.preset("comcat", **state),
                     TrainConfig.preset("comcat", kd="soft", **state),
                     TrainConfig(lr=0.1, mixup=0.8, ema_decay=0.9998, amp=True, batch_size=64,
-                                augment=False, **state)]
+                                augment=False, steps=3, **state)]
 
 
 def test_defaults_in_the_help_are_those_of_the_training(run):
@@ -389,7 +390,8 @@ def test_defaults_in_the_help_are_those_of_the_training(run):
         default = re.search(r"default: ([\w.-]+)", text)
         told[text.split()[0].replace("-", "_")] = default and default[1]
     defaults = TrainConfig()
-    for name in set(FIELDS) - {"workers", "keep_params", "checkpoint_steps", "device", "seed"}:
+    for name in set(FIELDS) - {"workers", "keep_params", "steps", "checkpoint_steps", "device",
+                               "seed"}:
         assert told[name] == str(getattr(defaults, name)), name
 
 

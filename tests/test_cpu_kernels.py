@@ -33,7 +33,7 @@ if backends.available()["cpp"] is not None:
 
 EXTENSION = importlib.import_module("adacomcat._C")
 HERE = backends.build_info()["instruction_set"]
-NAMES = ("generic", "avx2", "avx512", "avx512_bf16")
+NAMES = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 LACKING = [name for name in NAMES if not EXTENSION.use_instruction_set(name)]
 EXTENSION.use_instruction_set(HERE)
 

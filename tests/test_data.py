@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from adacomcat import data
+from adacomcat import data, pictures
 from adacomcat.augmentation import Augmentation
 from adacomcat.errors import UserError
 
@@ -166,6 +166,14 @@ def test_an_epoch_resumes_at_a_step(dataset: data.Dataset) -> None:
     assert collect(data.loader(dataset, **options, start_step=len(whole))) == []
 
 
+def test_an_epoch_ends_after_so_many_steps(dataset: data.Dataset) -> None:
+    options = EPOCH | {"seed": 6, "epoch": 3}
+    whole = collect(data.loader(dataset, **options))
+    assert_same(collect(data.loader(dataset, **options, steps=2)), whole[:2])
+    assert_same(collect(data.loader(dataset, **options, steps=2, start_step=1)), whole[1:2])
+    assert len(data.loader(dataset, **options, steps=10_000)) == len(whole)
+
+
 def test_worker_processes_change_nothing(image_folder: Path) -> None:
     dataset = folder_train(image_folder)
     options = EPOCH | {"seed": 7, "epoch": 0}
@@ -233,7 +241,7 @@ def test_drawn_augmentation_stays_in_bounds_and_never_flips_digits() -> None:
 
 def test_calibration_pictures_equal_the_evaluation_transform(image_folder: Path) -> None:
     dataset = data.train_and_test("folder", image_folder, RGB_32)[1]
-    images = data.image_tensor_files(image_folder / "val", RGB_32)
+    images = pictures.image_tensor_files(image_folder / "val", RGB_32)
     assert torch.equal(images, torch.stack([image for image, _ in dataset]))
 
 
@@ -287,7 +295,7 @@ def test_an_unreadable_picture_is_named(image_folder: Path) -> None:
     with pytest.raises(UserError, match="cat/0.png"):
         folder_train(image_folder)[0]
     with pytest.raises(UserError, match="cat/0.png"):
-        data.image_tensor_files(image_folder / "train", RGB_32)
+        pictures.image_tensor_files(image_folder / "train", RGB_32)
 
 
 @pytest.mark.parametrize("name", ["absent", "empty"])
@@ -299,7 +307,7 @@ def test_folders_without_data_are_refused(tmp_path: Path, name: str) -> None:
         with pytest.raises(UserError, match=name):
             data.train_and_test(dataset, folder, RGB_32)
     with pytest.raises(UserError, match=name):
-        data.image_tensor_files(folder, RGB_32)
+        pictures.image_tensor_files(folder, RGB_32)
     assert folder.exists() == (name == "empty")
 
 

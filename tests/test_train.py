@@ -103,6 +103,21 @@ def test_learning_happens() -> None:
     assert tuned.results["top1"] > dense.results["top1"] - 5
 
 
+def test_steps_end_every_epoch_and_the_schedule_spans_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, step = [], Trainer._train_step
+
+    def counted(self: Trainer, *batch: Any) -> float:
+        seen.append((self.epoch, self.step))
+        return step(self, *batch)
+
+    monkeypatch.setattr(Trainer, "_train_step", counted)
+    results = small_run(epochs=1, finetune_epochs=1, steps=2).results
+    assert seen == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert results["history"][-1]["lr"] < 0.2 * 2e-3
+    with pytest.raises(UserError, match="steps must be at least 1"):
+        small_config(steps=0)
+
+
 def test_stage_two_keeps_the_ranks() -> None:
     results = small_run(epochs=1, finetune_epochs=2, search="every").results
     assert len(results["history"]) == 3

@@ -4,6 +4,7 @@ import argparse
 
 from adacomcat import checkpoint, cost
 from adacomcat.commands import Outcome, inputs
+from adacomcat.latency import model_latencies
 from adacomcat.report import Comparison, print_comparison, write_report
 
 
@@ -16,6 +17,10 @@ def run(args: argparse.Namespace) -> Outcome:
         "dense": {"params": cost.model_params(model), "macs": cost.model_macs(model)},
         "compressed": {"params": cost.model_params(small), "macs": cost.model_macs(small)},
     })
+    if args.max_latency_ms is not None:
+        found = model_latencies({"dense": model, "compressed": small}, args.latency_batch)
+        for name, milliseconds in found.items():
+            comparison.rows[name]["latency_ms"] = milliseconds
     checkpoint.save(small, args.output)
     if not args.no_report:
         write_report(args.output, f"{args.model} compressed", comparison,

@@ -1,6 +1,7 @@
 """What several commands need: the model, the device, the data, calibration, compression."""
 
 import argparse
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from adacomcat import checkpoint, data
+from adacomcat import checkpoint, data, pictures
+from adacomcat.arguments import EXCLUSIVE
 from adacomcat.convert import compress
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
@@ -54,6 +56,15 @@ def model(args: argparse.Namespace, weights_matter: bool = True) -> nn.Module:
     return found.eval()
 
 
+def teacher(args: argparse.Namespace) -> nn.Module:
+    """--teacher: a checkpoint folder, or a timm architecture with --teacher-checkpoint or timm's
+    pretrained weights."""
+    other = copy.copy(args)
+    other.model, other.checkpoint = args.teacher, args.teacher_checkpoint
+    other.pretrained = not (Path(args.teacher).is_dir() or args.teacher_checkpoint)
+    return model(other)
+
+
 def _create(name: str, pretrained: bool, overrides: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained, **overrides)
@@ -83,7 +94,7 @@ def calibration(args: argparse.Namespace, model: nn.Module) -> Tensor | None:
     config = data.model_data_config(model)
     del config["num_classes"]  # labels are not looked at
     if args.calibration_dir is not None:
-        images = data.image_tensor_files(args.calibration_dir, config)
+        images = pictures.image_tensor_files(args.calibration_dir, config)
         return images[_chosen(args, len(images))]
     if args.data is not None and args.calibration_images:
         train, _ = data.train_and_test(*dataset(args), config)
@@ -96,10 +107,16 @@ def _chosen(args: argparse.Namespace, count: int) -> Tensor:
     return order[:args.calibration_images or count]
 
 
+def has_budget(args: argparse.Namespace) -> bool:
+    return any(getattr(args, name) is not None for name in EXCLUSIVE)
+
+
 def compressed(args: argparse.Namespace, model: nn.Module, images: Tensor | None) -> nn.Module:
-    """A compressed copy at --keep-params, --keep-macs or --plan."""
-    if args.keep_params is args.keep_macs is args.plan:
-        raise UserError(f"{args.command} needs one of --keep-params, --keep-macs and --plan")
+    """A compressed copy at --keep-params, --keep-macs, --max-latency-ms or --plan."""
+    if not has_budget(args):
+        raise UserError(f"{args.command} needs one of --keep-params, --keep-macs, "
+                        "--max-latency-ms and --plan")
     plan = None if args.plan is None else RankPlan.load(args.plan)
-    return compress(model, keep_params=args.keep_params, keep_macs=args.keep_macs, plan=plan,
-                    calibration=images, multiple=args.rank_multiple)
+    return compress(model, keep_params=args.keep_params, keep_macs=args.keep_macs,
+                    max_latency_ms=args.max_latency_ms, plan=plan, calibration=images,
+                    multiple=args.rank_multiple, latency_batch=args.latency_batch)

@@ -38,6 +38,6 @@ def _models(args: argparse.Namespace) -> dict[str, nn.Module]:
     if config is not None:
         dense = timm.create_model(config["architecture"], **config["model_args"])
         return {"dense": dense, "compressed": model}
-    if args.keep_params is args.keep_macs is args.plan:
+    if not inputs.has_budget(args):
         return {"dense": model}
     return {"dense": model, "compressed": inputs.compressed(args, model, None)}

@@ -1,7 +1,6 @@
 """adacomcat train: search ranks, train and distil; or train a model as it is."""
 
 import argparse
-import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from adacomcat.report import Comparison, print_comparison, write_report
 from adacomcat.training_state import has_state
 
 # Flags that are fields of TrainConfig; those not given leave the preset's value.
-FIELDS = ("epochs", "finetune_epochs", "batch_size", "opt", "lr", "weight_decay", "sched",
+FIELDS = ("epochs", "finetune_epochs", "steps", "batch_size", "opt", "lr", "weight_decay", "sched",
           "warmup_epochs", "warmup_lr", "min_lr", "clip_grad", "mixup", "cutmix", "smoothing",
           "kd", "kd_alpha", "kd_temperature", "align", "align_weight", "keep_params", "search",
           "search_steps", "search_fraction", "mlp", "calibration_images", "checkpoint_steps",
@@ -37,7 +36,7 @@ def run(args: argparse.Namespace) -> Outcome:
     config = _config(args, state)
     inputs.device(args)
     model = inputs.model(args, weights_matter=not args.dense)
-    teacher = _teacher(args)
+    teacher = None if args.teacher is None else inputs.teacher(args)
     train_set, test_set = data.train_and_test(*inputs.dataset(args), data.model_data_config(model))
     plan = None if args.plan is None else RankPlan.load(args.plan)
     if plan is not None:
@@ -71,15 +70,6 @@ def _config(args: argparse.Namespace, state: Path) -> TrainConfig:
         given["ema_decay"] = args.model_ema_decay or EMA_DECAY
     flags = {"amp": args.amp, "augment": not args.no_augment, "resume": args.resume}
     return TrainConfig.preset(args.preset, state_dir=str(state), **flags, **given)
-
-
-def _teacher(args: argparse.Namespace) -> nn.Module | None:
-    if args.teacher is None:
-        return None
-    other = copy.copy(args)
-    folder = Path(args.teacher).is_dir()
-    other.model, other.pretrained, other.checkpoint = args.teacher, not folder, None
-    return inputs.model(other)
 
 
 def _comparison(model: nn.Module, trained: nn.Module, results: dict[str, Any]) -> Comparison:

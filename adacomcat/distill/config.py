@@ -29,6 +29,7 @@ class TrainConfig:
 
     epochs: int = 10
     finetune_epochs: int = 0
+    steps: int | None = None  # every epoch ends after so many; None: after all images
     batch_size: int = 128  # over all processes
     opt: str = "adamw"
     lr: float = 5e-4
@@ -99,8 +100,9 @@ class TrainConfig:
         for name in ("epochs", "finetune_epochs", "search_steps", "checkpoint_steps"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative; got {getattr(self, name)}")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size must be at least 1; got {self.batch_size}")
+        for name in ("batch_size", "steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
         return self
 
     def with_(self, **changes: object) -> "TrainConfig":

@@ -33,6 +33,16 @@ def mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().mean() / teacher.square().mean().clamp_min(1e-12)
 
 
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """|student - teacher|² / |teacher - mean|², the mean over all but the last dimension; float32.
+
+    1 is no better than that mean.
+    """
+    student, teacher = student.float().flatten(0, -2), teacher.float().flatten(0, -2)
+    spread = (teacher - teacher.mean(0)).square().sum().clamp_min(1e-30)
+    return (student - teacher).square().sum() / spread
+
+
 def manifold_loss(student: Tensor, teacher: Tensor, chosen: Tensor) -> Tensor:
     """Σ |M(student) - M(teacher)|² over three Gram matrices of normalised tokens (B, N, d).
 

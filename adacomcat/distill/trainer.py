@@ -100,7 +100,8 @@ class Trainer:
         return data.loader(self.train_part, self.config.batch_size, shuffle=True,
                            seed=self.config.seed, epoch=epoch, rank=self.processes.rank,
                            world_size=self.processes.world_size, augment=self.config.augment,
-                           start_step=start_step, num_workers=self.config.workers)
+                           start_step=start_step, num_workers=self.config.workers,
+                           steps=self.config.steps)
 
     @property
     def best_model(self) -> nn.Module:

@@ -26,7 +26,7 @@ template <class T>
 SvdKernel<T> choose_kernel() {
 #ifdef ADACOMCAT_X86_KERNELS
   const std::string_view set = instruction_set();
-  if (set == "avx512" || set == "avx512_bf16") return &avx512::batched_svd;
+  if (has_avx512()) return &avx512::batched_svd;
   if (set == "avx2") return &avx2::batched_svd;
 #endif
   return [](const SvdProblem<T>& p) { return plain::Svd<T>(p).run(); };

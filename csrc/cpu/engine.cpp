@@ -6,14 +6,23 @@
 #include <atomic>
 #include <cstdlib>
 #include <string>
+#include <string_view>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define ADACOMCAT_X86
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
 
 namespace adacomcat {
 
 namespace generic {
 extern const Engine kEngine;
 }
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define ADACOMCAT_X86
+#ifdef ADACOMCAT_X86
 namespace avx2 {
 extern const Engine kEngine;
 }
@@ -21,6 +30,9 @@ namespace avx512 {
 extern const Engine kEngine;
 }
 namespace avx512_bf16 {
+extern const Engine kEngine;
+}
+namespace amx {
 extern const Engine kEngine;
 }
 #endif
@@ -34,6 +46,22 @@ struct InstructionSet {
   const Engine* bf16;
 };
 
+#ifdef ADACOMCAT_X86
+// Whether this CPU has AMX for bfloat16, and Linux lets this process use its tile registers.
+bool amx_allowed() {
+#ifdef __linux__
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+  return (d & kAmxBf16) && (d & kAmxTile) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 const InstructionSet* instruction_sets(size_t& count) {
 #ifdef ADACOMCAT_X86
   __builtin_cpu_init();
@@ -41,10 +69,11 @@ const InstructionSet* instruction_sets(size_t& count) {
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                              __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  static const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   static const InstructionSet sets[] = {
-      {"avx512_bf16", avx512 && __builtin_cpu_supports("avx512bf16"), &avx512::kEngine,
-       &avx512_bf16::kEngine},
-      {"avx512", avx512, &avx512::kEngine, &avx512::kEngine},
+      {"amx", bf16 && amx_allowed(), &avx512::kEngine, &amx::kEngine},
+      {"avx512_bf16", bf16, &avx512::kEngine, &avx512_bf16::kEngine},
+       {"avx512", avx512, &avx512::kEngine, &avx512::kEngine},
       {"avx2", avx2, &avx2::kEngine, &avx2::kEngine},
       {"generic", true, &generic::kEngine, &generic::kEngine},
   };
@@ -69,7 +98,7 @@ std::atomic<const InstructionSet*>& chosen() {
     const char* wish = std::getenv("ADACOMCAT_CPU");
     const InstructionSet* found = find(wish && *wish ? wish : nullptr);
     TORCH_CHECK(found, "ADACOMCAT_CPU=", wish, " is not an instruction set of this CPU; it has ",
-                find(nullptr)->name, " and what comes before: avx512_bf16, avx512, avx2, generic");
+                find(nullptr)->name, " and what comes before: amx, avx512_bf16, avx512, avx2, generic");
     return found;
   }();
   return set;
@@ -83,6 +112,11 @@ const Engine& engine(Dtype dtype) {
 }
 
 const char* instruction_set() { return chosen().load()->name; }
+
+bool has_avx512() {
+  const std::string_view name = instruction_set();
+  return name != "generic" && name != "avx2";
+}
 
 bool use_instruction_set(const char* name) {
   const InstructionSet* set = find(name);

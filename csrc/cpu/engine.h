@@ -94,8 +94,10 @@ struct Engine {
 // The engine of this CPU for tensors of this dtype.
 const Engine& engine(Dtype dtype);
 
-// What engine() chooses from: "generic", "avx2", "avx512", "avx512_bf16", as far as this CPU goes.
+// What engine() chooses from: "generic", "avx2", "avx512", "avx512_bf16", "amx", as far as this CPU goes.
 const char* instruction_set();
+// Whether it has AVX-512.
+bool has_avx512();
 // Takes another one, for tests; false where this CPU lacks it.
 bool use_instruction_set(const char* name);
 

@@ -31,54 +31,11 @@ struct Prefetch {
 // Where a tile waits for its finish; a constant stride saves every tile the sums of its addresses.
 constexpr int64_t kTileStride = kPanel * kLanes;
 
-// c (R, P vectors) = or += a · b over `steps` lanes of k; the packed rows of b are P vectors apart.
-// Rows of c are S elements apart, or `c_stride` where S is 0.
-template <int R, int P, int64_t S>
-void multiply_tile(int64_t steps, const char* a, int64_t a_stride, const float* b, float* c,
-                   int64_t c_stride, bool add, Prefetch ahead) {
-  if (S) c_stride = S;
-  Vector sum[R][P];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) sum[r][p] = add ? load(c + r * c_stride + p * kLanes) : Vector{};
-  }
-  for (int64_t i = 0; i < steps; ++i) {
-    __builtin_prefetch(ahead.from, 0, 2);
-    ahead.from += ahead.step;
-    Vector right[P];
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) right[p] = load(b + p * kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const auto left = read_lane(a + r * a_stride);
-#pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) sum[r][p] = multiply_add(sum[r][p], left, right[p]);
-    }
-    a += kStep;
-    b += P * kLanes;
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) store(c + r * c_stride + p * kLanes, sum[r][p]);
-  }
-}
-
-using MultiplyTile = void (*)(int64_t, const char*, int64_t, const float*, float*, int64_t, bool,
-                              Prefetch);
-
-template <int P, int64_t S, int... R>
-inline MultiplyTile tile_of(int64_t rows, Sequence<R...>) {
-  static constexpr MultiplyTile tiles[] = {multiply_tile<R + 1, P, S>...};
-  return tiles[rows - 1];
-}
-
-template <int64_t S>
-inline MultiplyTile find_tile(int64_t rows, int64_t vectors) {
-  using Tiles = typename MakeSequence<kTileRows>::type;
-  return vectors == kPanel ? tile_of<kPanel, S>(rows, Tiles{}) : tile_of<1, S>(rows, Tiles{});
-}
+#ifdef ADACOMCAT_AMX
+#include "tile_amx.h"
+#else
+#include "tile_registers.h"
+#endif
 
 // Calls `visit(row, rows, column, vectors)` for each tile of C. The last panel is one vector wide
 // where that is enough.
@@ -132,10 +89,11 @@ class Prefetches {
 
 void accumulate(const Product& p, float* sum, int64_t stride, bool add) {
   Prefetches ahead(p);
+  TileUnit unit;
   for_each_tile(p.m, p.n, [&](int64_t row, int64_t rows, int64_t column, int64_t vectors) {
-    find_tile<0>(rows, vectors)(steps_of(p), left_of(p, row), p.a_stride * kOperandSize,
-                                right_of(p, column, vectors), sum + row * stride + column, stride,
-                                add, ahead.next());
+    unit.multiply<0>(rows, vectors, steps_of(p), left_of(p, row), p.a_stride * kOperandSize,
+                     right_of(p, column, vectors), sum + row * stride + column, stride, add,
+                     ahead.next());
   });
 }
 
@@ -188,10 +146,11 @@ template <Activation A, Dtype D>
 void multiply_with(const Product& p, const Finish& f) {
   alignas(64) float tile[kTileRows * kTileStride];
   Prefetches ahead(p);
+  TileUnit unit;
   for_each_tile(p.m, p.n, [&](int64_t row, int64_t rows, int64_t column, int64_t vectors) {
-    find_tile<kTileStride>(rows, vectors)(steps_of(p), left_of(p, row), p.a_stride * kOperandSize,
-                                          right_of(p, column, vectors), tile, kTileStride, false,
-                                          ahead.next());
+    unit.template multiply<kTileStride>(rows, vectors, steps_of(p), left_of(p, row),
+                                        p.a_stride * kOperandSize, right_of(p, column, vectors),
+                                        tile, kTileStride, false, ahead.next());
     const int64_t columns = least(vectors * kLanes, p.n - column);
     for (int64_t j = 0; j < columns; j += kLanes) {
       const int64_t count = least(kLanes, columns - j);

@@ -22,7 +22,7 @@ namespace {
 const Spectrum& spectrum() {
 #ifdef ADACOMCAT_X86_KERNELS
   const std::string_view set = instruction_set();
-  if (set == "avx512" || set == "avx512_bf16") return avx512::kSpectrum;
+  if (has_avx512()) return avx512::kSpectrum;
   if (set == "avx2") return avx2::kSpectrum;
 #endif
   TORCH_CHECK(false, "there are kernels for AVX2 and AVX512 only");

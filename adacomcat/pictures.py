@@ -1,0 +1,120 @@
+"""Picture files as a model sees them: plain, or augmented from a seed."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import create_transform, get_img_extensions
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from adacomcat.errors import UserError
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """What the model wants to see: (C, H, W), and (pixel - mean) / std per channel."""
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+
+    @classmethod
+    def from_config(cls, model_cfg: dict[str, Any]) -> "ImageFormat":
+        """Reads timm's data configuration; statistics of RGB are averaged for one channel."""
+        channels = model_cfg["input_size"][0]
+        return cls(
+            input_size=tuple(model_cfg["input_size"]),
+            mean=_per_channel(model_cfg["mean"], channels),
+            std=_per_channel(model_cfg["std"], channels),
+            interpolation=model_cfg.get("interpolation") or "bicubic",
+            crop_pct=model_cfg.get("crop_pct") or 1.0,
+        )
+
+    def transform(self, is_training: bool) -> Any:
+        """timm's transform from a PIL image to a normalised tensor (C, H, W)."""
+        return create_transform(
+            self.input_size,
+            is_training=is_training,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+        )
+
+    def pil_mode(self) -> str:
+        return "L" if self.input_size[0] == 1 else "RGB"
+
+
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    if len(values) == channels:
+        return tuple(values)
+    return (sum(values) / len(values),) * channels
+
+
+class FolderImages(Dataset):
+    """Picture files (path, label); an index (i, seed) asks for the augmented picture."""
+
+    def __init__(self, samples: list[tuple[str | Path, int]], indices: Tensor,
+                 image_format: ImageFormat) -> None:
+        self.samples, self.indices, self.image_format = samples, indices, image_format
+        self.transforms = {flag: image_format.transform(flag) for flag in (False, True)}
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int | tuple[int, int | None]) -> tuple[Tensor, int]:
+        index, seed = index if isinstance(index, tuple) else (index, None)
+        position = int(self.indices[index])
+        path, label = self.samples[position]
+        picture = open_picture(path, self.image_format)
+        if seed is None:
+            return self.transforms[False](picture), label
+        return _seeded(seed, lambda: self.transforms[True](picture)), label
+
+    def subset(self, indices: Tensor) -> "FolderImages":
+        return FolderImages(self.samples, self.indices[indices], self.image_format)
+
+
+def _seeded(seed: int, function: Any) -> Any:
+    """Runs with every generator that transforms draw from seeded, and puts them back."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        result = function()
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    return result
+
+
+def open_picture(path: str | Path, image_format: ImageFormat) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            return picture.convert(image_format.pil_mode())
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise UserError(f"cannot read the picture {path}: {error}; mend or remove it") from error
+
+
+def pictures_under(folder: str | Path, model_cfg: dict[str, Any]) -> FolderImages:
+    """Every picture under a folder, in the order of their names; labels are 0."""
+    root = Path(folder).expanduser()
+    extensions = get_img_extensions(as_set=True)
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in extensions)
+    if not files:
+        raise UserError(f"no pictures in the folder {root}; give one that holds some")
+    return FolderImages([(file, 0) for file in files], torch.arange(len(files)),
+                        ImageFormat.from_config(model_cfg))
+
+
+def image_tensor_files(folder: str | Path, model_cfg: dict[str, Any]) -> Tensor:
+    """All of them at once: NCHW."""
+    return torch.stack([picture for picture, _ in pictures_under(folder, model_cfg)])
