@@ -202,6 +202,9 @@ def _search(parser: Parser) -> None:
                        help="comcat: plain SVD without attention biases, a search every epoch")
     group.add_argument("--search", choices=("adaptive", "every", "graded", "off"),
                        help="when to search (default: adaptive)")
+    group.add_argument("--mlp", choices=("neurons", "ranks"),
+                       help="what is chosen of MLPs: how many hidden neurons stay, where images "
+                            "calibrate, or ranks (default: neurons)")
     group.add_argument("--kd", choices=("soft", "hard", "none"),
                        help="distillation from the teacher (default: soft)")
     group.add_argument("--align", choices=("mse", "manifold", "none"),

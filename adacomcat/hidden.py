@@ -33,6 +33,13 @@ class HiddenFactors:
     covariance: Tensor  # (H, H)
     errors: Tensor  # (H + 1,)
 
+    @property
+    def triangle(self) -> Tensor:
+        """Lower L, L Lᵀ the neurons' shrunk covariance in their order. W L 1_{j ≤ n} L⁻¹ is the
+        regression of W h on the first n neurons: with L, refits of every width are prefixes."""
+        ordered = self.covariance[self.order][:, self.order]
+        return torch.linalg.cholesky(shrink(ordered, SHRINKAGE))
+
     def kept(self, width: int) -> Tensor:
         return self.order[:width].sort().values
 

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from adacomcat import data
 from adacomcat.allocate import choose_plan
 from adacomcat.calibrate import calibrate
-from adacomcat.convert import convert_, factorize_model, require_finite_model
+from adacomcat.convert import Factors, convert_, factorize_model, require_finite_model
 from adacomcat.cost import model_params
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.trainer import Trainer, evaluate
 from adacomcat.errors import UserError
 from adacomcat.parallel import Processes, start_processes
-from adacomcat.plan import HIDDEN, RankPlan
+from adacomcat.plan import RankPlan
 from adacomcat.randomness import derived_generator
 from adacomcat.search.gates import RankGates, reachable_multiple, uniform_plan
 from adacomcat.search.search import RankSearch
 from adacomcat.search.supernet import build_supernet, explicit_plan, finalize
-from adacomcat.sites import Site, find_sites
+from adacomcat.sites import DENSE, Site, find_sites, narrowable_mlps
 from adacomcat.training_state import has_state, load_state
 
 CALIBRATION = 100  # the stream of random numbers that picks calibration images
@@ -126,17 +126,15 @@ def drop_attention_biases_(model: nn.Module, sites: list[Site]) -> None:
 def start_search(model: nn.Module, images: Tensor | None, config: TrainConfig,
                  plan: RankPlan | None, processes: Processes) -> RankSearch:
     """Supernet, architecture parameters and the plan that training starts from."""
-    sites = find_sites(model)
+    _require_uncompressed(model)
+    sites = chosen_sites(model, images, config, plan)
     if not sites:
         raise UserError("this model has no projection that can be made low-rank")
     whole = model_params(model)
     fixed = whole - sum(site.dense_params for site in sites)
-    if plan is not None:
-        plan.validate(model)
-        _require_ranks(plan)
     target = fixed + plan.params(sites) if plan is not None else config.keep_params * whole
-    factors = factorize_model(model, None if images is None else calibrate(model, images))
-    supernet = build_supernet(model, factors)
+    factors = _factors(model, images, sites)
+    supernet = build_supernet(model, factors, sites)
     supernet.requires_grad_(True)
     if config.drop_attention_biases:
         _freeze_attention_biases(supernet)
@@ -144,7 +142,8 @@ def start_search(model: nn.Module, images: Tensor | None, config: TrainConfig,
     multiple = reachable_multiple(sites, target - fixed) if plan is None else 1
     gates = RankGates(sites, multiple)
     if plan is None and config.start_from_allocation:
-        plan = choose_plan(model, factors, keep_params=config.keep_params, calibration=images)
+        plan = choose_plan(model, factors, keep_params=config.keep_params, calibration=images,
+                           sites=sites)
         gates.start_at_(explicit_plan(plan, sites))
     elif plan is None:
         plan = uniform_plan(sites, target - fixed, multiple)
@@ -155,11 +154,25 @@ def start_search(model: nn.Module, images: Tensor | None, config: TrainConfig,
                       config.with_(search=policy).search_config(), target=target, fixed=fixed)
 
 
-def _require_ranks(plan: RankPlan) -> None:
-    widths = [name for name in plan.ranks if name.endswith(HIDDEN)]
-    if widths:
-        raise UserError(f"training takes plans of ranks, and this one gives {widths[0]} a width; "
-                        "compress with it first, then train that folder with --dense")
+def _require_uncompressed(model: nn.Module) -> None:
+    if any(rank != DENSE for rank in getattr(model, "rank_plan", RankPlan()).ranks.values()):
+        raise UserError("this model is compressed already; start from the dense model, or train "
+                        "this one as it is, without a budget or a plan (--dense)")
+
+
+def chosen_sites(model: nn.Module, images: Tensor | None, config: TrainConfig,
+                 plan: RankPlan | None) -> list[Site]:
+    """A given plan's decisions; else widths or ranks of the MLPs. Which neurons may go, only
+    activations tell: without images, ranks."""
+    if plan is not None:
+        return plan.validate(model)
+    neurons = config.mlp == "neurons" and images is not None
+    return find_sites(model, narrowable_mlps(model) if neurons else ())
+
+
+def _factors(model: nn.Module, images: Tensor | None, sites: list[Site]) -> Factors:
+    statistics = None if images is None else calibrate(model, images)
+    return factorize_model(model, statistics, sites=sites)
 
 
 def _freeze_attention_biases(supernet: nn.Module) -> None:
@@ -184,7 +197,7 @@ def _training_free(model: nn.Module, config: TrainConfig, train_set: Any, test_s
 
 
 def _sequential(model: nn.Module, plan: RankPlan, images: Tensor) -> nn.Module:
-    factors = factorize_model(model, calibrate(model, images))
+    factors = _factors(model, images, plan.sites(model))
     return convert_(copy.deepcopy(model), plan, factors, images)
 
 

@@ -1,4 +1,4 @@
-"""What a search step costs beside a training step of the dense model.
+"""What a search step costs beside a training step of the dense model, MLPs by neurons or ranks.
 
 Medians of interleaved repeats; design limit: 1.5. Run: ``python bench/test_search.py``
 """
@@ -7,30 +7,35 @@ import statistics
 import time
 from collections.abc import Callable
 
+import pytest
 import timm
 import torch
 import torch.nn.functional as F
 
+from adacomcat.calibrate import calibrate
 from adacomcat.convert import factorize_model
 from adacomcat.cost import model_params
+from adacomcat.distill.config import MLP
 from adacomcat.parallel import Processes
 from adacomcat.randomness import derived_generator
 from adacomcat.search import RankGates, RankSearch, SearchConfig, build_supernet, uniform_plan
 from adacomcat.search.search import frozen
-from adacomcat.sites import find_sites
+from adacomcat.sites import find_sites, narrowable_mlps
 
 LIMIT = 1.5
 
 
-def make_steps(depth: int = 3, batch: int = 8) -> tuple[Callable[[], object], Callable[[], object]]:
+def make_steps(mlp: str, depth: int = 3,
+               batch: int = 8) -> tuple[Callable[[], object], Callable[[], object]]:
     """(dense training step, search step) of one DeiT-S-like model on the same images."""
     torch.manual_seed(0)
     model = timm.create_model("deit_small_patch16_224", depth=depth)
     images, labels = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
-    sites = find_sites(model)
+    sites = find_sites(model, narrowable_mlps(model) if mlp == "neurons" else ())
     whole = model_params(model)
     fixed = whole - sum(site.dense_params for site in sites)
-    supernet = build_supernet(model, factorize_model(model)).eval()
+    factors = factorize_model(model, calibrate(model, images), sites=sites)
+    supernet = build_supernet(model, factors, sites).eval()
     plan = uniform_plan(sites, 0.5 * whole - fixed, 8)
     search = RankSearch(supernet, sites, RankGates(sites), plan, SearchConfig(),
                         target=0.5 * whole, fixed=fixed)
@@ -49,9 +54,9 @@ def make_steps(depth: int = 3, batch: int = 8) -> tuple[Callable[[], object], Ca
     return dense_step, search_step
 
 
-def ratio(repeats: int = 9) -> tuple[float, float, float]:
+def ratio(mlp: str, repeats: int = 9) -> tuple[float, float, float]:
     """(search step / dense step, and the two medians in seconds)."""
-    steps = make_steps()
+    steps = make_steps(mlp)
     seconds: list[list[float]] = [[], []]
     for repeat in range(repeats + 1):  # the first warms up
         for step, spent in zip(steps, seconds, strict=True):
@@ -63,13 +68,15 @@ def ratio(repeats: int = 9) -> tuple[float, float, float]:
     return search / dense, dense, search
 
 
-def test_search_step_costs_little_more_than_a_dense_step() -> None:
+@pytest.mark.parametrize("mlp", MLP)
+def test_search_step_costs_little_more_than_a_dense_step(mlp: str) -> None:
     torch.set_num_threads(1)
-    measured, dense, search = ratio()
+    measured, dense, search = ratio(mlp)
     assert measured <= LIMIT, f"search {search:.3f} s, dense {dense:.3f} s: {measured:.2f}"
 
 
 if __name__ == "__main__":
-    measured, dense, search = ratio()
-    print(f"dense step {dense * 1e3:.0f} ms, search step {search * 1e3:.0f} ms, "
-          f"ratio {measured:.2f}, limit {LIMIT}")
+    for choice in MLP:
+        measured, dense, search = ratio(choice)
+        print(f"{choice}: dense step {dense * 1e3:.0f} ms, search step {search * 1e3:.0f} ms, "
+              f"ratio {measured:.2f}, limit {LIMIT}")

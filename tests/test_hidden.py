@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import adacomcat
-from adacomcat import RankPlan, UserError, compress, data, train
+from adacomcat import RankPlan, UserError, compress
 from adacomcat.cost import model_macs, model_params, plan_macs, plan_params
-from adacomcat.distill import TrainConfig
 from adacomcat.factorize import LinearStatistics
 from adacomcat.hidden import eliminate, factorize_hidden
 
@@ -136,11 +135,3 @@ def test_a_width_needs_activations() -> None:
     model = timm.create_model("vit_tiny_patch16_224", **TINY)
     with pytest.raises(UserError, match=r"blocks\.0\.mlp\.hidden.*calibration"):
         compress(model, plan=RankPlan({"blocks.0.mlp.hidden": 64}))
-
-
-def test_training_refuses_a_plan_of_widths() -> None:
-    model = timm.create_model("vit_tiny_patch16_224", **TINY | {"in_chans": 1, "num_classes": 10})
-    train_set, _ = data.train_and_test("digits", None, data.model_data_config(model))
-    config = TrainConfig(epochs=0, calibration_images=0)
-    with pytest.raises(UserError, match=r"blocks\.0\.mlp\.hidden.*compress"):
-        train.run(model, config, train_set, None, plan=RankPlan({"blocks.0.mlp.hidden": 64}))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from adacomcat.calibrate import calibrate
 from adacomcat.convert import build_skeleton, factorize_model
 from adacomcat.cost import model_params, plan_params
+from adacomcat.distill.config import MLP
 from adacomcat.errors import UserError
 from adacomcat.parallel import Processes
 from adacomcat.plan import RankPlan
@@ -33,8 +34,8 @@ from adacomcat.search import (
     uniform_plan,
 )
 from adacomcat.search.search import budget_loss
-from adacomcat.search.supernet import GatedAttention, GatedLinear
-from adacomcat.sites import DENSE, find_sites
+from adacomcat.search.supernet import GatedAttention, GatedLinear, GatedMlp
+from adacomcat.sites import DENSE, Site, find_sites, narrowable_mlps
 
 LOG = json.loads((Path(__file__).parent / "data" / "adaptive_comcat_log.json").read_text())
 VIT = ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2,
@@ -64,11 +65,17 @@ def images(name: str, count: int) -> Tensor:
     return torch.randn(count, 3, size, size)
 
 
-def make_supernet(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
+def make_sites(model: nn.Module, mlp: str = "ranks") -> list[Site]:
+    return find_sites(model, narrowable_mlps(model) if mlp == "neurons" else ())
+
+
+def make_supernet(name: str, dtype: torch.dtype = torch.float32,
+                  mlp: str = "ranks") -> tuple[nn.Module, nn.Module]:
     """(dense model, calibrated supernet)."""
     model = make_model(name)
-    statistics = calibrate(model, images(name, 24))
-    return model.to(dtype), build_supernet(model, factorize_model(model, statistics)).to(dtype)
+    sites = make_sites(model, mlp)
+    factors = factorize_model(model, calibrate(model, images(name, 24)), sites=sites)
+    return model.to(dtype), build_supernet(model, factors, sites).to(dtype)
 
 
 class MixedLinear(nn.Module):
@@ -160,17 +167,19 @@ def test_supernet_is_the_mixture_of_dense_candidates(dtype: torch.dtype, toleran
     torch.testing.assert_close(gradient, expected_gradient, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("mlp", MLP)
 @pytest.mark.parametrize("name", MODELS)
-def test_full_ranks_compute_the_dense_model(name: str) -> None:
-    model, supernet = make_supernet(name, torch.float64)
+def test_full_ranks_compute_the_dense_model(name: str, mlp: str) -> None:
+    model, supernet = make_supernet(name, torch.float64, mlp)
     x = images(name, 3).double()
     torch.testing.assert_close(supernet(x), model(x), rtol=1e-5, atol=1e-5)  # factors in fp32
 
 
+@pytest.mark.parametrize("mlp", MLP)
 @pytest.mark.parametrize("name", MODELS)
-def test_finalized_model_computes_the_same_and_loads_strictly(name: str) -> None:
-    model, supernet = make_supernet(name)
-    sites = find_sites(model)
+def test_finalized_model_computes_the_same_and_loads_strictly(name: str, mlp: str) -> None:
+    model, supernet = make_supernet(name, mlp=mlp)
+    sites = make_sites(model, mlp)
     gates = RankGates(sites, 4)
     chosen = torch.randint(10_000, (len(sites),), generator=torch.Generator().manual_seed(1))
     plan = RankPlan({site.name: ranks[index % len(ranks)] for site, ranks, index
@@ -180,7 +189,8 @@ def test_finalized_model_computes_the_same_and_loads_strictly(name: str) -> None
     expected = supernet(x)
     final = finalize(supernet, plan)
     torch.testing.assert_close(final(x), expected, rtol=1e-4, atol=1e-5)
-    assert not any(isinstance(m, GatedLinear | GatedAttention) for m in final.modules())
+    gated = GatedLinear | GatedAttention | GatedMlp
+    assert not any(isinstance(module, gated) for module in final.modules())
     assert final.rank_plan.ranks == plan.ranks
     assert model_params(final) == plan_params(model, final.rank_plan)
     skeleton = build_skeleton(make_model(name, seed=1), final.rank_plan)
@@ -208,9 +218,10 @@ def test_one_hot_gates_equal_cut_ranks_and_cut_columns_get_no_gradient() -> None
     assert wo[..., :8].abs().max() > 0 and wo[..., 8:].abs().max() == 0
 
 
-def test_ranks_may_rise_again() -> None:
-    model, supernet = make_supernet("vit")
-    sites = find_sites(model)
+@pytest.mark.parametrize("mlp", MLP)
+def test_ranks_may_rise_again(mlp: str) -> None:
+    model, supernet = make_supernet("vit", mlp=mlp)
+    sites = make_sites(model, mlp)
     x = images("vit", 2)
     before = supernet(x)
     set_ranks_(supernet, uniform_plan(sites, 0, 8))
@@ -234,7 +245,7 @@ def test_expected_params_are_the_mean_of_the_candidates() -> None:
 @settings(max_examples=25, deadline=None)
 @given(keep=st.floats(0.2, 1.0), seed=st.integers(0, 10_000))
 def test_the_plan_meets_the_budget_and_leaves_no_room_for_more(keep: float, seed: int) -> None:
-    sites = find_sites(_SHARED)
+    sites = make_sites(_SHARED, MLP[seed % 2])
     budget = keep * sum(site.dense_params for site in sites)
     gates = RankGates(sites, reachable_multiple(sites, budget))
     gates.logits.data.normal_(generator=torch.Generator().manual_seed(seed))
@@ -281,9 +292,9 @@ def test_temperature_falls_geometrically(per: str, count: int, epoch: int,
     assert search.temperature(epoch, 5) == pytest.approx(expected)
 
 
-def make_search(config: SearchConfig, keep: float = 0.4) -> RankSearch:
-    model, supernet = make_supernet("vit")
-    sites = find_sites(model)
+def make_search(config: SearchConfig, keep: float = 0.4, mlp: str = "ranks") -> RankSearch:
+    model, supernet = make_supernet("vit", mlp=mlp)
+    sites = make_sites(model, mlp)
     whole = model_params(model)
     fixed = whole - sum(site.dense_params for site in sites)
     multiple = reachable_multiple(sites, keep * whole - fixed)
@@ -328,7 +339,8 @@ def test_a_plan_is_adopted_only_where_held_out_images_like_it_better(seed: int) 
     assert before == search.numeric(search.plan)[2]
 
 
-def test_search_state_goes_on_exactly() -> None:
+@pytest.mark.parametrize("mlp", MLP)
+def test_search_state_goes_on_exactly(mlp: str) -> None:
     torch.manual_seed(11)
     batches = [(images("vit", 8), torch.arange(8) % 5) for _ in range(4)]
 
@@ -337,10 +349,10 @@ def test_search_state_goes_on_exactly() -> None:
         return search
 
     config = SearchConfig(alpha_lr=0.2)
-    through = searched(make_search(config), 1)
+    through = searched(make_search(config, mlp=mlp), 1)
     state = copy.deepcopy(through.state_dict())
     searched(through, 2)
-    resumed = make_search(config)
+    resumed = make_search(config, mlp=mlp)
     resumed.load_state_dict(state)
     searched(resumed, 2)
     assert torch.equal(resumed.gates.logits, through.gates.logits)

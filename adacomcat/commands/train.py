@@ -15,15 +15,14 @@ from adacomcat.errors import UserError
 from adacomcat.parallel import stop_processes
 from adacomcat.plan import RankPlan
 from adacomcat.report import Comparison, print_comparison, write_report
-from adacomcat.sites import find_sites
 from adacomcat.training_state import has_state
 
 # Flags that are fields of TrainConfig; those not given leave the preset's value.
 FIELDS = ("epochs", "finetune_epochs", "steps", "batch_size", "opt", "lr", "weight_decay", "sched",
           "warmup_epochs", "warmup_lr", "min_lr", "clip_grad", "mixup", "cutmix", "smoothing",
           "kd", "kd_alpha", "kd_temperature", "align", "align_weight", "keep_params", "search",
-          "search_steps", "search_fraction", "calibration_images", "checkpoint_steps", "seed",
-          "workers", "device")
+          "search_steps", "search_fraction", "mlp", "calibration_images", "checkpoint_steps",
+          "seed", "workers", "device")
 EMA_DECAY = 0.9998
 
 
@@ -50,9 +49,9 @@ def run(args: argparse.Namespace) -> Outcome:
     stop_processes()
     comparison = _comparison(model, trained, results)
     if first and not args.no_report:
+        found = getattr(trained, "rank_plan", RankPlan())
         write_report(args.output, f"{args.model} trained on {args.data}", comparison,
-                     find_sites(model), getattr(trained, "rank_plan", RankPlan()),
-                     results["history"])
+                     found.sites(model), found, results["history"])
     return Outcome({"output": args.output, "models": comparison.rows} | results,
                    lambda: _show(args, comparison, results))
 

@@ -7,13 +7,15 @@ from adacomcat.errors import UserError
 from adacomcat.search.policy import POLICIES
 from adacomcat.search.search import SearchConfig
 
+MLP = ("neurons", "ranks")
+
 # What ComCAT's published code does where it differs: plain SVD without attention biases, uniform
 # start, a search every epoch with τ annealed per search, hard distillation, no aligned blocks.
 PRESETS = {
     "adacomcat": {},
     "comcat": {"search": "every", "kd": "hard", "align": "none", "calibration_images": 0,
                "drop_attention_biases": True, "start_from_allocation": False, "tau_per": "search",
-               "confirm_plans": False},
+               "confirm_plans": False, "mlp": "ranks"},
 }
 
 
@@ -49,6 +51,7 @@ class TrainConfig:
     align_weight: float = 1.0
     align_blocks: tuple[int, ...] | None = None
     keep_params: float | None = None
+    mlp: str = "neurons"  # what search and allocation choose of MLPs: 'neurons', or 'ranks'
     search: str = "adaptive"
     search_steps: int = 50  # per search
     search_fraction: float = 0.1  # of the training images, held out for the search
@@ -91,7 +94,7 @@ class TrainConfig:
         if self.keep_params is not None and not 0 < self.keep_params <= 1:
             raise UserError(f"keep must be a fraction in (0, 1], like 0.5; got {self.keep_params}")
         for name, value, known in (("kd", self.kd, KD), ("align", self.align, ALIGN),
-                                   ("search", self.search, POLICIES)):
+                                   ("search", self.search, POLICIES), ("mlp", self.mlp, MLP)):
             if value not in known:
                 raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
         for name in ("epochs", "finetune_epochs", "search_steps", "checkpoint_steps"):

@@ -1,7 +1,8 @@
 """A model that holds every rank at once: full nested factors, cut or gated at each forward pass.
 
 All candidates of a site are prefixes of one decomposition, so the mixture Σ_i m_i (U_i V_iᵀ) over
-candidate ranks r_i is U diag(g) Vᵀ with g_j = Σ_{i: r_i ≥ j} m_i: one pass at full rank.
+candidate ranks r_i is U diag(g) Vᵀ with g_j = Σ_{i: r_i ≥ j} m_i: one pass at full rank. The
+widths of an MLP are prefixes too, of its neurons in the order of their worth.
 """
 
 import copy
@@ -11,12 +12,14 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from adacomcat import ops
 from adacomcat.attention import LowRankAttention, low_rank_class
 from adacomcat.convert import Factors, join_mlps_
 from adacomcat.factorize import LinearFactors
+from adacomcat.hidden import HiddenFactors, narrow, narrowed
 from adacomcat.layers import LowRankLinear
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Rank, Site, find_sites
@@ -145,14 +148,82 @@ class GatedAttention(nn.Module):
         return module
 
 
+class GatedMlp(nn.Module):
+    """y = Ŵ h + b + (W - Ŵ) mean, h = act(fc1(x)), Ŵ = W L diag(g) L⁻¹, g of 0 and 1 or mixed.
+
+    The neurons stand in the order of their worth and L is their ``triangle``: with g = 1_{j ≤ n},
+    Ŵ takes the first n alone, and what W makes of the others is regressed on them. So the gate
+    mixes narrowed MLPs exactly, and all ones are the dense MLP. ``active`` is the width where no
+    gate is set; neurons beyond it then get no gradient.
+    """
+
+    def __init__(self, mlp: Mlp, factors: HiddenFactors) -> None:
+        super().__init__()
+        order = factors.order
+        self.full = narrowed(mlp, order, factors.weight[:, order], factors.bias)
+        weight = self.full.fc2.weight
+        self.register_buffer("triangle", factors.triangle.to(weight))  # (H, H)
+        self.register_buffer("mean", factors.mean[order].to(weight))  # (H,)
+        self.rank = self.active = len(order)
+        self.gate: Tensor | None = None
+
+    def factors_(self) -> dict[str, Tensor]:
+        """The tensors that stand in for those of ``full``."""
+        if self.gate is None and self.active == self.rank:
+            return {}
+        fc1, fc2 = self.full.fc1, self.full.fc2
+        with torch.autocast(fc2.weight.device.type, enabled=False):
+            weight, shift = self._cut() if self.gate is None else self._mixed(self.gate)
+        width = weight.shape[1]
+        found = {"fc1.weight": fc1.weight[:width], "fc2.weight": weight}
+        if fc1.bias is not None:
+            found["fc1.bias"] = fc1.bias[:width]
+        if fc2.bias is not None:
+            found["fc2.bias"] = fc2.bias + shift
+        return found
+
+    def _mixed(self, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """W L diag(g) L⁻¹ (out, H), and what W h has on average beyond it."""
+        weight = self.full.fc2.weight
+        mixed = _over(weight @ self.triangle * gate, self.triangle)
+        return mixed, (weight - mixed) @ self.mean
+
+    def _cut(self) -> tuple[Tensor, Tensor]:
+        """The same for g = 1_{j ≤ n}, n columns: the neurons that go give theirs to the others."""
+        weight, width = self.full.fc2.weight, self.active
+        with torch.no_grad():
+            gone, lower = weight[:, width:], self.triangle[:width, :width]
+            passed = _over(gone @ self.triangle[width:, :width], lower)
+            shift = gone @ self.mean[width:] - passed @ self.mean[:width]
+        return weight[:, :width] + passed, shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.functional_call(self.full, self.factors_(), x)
+
+    @torch.no_grad()
+    def finalized(self) -> Mlp:
+        """The MLP of the active width."""
+        mlp = narrow(self.full, self.active)
+        mlp.load_state_dict(self.full.state_dict() | self.factors_())
+        return mlp
+
+
+def _over(a: Tensor, lower: Tensor) -> Tensor:
+    """a L⁻¹"""
+    return torch.linalg.solve_triangular(lower, a, upper=False, left=False)
+
+
 @torch.no_grad()
-def build_supernet(model: nn.Module, factors: Factors) -> nn.Module:
-    """A copy of ``model`` in which every site holds its full factors, all of them active."""
+def build_supernet(model: nn.Module, factors: Factors,
+                   sites: list[Site] | None = None) -> nn.Module:
+    """A copy of ``model`` in which every site holds its full factors, all of them active.
+
+    sites: the decisions to take; every rank where not given.
+    """
     supernet = copy.deepcopy(model)
-    for name, group in groupby(find_sites(model), key=lambda site: site.module):
-        sites = list(group)
-        gated = _gated(model.get_submodule(name), sites, factors)
-        supernet.set_submodule(name, gated)
+    sites = find_sites(model) if sites is None else sites
+    for name, group in groupby(sites, key=lambda site: site.module):
+        supernet.set_submodule(name, _gated(model.get_submodule(name), list(group), factors))
     return supernet
 
 
@@ -160,6 +231,8 @@ def _gated(module: nn.Module, sites: list[Site], factors: Factors) -> nn.Module:
     site, prefix = sites[0], sites[0].module
     if site.kind == "linear":
         return GatedLinear(module, factors[site.name])
+    if site.kind == "hidden":
+        return GatedMlp(module, factors[site.name])
     full = low_rank_class(module, site.tier).like(module, site.head_dim, site.head_dim)
     values = factors[f"{prefix}.vo"]
     full.set_values_(values)
@@ -179,7 +252,7 @@ def explicit_plan(plan: RankPlan, sites: list[Site]) -> RankPlan:
 
 
 def set_ranks_(supernet: nn.Module, plan: RankPlan) -> None:
-    """Cut every site to its rank of ``plan``; the columns beyond stay, and may come back."""
+    """Cut every site to its rank of ``plan``; what is beyond stays, and may come back."""
     for name, module, part in _targets(supernet):
         rank = plan[name]
         full = getattr(module, f"rank{part}")
@@ -204,6 +277,8 @@ def _targets(supernet: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     for name, module in supernet.named_modules():
         if isinstance(module, GatedLinear):
             yield name.replace(".full.", "."), module, ""
+        elif isinstance(module, GatedMlp):
+            yield f"{name}.hidden", module, ""
         elif isinstance(module, GatedAttention):
             if module.folds_scores:
                 yield f"{name}.qk", module, "_qk"
@@ -227,6 +302,8 @@ def finalize(supernet: nn.Module, plan: RankPlan) -> nn.Module:
             model.set_submodule(name, module.finalized(parts).train(module.training))
         elif isinstance(module, GatedLinear) and ".full." not in name:
             model.set_submodule(name, module.finalized(plan[name]))
+        elif isinstance(module, GatedMlp):
+            model.set_submodule(name, module.finalized().train(module.training))
     join_mlps_(model)
     model.rank_plan = RankPlan(ranks)
     return model
