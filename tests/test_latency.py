@@ -5,6 +5,7 @@ import json
 import math
 import re
 import statistics
+import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 
 import pytest
@@ -93,6 +94,13 @@ def test_the_model_lands_within_3_percent_below_the_budget(factor, share) -> Non
     budget = share * measure.of(model)
     plan = chosen(model, measure, budget, multiple=1)
     assert 0.97 * budget <= latency_of(plan, measure) <= budget
+
+
+@pytest.mark.parametrize("share", [0.75, 0.8, 0.9, 0.95])
+def test_coarse_ranks_stay_below_the_budget(share) -> None:
+    model, measure = make(), CostModel(1.5)
+    budget = share * measure.of(model)
+    assert latency_of(chosen(model, measure, budget, multiple=16), measure) <= budget
 
 
 def test_a_budget_beyond_the_dense_model_keeps_it_dense() -> None:
@@ -323,6 +331,19 @@ def test_the_median_of_turns_counts_and_the_first_do_not() -> None:
     found = interleaved({key: run(key) for key in durations}, 5, clock=lambda: now[0])
     assert found == {"a": 1e3, "b": 2e3}
     assert order == ["a", "b"] * 7
+
+
+class Sleeper(nn.Module):
+    def forward(self) -> None:
+        time.sleep(0.005)
+
+
+def test_on_one_thread_only_its_own_time_counts(monkeypatch) -> None:
+    """Waiting is none of it, as it is not while another process holds the core."""
+    for threads, least, most in ((1, 0, 4), (2, 5, math.inf)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found = latency.measure({"sleep": Timed(Sleeper(), "forward", (), {})})["sleep"]
+        assert least <= found <= most
 
 
 @pytest.fixture
