@@ -1,0 +1,98 @@
+"""The rows of the comparison. A new method is one more entry in METHODS."""
+
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from baselines import (
+    afm_metric,
+    asvd_metric,
+    collect_inputs,
+    cut_matrices,
+    cut_products,
+    svd_llm_metric,
+)
+from torch import Tensor, nn
+
+import adacomcat
+from adacomcat import train
+from adacomcat.calibrate import calibrate
+from adacomcat.distill.config import TrainConfig
+
+
+@dataclass
+class Subject:
+    """A dense model, and what methods and their judge may see of the data."""
+
+    model: nn.Module
+    calibration: Tensor  # (N, C, H, W)
+    measure: Callable[[nn.Module], dict[str, float]]
+    train_set: Any = None  # labelled; without it nothing is searched and trained
+    training: dict[str, Any] = field(default_factory=dict)  # settings of TrainConfig
+    _collected: dict[Hashable, tuple[Any, float]] = field(default_factory=dict)
+
+    def collected(self, collect: Callable[[nn.Module, Tensor], Any] | None) -> tuple[Any, float]:
+        """(statistics of the dense model, seconds that they took): made once for all keeps."""
+        if collect is None:
+            return None, 0.0
+        if collect not in self._collected:
+            start = time.perf_counter()
+            made = collect(self.model, self.calibration)
+            self._collected[collect] = made, time.perf_counter() - start
+        return self._collected[collect]
+
+
+class Method(NamedTuple):
+    compress: Callable[[Subject, float, Any], nn.Module]  # subject, keep, statistics
+    collect: Callable[[nn.Module, Tensor], Any] | None = None  # makes the statistics
+    trains: bool = False
+
+
+def compressed(method: Method, subject: Subject, keep: float) -> tuple[nn.Module, float]:
+    """(model, seconds), calibration included."""
+    statistics, seconds = subject.collected(method.collect)
+    start = time.perf_counter()
+    model = method.compress(subject, keep, statistics).eval()
+    return model, seconds + time.perf_counter() - start
+
+
+def trained(subject: Subject, keep: float, preset: str, **changes: Any) -> train.TrainResult:
+    settings = {"keep_params": keep, **subject.training, **changes}
+    return train.run(subject.model, TrainConfig.preset(preset, **settings), subject.train_set)
+
+
+def _matrices(metric: Callable | None) -> Method:
+    return Method(lambda subject, keep, inputs: cut_matrices(subject.model, keep, metric, inputs),
+                  collect_inputs)
+
+
+def _training(preset: str, **changes: Any) -> Method:
+    return Method(lambda subject, keep, _: trained(subject, keep, preset, **changes).model,
+                  trains=True)
+
+
+METHODS: dict[str, Method] = {
+    "plain SVD, no biases (ComCAT)": Method(
+        lambda subject, keep, _: cut_products(subject.model, keep, biases=False)),
+    "plain SVD, exact biases": Method(
+        lambda subject, keep, _: cut_products(subject.model, keep)),
+    "ASVD": _matrices(asvd_metric),
+    "whitened per matrix (SVD-LLM)": _matrices(svd_llm_metric),
+    "AFM": _matrices(afm_metric),
+    "whitened per-head QK, VO": Method(
+        lambda subject, keep, statistics: cut_products(subject.model, keep, statistics),
+        calibrate),
+    "ours, training-free": Method(lambda subject, keep, _: adacomcat.compress(
+        subject.model, keep_params=keep, calibration=subject.calibration)),
+    "ComCAT": _training("comcat"),
+    "Adaptive-ComCAT": _training("comcat", search="adaptive"),
+    "ours": _training("adacomcat"),
+}
+
+
+def methods_for(subject: Subject, names: list[str] | None = None) -> dict[str, Method]:
+    """Those that this subject's data allow."""
+    return {name: method for name, method in METHODS.items()
+            if (names is None or name in names)
+            and (subject.train_set is not None or not method.trains)}
