@@ -189,7 +189,11 @@ def test_ranks_are_uniform_and_use_the_budget(model: nn.Module, make, keep: floa
     steps = [1 / site.break_even for site in sites]
     assert max(shares) - min(shares) < max(steps)
     assert fixed + plan.params(sites) <= keep * whole
-    larger = RankPlan({name: rank + 1 for name, rank in plan.ranks.items()})
+    # One step more: that of all sites whose rank is the next to rise.
+    following = {site.name: (plan[site.name] + 1) / site.break_even for site in sites}
+    least = min(following.values())
+    larger = RankPlan({name: rank + (following[name] == least)
+                       for name, rank in plan.ranks.items()})
     assert fixed + larger.params(sites) > keep * whole
 
 
@@ -259,8 +263,11 @@ def test_methods_that_train_need_labels() -> None:
     subject = digits_subject()
     subject.train_set = None
     found = methods.methods_for(subject)
-    assert "ours, training-free" in found and not {"ours", "ComCAT", "Adaptive-ComCAT"} & set(found)
-    assert list(methods.methods_for(subject, ["AFM", "ours"])) == ["AFM"]
+    assert "ours, training-free" in found
+    assert not {"ours, searched", "ComCAT's search", "Adaptive-ComCAT's search"} & set(found)
+    assert list(methods.methods_for(subject, ["AFM", "ASVD"])) == ["AFM", "ASVD"]
+    with pytest.raises(UserError, match="'ours, searched' trains on labels"):
+        methods.methods_for(subject, ["AFM", "ours, searched"])
 
 
 def test_finished_runs_are_kept(tmp_path: Path) -> None:
@@ -283,6 +290,19 @@ def called(monkeypatch: pytest.MonkeyPatch, script: Any, *flags: str) -> None:
     monkeypatch.setattr(script, "fashion_mnist", digits_subject)
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags])
     script.main()
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--keeps", "1.5"], "1.5"), (["--crops", "0"], "--crops"), (["--methods", "SVD"], "SVD")])
+def test_wrong_use_is_one_line_and_exit_code_2(
+        flags: list[str], named: str, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        records.command(run.main)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said.startswith("run: error:") and named in said and said.count("\n") == 1
 
 
 def test_a_curve_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

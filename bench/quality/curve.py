@@ -19,6 +19,7 @@ from methods import METHODS, Subject, compressed
 from records import Record, Records, command, markdown, mean_and_deviation, provenance, write
 from subjects import add_training_arguments, fashion_mnist, trained_settings
 
+from adacomcat.arguments import Parser, fraction
 from adacomcat.cost import model_params
 from adacomcat.report import print_table
 
@@ -38,12 +39,12 @@ Curves = dict[str, list[Point]]  # method → one point for each keep
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keeps", type=float, nargs="+", default=[0.5, 0.3, 0.15, 0.08, 0.05])
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keeps", type=fraction, nargs="+", default=[0.5, 0.3, 0.15, 0.08, 0.05])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME",
-                        default=["ours", "ComCAT"], help=f"of: {', '.join(METHODS)}")
+                        default=["ours, searched", "ComCAT's search"],
+                        help=f"of: {' | '.join(METHODS)}")
     add_training_arguments(parser)
     return parser.parse_args()
 

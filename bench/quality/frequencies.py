@@ -13,6 +13,7 @@ from methods import Subject, trained
 from records import Record, Records, command, markdown, mean_and_deviation, provenance, write
 from subjects import add_training_arguments, fashion_mnist, trained_settings
 
+from adacomcat.arguments import Parser, fraction
 from adacomcat.report import print_table
 
 POLICIES = {"every": "every epoch", "adaptive": "doubling", "graded": "graded"}
@@ -20,9 +21,8 @@ COLUMNS = ("", "searches", "search seconds", "of every epoch's", "top-1 %", "sec
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", type=float, default=0.3)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=fraction, default=0.3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add_training_arguments(parser)
     parser.set_defaults(epochs=30, train_images=6000)

@@ -19,6 +19,7 @@ import adacomcat
 from adacomcat import train
 from adacomcat.calibrate import calibrate
 from adacomcat.distill.config import TrainConfig
+from adacomcat.errors import UserError
 
 
 @dataclass
@@ -44,6 +45,8 @@ class Subject:
 
 
 class Method(NamedTuple):
+    """How to compress, the statistics that this needs, and whether it trains on labels."""
+
     compress: Callable[[Subject, float, Any], nn.Module]  # subject, keep, statistics
     collect: Callable[[nn.Module, Tensor], Any] | None = None  # makes the statistics
     trains: bool = False
@@ -85,14 +88,19 @@ METHODS: dict[str, Method] = {
         calibrate),
     "ours, training-free": Method(lambda subject, keep, _: adacomcat.compress(
         subject.model, keep_params=keep, calibration=subject.calibration)),
-    "ComCAT": _training("comcat"),
-    "Adaptive-ComCAT": _training("comcat", search="adaptive"),
-    "ours": _training("adacomcat"),
+    "ComCAT's search": _training("comcat"),
+    "Adaptive-ComCAT's search": _training("comcat", search="adaptive"),
+    "ours, searched": _training("adacomcat"),
 }
 
 
 def methods_for(subject: Subject, names: list[str] | None = None) -> dict[str, Method]:
-    """Those that this subject's data allow."""
-    return {name: method for name, method in METHODS.items()
-            if (names is None or name in names)
-            and (subject.train_set is not None or not method.trains)}
+    """All that this subject's data allow, or those named."""
+    fitting = {name: method for name, method in METHODS.items()
+               if subject.train_set is not None or not method.trains}
+    if names is None:
+        return fitting
+    for name in names:
+        if name not in fitting:
+            raise UserError(f"{name!r} trains on labels, and these data have none; leave it out")
+    return {name: fitting[name] for name in names}

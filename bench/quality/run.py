@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import adacomcat
+from adacomcat.arguments import Parser, at_least, fraction
 from adacomcat.cost import input_size, latency, model_params
 from adacomcat.report import print_table
 
@@ -31,19 +32,18 @@ COLUMNS = {
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=("dinov2", "fashion-mnist"), default="dinov2")
-    parser.add_argument("--keeps", type=float, nargs="+", default=[0.75, 0.6, 0.5, 0.4])
+    parser.add_argument("--keeps", type=fraction, nargs="+", default=[0.75, 0.6, 0.5, 0.4])
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME",
-                        help=f"of: {', '.join(METHODS)}")
-    parser.add_argument("--crops", type=int, default=512, help="dinov2: calibration crops")
-    parser.add_argument("--photos-at-most", type=int, default=60,
+                        help=f"of: {' | '.join(METHODS)}")
+    parser.add_argument("--crops", type=at_least(1), default=512, help="dinov2: calibration crops")
+    parser.add_argument("--photos-at-most", type=at_least(1), default=60,
                         help="dinov2: photographs that calibrate, evenly by file")
     parser.add_argument("--cutouts", action="store_true",
                         help="dinov2: paste cut-outs on half of the calibration crops")
-    parser.add_argument("--test-crops", type=int, default=96)
-    parser.add_argument("--repeats", type=int, default=21, help="of the latency")
+    parser.add_argument("--test-crops", type=at_least(1), default=96)
+    parser.add_argument("--repeats", type=at_least(1), default=21, help="of the latency")
     parser.add_argument("--seed", type=int, default=0)
     add_training_arguments(parser)
     return parser.parse_args()

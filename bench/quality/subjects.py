@@ -10,6 +10,7 @@ from methods import Subject
 from torch import nn
 
 from adacomcat import checkpoint, data
+from adacomcat.arguments import at_least
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.trainer import evaluate
 from adacomcat.parallel import Processes
@@ -54,13 +55,13 @@ def classifier(model: nn.Module, train_set: Any, test_set: Any, config: TrainCon
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=int, default=3, help="of the methods that train")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--epochs", type=at_least(1), default=3, help="of the methods that train")
+    parser.add_argument("--batch-size", type=at_least(1), default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weights", type=Path, default=WEIGHTS,
                         help="folder of the dense Fashion-MNIST model")
     parser.add_argument("--data-dir", help="folder with Fashion-MNIST's four .gz files")
-    parser.add_argument("--train-images", type=int, help="only the first so many")
+    parser.add_argument("--train-images", type=at_least(1), help="only the first so many")
     parser.add_argument("--output", type=Path, default=Path("runs/quality"))
 
 
