@@ -72,16 +72,19 @@ def count_macs(model: nn.Module) -> int:
     return counter.get_total_flops() // 2
 
 
+def measured(subject: Subject, model: nn.Module, seconds: float) -> Record:
+    return {"params": model_params(model), "macs": count_macs(model), **subject.measure(model),
+            "seconds": seconds}
+
+
 def compare_methods(subject: Subject, methods: dict[str, Method], keep: float, repeats: int
                     ) -> dict[str, Record]:
     """Method → record, the dense model first; latencies of all are measured in turn."""
-    models, records = {"dense": subject.model}, {"dense": {"seconds": 0.0}}
+    models = {"dense": subject.model}
+    records = {"dense": measured(subject, subject.model, 0.0)}
     for name, method in methods.items():
         models[name], seconds = compressed(method, subject, keep)
-        records[name] = {"seconds": seconds}
-    for name, model in models.items():
-        records[name] |= {"params": model_params(model), "macs": count_macs(model),
-                          **subject.measure(model)}
+        records[name] = measured(subject, models[name], seconds)
         print(f"keep {keep:g}, {name}: "
               + ", ".join(f"{key} {value:.5g}" for key, value in records[name].items()), flush=True)
     optimized = {name: adacomcat.optimize(model) for name, model in models.items()}
