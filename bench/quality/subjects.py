@@ -37,8 +37,8 @@ def dinov2(crops: int, photographs: int, test_crops: int, cutouts: bool, seed: i
         error, cosine = compare(dense, tokens(compressed, test))
         return {"error": error, "cls_cosine": cosine}
 
-    print(f"{len(calibration)} crops of {len(calibration_files)} photographs calibrate, "
-          f"{len(test)} of {len(test_files)} others test")
+    print(f"{crops} crops of {min(crops, len(calibration_files))} photographs calibrate, "
+          f"{test_crops} of {min(test_crops, len(test_files))} others test")
     return Subject(model, calibration, measure)
 
 
