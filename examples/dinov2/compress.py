@@ -4,10 +4,9 @@ import argparse
 import time
 
 import torch
-import torch.nn.functional as F
 from backbone import load_backbone
-from photos import calibration_crops, crops, split
-from torch import Tensor, nn
+from fidelity import compare, tokens
+from photos import TEST_EVERY, calibration_crops, crops, split
 
 import adacomcat
 from adacomcat.cost import model_params
@@ -20,26 +19,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test-crops", type=int, default=96)
     parser.add_argument("--photos", action="append", default=[], metavar="FOLDER",
                         help="more photos (jpg), split by file like the bundled ones")
+    parser.add_argument("--split", type=int, default=0, choices=range(TEST_EVERY),
+                        help="the first of the photos that test, every fourth")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
-
-
-@torch.inference_mode()
-def tokens(model: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([model.forward_features(batch) for batch in images.split(16)])
-
-
-def compare(dense: Tensor, compressed: Tensor) -> tuple[float, float]:
-    """(relative error of the final tokens, 1 = no better than the mean; cls cosine)."""
-    spread = (dense - dense.mean((0, 1))).square().sum()
-    cosine = F.cosine_similarity(dense[:, 0], compressed[:, 0]).mean()
-    return ((compressed - dense).square().sum() / spread).item(), cosine.item()
 
 
 def main() -> None:
     args = arguments()
     model = load_backbone()
-    calibration_files, test_files = split(args.photos)
+    calibration_files, test_files = split(args.photos, first=args.split)
     calibration = calibration_crops(calibration_files, args.crops, args.seed)
     test = crops(test_files, args.test_crops, args.seed + 1)
     dense = tokens(model, test)

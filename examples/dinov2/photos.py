@@ -82,8 +82,13 @@ TEST_EVERY = 4  # every fourth photograph is never calibrated on
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def split(folders: list[str]) -> tuple[list[Path], list[Path]]:
-    """(calibration, test), by file: the bundled pictures and the .jpg photos of your folders."""
+def split(folders: list[str], others: bool = True,
+          first: int = 0) -> tuple[list[Path], list[Path]]:
+    """(calibration, test), by file: the bundled pictures and the .jpg photos of your folders.
+
+    others: calibrate on textures, microscopy and astronomy too; first: every fourth photograph from
+    this one on tests
+    """
     photographs = _bundled(PHOTOGRAPHS)
     photographs += [path for folder, names in INSTALLED.items() for name in names
                     if (path := Path(folder, f"{name}.jpg")).exists()]
@@ -91,8 +96,15 @@ def split(folders: list[str]) -> tuple[list[Path], list[Path]]:
         photographs += [path for path in Path(folder).iterdir()
                         if path.suffix.lower() in (".jpg", ".jpeg")]
     photographs.sort(key=lambda path: path.name)
-    test = photographs[::TEST_EVERY]
-    return [path for path in photographs if path not in test] + _bundled(OTHERS), test
+    test = photographs[first::TEST_EVERY]
+    calibration = [path for path in photographs if path not in test]
+    return calibration + (_bundled(OTHERS) if others else []), test
+
+
+def spread(files: list[Path], at_most: int) -> list[Path]:
+    """This many of the files, evenly over the list."""
+    count = min(at_most, len(files))
+    return [files[index * len(files) // count] for index in range(count)]
 
 
 def _bundled(packages: dict[str, tuple[str, tuple[str, ...]]]) -> list[Path]:

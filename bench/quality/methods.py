@@ -1,0 +1,138 @@
+"""The rows of the comparison. A new method is one more entry in METHODS."""
+
+import time
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from baselines import (
+    afm_metric,
+    asvd_metric,
+    collect_inputs,
+    cut_matrices,
+    cut_products,
+    svd_llm_metric,
+)
+from torch import Tensor, nn
+
+import adacomcat
+from adacomcat import train
+from adacomcat.calibrate import calibrate
+from adacomcat.collage import collages
+from adacomcat.distill.config import TrainConfig
+from adacomcat.errors import UserError
+
+
+@dataclass
+class Subject:
+    """A dense model, and what methods and their judge may see of the data."""
+
+    model: nn.Module
+    calibration: Tensor  # (N, C, H, W)
+    measure: Callable[[nn.Module], dict[str, float]]
+    train_set: Any = None  # labelled; without it nothing is searched and trained
+    training: dict[str, Any] = field(default_factory=dict)  # settings of TrainConfig
+    _collected: dict[Hashable, tuple[Any, float]] = field(default_factory=dict)
+
+    def collected(self, collect: Callable[[nn.Module, Tensor], Any] | None) -> tuple[Any, float]:
+        """(statistics of the dense model, seconds that they took): made once for all keeps."""
+        if collect is None:
+            return None, 0.0
+        if collect not in self._collected:
+            start = time.perf_counter()
+            made = collect(self.model, self.calibration)
+            self._collected[collect] = made, time.perf_counter() - start
+        return self._collected[collect]
+
+
+class Method(NamedTuple):
+    """How to compress, the statistics that this needs, and whether it trains on labels."""
+
+    compress: Callable[[Subject, float, Any], nn.Module]  # subject, keep, statistics
+    collect: Callable[[nn.Module, Tensor], Any] | None = None  # makes the statistics
+    trains: bool = False
+    named: bool = False  # runs only where it is named
+
+
+def compressed(method: Method, subject: Subject, keep: float) -> tuple[nn.Module, float]:
+    """(model, seconds), calibration included."""
+    statistics, seconds = subject.collected(method.collect)
+    start = time.perf_counter()
+    model = method.compress(subject, keep, statistics).eval()
+    return model, seconds + time.perf_counter() - start
+
+
+def trained(subject: Subject, keep: float, preset: str, **changes: Any) -> train.TrainResult:
+    settings = {"keep_params": keep, **subject.training, **changes}
+    return train.run(subject.model, TrainConfig.preset(preset, **settings), subject.train_set)
+
+
+def _matrices(metric: Callable | None) -> Method:
+    return Method(lambda subject, keep, inputs: cut_matrices(subject.model, keep, metric, inputs),
+                  collect_inputs)
+
+
+def _training(preset: str, **changes: Any) -> Method:
+    return Method(lambda subject, keep, _: trained(subject, keep, preset, **changes).model,
+                  trains=True)
+
+
+def _training_free(subject: Subject, keep: float) -> nn.Module:
+    return adacomcat.compress(subject.model, keep_params=keep, calibration=subject.calibration)
+
+
+def _recovered(subject: Subject, keep: float, minutes: float) -> nn.Module:
+    """Distilled on the calibration images, flipped at random, and as many new collages of them."""
+    settings = adacomcat.RecoveryConfig(minutes=minutes, amp=True)
+    return adacomcat.recover(_training_free(subject, keep), subject.model,
+                             RecoveryBatches(subject.calibration), settings)
+
+
+class RecoveryBatches:
+    """Without end, a function of how many came before."""
+
+    def __init__(self, images: Tensor, size: int = 16) -> None:
+        self.images, self.size, self.count = images, size, 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while True:
+            self.count += 1
+            generator = torch.Generator().manual_seed(self.count)
+            chosen = torch.randint(len(self.images), (self.size // 2,), generator=generator)
+            flips = torch.rand(len(chosen), generator=generator) < 0.5
+            images = self.images[chosen]
+            images[flips] = images[flips].flip(-1)
+            yield torch.cat([images, collages(self.images, self.size - len(chosen), self.count)])
+
+
+METHODS: dict[str, Method] = {
+    "plain SVD, no biases (ComCAT)": Method(
+        lambda subject, keep, _: cut_products(subject.model, keep, biases=False)),
+    "plain SVD, exact biases": Method(
+        lambda subject, keep, _: cut_products(subject.model, keep)),
+    "ASVD": _matrices(asvd_metric),
+    "whitened per matrix (SVD-LLM)": _matrices(svd_llm_metric),
+    "AFM": _matrices(afm_metric),
+    "whitened per-head QK, VO": Method(
+        lambda subject, keep, statistics: cut_products(subject.model, keep, statistics),
+        calibrate),
+    "ours, training-free": Method(lambda subject, keep, _: _training_free(subject, keep)),
+    "ours + 15 minutes of recovery": Method(
+        lambda subject, keep, _: _recovered(subject, keep, 15), named=True),
+    "ComCAT's search": _training("comcat"),
+    "Adaptive-ComCAT's search": _training("comcat", search="adaptive"),
+    "ours, searched": _training("adacomcat"),
+}
+
+
+def methods_for(subject: Subject, names: list[str] | None = None) -> dict[str, Method]:
+    """All quick ones that this subject's data allow, or those named."""
+    fitting = {name: method for name, method in METHODS.items()
+               if subject.train_set is not None or not method.trains}
+    if names is None:
+        return {name: method for name, method in fitting.items() if not method.named}
+    for name in names:
+        if name not in fitting:
+            raise UserError(f"{name!r} trains on labels, and these data have none; leave it out")
+    return {name: fitting[name] for name in names}

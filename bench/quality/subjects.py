@@ -1,0 +1,88 @@
+"""What is compressed and judged: a pretrained backbone on photographs, or a classifier."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import paths
+import torch
+from methods import Subject
+from torch import nn
+
+from adacomcat import checkpoint, data
+from adacomcat.arguments import at_least
+from adacomcat.collage import with_collages
+from adacomcat.distill.config import TrainConfig
+from adacomcat.distill.trainer import evaluate
+from adacomcat.parallel import Processes
+from adacomcat.train import calibration_images
+
+WEIGHTS = paths.ROOT / "examples/fashion_mnist/weights"
+
+
+def dinov2(crops: int, photographs: int, test_crops: int, cutouts: bool, seed: int,
+           scenes: int = 0) -> Subject:
+    """DINOv2 ViT-S/14, judged by its final tokens on photographs that nothing calibrated on.
+
+    scenes: so many of the calibration crops are collages of the others
+    """
+    import photos
+    from backbone import load_backbone
+    from fidelity import compare, tokens
+
+    model = load_backbone()
+    calibration_files, test_files = photos.split([], others=False)
+    calibration_files = photos.spread(calibration_files, photographs)
+    make = photos.calibration_crops if cutouts else photos.crops
+    calibration = with_collages(make(calibration_files, crops - scenes, seed), scenes, seed)
+    test = photos.crops(test_files, test_crops, seed + 1)
+    dense = tokens(model, test)
+
+    def measure(compressed: nn.Module) -> dict[str, float]:
+        error, cosine = compare(dense, tokens(compressed, test))
+        return {"error": error, "cls_cosine": cosine}
+
+    print(f"{crops} crops of {min(crops - scenes, len(calibration_files))} photographs, "
+          f"{scenes} of them collages, calibrate, "
+          f"{test_crops} of {min(test_crops, len(test_files))} others test")
+    return Subject(model, calibration, measure)
+
+
+def classifier(model: nn.Module, train_set: Any, test_set: Any, config: TrainConfig) -> Subject:
+    """Judged by top-1 on the test set; ``config`` holds what all methods that train share."""
+    calibration = calibration_images(train_set, config.calibration_images, config.seed,
+                                     Processes())
+
+    def measure(compressed: nn.Module) -> dict[str, float]:
+        return {"top1": evaluate(compressed, test_set, 4 * config.batch_size, Processes())["top1"]}
+
+    training = {name: getattr(config, name) for name in ("epochs", "batch_size", "lr", "seed")}
+    return Subject(model, calibration, measure, train_set, training)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--epochs", type=at_least(1), default=3, help="of the methods that train")
+    parser.add_argument("--batch-size", type=at_least(1), default=128)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS,
+                        help="folder of the dense Fashion-MNIST model")
+    parser.add_argument("--data-dir", help="folder with Fashion-MNIST's four .gz files")
+    parser.add_argument("--train-images", type=at_least(1), help="only the first so many")
+    parser.add_argument("--output", type=Path, default=Path("runs/quality"))
+
+
+def trained_settings(args: argparse.Namespace) -> str:
+    """What distinguishes the runs of one method, keep and seed."""
+    images = "all" if args.train_images is None else args.train_images
+    return f"{args.epochs} epochs of {images} images, batch {args.batch_size}, lr {args.lr:g}"
+
+
+def fashion_mnist(args: argparse.Namespace, seed: int) -> Subject:
+    """The small ViT of examples/fashion_mnist."""
+    model = checkpoint.load(args.weights).eval()
+    train_set, test_set = data.train_and_test("fashion-mnist", args.data_dir,
+                                              data.model_data_config(model))
+    if args.train_images is not None:
+        train_set = train_set.subset(torch.arange(min(args.train_images, len(train_set))))
+    return classifier(model, train_set, test_set, TrainConfig(
+        epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=seed))
