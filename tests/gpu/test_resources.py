@@ -2,7 +2,15 @@
 
 import pytest
 from cases import DTYPES, draw
-from resources import MULTIPROCESSOR, Resources, compile_all, measure, measured
+from resources import (
+    MULTIPROCESSOR,
+    STORED_ON_AMD,
+    Resources,
+    compile_all,
+    measure,
+    measured,
+    widths_on_amd,
+)
 from shapes import vision
 from stub_driver import TARGETS
 
@@ -29,6 +37,17 @@ def test_products_run_on_tensor_cores(kernels: list[Resources]) -> None:
 
 def test_tiles_move_128_bits_at_a_time(kernels: list[Resources]) -> None:
     assert not [k for k in kernels if k.narrow]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_on_amd_products_are_stored_four_elements_at_a_time(dtype: str) -> None:
+    """The exception that `narrow` makes, no wider than it has to be."""
+    case = vision("deit_s", 394)[0]
+    arguments = draw(case, DTYPES[dtype][0])
+    (_, compiled), = compile_all("gfx942", lambda: load(case.op).forward(*arguments))
+    stores = widths_on_amd(compiled.asm["amdgcn"], "store")
+    assert set(stores) == {STORED_ON_AMD * arguments[0].element_size()}
+    assert set(widths_on_amd(compiled.asm["amdgcn"], "load")) == {16}
 
 
 def test_shared_memory_and_registers_leave_room(kernels: list[Resources]) -> None:

@@ -117,6 +117,11 @@ def workspace(shape: Shape) -> int:
     return max(one.workspace for one in launches(shape))
 
 
+def moved_with_workspace(shape: Shape, cache: int) -> int:
+    """As `moved`, from a cache that kept nothing of what one launch leaves to the next."""
+    return moved(shape, cache) + sum(one.workspace for one in launches(shape))
+
+
 def requested(shape: Shape) -> int:
     """Bytes that programs ask the cache for, or write."""
     return sum(one.requested for one in launches(shape))
@@ -168,6 +173,21 @@ def shapes() -> dict[str, Shape]:
             found[f"{model} b{batch} fc2"] = Shape(m, 4 * d, d, r)
             found[f"{model} b{batch} MLP"] = Shape(m, d, d, r, 4 * d)
     return found
+
+
+def moved_table() -> str:
+    """Bytes moved relative to the minimum, without and with the parts of a sum; BUDGETS.md has it.
+    """
+    lines = ["| shape | GPU | minimum, KiB | moved / minimum | parts, KiB | with the parts |",
+             "|" + " --- |" * 6]
+    for name, shape in shapes().items():
+        for architecture, (*_, cache) in GPUS.items():
+            with compiling_for(architecture):
+                without, with_parts = (f(shape, cache) / shape.minimum
+                                       for f in (moved, moved_with_workspace))
+                lines.append(f"| {name} | {architecture} | {shape.minimum / 1024:.0f} | "
+                             f"{without:.3f} | {workspace(shape) / 1024:.0f} | {with_parts:.3f} |")
+    return "\n".join(lines)
 
 
 def table() -> str:
