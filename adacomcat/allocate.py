@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from adacomcat.calibrate import calibration_batches, evaluating
+from adacomcat.calibrate import calibration_batches, evaluating, tokens_and_outputs
 from adacomcat.convert import Factors, low_rank_module
 from adacomcat.cost import model_params, module_tokens, plan_macs, site_macs
 from adacomcat.errors import UserError
@@ -93,13 +93,13 @@ def sensitivities(model: nn.Module, factors: Factors, images: Tensor,
     """
     changes, own = [], []
     with evaluating(model):
-        dense = _tokens_and_outputs(model, images)
+        dense = tokens_and_outputs(model, images)
         for site in progress(sites, "probing"):
             rank = max(1, int(site.break_even) // 2)
             whole = model.get_submodule(site.module)
             plan = RankPlan({site.name: rank})
             model.set_submodule(site.module, low_rank_module(whole, [site], plan, factors))
-            changes.append(_relative_change(dense, _tokens_and_outputs(model, images)))
+            changes.append(_relative_change(dense, tokens_and_outputs(model, images)))
             model.set_submodule(site.module, whole)
             own.append(max(factors[site.name].errors[rank].item(), 1e-30))
     return {site.name: change / error for site, change, error
@@ -114,13 +114,6 @@ def _steadied(sites: list[Site], changes: list[float]) -> list[float]:
     means = {kind: statistics.fmean(log for log, k in zip(logs, kinds, strict=True) if k == kind)
              for kind in kinds}
     return [math.exp((log + means[kind]) / 2) for log, kind in zip(logs, kinds, strict=True)]
-
-
-def _tokens_and_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    if not hasattr(model, "forward_head"):
-        return [model(images)]
-    tokens = model.forward_features(images)
-    return [tokens, model.forward_head(tokens)]
 
 
 def _relative_change(before: list[Tensor], after: list[Tensor]) -> float:

@@ -166,3 +166,11 @@ def _check(statistics: Statistics, share: float) -> None:
         warnings.warn(f"calibration is thin: fewer tokens than dimensions in {len(thin)} layers "
                       f"({', '.join(thin[:3])} …); covariances are regularised, more images "
                       "would serve better", stacklevel=3)
+
+
+def tokens_and_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """The final tokens and the head's outputs, or whatever the model gives."""
+    if not hasattr(model, "forward_head"):
+        return [model(images)]
+    tokens = model.forward_features(images)
+    return [tokens, model.forward_head(tokens)]

@@ -16,11 +16,11 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from adacomcat.calibrate import BATCH, tokens_and_outputs
 from adacomcat.distill.losses import BlockFeatures, aligned_blocks, mse_loss, relative_error
 from adacomcat.errors import UserError
 from adacomcat.progress import progress
 
-MEASURED_AT_ONCE = 16
 SCHEDULE = 10_000  # the learning rate follows the part done, in this many steps
 
 
@@ -131,8 +131,8 @@ class _Recovery:
 
     def _loss(self, images: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = outputs(self.teacher, images)
-        found = outputs(self.student, images)
+            wanted = tokens_and_outputs(self.teacher, images)
+        found = tokens_and_outputs(self.student, images)
         # The head of few images has no spread to speak of.
         loss = relative_error(found[0], wanted[0]) + sum(map(mse_loss, found[1:], wanted[1:]))
         ours, theirs = (features.take() for features in self.features)
@@ -140,17 +140,10 @@ class _Recovery:
         return loss + self.config.block_weight * sum(blocks) / max(1, len(blocks))
 
 
-def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Tokens and the head's outputs, or whatever the model gives."""
-    if not hasattr(model, "forward_head"):
-        return [model(images)]
-    tokens = model.forward_features(images)
-    return [tokens, model.forward_head(tokens)]
-
-
 @torch.inference_mode()
 def feature_error(student: nn.Module, teacher: nn.Module, images: Tensor) -> float:
     """ρ of the tokens, over all images."""
     def tokens(model: nn.Module) -> Tensor:
-        return torch.cat([outputs(model, batch)[0] for batch in images.split(MEASURED_AT_ONCE)])
+        return torch.cat([tokens_and_outputs(model, batch)[0] for batch in images.split(BATCH)])
+
     return relative_error(tokens(student), tokens(teacher)).item()
