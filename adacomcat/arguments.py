@@ -228,7 +228,7 @@ def _recovery(parser: Parser) -> None:
     group.add_argument("--minutes", type=float, default=15.0, metavar="N",
                        help="of training (default: %(default)s)")
     group.add_argument("--steps", type=at_least(0), metavar="N", help="so many instead")
-    group.add_argument("--lr", type=float, default=6e-5, metavar="LR",
+    group.add_argument("--lr", type=float, default=3e-5, metavar="LR",
                        help="default: %(default)s")
     group.add_argument("--block-weight", type=float, default=0.5, metavar="W",
                        help="of the blocks' features beside the last ones (default: %(default)s)")

@@ -31,7 +31,7 @@ class RecoveryConfig:
     minutes: float = 15.0
     steps: int | None = None
     opt: str = "adamw"
-    lr: float = 6e-5
+    lr: float = 3e-5
     weight_decay: float = 0.0
     warmup: float = 0.02  # part of the whole
     block_weight: float = 0.5
