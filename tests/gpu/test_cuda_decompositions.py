@@ -5,7 +5,7 @@ import math
 import cuda_host
 import pytest
 import torch
-from conftest import assert_close_to_float64
+from conftest import FLOOR, assert_close_to_float64, relative_error
 from cuda_host import Host
 from test_decompositions import check, hard
 from torch import Tensor
@@ -31,7 +31,18 @@ def check_truncated(a: Tensor, k: int, host: Host, **options: int) -> None:
     check(a, u, s, v)
     exact, plain = (reference.batched_svd(t, k) for t in (a.double(), a))
     assert_close_to_float64(s, exact[1], plain[1], "s")
-    assert_close_to_float64(product(u, s, v), product(*exact), product(*plain), "product")
+    found, exact, plain = (product(*parts) for parts in ((u, s, v), exact, plain))
+    allowed = 2 * relative_error(plain, exact) + FLOOR + undetermined(a, k)
+    assert relative_error(found, exact) <= allowed
+
+
+def undetermined(a: Tensor, k: int) -> float:
+    """ε σ₁ / (σ_k - σ_{k+1}): so far the arithmetic leaves a truncated product open, however it is
+    computed; how much of it LAPACK shows differs from one CPU to another."""
+    s = torch.linalg.svdvals(a.double())
+    if k >= s.shape[-1]:
+        return 0.0
+    return (torch.finfo(a.dtype).eps * s[:, 0] / (s[:, k - 1] - s[:, k])).amax().item()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
