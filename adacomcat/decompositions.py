@@ -23,8 +23,9 @@ _LIBRARY = torch.library.Library("adacomcat", "FRAGMENT")
 def batched_svd(a: Tensor, k: int | None = None) -> Triple:
     """The k largest singular triples of many small matrices.
 
-    a (..., m, n) → u (..., m, k), s (..., k), v (..., n, k). Small singular values of graded
-    matrices keep their relative accuracy. ValueError names the matrix that holds NaN or infinity.
+    a (..., m, n) → u (..., m, k), s (..., k), v (..., n, k). Small singular values of matrices
+    graded by columns keep their relative accuracy. ValueError names the matrix that holds NaN or
+    infinity.
     """
     k = min(a.shape[-2:]) if k is None else k
     if not (torch.is_grad_enabled() and a.requires_grad) and (

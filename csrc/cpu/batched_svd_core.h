@@ -1,7 +1,7 @@
 // One-sided Jacobi SVD with a pivoted QR before it (Drmač and Veselić, SIAM J. Matrix Anal. 29,
 // 2008): A P = Q R, then rotations J make the columns of X = P Rᵀ orthogonal, so X J = V Σ and
 // A = (Q J) Σ Vᵀ. J is not accumulated: it is R Pᵀ V Σ⁻¹, made orthonormal from the largest singular
-// value down. Small singular values of graded matrices keep their relative accuracy.
+// value down. Of matrices graded by columns small ones keep their relative accuracy.
 //
 // Included by one file for each instruction set, which sets ISA (a namespace) and VECTOR_BYTES.
 #include "batched_svd.h"
