@@ -6,6 +6,7 @@
 #include "engine.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma,f16c,prefer-vector-width=512")
+#define ADACOMCAT_AVX512
 #define ADACOMCAT_BF16_DOT
 #define ADACOMCAT_AMX
 

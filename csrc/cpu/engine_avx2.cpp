@@ -6,6 +6,7 @@
 #include "engine.h"
 
 #pragma GCC target("avx2,fma,f16c")
+#define ADACOMCAT_AVX2
 
 namespace adacomcat {
 namespace avx2 {

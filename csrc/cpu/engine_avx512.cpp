@@ -6,6 +6,7 @@
 #include "engine.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")
+#define ADACOMCAT_AVX512
 
 namespace adacomcat {
 namespace avx512 {

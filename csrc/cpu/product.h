@@ -31,42 +31,34 @@ struct Prefetch {
 // Where a tile waits for its finish; a constant stride saves every tile the sums of its addresses.
 constexpr int64_t kTileStride = kPanel * kLanes;
 
-// Rows of A that one row of tiles multiplies: `stride` bytes from one to the next, and where the unit
-// goes by blocks of k, `step` from one block to the next.
-struct LeftRows {
-  const char* data;
-  int64_t stride, step;
-};
-
-inline const char* left_of(const Product& p, int64_t row) {
-  return static_cast<const char*>(p.a) + row * p.a_stride * kOperandSize;
-}
-
-inline int64_t steps_of(const Product& p) { return (p.k + kGroup - 1) / kGroup; }
-
 #ifdef ADACOMCAT_AMX
 #include "tile_amx.h"
 #else
 #include "tile_registers.h"
 #endif
 
-// Calls `visit(left, row, rows, column, vectors)` for each tile of C. The last panel is one vector wide
+// Calls `visit(row, rows, column, vectors)` for each tile of C. The last panel is one vector wide
 // where that is enough.
 template <typename Visit>
-inline void for_each_tile(const Product& p, TileUnit& unit, Visit visit) {
-  for (int64_t row = 0; row < p.m; row += kTileRows) {
-    const int64_t rows = least(kTileRows, p.m - row);
-    const LeftRows left = unit.left(p, row, rows);
-    for (int64_t column = 0; column < p.n; column += kPanel * kLanes) {
-      visit(left, row, rows, column, p.n - column <= kLanes ? 1 : kPanel);
+inline void for_each_tile(int64_t m, int64_t n, Visit visit) {
+  for (int64_t row = 0; row < m; row += kTileRows) {
+    for (int64_t column = 0; column < n; column += kPanel * kLanes) {
+      const int64_t vectors = n - column <= kLanes ? 1 : kPanel;
+      visit(row, least(kTileRows, m - row), column, vectors);
     }
   }
+}
+
+inline const char* left_of(const Product& p, int64_t row) {
+  return static_cast<const char*>(p.a) + row * p.a_stride * kOperandSize;
 }
 
 inline const float* right_of(const Product& p, int64_t column, int64_t vectors) {
   const int64_t lanes = column * p.b_rows + p.b_first * vectors * kLanes;
   return reinterpret_cast<const float*>(static_cast<const char*>(p.b) + lanes * kOperandSize);
 }
+
+inline int64_t steps_of(const Product& p) { return (p.k + kGroup - 1) / kGroup; }
 
 // The part of p.ahead that each tile prefetches, in turn.
 class Prefetches {
@@ -98,10 +90,10 @@ class Prefetches {
 void accumulate(const Product& p, float* sum, int64_t stride, bool add) {
   Prefetches ahead(p);
   TileUnit unit;
-  for_each_tile(p, unit, [&](const LeftRows& left, int64_t row, int64_t rows, int64_t column,
-                             int64_t vectors) {
-    unit.multiply<0>(rows, vectors, steps_of(p), left, right_of(p, column, vectors),
-                     sum + row * stride + column, stride, add, ahead.next());
+  for_each_tile(p.m, p.n, [&](int64_t row, int64_t rows, int64_t column, int64_t vectors) {
+    unit.multiply<0>(rows, vectors, steps_of(p), left_of(p, row), p.a_stride * kOperandSize,
+                     right_of(p, column, vectors), sum + row * stride + column, stride, add,
+                     ahead.next());
   });
 }
 
@@ -179,11 +171,10 @@ void multiply_with(const Product& p, const Finish& f) {
   alignas(64) float tile[kTileRows * kTileStride];
   Prefetches ahead(p);
   TileUnit unit;
-  for_each_tile(p, unit, [&](const LeftRows& left, int64_t row, int64_t rows, int64_t column,
-                             int64_t vectors) {
-    unit.template multiply<kTileStride>(rows, vectors, steps_of(p), left,
-                                        right_of(p, column, vectors), tile, kTileStride, false,
-                                        ahead.next());
+  for_each_tile(p.m, p.n, [&](int64_t row, int64_t rows, int64_t column, int64_t vectors) {
+    unit.template multiply<kTileStride>(rows, vectors, steps_of(p), left_of(p, row),
+                                        p.a_stride * kOperandSize, right_of(p, column, vectors),
+                                        tile, kTileStride, false, ahead.next());
     const int64_t columns = least(vectors * kLanes, p.n - column);
     for (int64_t j = 0; j < columns; j += kLanes) {
       const int64_t count = least(kLanes, columns - j);

@@ -15,8 +15,14 @@ inline void store(float* p, Vector x) { *reinterpret_cast<LooseVector*>(p) = x; 
 inline Vector select(Integers mask, Vector yes, Vector no) {
   return (Vector)((mask & (Integers)yes) | (~mask & (Integers)no));
 }
+// All bits of the first `count` lanes.
+inline Integers first_lanes(int64_t count) {
+  Integers lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? -1 : 0;
+  return lanes;
+}
 // Where one is NaN, b.
-#if defined(__AVX512F__)
+#if defined(ADACOMCAT_AVX512)
 inline Vector maximum(Vector a, Vector b) { return (Vector)_mm512_max_ps((__m512)a, (__m512)b); }
 inline Vector minimum(Vector a, Vector b) { return (Vector)_mm512_min_ps((__m512)a, (__m512)b); }
 #else
@@ -41,10 +47,10 @@ inline Halves to_bf16(Vector x) {
 }
 #endif
 
-#if defined(__F16C__) && defined(__AVX512F__)
+#if defined(ADACOMCAT_AVX512)
 inline Vector from_f16(Halves x) { return (Vector)_mm512_cvtph_ps((__m256i)x); }
 inline Halves to_f16(Vector x) { return (Halves)_mm512_cvtps_ph((__m512)x, 0); }
-#elif defined(__F16C__)
+#elif defined(ADACOMCAT_AVX2)
 inline Vector from_f16(Halves x) { return (Vector)_mm256_cvtph_ps((__m128i)x); }
 inline Halves to_f16(Vector x) { return (Halves)_mm256_cvtps_ph((__m256)x, 0); }
 #else
@@ -141,24 +147,10 @@ inline Vector exponential(Vector x) {
   return select(x == x, p, x);
 }
 
-// p · 2^n for n <= 0; `shifted` is n + 1.5 · 2^23, so n stands in its low bits.
-#if defined(__AVX512F__)
-inline Vector times_power(Vector p, Vector n, Vector) {
-  return (Vector)_mm512_scalef_ps((__m512)p, (__m512)n);
-}
-constexpr float kLeastDecay = -105.0f;  // there the result is zero of itself
-#else
-inline Vector times_power(Vector p, Vector n, Vector shifted) {
-  const Vector scaled = (Vector)((Integers)p + ((Integers)shifted << 23));
-  return select(n <= -126.0f, Vector{}, scaled);
-}
-constexpr float kLeastDecay = -88.0f;
-#endif
-
 // exp(x) for x <= 0: the softmax's. 0 far below; relative error about 1e-7, or 2e-5 where the result
 // becomes bfloat16.
 inline Vector decay(Vector x) {
-  const Vector clamped = maximum(broadcast(kLeastDecay), x);
+  const Vector clamped = maximum(broadcast(-88.0f), x);
   const float round = 12582912.0f;
   const Vector shifted = clamped * 1.44269504088896f + round;
   const Vector n = shifted - round;
@@ -174,7 +166,10 @@ inline Vector decay(Vector x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  return times_power(p, n, shifted);
+  // n stands in the low bits of `shifted`. Denormal results, of which some CPUs make an exception that
+  // takes as long as hundreds of others, are zero.
+  const Vector scaled = (Vector)((Integers)p + ((Integers)shifted << 23));
+  return select(n <= -126.0f, Vector{}, scaled);
 }
 
 // Minimax polynomials of erf(z) / z in s = 2 (z / limit)² - 1, beyond which erf is constant: absolute
