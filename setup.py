@@ -99,7 +99,9 @@ def extension_arguments() -> dict[str, Any]:
     # No errno and no traps, as torch itself is built: else square roots are not vectorised.
     # at::parallel_for is inline: compiled without OpenMP it would run everything on one thread.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
-    flags = [*openmp, "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+    # g++ 12 warns of the inside of its own AVX-512 intrinsics.
+    flags = [*openmp, "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+             "-Wno-maybe-uninitialized"]
     if use_cuda(cuda_sources):
         flags = [*flags, "-DADACOMCAT_CUDA"]
         extension = CUDAExtension(

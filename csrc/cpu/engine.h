@@ -68,6 +68,7 @@ struct Engine {
   const char* name;
   Dtype operand;
   int64_t tile_rows;  // rows of one tile of C
+  int64_t row_step;   // fewer rows than this cost as much
   int64_t width;      // lanes: packed columns are padded to a multiple
   int64_t group;      // rows of B that one packed lane holds; odd tails are padded with zeros
 

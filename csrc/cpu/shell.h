@@ -118,15 +118,15 @@ class Scratch {
   char* next_;
 };
 
-// Rows per block: whole tiles, about so many rows that a block's middles stay in the L2 cache, and as
+// Rows per block: whole steps, about so many rows that a block's middles stay in the L2 cache, and as
 // many blocks as the threads divide evenly.
 constexpr int64_t kRowsPerBlock = 144;
 
 inline int64_t block_rows(const Engine& engine, int64_t rows) {
-  const int64_t tiles = ceil_div(rows, engine.tile_rows), threads = at::get_num_threads();
-  const int64_t per_block = kRowsPerBlock / engine.tile_rows;
-  const int64_t rounds = std::max<int64_t>(ceil_div(tiles, threads * per_block), 1);
-  return std::max<int64_t>(ceil_div(tiles, threads * rounds), 1) * engine.tile_rows;
+  const int64_t steps = ceil_div(rows, engine.row_step), threads = at::get_num_threads();
+  const int64_t per_block = kRowsPerBlock / engine.row_step;
+  const int64_t rounds = std::max<int64_t>(ceil_div(steps, threads * per_block), 1);
+  return std::max<int64_t>(ceil_div(steps, threads * rounds), 1) * engine.row_step;
 }
 
 template <typename Body>
