@@ -171,19 +171,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
   const Dtype dtype = dtype_of(y);
   char* result = static_cast<char*>(y.mutable_data_ptr());
 
-  const auto sweep = [&](int64_t image, int64_t images) {
+  // `fresh`: this thread's first.
+  const auto sweep = [&](int64_t image, int64_t images, bool fresh) {
     const int64_t first = image * tokens, count = images * tokens, block = block_rows(e, count);
     Workspace workspace(e, count, 2 * (columns_qk + columns_vo));
     const Operand q = workspace.take(count, columns_qk), k = workspace.take(count, columns_qk);
     const Operand v = workspace.take(count, columns_vo), z = workspace.take(count, columns_vo);
 
-    for_each_block(e, count, [&](int64_t row, int64_t m) {
+    for_each_block(e, count, [&](int64_t row, int64_t m, bool fresh_rows) {
       Scratch scratch(Scratch::aligned(block * kx * size));
       const Left left = left_operand(e, m, in, rows_from(xs.rows, first + row), epsilon,
                                      scratch.take(block * kx * size));
       const auto project = [&](const Packed& weight, const Operand& to, Rows bias, Ahead ahead) {
         e.multiply({m, to.columns, in, left.data, left.stride, weight.data.get(), kx, 0,
-                    first + row ? Ahead{} : ahead},
+                    fresh && fresh_rows ? ahead : Ahead{}},
                    {to.at_row(row), to.columns, e.operand, bias});
       };
       project(pq, q, bias_q.rows, pk.all());
@@ -192,13 +193,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
     });
     attend(e, {image, images, tokens, num_heads, columns_qk / num_heads, columns_vo / num_heads,
                static_cast<float>(scale)}, q, k, v, z, masks);
-    for_each_block(e, count, [&](int64_t row, int64_t m) {
+    for_each_block(e, count, [&](int64_t row, int64_t m, bool fresh_rows) {
       Scratch scratch(Scratch::aligned(block * kc * size));
       const Rows from{z.at_row(row), z.columns, e.operand};
       const Left left = left_operand(e, m, columns_vo, from, {}, scratch.take(block * kc * size));
       Finish finish{result + (first + row) * out * dtype_size(dtype), out, dtype, bias_o.rows};
       if (residual) finish.residual = rows_from(rs.rows, first + row);
-      const Ahead ahead = first + row ? Ahead{} : po.follower();
+      const Ahead ahead = fresh && fresh_rows ? po.follower() : Ahead{};
       e.multiply({m, out, columns_vo, left.data, left.stride, po.data.get(), kc, 0, ahead}, finish);
     });
     if (!keep) return;
@@ -209,11 +210,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
     }
   };
   if (!image_by_image(x.size(0))) {
-    sweep(0, x.size(0));
+    sweep(0, x.size(0), true);
     return results;
   }
   at::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t image = begin; image < end; ++image) sweep(image, 1);
+    for (int64_t image = begin; image < end; ++image) sweep(image, 1, image == begin);
   });
   return results;
 }

@@ -32,7 +32,7 @@ std::tuple<at::Tensor, at::Tensor> low_rank_linear(
   char* result = static_cast<char*>(y.mutable_data_ptr());
   const Dtype dtype = dtype_of(y);
 
-  for_each_block(e, rows, [&](int64_t row, int64_t m) {
+  for_each_block(e, rows, [&](int64_t row, int64_t m, bool) {
     Scratch scratch(Scratch::aligned(block * kx * size) + Scratch::aligned(block * kr * size));
     const Left left = left_operand(e, m, in, rows_from(xs.rows, row), {},
                                    scratch.take(block * kx * size));

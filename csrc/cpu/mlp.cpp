@@ -45,7 +45,7 @@ void run(const Engine& e, const at::Tensor& x, const Weights& w, const Options& 
                         Scratch::aligned(block * chunk * size) + Scratch::aligned(block * n2 * 4) +
                         Scratch::aligned(bytes2);
 
-  for_each_block(e, rows, [&](int64_t row, int64_t m) {
+  for_each_block(e, rows, [&](int64_t row, int64_t m, bool fresh) {
     Scratch scratch(bytes);
     Left left = left_operand(e, m, in, rows_from(xs.rows, row), options.epsilon,
                              scratch.take(block * kx * size));
@@ -53,8 +53,9 @@ void run(const Engine& e, const at::Tensor& x, const Weights& w, const Options& 
     char* h = scratch.take<char>(block * chunk * size);
     float* sum = scratch.take<float>(block * n2 * 4);
     void* t2 = scratch.take(bytes2);
-    // The first rows see every weight for the first time: each product fetches what the next needs.
-    const auto ahead = [&](Ahead memory) { return row ? Ahead{} : memory; };
+    // A thread's first rows see every weight for the first time: each product fetches what the next
+    // needs.
+    const auto ahead = [&](Ahead memory) { return fresh ? memory : Ahead{}; };
     const auto part_of_up = [&](int64_t first) {
       const int64_t bytes = e.padded_n(std::min(chunk, hidden - first)) * k1 * size;
       return Ahead{static_cast<const char*>(w.up.data.get()) + first * k1 * size, bytes};

@@ -129,11 +129,14 @@ inline int64_t block_rows(const Engine& engine, int64_t rows) {
   return std::max<int64_t>(ceil_div(steps, threads * rounds), 1) * engine.row_step;
 }
 
+// body(first row, rows, whether it is its thread's first).
 template <typename Body>
 inline void for_each_block(const Engine& engine, int64_t rows, Body body) {
   const int64_t block = block_rows(engine, rows);
   at::parallel_for(0, ceil_div(rows, block), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(i * block, std::min(block, rows - i * block));
+    for (int64_t i = begin; i < end; ++i) {
+      body(i * block, std::min(block, rows - i * block), i == begin);
+    }
   });
 }
 
