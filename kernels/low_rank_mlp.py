@@ -333,7 +333,7 @@ def _hidden_grads(
     a, b = rows(middle1), rows(dmiddle2)
     (m, r1), (h, r2) = a.shape, v2.shape
     # Two sums are alive at once, hence half the size that one would get.
-    tile = tiles.reduction_tile(m, 2 * max(r1, r2), a)
+    tile = tiles.reduction_tile(m, 2 * max(r1, r2), a, reads_columns=False)
     columns = triton.cdiv(h, tile.BLOCK_N)
     parts = tiles.splits(m, tile.BLOCK_M, columns)
     du1 = parts_of(a, parts, h, r1) if need_u1 else None

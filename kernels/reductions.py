@@ -190,6 +190,7 @@ def weight_grads(
         m, n, r, grad.stride(0), middle.stride(0), u.stride(0),
         part_rows(m, parts, tile.BLOCK_M), ACTIVATION=activation, BLOCK_R=tiles.padded(r),
         PRECISION=tiles.precision(grad), **tile.arguments(without="BLOCK_K"),
+        **tiles.registers(tile),
     )  # fmt: skip
     return sum_parts(du, grad.dtype), sum_parts(dbias, grad.dtype)
 

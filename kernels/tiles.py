@@ -132,15 +132,21 @@ def product_tile(rows: int, columns: int, x: Tensor, widest: int = 128) -> Tile:
     return Tile(rows_at_once, depth, columns_at_once, count, stages(stage))
 
 
-def reduction_tile(rows: int, rank: int, x: Tensor) -> Tile:
-    """Sums over rows of (BLOCK_N, rank): BLOCK_M rows at a time, BLOCK_N output rows a program."""
+def reduction_tile(rows: int, rank: int, x: Tensor, reads_columns: bool = True) -> Tile:
+    """Sums over rows of (BLOCK_N, rank): BLOCK_M rows at a time, BLOCK_N output rows a program.
+
+    `reads_columns`: tiles (BLOCK_M, BLOCK_N) are read as well, not only (BLOCK_M, rank).
+    """
     width, size = padded(rank), operand_bytes(x)
     # Exact float32 holds both halves of its operands in registers, and AMD's compiler the tiles
     # that come next: half the columns, no spills.
     doubled = 2 if size == 8 or on_amd() else 1
     columns = max(16, min(64, 8192 // (width * doubled)))
     depth = max(16, min(64, 16384 // (width * size)))
-    count = warps(columns * width > 4096)
+    large = columns * width > 4096
+    # Half as many warps where such a tile would have less than 16 bytes a thread.
+    threads = 32 * warps(large) * (2 if on_amd() else 1)
+    count = warps(large) // (2 if reads_columns and depth * columns * size < 16 * threads else 1)
     return Tile(depth, depth, columns, count, stages(depth * size * (width + columns)))
 
 
