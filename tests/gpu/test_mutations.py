@@ -109,7 +109,7 @@ def noticed(name: str, architecture: str, kind: str) -> Counter:
         except Fault:
             caught = True
         place = place_of(mutant, original)
-        spare = (kind == "barriers" and machine.trace.spare(place)
+        spare = (kind == "barriers" and machine.trace.spare_barrier(place)
                  or kind == "guards" and place not in machine.held_back)
         tally["caught but spare"] += caught and spare
         tally["caught" if caught else "spare" if spare else "missed"] += 1

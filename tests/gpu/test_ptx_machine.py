@@ -92,7 +92,7 @@ def test_spare_barriers(steps: list[str], spare: list[int]) -> None:
     """The race check agrees: it faults without one of the barriers that are not spare, only."""
     machine, kernel = exchange(steps)
     places = [i for i, ins in enumerate(kernel.code) if ins.parts[0] == "bar"]
-    assert [i for i, place in enumerate(places) if machine.trace.spare(place)] == spare
+    assert [i for i, place in enumerate(places) if machine.trace.spare_barrier(place)] == spare
     at = [i for i, step in enumerate(steps) if step == BARRIER]
     for i, step in enumerate(at):
         without = steps[:step] + steps[step + 1 :]

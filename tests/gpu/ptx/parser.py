@@ -79,6 +79,11 @@ def parse(text: str, name: str = "") -> Kernel:
     return in_execution_order(kernel)
 
 
+def registers_of(operand: str) -> list[str]:
+    """{%r1, %r2} → the names; a single one is a list of one."""
+    return [name.strip() for name in operand.strip("{}").split(",")]
+
+
 def narrowest_access(kernel: Kernel, space: str) -> int:
     """The least width in bytes of the kernel's accesses to global or shared memory, at most 16."""
     widths = [16]
