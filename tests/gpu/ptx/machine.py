@@ -350,6 +350,8 @@ class Machine:
         self.fences[active] += 1
         blocks = self.block[active]
         self.last_fence[blocks] = self.block_barriers[blocks]
+        if self.trace:
+            self.trace.fence(self.at)
 
     def whole_warps(self, mask: Mask, what: str) -> slice | Lanes:
         """The warps that run; all their threads must."""

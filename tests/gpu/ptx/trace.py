@@ -1,4 +1,5 @@
-"""All accesses of shared memory in one launch, and which barriers and waits they could do without.
+"""All accesses of shared memory in one launch, and what they could do without: barriers, waits,
+proxy fences.
 
 A second opinion: nothing is summed up on the way as in `SharedUse`, which remembers the last writer
 and readers only. Two accesses of one granule, one of them a store, have to be ordered: by the
@@ -59,6 +60,7 @@ class Trace:
         self.accesses: list[tuple[np.ndarray, ...]] = []
         self.passed: list[np.ndarray] = []
         self.flights: list[Flight] = []
+        self.fences: list[tuple[int, int]] = []  # time and place
         self.waits: dict[bool, list[Wait]] = {True: [], False: []}  # for copies, for products
         self.uses: list[tuple[int, frozenset[str]]] = []  # of these registers by other instructions
 
@@ -103,6 +105,9 @@ class Trace:
     def barrier(self, places: np.ndarray) -> None:
         """Each block passes the barrier at a place of its own."""
         self.passed.append(places)
+
+    def fence(self, place: int) -> None:
+        self.fences.append((self.time, place))
 
     def issue(self, stores: bool, groups: np.ndarray, registers: frozenset[str]) -> None:
         """A copy or a product that begins with what this instruction has touched."""
@@ -154,6 +159,18 @@ class Trace:
             late = before[0] != after[0]
             if late.any() and not self._in_time(flight, late, *after):
                 return False
+        return True
+
+    def spare_fence(self, place: int) -> bool:
+        """Whether without it too a proxy fence lies between all stores and the products of them."""
+        granules, *_, stores, times, _ = self.table
+        others = [time for time, at in self.fences if at != place]
+        for product in self.flights:
+            if not product.stores:
+                last = max((time for time in others if time < product.time), default=0)
+                between = stores & (times > last) & (times < product.time)
+                if np.isin(granules[between], product.granules).any():
+                    return False
         return True
 
     def _landing(self, flight: Flight, waits: list[Wait]) -> tuple[np.ndarray, np.ndarray]:

@@ -153,6 +153,8 @@ def copy_async(machine: Machine, instruction: Instruction) -> Step:
         sizes = np.broadcast_to(size(), (machine.lanes,)).astype(np.int64)
         destinations, sources = to(), source()
         reads = active & (sizes > 0)
+        if (sizes[active] < width).any():
+            machine.held_back.add(machine.at)
         if reads.any():
             machine.access(machine.memory, sources, width, reads, "load")
         machine.access(machine.shared, destinations, width, active, "copy")
