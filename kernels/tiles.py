@@ -110,11 +110,15 @@ def row_tile(rows: int, rank: int, x: Tensor, factors: int = 1, most: int = 128)
     # A stage holds (BLOCK_K or BLOCK_N) rows of a factor: 32 KiB of it, or what memory allows.
     room = 32768 if SHARED_KIB.get(target().arch, 64) > 100 else 16384
     depth = max(16, min(64, room // (width * size)))
-    stage = depth * x.element_size() * (factors * width + rows_at_once)
     large = rows_at_once * width > (4096 if on_amd() else 8192)
+    row = x.element_size() * (factors * width + rows_at_once)  # of a stage
+    # With no load in flight operands stay in registers, of which rank 256 leaves too few on sm_90.
+    if large and width > 128 and stages(depth * row) == 1:
+        depth = max(16, depth // 2)
     # Half as many warps where the tiles of x and y would have less than 16 bytes a thread.
     small = rows_at_once * depth * x.element_size() < 512 * warps(large) * (2 if on_amd() else 1)
-    return Tile(rows_at_once, depth, depth, warps(large) // (2 if small else 1), stages(stage))
+    return Tile(
+        rows_at_once, depth, depth, warps(large) // (2 if small else 1), stages(depth * row))
 
 
 def product_tile(rows: int, columns: int, x: Tensor, widest: int = 128) -> Tile:

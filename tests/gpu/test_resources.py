@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DTYPES, draw, precision
+from cases import DTYPES, draw, incoming, precision
 from resources import (
     MULTIPROCESSOR,
     STORED_ON_AMD,
@@ -74,6 +74,18 @@ def test_other_types_are_within_their_budget(architecture: str, dtype: str) -> N
     for name, compiled in compile_all(architecture, lambda: load(case.op).forward(*arguments)):
         taken = measure(name, compiled, architecture, dtype)
         assert taken.shared <= most and not taken.spilled and not taken.narrow, taken
+
+
+def test_many_rows_of_a_wide_rank_are_not_spilled() -> None:
+    """The gradient of an MLP's input keeps most: of DeiT-B on sm_90, with a load in flight only."""
+    case = vision("deit_b", 64 * 197)[2]
+    arguments = draw(case, torch.float16)
+    middle = torch.empty(64 * 197, case.sizes["r1"], dtype=torch.float16)
+    found = compile_all("sm_90", lambda: load(case.op).backward(
+        incoming(case, arguments), *arguments, middle, None, needs=[True] + [False] * 6))
+    for name, compiled in found:
+        taken = measure(name, compiled, "sm_90", "fp16")
+        assert taken.tensor_core and not taken.spilled and not taken.narrow, taken
 
 
 @pytest.mark.parametrize("architecture", TARGETS)
