@@ -85,6 +85,7 @@ EXCHANGES = {
     "reads only": (
         [STORE.format(OWN), BARRIER, LOAD.format(OTHER), BARRIER, LOAD.format(OWN)], [1]),
     "at the end": ([STORE.format(OWN), BARRIER, LOAD.format(OTHER), BARRIER], [1]),
+    "all store the same": (["st.shared.b32 [%r2], 7;", BARRIER, "ld.shared.b32 %r6, [%r2];"], []),
     "another buffer": ([STORE.format(OWN), BARRIER, STORE.format("[%r4+256]"), BARRIER,
                         LOAD.format(OTHER), LOAD.format("[%r5+256]")], [0]),
 }

@@ -1,5 +1,4 @@
-"""All accesses of shared memory in one launch, and what they could do without: barriers, waits,
-proxy fences.
+"""All accesses of shared memory in one launch, and which barriers, waits and fences are spare.
 
 A second opinion: nothing is summed up on the way as in `SharedUse`, which remembers the last writer
 and readers only. Two accesses of one granule, one of them a store, have to be ordered: by the
@@ -162,7 +161,7 @@ class Trace:
         return True
 
     def spare_fence(self, place: int) -> bool:
-        """Whether without it too a proxy fence lies between all stores and the products of them."""
+        """Whether without that at `place` too a fence lies between stores and products of them."""
         granules, *_, stores, times, _ = self.table
         others = [time for time, at in self.fences if at != place]
         for product in self.flights:
