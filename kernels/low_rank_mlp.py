@@ -272,7 +272,7 @@ def backward(
             flat.stride(0), kept.stride(0),
             v1.stride(0), u1.stride(0), v2.stride(0), u2.stride(0), share,
             ACTIVATION=activation, BLOCK_R1=tiles.padded(r1), BLOCK_R2=tiles.padded(r2),
-            PRECISION=tiles.precision(grad), **tile.arguments(),
+            PRECISION=tiles.precision(grad), **tile.arguments(), **tiles.registers(tile, blocks=1),
         )  # fmt: skip
         if parts is not None:
             _expand_parts(parts, v1, None, dx, dmiddle1, tile)

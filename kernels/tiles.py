@@ -77,11 +77,11 @@ def warps(large: bool) -> int:
     return (8 if large else 4) // (2 if on_amd() else 1)
 
 
-def registers(tile: Tile) -> dict[str, int]:
-    """What leaves room for two blocks; left to itself ptxas for sm_100 aims at more, and spills."""
+def registers(tile: Tile, blocks: int = 2) -> dict[str, int]:
+    """What leaves room for `blocks`; left to itself ptxas for sm_100 aims at more, and spills."""
     if target().arch != 100:
         return {}
-    return {"maxnreg": min(255, 65536 // (2 * 32 * tile.num_warps))}
+    return {"maxnreg": min(255, 65536 // (blocks * 32 * tile.num_warps))}
 
 
 def stages(bytes_per_stage: int) -> int:

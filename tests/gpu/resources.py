@@ -245,8 +245,7 @@ Through registers they would be wide, and no longer in flight. The limits are th
 ## DeiT-B: what is spilled or narrow
 
 Of all kernels at rank 256, for two images in both types and for 64 in `fp16`. Exact products keep
-both halves of each operand, and at that rank there are not registers enough for them in the
-backward pass.
+both halves of each operand, and at that rank there are not registers enough for them.
 
 {wide}
 
