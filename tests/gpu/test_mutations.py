@@ -101,8 +101,8 @@ RUNS = [
     ("low_rank_mlp_backward_kernel", mlp_backward),
     ("hidden_grads_kernel", hidden_grads),
 ]
-# Of one kind in one kernel; of more, which are all alike, every second one.
-MOST = 48
+# Of one kind in one kernel; of more, which are all alike, every second or third.
+MOST = 32
 
 
 def spare(kind: str, place: int, machine: Machine) -> bool:
