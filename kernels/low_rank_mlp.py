@@ -272,7 +272,7 @@ def backward(
             flat.stride(0), kept.stride(0),
             v1.stride(0), u1.stride(0), v2.stride(0), u2.stride(0), share,
             ACTIVATION=activation, BLOCK_R1=tiles.padded(r1), BLOCK_R2=tiles.padded(r2),
-            PRECISION=tiles.precision(grad), **tile.arguments(),
+            PRECISION=tiles.precision(grad), **tile.arguments(), **tiles.registers(tile, blocks=1),
         )  # fmt: skip
         if parts is not None:
             _expand_parts(parts, v1, None, dx, dmiddle1, tile)
@@ -333,7 +333,7 @@ def _hidden_grads(
     a, b = rows(middle1), rows(dmiddle2)
     (m, r1), (h, r2) = a.shape, v2.shape
     # Two sums are alive at once, hence half the size that one would get.
-    tile = tiles.reduction_tile(m, 2 * max(r1, r2), a)
+    tile = tiles.reduction_tile(m, 2 * max(r1, r2), a, reads_columns=False)
     columns = triton.cdiv(h, tile.BLOCK_N)
     parts = tiles.splits(m, tile.BLOCK_M, columns)
     du1 = parts_of(a, parts, h, r1) if need_u1 else None

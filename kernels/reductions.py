@@ -99,7 +99,9 @@ def weight_grads_kernel(
         if bias_ptr is not None:
             pre += load_row(bias_ptr, columns, N)[:, None]
         grad = load_tile(grad_ptr, stride_grad, rows, columns, left, N)
-        g = tl.trans(grad).to(tl.float32) * slope(pre, ACTIVATION)
+        # The slope is transposed there and back, so that the tile of gradients keeps the layout in
+        # which it is read: one that goes straight into a transposition is copied 32 bits at a time.
+        g = tl.trans(grad.to(tl.float32) * tl.trans(slope(pre, ACTIVATION)))
         du = tl.dot(g.to(u.dtype), middle, du, input_precision=PRECISION)
         dbias += tl.sum(g, 1)
     if du_ptr is not None:
@@ -188,6 +190,7 @@ def weight_grads(
         m, n, r, grad.stride(0), middle.stride(0), u.stride(0),
         part_rows(m, parts, tile.BLOCK_M), ACTIVATION=activation, BLOCK_R=tiles.padded(r),
         PRECISION=tiles.precision(grad), **tile.arguments(without="BLOCK_K"),
+        **tiles.registers(tile),
     )  # fmt: skip
     return sum_parts(du, grad.dtype), sum_parts(dbias, grad.dtype)
 

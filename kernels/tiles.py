@@ -77,11 +77,11 @@ def warps(large: bool) -> int:
     return (8 if large else 4) // (2 if on_amd() else 1)
 
 
-def registers(tile: Tile) -> dict[str, int]:
-    """What leaves room for two blocks; left to itself ptxas for sm_100 aims at more, and spills."""
+def registers(tile: Tile, blocks: int = 2) -> dict[str, int]:
+    """What leaves room for `blocks`; left to itself ptxas for sm_100 aims at more, and spills."""
     if target().arch != 100:
         return {}
-    return {"maxnreg": min(255, 65536 // (2 * 32 * tile.num_warps))}
+    return {"maxnreg": min(255, 65536 // (blocks * 32 * tile.num_warps))}
 
 
 def stages(bytes_per_stage: int) -> int:
@@ -110,11 +110,15 @@ def row_tile(rows: int, rank: int, x: Tensor, factors: int = 1, most: int = 128)
     # A stage holds (BLOCK_K or BLOCK_N) rows of a factor: 32 KiB of it, or what memory allows.
     room = 32768 if SHARED_KIB.get(target().arch, 64) > 100 else 16384
     depth = max(16, min(64, room // (width * size)))
-    stage = depth * x.element_size() * (factors * width + rows_at_once)
     large = rows_at_once * width > (4096 if on_amd() else 8192)
+    row = x.element_size() * (factors * width + rows_at_once)  # of a stage
+    # With no load in flight operands stay in registers, of which rank 256 leaves too few on sm_90.
+    if large and width > 128 and stages(depth * row) == 1:
+        depth = max(16, depth // 2)
     # Half as many warps where the tiles of x and y would have less than 16 bytes a thread.
     small = rows_at_once * depth * x.element_size() < 512 * warps(large) * (2 if on_amd() else 1)
-    return Tile(rows_at_once, depth, depth, warps(large) // (2 if small else 1), stages(stage))
+    return Tile(
+        rows_at_once, depth, depth, warps(large) // (2 if small else 1), stages(depth * row))
 
 
 def product_tile(rows: int, columns: int, x: Tensor, widest: int = 128) -> Tile:
@@ -132,15 +136,21 @@ def product_tile(rows: int, columns: int, x: Tensor, widest: int = 128) -> Tile:
     return Tile(rows_at_once, depth, columns_at_once, count, stages(stage))
 
 
-def reduction_tile(rows: int, rank: int, x: Tensor) -> Tile:
-    """Sums over rows of (BLOCK_N, rank): BLOCK_M rows at a time, BLOCK_N output rows a program."""
+def reduction_tile(rows: int, rank: int, x: Tensor, reads_columns: bool = True) -> Tile:
+    """Sums over rows of (BLOCK_N, rank): BLOCK_M rows at a time, BLOCK_N output rows a program.
+
+    `reads_columns`: tiles (BLOCK_M, BLOCK_N) are read as well, not only (BLOCK_M, rank).
+    """
     width, size = padded(rank), operand_bytes(x)
     # Exact float32 holds both halves of its operands in registers, and AMD's compiler the tiles
     # that come next: half the columns, no spills.
     doubled = 2 if size == 8 or on_amd() else 1
     columns = max(16, min(64, 8192 // (width * doubled)))
     depth = max(16, min(64, 16384 // (width * size)))
-    count = warps(columns * width > 4096)
+    large = columns * width > 4096
+    # Half as many warps where such a tile would have less than 16 bytes a thread.
+    threads = 32 * warps(large) * (2 if on_amd() else 1)
+    count = warps(large) // (2 if reads_columns and depth * columns * size < 16 * threads else 1)
     return Tile(depth, depth, columns, count, stages(depth * size * (width + columns)))
 
 

@@ -7,42 +7,68 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import access_checks  # noqa: E402
+import parts  # noqa: E402
 import strict_interpreter  # noqa: E402
 import torch  # noqa: E402
-from cases import DTYPES, UNITS, draw, incoming, oracles, precision, run_kernels, worst  # noqa: E402
+from cases import (  # noqa: E402
+    DTYPES,
+    UNITS,
+    Case,
+    draw,
+    incoming,
+    oracles,
+    precision,
+    run_kernels,
+    worst,
+)
 from shapes import ragged  # noqa: E402
 from stub_driver import compiling_for  # noqa: E402
 
+Results = dict[str, torch.Tensor]
 
-def findings(part: int, parts: int) -> dict[str, list[str]]:
-    """Case and type → what is wrong with it; "kernels PART" → the kernels that ran."""
+
+def prepared(case: Case | parts.Parts, dtype_name: str) -> tuple[Callable, Results, Results]:
+    """What is to run, what it has to give exactly, and what plain PyTorch gives."""
+    dtype, _ = DTYPES[dtype_name]
+    if isinstance(case, parts.Parts):
+        arguments = parts.draw(case, dtype)
+        return lambda: parts.run_kernels(*arguments), *parts.oracles(dtype_name, *arguments)
+    arguments = draw(case, dtype)
+    grad = incoming(case, arguments)
+    expected = oracles(case, dtype_name, arguments, grad)
+    return lambda: run_kernels(case, arguments, grad), *expected
+
+
+def findings(part: int, count: int) -> dict[str, list[str]]:
+    """Case and type → what is wrong with it; "KERNEL PART" → the cases that it ran in."""
     found: dict[str, list[str]] = {}
-    kernels: set[str] = set()
-    for i, case in enumerate(ragged()):
-        for dtype_name, (dtype, setting) in DTYPES.items():
-            if i % parts != part:
+    for i, case in enumerate([*ragged(), *parts.RAGGED]):
+        kernels: set[str] = set()
+        for dtype_name, (_, setting) in DTYPES.items():
+            if i % count != part:
                 continue
-            arguments = draw(case, dtype)
-            grad = incoming(case, arguments)
-            exact, plain = oracles(case, dtype_name, arguments, grad)
+            run, exact, plain = prepared(case, dtype_name)
             try:
                 with (
                     precision(setting),
                     compiling_for("sm_80"),
                     access_checks.checked(seed=i) as launches,
                 ):
-                    actual = run_kernels(case, arguments, grad)
+                    actual = run()
                 complaints = worst(actual, exact, plain, UNITS[dtype_name])
                 complaints += [f"not written: {name}" for name in launches.unwritten]
                 kernels |= launches.kernels
             except Exception as error:  # reported as this case's finding
                 complaints = [f"{type(error).__name__}: {error} {error.__cause__ or ''}"]
             found[f"{case.id}-{dtype_name}"] = complaints
-    return found | {f"kernels {part}": sorted(kernels)}
+        for kernel in kernels:
+            found.setdefault(f"{kernel} {part}", []).append(case.id)
+    return found
 
 
 if __name__ == "__main__":

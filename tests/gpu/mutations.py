@@ -71,10 +71,13 @@ def swapped_operands(kernel: Kernel) -> Iterator[Kernel]:
 
 
 def dropped_guards(kernel: Kernel) -> Iterator[Kernel]:
-    """Predicates that keep threads from loading and storing."""
+    """What keeps threads from loading and storing: predicates, and the sizes of copies."""
     for place, instruction in enumerate(kernel.code):
-        if instruction.guard and instruction.parts[0] in ("ld", "st"):
+        name, operands = instruction.parts[0], instruction.operands
+        if instruction.guard and name in ("ld", "st"):
             yield _changed(kernel, place, replace(instruction, guard=None))
+        elif name == "cp" and len(operands) > 3:  # the fourth is how much is read of the third
+            yield _changed(kernel, place, replace(instruction, operands=operands[:3]))
 
 
 def place_of(mutant: Kernel, original: Kernel) -> int:

@@ -6,6 +6,7 @@ through barriers, asynchronous copies and asynchronous products.
 
 from collections.abc import Iterator
 
+import parts
 import pytest
 import torch
 from cases import DTYPES, UNITS, Case, draw, incoming, oracles, precision, run_kernels, worst
@@ -67,6 +68,17 @@ def test_vision_transformer_on_sm_90_with_wgmma(
     for launch in launches:
         if launch.name.startswith(names):
             assert any(i.parts[0] == "wgmma" for i in launch.kernel.code), launch.name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", parts.VISION, ids=lambda case: case.id)
+def test_parts_of_a_vision_transformer(case: parts.Parts, architecture: str) -> None:
+    """Sums are split where rows are few for the processors: not above, on sm_90."""
+    arguments = parts.draw(case, torch.float16)
+    with emulated(architecture) as launches:
+        actual = parts.run_kernels(*arguments)
+    assert {launch.name for launch in launches} == {"expand_parts_kernel", "sum_parts_kernel"}
+    assert worst(actual, *parts.oracles("fp16", *arguments), UNITS["fp16"]) == []
 
 
 def test_the_ops_run_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:

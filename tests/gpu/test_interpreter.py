@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import parts
 import pytest
 from cases import DTYPES
 from shapes import ragged
@@ -54,15 +55,16 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", [case.id for case in ragged()])
+@pytest.mark.parametrize("case", [case.id for case in [*ragged(), *parts.RAGGED]])
 def test_interpreted(case: str, dtype: str, findings: dict[str, list[str]]) -> None:
     assert findings[f"{case}-{dtype}"] == []
 
 
-def test_no_kernel_is_left_out(findings: dict[str, list[str]]) -> None:
+def test_every_kernel_ran_at_ten_shapes(findings: dict[str, list[str]]) -> None:
     source = "".join(file.read_text() for file in KERNELS.glob("*.py"))
-    ran = {name for part in range(PARTS) for name in findings[f"kernels {part}"]}
-    assert ran == set(re.findall(r"^def (\w+_kernel)\(", source, re.M))
+    for kernel in re.findall(r"^def (\w+_kernel)\(", source, re.M):
+        shapes = [case for part in range(PARTS) for case in findings.get(f"{kernel} {part}", [])]
+        assert len(shapes) >= 10, kernel
 
 
 @pytest.fixture(scope="module")

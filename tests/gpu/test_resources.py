@@ -1,7 +1,8 @@
 """Static budgets: what every kernel may take on each architecture at the shapes of DeiT-S."""
 
 import pytest
-from cases import DTYPES, draw
+import torch
+from cases import DTYPES, draw, incoming, precision
 from resources import (
     MULTIPROCESSOR,
     STORED_ON_AMD,
@@ -11,10 +12,11 @@ from resources import (
     measured,
     widths_on_amd,
 )
-from shapes import vision
+from shapes import DEIT, vision
 from stub_driver import TARGETS
 
 from adacomcat.kernels import load
+from adacomcat.kernels.reductions import weight_grads
 
 ARITHMETIC_ONLY = ("sum_parts_kernel", "row_sum_kernel")
 
@@ -72,3 +74,31 @@ def test_other_types_are_within_their_budget(architecture: str, dtype: str) -> N
     for name, compiled in compile_all(architecture, lambda: load(case.op).forward(*arguments)):
         taken = measure(name, compiled, architecture, dtype)
         assert taken.shared <= most and not taken.spilled and not taken.narrow, taken
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+def test_many_rows_of_a_wide_rank_are_not_spilled(architecture: str) -> None:
+    """The backward pass of DeiT-B's MLP, which keeps most, where tiles are the largest."""
+    case = vision("deit_b", 64 * 197)[2]
+    arguments = draw(case, torch.float16)
+    middle = torch.empty(64 * 197, case.sizes["r1"], dtype=torch.float16)
+    compiled = dict(compile_all(architecture, lambda: load(case.op).backward(
+        incoming(case, arguments), *arguments, middle, None, needs=[True] * 5 + [False] * 2)))
+    name = "low_rank_mlp_backward_kernel"
+    taken = measure(name, compiled[name], architecture, "fp16")
+    assert taken.tensor_core and not taken.spilled and not taken.narrow, taken
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize("dtype, model", [("fp32", "deit_s"), ("tf32", "deit_s"),
+                                          ("fp16", "deit_b")])
+def test_gradients_are_read_128_bits_at_a_time(dtype: str, model: str, architecture: str) -> None:
+    """Of an activation's input: a tile that is read as rows and multiplied as columns."""
+    (kind, setting), (d, r, _) = DTYPES[dtype], DEIT[model]
+    shapes = ((394, d), (394, r), (d, r), (d,))
+    grad, middle, u, bias = (torch.empty(shape, dtype=kind) for shape in shapes)
+    with precision(setting):
+        compiled = dict(compile_all(architecture, lambda: weight_grads(
+            grad, middle, u, bias, "gelu", (True, True))))
+    taken = measure("weight_grads_kernel", compiled["weight_grads_kernel"], architecture, dtype)
+    assert not taken.narrow and not taken.spilled, taken

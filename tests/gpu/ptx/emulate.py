@@ -4,21 +4,24 @@ import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from stub_driver import compiling_for
 from triton.runtime.jit import JITFunction
 
-from ptx.machine import RED_ZONE, Machine, room
+from ptx.machine import GLOBAL_BASE, RED_ZONE, Machine, room
+from ptx.memory import NOBODY
 from ptx.parser import Kernel, parse
-
-Mutation = Callable[[Kernel], Kernel]
 
 
 @dataclass
 class Launch:
-    """One emulated launch: the kernel, its grid, the tensors by name, and the machine after it."""
+    """One emulated launch: the kernel, its grid, the tensors by name, and the machine after it.
+
+    `again` launches another kernel on the same tensors, and may trace it.
+    """
 
     name: str
     grid: tuple[int, ...]
@@ -26,12 +29,19 @@ class Launch:
     tensors: dict[str, torch.Tensor]
     addresses: dict[str, int]
     machine: Machine
+    again: Callable[..., "Launch"]
+
+    @property
+    def outputs(self) -> dict[str, torch.Tensor]:
+        """The tensors that it stored to, by name."""
+        writer, size = self.machine.uses["global"].writer, self.machine.granules["global"]
+        starts = {name: (at - GLOBAL_BASE) // size for name, at in self.addresses.items()}
+        return {name: tensor for name, tensor in self.tensors.items()
+                if (writer[starts[name] : starts[name] + tensor.nbytes // size] != NOBODY).any()}
 
 
 @contextmanager
-def emulated(
-    architecture: str, mutate: Mutation | None = None, traffic: bool = False, trace: bool = False
-) -> Iterator[list[Launch]]:
+def emulated(architecture: str, traffic: bool = False) -> Iterator[list[Launch]]:
     """Run every launch inside on the emulated architecture; each is appended to the list."""
     launches: list[Launch] = []
     run_on_gpu = JITFunction.run
@@ -42,11 +52,7 @@ def emulated(
         bound = {p.name: p.default for p in self.params if p.has_default}
         bound |= dict(zip(self.arg_names, args, strict=False))
         bound |= {name: value for name, value in options.items() if name in self.arg_names}
-        kernel = _parsed(compiled)
-        launches.append(
-            _launch(self, compiled, mutate(kernel) if mutate else kernel, grid, bound,
-                    traffic, trace)
-        )
+        launches.append(_launch(self, compiled, grid, bound, _parsed(compiled), traffic))
         return compiled
 
     JITFunction.run = run
@@ -68,8 +74,8 @@ def _parsed(compiled) -> Kernel:
 
 
 def _launch(
-    function: JITFunction, compiled, kernel: Kernel, grid: tuple, bound: dict,
-    traffic: bool, trace: bool,
+    function: JITFunction, compiled, grid: tuple, bound: dict, kernel: Kernel,
+    traffic: bool = False, trace: bool = False,
 ) -> Launch:  # fmt: skip
     names = function.arg_names
     folded = {names[path[0]] for path in compiled.src.constants if len(path) == 1}
@@ -87,7 +93,8 @@ def _launch(
     machine.launch(kernel, grid, threads, arguments, compiled.metadata.shared)
     for storage, (address, size) in storages.items():
         ctypes.memmove(storage, machine.get(address, size).ctypes.data, size)
-    return Launch(function.fn.__name__, tuple(grid), kernel, tensors, addresses, machine)
+    again = partial(_launch, function, compiled, grid, bound)
+    return Launch(function.fn.__name__, tuple(grid), kernel, tensors, addresses, machine, again)
 
 
 def _place(machine: Machine, tensor: torch.Tensor, storages: dict[int, tuple[int, int]]) -> int:

@@ -99,6 +99,10 @@ class Machine:
         self.products: list = []  # wgmma in flight
         self.product_groups = 0
         steps = [compile_instruction(self, instruction) for instruction in kernel.code]
+        if self.trace:
+            self.trace.begin(kernel, threads)
+            steps = [(kind, self.trace.recorded(ins, step) if kind == "compute" else step, target)
+                     for ins, (kind, step, target) in zip(kernel.code, steps, strict=True)]
         with np.errstate(all="ignore"):
             try:
                 self._run(steps)
@@ -346,6 +350,8 @@ class Machine:
         self.fences[active] += 1
         blocks = self.block[active]
         self.last_fence[blocks] = self.block_barriers[blocks]
+        if self.trace:
+            self.trace.fence(self.at)
 
     def whole_warps(self, mask: Mask, what: str) -> slice | Lanes:
         """The warps that run; all their threads must."""

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,7 @@ class Instruction:
     guard: str | None = None
     where: str = ""
 
-    @property
+    @cached_property
     def parts(self) -> list[str]:
         return self.opcode.split(".")
 
@@ -77,6 +78,11 @@ def parse(text: str, name: str = "") -> Kernel:
             operands = tuple(o.strip() for o in _OPERAND.findall(operands))
             kernel.code.append(Instruction(opcode, operands, guard, where))
     return in_execution_order(kernel)
+
+
+def registers_of(operand: str) -> list[str]:
+    """{%r1, %r2} → the names; a single one is a list of one."""
+    return [name.strip() for name in operand.strip("{}").split(",")]
 
 
 def narrowest_access(kernel: Kernel, space: str) -> int:

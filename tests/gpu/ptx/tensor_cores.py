@@ -8,8 +8,7 @@ from number_formats import bf16_to_f32, truncate_to_tf32
 
 from ptx.machine import WARP, Lanes, Machine, Mask, Step
 from ptx.memory import Fault
-from ptx.parser import Instruction
-from ptx.transfers import registers_of
+from ptx.parser import Instruction, registers_of
 
 GROUP = 128  # threads of a warpgroup
 DECODE: dict[str, Callable[[Lanes], Lanes]] = {
@@ -93,6 +92,10 @@ def wgmma(machine: Machine, instruction: Instruction) -> Step:
         in_flight = int(instruction.operands[0], 0)
 
         def wait(mask: Mask) -> None:
+            if machine.trace:
+                groups = np.full(machine.lanes, machine.product_groups)
+                everyone = np.ones(machine.lanes, bool)
+                machine.trace.wait(False, machine.at, in_flight, everyone, groups)
             while machine.products and machine.products[0][0] < machine.product_groups - in_flight:
                 machine.products.pop(0)[1]()
 
@@ -103,6 +106,9 @@ def wgmma(machine: Machine, instruction: Instruction) -> Step:
         if mask is not None:
             raise Fault("wgmma by part of the grid")
         machine.products.append((machine.product_groups, product.issue()))
+        if machine.trace:
+            groups = np.full(machine.lanes, machine.product_groups)
+            machine.trace.issue(False, groups, product.registers)
 
     return issue
 
@@ -120,6 +126,7 @@ class Product:
             raise NotImplementedError("wgmma with negated operands")
         self.result = registers_of(target)
         self.a_names = registers_of(a) if a.startswith("{") else None
+        self.registers = frozenset(self.result + (self.a_names or []))
         self.a_descriptor = None if self.a_names else machine.source(a, "u64")
         self.b_descriptor = machine.source(b, "u64")
         # Transposition flags: both operands', or only b's where a is in registers.
@@ -130,14 +137,13 @@ class Product:
         self.group, self.lane, self.warp = thread % WARP >> 2, thread & 3, thread >> 5
 
     def issue(self) -> Callable[[], None]:
-        """Read descriptors and registers now; the returned function computes."""
+        """Read descriptors now; the returned function reads registers, and computes."""
         machine = self.machine
         keep = np.broadcast_to(self.keep(), (machine.lanes,)).copy()
         b = np.broadcast_to(self.b_descriptor(), (machine.lanes,)).copy()
         self.tile(b, self.columns, self.b_transposed)
         if self.a_names:
-            held = [machine.registers[name].copy() for name in self.a_names]
-            return lambda: self.compute(self._from_registers(held), b, keep)
+            return lambda: self.compute(self._from_registers(), b, keep)
         a = np.broadcast_to(self.a_descriptor(), (machine.lanes,)).copy()
         self.tile(a, 64, self.a_transposed)
         return lambda: self.compute(self.tile(a, 64, self.a_transposed), b, keep)
@@ -153,10 +159,11 @@ class Product:
             after = before.reshape(-1, GROUP) + d[:, rows, columns]
             registers[name] = after.astype(np.float32).reshape(-1).view(np.uint32)
 
-    def _from_registers(self, held: list[Lanes]) -> Lanes:
+    def _from_registers(self) -> Lanes:
         a = np.zeros((self.machine.lanes // GROUP, 64, self.depth), np.float32)
         half = 4 * self.per
-        for i, lanes in enumerate(held):
+        for i, name in enumerate(self.a_names):
+            lanes = self.machine.registers[name]
             values = DECODE[self.kind](lanes.view(self.bits)).reshape(-1, GROUP, self.per)
             rows = 16 * self.warp + self.group + 8 * (i & 1)
             for e in range(self.per):

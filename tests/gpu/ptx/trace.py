@@ -1,56 +1,216 @@
-"""All accesses of shared memory in one launch, and which barriers they could do without."""
+"""All accesses of shared memory in one launch, and which barriers, waits and fences are spare.
+
+A second opinion: nothing is summed up on the way as in `SharedUse`, which remembers the last writer
+and readers only. Two accesses of one granule, one of them a store, have to be ordered: by the
+program where one thread makes both, else by a barrier of the block. Barriers of warps are ignored,
+so that rather too little is called spare.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
+from ptx.parser import Instruction, Kernel, registers_of
+
 SEVERAL = -2  # in place of a thread: what a warp or a warpgroup reads as one
+NEVER = np.iinfo(np.int64).max
+
+
+@dataclass
+class Flight:
+    """A copy or a product from its issue to its wait, granule by granule.
+
+    `threads` are those that the program orders with it, `lanes` those that wait for it.
+    """
+
+    time: int
+    epoch: int
+    stores: bool
+    granules: np.ndarray
+    threads: np.ndarray
+    lanes: np.ndarray
+    groups: np.ndarray
+    registers: frozenset[str]
+
+
+@dataclass
+class Wait:
+    """All but the last `left` of the groups that each lane has committed land here."""
+
+    time: int
+    epoch: int
+    place: int
+    left: float
+    active: np.ndarray
+    groups: np.ndarray
 
 
 class Trace:
-    """Who touched which granules between which barriers.
-
-    A second opinion on barriers: nothing is summed up on the way as in `SharedUse`, which remembers
-    the last writer and readers only.
-    """
+    """Who touched which granules when, and between which barriers."""
 
     def __init__(self) -> None:
+        self.time = 0  # instructions executed
+        self.landing = False  # whether this one is a wait
+        self.block_size = 0
+        self.results: frozenset[str] = frozenset()  # registers that wgmma write, and that they read
+        self.sources: frozenset[str] = frozenset()
         self.accesses: list[tuple[np.ndarray, ...]] = []
         self.passed: list[np.ndarray] = []
+        self.flights: list[Flight] = []
+        self.fences: list[tuple[int, int]] = []  # time and place
+        self.waits: dict[bool, list[Wait]] = {True: [], False: []}  # for copies, for products
+        self.uses: list[tuple[int, frozenset[str]]] = []  # of these registers by other instructions
+
+    def begin(self, kernel: Kernel, block_size: int) -> None:
+        self.block_size = block_size
+        products = [ins.operands for ins in kernel.code if "mma_async" in ins.parts]
+        self.results = frozenset(name for o in products for name in registers_of(o[0]))
+        self.sources = frozenset(name for o in products for name in registers_of(o[1]))
+
+    def recorded(self, instruction: Instruction, step: Callable) -> Callable:
+        """The step; it takes a time of its own."""
+        waits = "wait_group" in instruction.opcode or "wait_all" in instruction.opcode
+        used = self._used_registers(instruction)
+
+        def and_recorded(mask: np.ndarray | None) -> None:
+            self.time += 1
+            self.landing = waits
+            step(mask)
+            if used:
+                self.uses.append((self.time, used))
+
+        return and_recorded
+
+    def _used_registers(self, instruction: Instruction) -> frozenset[str]:
+        """Those that a product in flight makes untouchable: its result, and to write its operand.
+
+        Products that follow may add to the same result.
+        """
+        if instruction.parts[0] == "wgmma" or not instruction.operands:
+            return frozenset()
+        first, *others = (frozenset(registers_of(operand)) for operand in instruction.operands)
+        written = frozenset() if instruction.parts[0] == "st" else first & self.sources
+        return written | self.results & first.union(*others)
 
     def touch(
         self, store: bool, granules: np.ndarray, threads: np.ndarray, blocks: np.ndarray
     ) -> None:
-        epoch = np.full(granules.size, len(self.passed))
-        flat = (np.broadcast_to(a, granules.shape).reshape(-1) for a in (granules, threads, blocks))
-        self.accesses.append((*flat, epoch, np.full(granules.size, store)))
+        flat = [np.broadcast_to(a, granules.shape).reshape(-1) for a in (granules, threads, blocks)]
+        same = (len(self.passed), store, self.time, self.landing)
+        self.accesses.append((*flat, *(np.full(granules.size, value) for value in same)))
 
     def barrier(self, places: np.ndarray) -> None:
         """Each block passes the barrier at a place of its own."""
         self.passed.append(places)
 
-    def spare(self, place: int) -> bool:
+    def fence(self, place: int) -> None:
+        self.fences.append((self.time, place))
+
+    def issue(self, stores: bool, groups: np.ndarray, registers: frozenset[str]) -> None:
+        """A copy or a product that begins with what this instruction has touched."""
+        touched = [access for access in self.accesses if access[5][0] == self.time]
+        columns = zip(*(access[:3] for access in touched), strict=True)
+        granules, threads, blocks = map(np.concatenate, columns)
+        lanes = np.where(threads == SEVERAL, blocks * self.block_size, threads)
+        self.flights.append(Flight(self.time, len(self.passed), stores, granules, threads, lanes,
+                                   groups[lanes], registers))
+
+    def wait(
+        self, copies: bool, place: int, left: float, active: np.ndarray, groups: np.ndarray
+    ) -> None:
+        self.waits[copies].append(Wait(self.time, len(self.passed), place, left, active, groups))
+
+    @cached_property
+    def table(self) -> tuple[np.ndarray, ...]:
+        """All accesses: granule, thread, block, epoch, whether a store, time, whether at a wait."""
+        return tuple(np.concatenate(column) for column in zip(*self.accesses, strict=True))
+
+    def spare_barrier(self, place: int) -> bool:
         """Whether without the barrier at `place` all accesses are as ordered as before.
 
-        Two are not if different threads make them, one stores, and no barrier lies between. Copies
-        and products in flight count where they are issued and where they are waited for. Barriers
-        of warps are ignored, so that rather too few barriers are called spare.
+        Pairs are counted that only that barrier separates, of different threads, one of which
+        stores. Copies and products in flight count where they are issued and where they land.
         """
-        granules, threads, blocks, epochs, stores = (
-            np.concatenate(column) for column in zip(*self.accesses, strict=True)
-        )
+        granules, threads, blocks, epochs, stores, *_ = self.table
         others = np.array(self.passed) != place
-        before = np.concatenate([np.zeros((1, others.shape[1]), int), np.cumsum(others, 0)])
-        found = _conflicts(granules, threads, before[epochs, blocks], stores)
-        return found <= _conflicts(granules, threads, epochs, stores)
+        merged = np.concatenate([np.zeros((1, others.shape[1]), int), np.cumsum(others, 0)])
+        together = _numbered(granules, merged[epochs, blocks])
+        by_epoch, by_thread = _numbered(together, epochs), _numbered(together, threads)
+        return (_pairs(together, stores) - _pairs(by_epoch, stores) - _pairs(by_thread, stores)
+                + _pairs(_numbered(by_epoch, threads), stores)) == 0  # fmt: skip
+
+    def spare_wait(self, place: int, left: float) -> bool:
+        """Whether what the wait at `place` waits for lands in time if it leaves `left` groups.
+
+        In time: before the launch ends, and every access of the same granules (where one of the
+        two stores) comes before the issue or after the landing; nothing else touches the registers
+        of a product meanwhile.
+        """
+        copies = any(wait.place == place for wait in self.waits[True])
+        waits = self.waits[copies]
+        changed = [replace(w, left=left) if w.place == place else w for w in waits]
+        for flight in self.flights:
+            if flight.stores != copies:
+                continue
+            before, after = (self._landing(flight, w) for w in (waits, changed))
+            late = before[0] != after[0]
+            if late.any() and not self._in_time(flight, late, *after):
+                return False
+        return True
+
+    def spare_fence(self, place: int) -> bool:
+        """Whether without that at `place` too a fence lies between stores and products of them."""
+        granules, *_, stores, times, _ = self.table
+        others = [time for time, at in self.fences if at != place]
+        for product in self.flights:
+            if not product.stores:
+                last = max((time for time in others if time < product.time), default=0)
+                between = stores & (times > last) & (times < product.time)
+                if np.isin(granules[between], product.granules).any():
+                    return False
+        return True
+
+    def _landing(self, flight: Flight, waits: list[Wait]) -> tuple[np.ndarray, np.ndarray]:
+        """The time and the barriers passed at the first wait that is for each of the granules."""
+        times, epochs = (np.full(flight.granules.size, NEVER) for _ in range(2))
+        for wait in waits:
+            if wait.time > flight.time:
+                lands = wait.active[flight.lanes] & (times == NEVER)
+                lands &= flight.groups < wait.groups[flight.lanes] - wait.left
+                times[lands], epochs[lands] = wait.time, wait.epoch
+        return times, epochs
+
+    def _in_time(
+        self, flight: Flight, late: np.ndarray, times: np.ndarray, epochs: np.ndarray
+    ) -> bool:
+        if (times == NEVER).any():
+            return False
+        if any(flight.time < time < times.max() and used & flight.registers
+               for time, used in self.uses):
+            return False
+        granules, threads, _, access_epochs, stores, access_times, landing = self.table
+        at = np.full(granules.max() + 1, -1)
+        at[flight.granules[late]] = np.flatnonzero(late)
+        of = at[granules]
+        # Landings follow their issues, which count; reads do not meet.
+        meets = (of >= 0) & ~landing & (access_times != flight.time) & (stores | flight.stores)
+        of, own = of[meets], threads[meets] == flight.threads[of[meets]]
+        access_epochs, access_times = access_epochs[meets], access_times[meets]
+        before = (access_epochs < flight.epoch) | own & (access_times < flight.time)
+        after = (access_epochs > epochs[of]) | own & (access_times > times[of])
+        return bool((before | after).all())
 
 
-def _conflicts(
-    granules: np.ndarray, threads: np.ndarray, epochs: np.ndarray, stores: np.ndarray
-) -> set[int]:
-    """Granules that several threads touch in one epoch, and one of them stores."""
-    order = np.lexsort((epochs, granules))
-    granules, threads, epochs, stores = (a[order] for a in (granules, threads, epochs, stores))
-    new = (np.diff(granules, prepend=-1) != 0) | (np.diff(epochs, prepend=-1) != 0)
-    starts = np.flatnonzero(new)
-    first, last = (f.reduceat(threads, starts) for f in (np.minimum, np.maximum))
-    stored = np.logical_or.reduceat(stores, starts)
-    return set(granules[starts[stored & (first != last)]].tolist())
+def _numbered(*columns: np.ndarray) -> np.ndarray:
+    """Equal rows get equal numbers, from 0."""
+    key = columns[0].astype(np.int64)
+    for column in columns[1:]:
+        key = key * (int(column.max()) + 3) + column + 2  # threads begin with SEVERAL
+    return np.unique(key, return_inverse=True)[1]
+
+
+def _pairs(key: np.ndarray, stores: np.ndarray) -> int:
+    """How many pairs of a store and an access have the same key."""
+    return int(np.bincount(key) @ np.bincount(key, stores).astype(np.int64))

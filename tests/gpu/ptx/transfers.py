@@ -1,17 +1,13 @@
 """Instructions that move data: loads, stores, matrices, asynchronous copies, shuffles."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from ptx.machine import TYPES, WARP, Lanes, Machine, Mask, Step
 from ptx.memory import UNSIGNED, Fault, Memory
-from ptx.parser import Instruction
-
-
-def registers_of(operand: str) -> list[str]:
-    """{%r1, %r2} → the names; a single one is a list of one."""
-    return [name.strip() for name in operand.strip("{}").split(",")]
+from ptx.parser import Instruction, registers_of
 
 
 def _space(instruction: Instruction) -> str:
@@ -157,11 +153,15 @@ def copy_async(machine: Machine, instruction: Instruction) -> Step:
         sizes = np.broadcast_to(size(), (machine.lanes,)).astype(np.int64)
         destinations, sources = to(), source()
         reads = active & (sizes > 0)
+        if (sizes[active] < width).any():
+            machine.held_back.add(machine.at)
         if reads.any():
             machine.access(machine.memory, sources, width, reads, "load")
         machine.access(machine.shared, destinations, width, active, "copy")
         group = machine.copy_groups.copy()
         machine.copies.append(Copy(destinations, sources, width, sizes, group, active.copy()))
+        if machine.trace and active.any():
+            machine.trace.issue(True, group, frozenset())
 
     return step
 
@@ -171,6 +171,10 @@ def _wait(machine: Machine, in_flight: int | None, mask: Mask) -> None:
 
     Arrival is no access of its own: the copy was recorded as a store when it was issued.
     """
+    if machine.trace:
+        active = np.ones(machine.lanes, bool) if mask is None else mask.copy()
+        left = -math.inf if in_flight is None else in_flight
+        machine.trace.wait(True, machine.at, left, active, machine.copy_groups.copy())
     for copy in machine.copies:
         arriving = copy.waiting.copy()
         if in_flight is not None:
@@ -180,6 +184,9 @@ def _wait(machine: Machine, in_flight: int | None, mask: Mask) -> None:
         if not arriving.any():
             continue
         offsets, sources, size = copy.to[arriving], copy.source[arriving], copy.size[arriving]
+        # What was issued is not initialised until it arrives, or until somebody else stores.
+        if machine.shared.initialised[offsets].any():
+            raise Fault("race: cp.async arrives over what was stored since it was issued")
         for byte in range(copy.width):
             inside = byte < size
             value = machine.memory.bytes[np.where(inside, sources + byte, 0)]
