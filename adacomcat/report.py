@@ -67,6 +67,19 @@ def print_comparison(title: str, comparison: Comparison) -> None:
     print_table(title, comparison.columns(), comparison.cells())
 
 
+def print_refinement(found: Mapping[str, Any] | None) -> None:
+    """What ``Refined.summary`` says; nothing where no plan was refined."""
+    if found is None:
+        return
+    title = (f"refined: loss on held-out images {found['start_loss']:.4f} → {found['loss']:.4f}, "
+             f"{found['tried']} plans tried")
+    if found["changed"]:
+        print_table(title, ["site", "before", "after"],
+                    [[name, *ranks] for name, ranks in found["changed"].items()])
+    else:
+        print(f"{title}; the first one stays")
+
+
 def write_report(folder: str | Path, title: str, comparison: Comparison, sites: Sequence[Site],
                  plan: RankPlan, history: Sequence[Mapping[str, float]] = ()) -> Path:
     """report.html in ``folder``: models before and after, ranks as a heat map, the history.
