@@ -111,8 +111,8 @@ def test_plan_and_rank_multiple(tmp_path, weights, run_json):
 
 def test_refine_tells_what_it_changed(tmp_path, weights, run, run_json):
     argv = ["compress", *MODEL, "--checkpoint", weights, "--in-chans", "3", "--data", "digits",
-            "--calibration-images", "24", "--collages", "4", "--rank-multiple", "4",
-            "--keep-params", "0.5", "--refine", "6", "--no-report", "--output"]
+            "--calibration-images", "24", "--collages", "4",
+            "--keep-params", "0.7", "--refine", "6", "--no-report", "--output"]
     done = run_json(*argv, tmp_path / "one")
     found = done["refinement"]
     assert 1 <= found["tried"] <= 6 and found["loss"] < found["start_loss"]
