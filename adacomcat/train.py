@@ -168,18 +168,10 @@ def start_search(model: nn.Module, images: Tensor | None, config: TrainConfig,
     gates = RankGates(sites, multiple)
     refinement = None
     if plan is None and config.start_from_allocation:
-        weights = error_weights(model, factors, images, sites)
-        least_error = allocator(model, factors, sites, keep_params=config.keep_params)
-
-        def allocate(weights: dict[str, float]) -> RankPlan:
-            return processes.broadcast_object(least_error(weights))
-
-        if judges is None:
-            plan = allocate(weights)
-        else:
+        loss = None
+        if judges is not None:
             loss = _cross_entropy(supernet, sites, judges, config, processes)
-            refined = refined_allocation(allocate, weights, sites, loss, config.refine)
-            plan, refinement = refined.plan, refined.summary()
+        plan, refinement = _allocation(model, factors, images, sites, config, processes, loss)
         gates.start_at_(explicit_plan(plan, sites))
     elif plan is None:
         plan = uniform_plan(sites, target - fixed, multiple)
@@ -189,6 +181,22 @@ def start_search(model: nn.Module, images: Tensor | None, config: TrainConfig,
                         config.with_(search=policy).search_config(), target=target, fixed=fixed)
     search.refinement = refinement
     return search
+
+
+def _allocation(model: nn.Module, factors: Factors, images: Tensor | None, sites: list[Site],
+                config: TrainConfig, processes: Processes,
+                loss: Callable[[RankPlan], float] | None) -> tuple[RankPlan, dict | None]:
+    """The knapsack's plan, or with a loss that judges plans a refined one, and what that changed."""
+    weights = error_weights(model, factors, images, sites)
+    least_error = allocator(model, factors, sites, keep_params=config.keep_params)
+
+    def allocate(weights: dict[str, float]) -> RankPlan:
+        return processes.broadcast_object(least_error(weights))
+
+    if loss is None:
+        return allocate(weights), None
+    refined = refined_allocation(allocate, weights, sites, loss, config.refine)
+    return refined.plan, refined.summary()
 
 
 def _cross_entropy(supernet: nn.Module, sites: list[Site], judges: Any, config: TrainConfig,
