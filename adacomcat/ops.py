@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from adacomcat import backends, gradients
+from adacomcat import backends, gradients, shapes
 from adacomcat.errors import UserError
 from adacomcat.reference import ACTIVATIONS
 
@@ -177,104 +177,6 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-# Shape checks: run by the fake and by the real implementation, so that both say the same.
-
-
-def _check_like(x: Tensor, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            torch._check(
-                tensor.dtype == x.dtype,
-                lambda n=name, t=tensor: f"{n} is {t.dtype} and x is {x.dtype}: cast one of them",
-            )
-            torch._check(
-                tensor.device == x.device,
-                lambda n=name, t=tensor: f"{n} is on {t.device} and x is on {x.device}",
-            )
-
-
-def _check_shape(name: str, tensor: Tensor | None, *shape: int) -> None:
-    if tensor is None:
-        return
-    message = f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}"
-    torch._check(tensor.dim() == len(shape), lambda: message)
-    for size, expected in zip(tensor.shape, shape, strict=True):
-        torch._check(size == expected, lambda: message)
-
-
-def _check_factors(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, suffix: str = "") -> None:
-    torch._check(v.dim() == 2 and u.dim() == 2, lambda: f"v{suffix}, u{suffix} must be matrices")
-    _check_shape(f"v{suffix}", v, x.shape[-1], v.shape[1])
-    _check_shape(f"u{suffix}", u, u.shape[0], v.shape[1])
-    _check_shape(f"bias{suffix}", bias, u.shape[0])
-
-
-def _check_input(x: Tensor) -> None:
-    torch._check(x.dim() > 0, lambda: "x must have at least one dimension (..., in)")
-    torch._check(x.is_floating_point(), lambda: f"x must be floating point, got {x.dtype}")
-
-
-def _shape_low_rank_linear(x, v, u, bias, activation, residual) -> list[tuple]:
-    _check_input(x)
-    _check_like(x, v=v, u=u, bias=bias, residual=residual)
-    _check_factors(x, v, u, bias)
-    out = (*x.shape[:-1], u.shape[0])
-    _check_shape("residual", residual, *out)
-    return [out, (*x.shape[:-1], v.shape[1])]
-
-
-def _shape_gated_low_rank_linear(x, v, gate, u, bias) -> list[tuple]:
-    _check_input(x)
-    _check_like(x, v=v, gate=gate, u=u, bias=bias)
-    _check_factors(x, v, u, bias)
-    _check_shape("gate", gate, v.shape[1])
-    return [(*x.shape[:-1], u.shape[0]), (*x.shape[:-1], v.shape[1])]
-
-
-def _shape_low_rank_mlp(x, v1, u1, b1, v2, u2, b2, activation) -> list[tuple]:
-    _check_input(x)
-    _check_like(x, v1=v1, u1=u1, b1=b1, v2=v2, u2=u2, b2=b2)
-    _check_factors(x, v1, u1, b1, "1")
-    torch._check(v2.dim() == 2 and u2.dim() == 2, lambda: "v2, u2 must be matrices")
-    _check_shape("v2", v2, u1.shape[0], v2.shape[1])
-    _check_shape("u2", u2, u2.shape[0], v2.shape[1])
-    _check_shape("b2", b2, u2.shape[0])
-    return [(*x.shape[:-1], n) for n in (u2.shape[0], v1.shape[1], v2.shape[1])]
-
-
-def _shape_dense_mlp(x, w1, b1, w2, b2, activation) -> list[tuple]:
-    _check_input(x)
-    _check_like(x, w1=w1, b1=b1, w2=w2, b2=b2)
-    torch._check(w1.dim() == 2 and w2.dim() == 2, lambda: "w1, w2 must be matrices")
-    _check_shape("w1", w1, w1.shape[0], x.shape[-1])
-    _check_shape("b1", b1, w1.shape[0])
-    _check_shape("w2", w2, w2.shape[0], w1.shape[0])
-    _check_shape("b2", b2, w2.shape[0])
-    return [(*x.shape[:-1], w2.shape[0])]
-
-
-def _shape_low_rank_attention(x, wq, bq, wk, wv, wo, bo, heads, scale, mask) -> list[tuple]:
-    _check_input(x)
-    additive = mask if mask is not None and mask.dtype != torch.bool else None
-    _check_like(x, wq=wq, bq=bq, wk=wk, wv=wv, wo=wo, bo=bo, attn_mask=additive)
-    torch._check(x.dim() == 3, lambda: f"x must be (B, N, d), got {tuple(x.shape)}")
-    _check_shape("wq", wq, wq.shape[0], x.shape[2])
-    _check_shape("bq", bq, wq.shape[0])
-    _check_shape("wk", wk, wq.shape[0], x.shape[2])
-    _check_shape("wv", wv, wv.shape[0], x.shape[2])
-    for name, rows in (("wq and wk", wq.shape[0]), ("wv", wv.shape[0])):
-        torch._check(
-            heads > 0 and rows % heads == 0,
-            lambda n=name, r=rows: f"the {r} rows of {n} do not split into {heads} heads",
-        )
-    _check_shape("wo", wo, wo.shape[0], wv.shape[0])
-    _check_shape("bo", bo, wo.shape[0])
-    if mask is not None:
-        torch._check(mask.dim() <= 4, lambda: "attn_mask must broadcast to (B, H, N, N)")
-    widths = (wo.shape[0], wq.shape[0], wq.shape[0], wv.shape[0], wv.shape[0])
-    return [(*x.shape[:2], n) for n in widths]
-
-
 # Flops: two per multiply-add, one call per op and shape.
 
 
@@ -308,7 +210,7 @@ def _returned(*results: Tensor) -> Any:
     return results if len(results) > 1 else results[0]
 
 
-def _register(name: str, arguments: str, results: int, shapes: Shapes, flops: Flops) -> None:
+def _register(name: str, arguments: str, results: int, shape: Shapes, flops: Flops) -> None:
     """Schema, implementation, fake, gradient and flop formula of one op."""
     returns = ", ".join(["Tensor"] * results)
     tags = (torch.Tag.pt2_compliant_tag,)
@@ -319,7 +221,7 @@ def _register(name: str, arguments: str, results: int, shapes: Shapes, flops: Fl
 
     def implementation(*args: Any) -> Any:
         *inputs, keep = args
-        shapes(*inputs)
+        shape(*inputs)
         x = inputs[0]
         # Fused attention on CPUs refuses a mask that requires a gradient, even here below autograd.
         inputs = [a.detach() if isinstance(a, Tensor) else a for a in inputs]
@@ -330,7 +232,7 @@ def _register(name: str, arguments: str, results: int, shapes: Shapes, flops: Fl
 
     def fake(*args: Any) -> Any:
         *inputs, keep = args
-        out, *kept = shapes(*inputs)
+        out, *kept = shape(*inputs)
         x = inputs[0]
         return _returned(x.new_empty(out), *(x.new_empty(s if keep else (0,)) for s in kept))
 
@@ -365,14 +267,14 @@ _register(
     "low_rank_linear",
     _LINEAR_ARGUMENTS,
     2,
-    _shape_low_rank_linear,
+    shapes.low_rank_linear,
     _flops_low_rank_linear,
 )
 _register(
     "gated_low_rank_linear",
     "Tensor x, Tensor v, Tensor gate, Tensor u, Tensor? bias",
     2,
-    _shape_gated_low_rank_linear,
+    shapes.gated_low_rank_linear,
     _flops_gated_low_rank_linear,
 )
 _register(
@@ -380,14 +282,14 @@ _register(
     "Tensor x, Tensor v1, Tensor u1, Tensor? b1, Tensor v2, Tensor u2, Tensor? b2, "
     "str? activation",
     3,
-    _shape_low_rank_mlp,
+    shapes.low_rank_mlp,
     _flops_low_rank_mlp,
 )
 _register(
     "dense_mlp",
     "Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str? activation",
     1,
-    _shape_dense_mlp,
+    shapes.dense_mlp,
     _flops_dense_mlp,
 )
 _register(
@@ -395,12 +297,12 @@ _register(
     "Tensor x, Tensor wq, Tensor? bq, Tensor wk, Tensor wv, Tensor wo, Tensor? bo, "
     "int num_heads, float scale, Tensor? attn_mask",
     5,
-    _shape_low_rank_attention,
+    shapes.low_rank_attention,
     _flops_low_rank_attention,
 )
 
 
-def _register_compiled(name: str, extra: str, shapes: Shapes, flops: Flops) -> None:
+def _register_compiled(name: str, extra: str, shape: Shapes, flops: Flops) -> None:
     """The compiled kernel ``<op>_<device>``, under a name of its own: ``pick`` stays in charge."""
     op = getattr(_OPS, name.rpartition("_")[0]).default
     arguments = str(op._schema).partition("(")[2].partition(", bool keep")
@@ -410,7 +312,7 @@ def _register_compiled(name: str, extra: str, shapes: Shapes, flops: Flops) -> N
     _LIBRARY.define(f"{name}({arguments[0]}, *, {extra}bool keep=False) -> ({returns})", tags=tags)
 
     def fake(x: Tensor, *args: Any, keep: bool = False, **fused: Any) -> Any:
-        out, *kept = shapes(x, *args)
+        out, *kept = shape(x, *args)
         return _returned(x.new_empty(out), *(x.new_empty(s if keep else (0,)) for s in kept))
 
     torch.library.register_fake(f"adacomcat::{name}", fake, lib=_LIBRARY)
@@ -420,9 +322,9 @@ def _register_compiled(name: str, extra: str, shapes: Shapes, flops: Flops) -> N
 # Whole sublayers: x is normalised first where there is an epsilon (a layer norm whose weight and
 # bias are folded into the projections), and the residual is added last.
 _FUSED = "float? epsilon=None, Tensor? residual=None, "
-_register_compiled("low_rank_linear_cpu", "", _shape_low_rank_linear, _flops_low_rank_linear)
-_register_compiled("low_rank_linear_cuda", "", _shape_low_rank_linear, _flops_low_rank_linear)
-_register_compiled("low_rank_mlp_cpu", _FUSED, _shape_low_rank_mlp, _flops_low_rank_mlp)
-_register_compiled("dense_mlp_cpu", _FUSED, _shape_dense_mlp, _flops_dense_mlp)
-_register_compiled("low_rank_attention_cpu", _FUSED, _shape_low_rank_attention,
+_register_compiled("low_rank_linear_cpu", "", shapes.low_rank_linear, _flops_low_rank_linear)
+_register_compiled("low_rank_linear_cuda", "", shapes.low_rank_linear, _flops_low_rank_linear)
+_register_compiled("low_rank_mlp_cpu", _FUSED, shapes.low_rank_mlp, _flops_low_rank_mlp)
+_register_compiled("dense_mlp_cpu", _FUSED, shapes.dense_mlp, _flops_dense_mlp)
+_register_compiled("low_rank_attention_cpu", _FUSED, shapes.low_rank_attention,
                    _flops_low_rank_attention)

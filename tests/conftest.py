@@ -1,6 +1,7 @@
 """Fixtures and the tolerance that all tests share."""
 
 import importlib
+import json
 import zlib
 from collections.abc import Iterator
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adacomcat import backends
+from adacomcat import backends, cli
 
 # Relative error that is rounding and nothing else.
 FLOOR = 1e-6
@@ -62,3 +63,22 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with backends.use_backend("cpp"):
         yield request.param
     extension.use_instruction_set(here)
+
+
+@pytest.fixture
+def run(capsys):
+    """(exit code, stdout, stderr) of one command in this process."""
+    def call(*argv):
+        code = cli.main([str(word) for word in argv])
+        out, err = capsys.readouterr()
+        return code, out, err
+    return call
+
+
+@pytest.fixture
+def run_json(run):
+    def call(*argv, code=0):
+        found, out, err = run(*argv, "--json")
+        assert found == code, err
+        return json.loads(out)
+    return call

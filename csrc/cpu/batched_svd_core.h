@@ -65,7 +65,7 @@ class Svd {
     for (int64_t i = 0; i < p.rank; ++i) finish_right(i);
     for (int64_t i = 0; i < p.rank; ++i) finish_left(i);
     apply_reflections();
-    for (int64_t i = 0; i < p.rank; ++i) store(i);
+    store();
     return SvdStatus::ok;
   }
 
@@ -98,8 +98,7 @@ class Svd {
       poisons += all[i] * 0;  // NaN for NaN and infinity
     }
     if (sum_lanes<T>(poisons) != 0) return false;
-    T largest = 0;
-    for (int64_t i = 0; i < kLanes<T>; ++i) largest = extremes[i] > largest ? extremes[i] : largest;
+    const T largest = largest_lane(extremes);
     if (largest == 0) return true;
     exponent = std::ilogb(largest);
     // Two factors: 2^-exponent alone overflows where the matrix is denormal.
@@ -175,7 +174,7 @@ class Svd {
   // it holds.
   template <int64_t fixed>
   bool orthogonalize() {
-    constexpr int64_t kMost = 64 << 10, kBlock = 16 << 10;  // bytes
+    constexpr int64_t kMost = 32 << 10, kBlock = 16 << 10;  // bytes
     const int64_t size = ldn * sizeof(T), most = kBlock / size / kLanes<T> * kLanes<T>;
     const int64_t block = r * size <= kMost || most == 0 ? r : most;
     for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
@@ -194,15 +193,18 @@ class Svd {
     return false;
   }
 
-  // All pairs of columns begin … end. Those with the same i + j are disjoint, and one such round
-  // after the other is the order row by row.
+  // All pairs of columns begin … end: those with the same i + j modulo their number are disjoint.
   template <int64_t fixed>
   bool rotate_block(int64_t begin, int64_t end) {
     bool rotated = false;
-    for (int64_t sum = 2 * begin + 1; sum <= 2 * end - 3; ++sum) {
-      const int64_t first = sum - end + 1 > begin ? sum - end + 1 : begin;
-      rotated |= rotate_round<fixed>((sum + 1) / 2 - first, [=](int64_t k) {
-        return std::pair(first + k, sum - first - k);
+    const int64_t size = end - begin;
+    for (int64_t sum = 0; sum < size; ++sum) {
+      // i + j = sum, and i + j = sum + size
+      const int64_t low = (sum + 1) / 2, high = (size - sum - 1) / 2 > 0 ? (size - sum - 1) / 2 : 0;
+      const int64_t first = begin, last = begin + sum;
+      rotated |= rotate_round<fixed>(low + high, [=](int64_t k) {
+        return k < low ? std::pair(first + k, last - k)
+                       : std::pair(last + 1 + (k - low), end - 1 - (k - low));
       });
     }
     return rotated;
@@ -348,21 +350,50 @@ class Svd {
     }
   }
 
-  // Triple i of the result: the largest element of the left vector (the first of equals) positive.
-  void store(int64_t i) {
-    const int64_t j = order[i];
-    const T* right = column_x(j);
-    const T* other = column_left(i);
-    const T* u = wide ? right : other;
-    T extreme = 0;
-    for (int64_t k = 0; k < p.rows; ++k) {
-      if (std::fabs(u[k]) > std::fabs(extreme)) extreme = u[k];
+  // The largest element (the first of equals) of every left vector becomes positive.
+  void store() {
+    for (int64_t i = 0; i < p.rank; ++i) {
+      const bool negative = wide ? is_negative(column_x(order[i]), ldn)
+                                 : is_negative(column_left(i), ldm);
+      squares[i] = negative ? T(-1) : T(1);
     }
-    const T sign = extreme < 0 ? T(-1) : T(1);
-    T* of_column = wide ? p.v : p.u;
-    T* of_right = wide ? p.u : p.v;
-    for (int64_t k = 0; k < m; ++k) of_column[k * p.rank + i] = sign * other[k];
-    for (int64_t k = 0; k < n; ++k) of_right[k * p.rank + i] = sign * right[k];
+    store([this](int64_t i) { return column_left(i); }, wide ? p.v : p.u, m);
+    store([this](int64_t i) { return column_x(order[i]); }, wide ? p.u : p.v, n);
+  }
+
+  // Sixteen columns at a time, row by row: columns of the result written one by one would share
+  // few sets of the first cache.
+  template <class Column>
+  void store(Column column, T* to, int64_t rows) const {
+    constexpr int64_t kBlock = 16;
+    for (int64_t begin = 0; begin < p.rank; begin += kBlock) {
+      const int64_t count = p.rank - begin < kBlock ? p.rank - begin : kBlock;
+      const T* from[kBlock];
+      for (int64_t i = 0; i < count; ++i) from[i] = column(begin + i);
+      for (int64_t k = 0; k < rows; ++k) {
+        T* row = to + k * p.rank + begin;
+        for (int64_t i = 0; i < count; ++i) row[i] = squares[begin + i] * from[i][k];
+      }
+    }
+  }
+
+  // Whether the largest element is, the first of equals.
+  static bool is_negative(const T* x, int64_t length) {
+    auto* vectors = reinterpret_cast<const Vector<T>*>(x);
+    Vector<T> extremes{};
+    for (int64_t i = 0; i < length / kLanes<T>; ++i) {
+      const Vector<T> size = vectors[i] < 0 ? -vectors[i] : vectors[i];
+      extremes = size > extremes ? size : extremes;
+    }
+    const T largest = largest_lane(extremes);
+    while (std::fabs(*x) != largest) ++x;
+    return *x < 0;
+  }
+
+  static T largest_lane(Vector<T> x) {
+    T largest = x[0];
+    for (int64_t i = 1; i < kLanes<T>; ++i) largest = x[i] > largest ? x[i] : largest;
+    return largest;
   }
 
   const SvdProblem<T>& p;

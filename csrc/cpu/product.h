@@ -31,34 +31,42 @@ struct Prefetch {
 // Where a tile waits for its finish; a constant stride saves every tile the sums of its addresses.
 constexpr int64_t kTileStride = kPanel * kLanes;
 
+// Rows of A that one row of tiles multiplies: `stride` bytes from one to the next, and where the unit
+// goes by blocks of k, `step` from one block to the next.
+struct LeftRows {
+  const char* data;
+  int64_t stride, step;
+};
+
+inline const char* left_of(const Product& p, int64_t row) {
+  return static_cast<const char*>(p.a) + row * p.a_stride * kOperandSize;
+}
+
+inline int64_t steps_of(const Product& p) { return (p.k + kGroup - 1) / kGroup; }
+
 #ifdef ADACOMCAT_AMX
 #include "tile_amx.h"
 #else
 #include "tile_registers.h"
 #endif
 
-// Calls `visit(row, rows, column, vectors)` for each tile of C. The last panel is one vector wide
+// Calls `visit(left, row, rows, column, vectors)` for each tile of C. The last panel is one vector wide
 // where that is enough.
 template <typename Visit>
-inline void for_each_tile(int64_t m, int64_t n, Visit visit) {
-  for (int64_t row = 0; row < m; row += kTileRows) {
-    for (int64_t column = 0; column < n; column += kPanel * kLanes) {
-      const int64_t vectors = n - column <= kLanes ? 1 : kPanel;
-      visit(row, least(kTileRows, m - row), column, vectors);
+inline void for_each_tile(const Product& p, TileUnit& unit, Visit visit) {
+  for (int64_t row = 0; row < p.m; row += kTileRows) {
+    const int64_t rows = least(kTileRows, p.m - row);
+    const LeftRows left = unit.left(p, row, rows);
+    for (int64_t column = 0; column < p.n; column += kPanel * kLanes) {
+      visit(left, row, rows, column, p.n - column <= kLanes ? 1 : kPanel);
     }
   }
-}
-
-inline const char* left_of(const Product& p, int64_t row) {
-  return static_cast<const char*>(p.a) + row * p.a_stride * kOperandSize;
 }
 
 inline const float* right_of(const Product& p, int64_t column, int64_t vectors) {
   const int64_t lanes = column * p.b_rows + p.b_first * vectors * kLanes;
   return reinterpret_cast<const float*>(static_cast<const char*>(p.b) + lanes * kOperandSize);
 }
-
-inline int64_t steps_of(const Product& p) { return (p.k + kGroup - 1) / kGroup; }
 
 // The part of p.ahead that each tile prefetches, in turn.
 class Prefetches {
@@ -90,21 +98,49 @@ class Prefetches {
 void accumulate(const Product& p, float* sum, int64_t stride, bool add) {
   Prefetches ahead(p);
   TileUnit unit;
-  for_each_tile(p.m, p.n, [&](int64_t row, int64_t rows, int64_t column, int64_t vectors) {
-    unit.multiply<0>(rows, vectors, steps_of(p), left_of(p, row), p.a_stride * kOperandSize,
-                     right_of(p, column, vectors), sum + row * stride + column, stride, add,
-                     ahead.next());
+  for_each_tile(p, unit, [&](const LeftRows& left, int64_t row, int64_t rows, int64_t column,
+                             int64_t vectors) {
+    unit.multiply<0>(rows, vectors, steps_of(p), left, right_of(p, column, vectors),
+                     sum + row * stride + column, stride, add, ahead.next());
   });
+}
+
+// A whole vector column of a tile, all its rows. What every row asks anew costs as much as a row of
+// the product, so all that is known before is a parameter.
+template <Activation A, Dtype D, bool scaled, bool residual>
+inline void finish_rows(const float* tile, int64_t rows, Vector bias, const float* scales, char* out,
+                        int64_t stride, const char* added, int64_t added_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    Vector x = load(tile);
+    if (scaled) x *= scales[i];
+    x = activate(x + bias, A);
+    if (residual) x += load(added, 0, D);
+    store(out, 0, D, x);
+    tile += kTileStride;
+    out += stride;
+    if (residual) added += added_stride;
+  }
 }
 
 // One vector column of a tile, all its rows: the bias stays in a register.
 template <Activation A, Dtype D>
 inline void finish_column(const Finish& f, const float* tile, int64_t row, int64_t rows,
                           int64_t column, int64_t count) {
-  const bool whole = count == kLanes;
   const Vector bias = f.bias.data ? load_some(f.bias.data, column, f.bias.dtype, count) : Vector{};
+  const bool scaled = f.row_scale, residual = f.residual.data;
+  if (count == kLanes && !f.sum && !(scaled && residual) && (!residual || f.residual.dtype == D)) {
+    const int64_t size = dtype_size(D), stride = f.stride * size;
+    char* out = static_cast<char*>(f.out) + row * stride + column * size;
+    const int64_t added_stride = f.residual.stride * size;
+    const char* added = static_cast<const char*>(f.residual.data);
+    if (residual) added += row * added_stride + column * size;
+    const float* scales = scaled ? f.row_scale + row : nullptr;
+    const auto finish = residual ? &finish_rows<A, D, false, true>
+                        : scaled ? &finish_rows<A, D, true, false>
+                                 : &finish_rows<A, D, false, false>;
+    return finish(tile, rows, bias, scales, out, stride, added, added_stride);
+  }
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t out = (row + i) * f.stride + column;
     Vector x = load(tile + i * kTileStride);
     if (f.sum) x += load(f.sum + (row + i) * f.sum_stride + column);
     if (f.row_scale) x *= f.row_scale[row + i];
@@ -113,11 +149,7 @@ inline void finish_column(const Finish& f, const float* tile, int64_t row, int64
       x += load_some(f.residual.data, (row + i) * f.residual.stride + column, f.residual.dtype,
                      count);
     }
-    if (whole) {
-      store(f.out, out, D, x);
-    } else {
-      store_some(f.out, out, D, x, count);
-    }
+    store_some(f.out, (row + i) * f.stride + column, D, x, count);
   }
 }
 
@@ -147,10 +179,11 @@ void multiply_with(const Product& p, const Finish& f) {
   alignas(64) float tile[kTileRows * kTileStride];
   Prefetches ahead(p);
   TileUnit unit;
-  for_each_tile(p.m, p.n, [&](int64_t row, int64_t rows, int64_t column, int64_t vectors) {
-    unit.template multiply<kTileStride>(rows, vectors, steps_of(p), left_of(p, row),
-                                        p.a_stride * kOperandSize, right_of(p, column, vectors),
-                                        tile, kTileStride, false, ahead.next());
+  for_each_tile(p, unit, [&](const LeftRows& left, int64_t row, int64_t rows, int64_t column,
+                             int64_t vectors) {
+    unit.template multiply<kTileStride>(rows, vectors, steps_of(p), left,
+                                        right_of(p, column, vectors), tile, kTileStride, false,
+                                        ahead.next());
     const int64_t columns = least(vectors * kLanes, p.n - column);
     for (int64_t j = 0; j < columns; j += kLanes) {
       const int64_t count = least(kLanes, columns - j);

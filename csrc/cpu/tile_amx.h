@@ -8,20 +8,42 @@ class TileUnit {
  public:
   ~TileUnit() { _tile_release(); }
 
+  // Rows of A where loads are fast: tile after tile. Rows as far apart as those of a matrix share few
+  // sets of the first cache. One panel alone would not pay for the copy.
+  LeftRows left(const Product& p, int64_t row, int64_t rows) {
+    const LeftRows there{left_of(p, row), p.a_stride * kOperandSize, kRowBytes};
+    const int64_t steps = steps_of(p);
+    if (p.n <= kPanel * kLanes || steps > kMostSteps) return there;
+    for (int64_t i = 0; i < rows; ++i) {
+      const char* from = there.data + i * there.stride;
+      char* to = arranged_ + i * kRowBytes;
+      for (int64_t step = 0; step < steps; step += kSide, to += kTileRows * kRowBytes) {
+        const auto some = _mm512_maskz_loadu_epi32(first_lanes(steps - step), from + step * kStep);
+        _mm512_store_si512(to, some);
+      }
+    }
+    return {arranged_, kRowBytes, kTileRows * kRowBytes};
+  }
+
   // As multiply_tile; a configuration serves all tiles of as many rows.
   template <int64_t S>
-  void multiply(int64_t rows, int64_t vectors, int64_t steps, const char* a, int64_t a_stride,
-                const float* b, float* c, int64_t c_stride, bool add, Prefetch ahead) {
+  void multiply(int64_t rows, int64_t vectors, int64_t steps, const LeftRows& a, const float* b,
+                float* c, int64_t c_stride, bool add, Prefetch ahead) {
     if (rows != rows_) configure(rows);
     const bool wide = vectors == kPanel;
     const auto run = rows > kSide ? (wide ? &TileUnit::run<2, 2> : &TileUnit::run<2, 1>)
                                   : (wide ? &TileUnit::run<1, 2> : &TileUnit::run<1, 1>);
-    (this->*run)(steps, a, a_stride, b, c, S ? S : c_stride, add, ahead);
+    (this->*run)(steps, a, b, c, S ? S : c_stride, add, ahead);
   }
 
  private:
   static constexpr int64_t kSide = 16;  // rows of a tile register, and steps of one of A
   static constexpr int64_t kRowBytes = 64;
+  static constexpr int64_t kMostSteps = 512;  // of rows that are arranged
+
+  static __mmask16 first_lanes(int64_t count) {
+    return static_cast<__mmask16>(count >= kSide ? 0xffff : (1u << count) - 1);
+  }
 
   struct Configuration {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -44,8 +66,9 @@ class TileUnit {
   }
 
   template <int R, int P>
-  void run(int64_t steps, const char* a, int64_t a_stride, const float* b, float* c,
-           int64_t c_stride, bool add, Prefetch ahead) {
+  void run(int64_t steps, const LeftRows& left, const float* b, float* c, int64_t c_stride, bool add,
+           Prefetch ahead) {
+    const char* a = left.data;
     const int64_t c_bytes = c_stride * 4;
     float* const lower = c + kSide * c_stride;
     memory_barrier();
@@ -59,12 +82,13 @@ class TileUnit {
       if (R == 2) _tile_loadd(2, lower, c_bytes);
       if (R == 2 && P == 2) _tile_loadd(3, lower + kLanes, c_bytes);
     }
-    int64_t step = 0;
-    for (; step + kSide <= steps; step += kSide) {
+    for (; steps >= kSide; steps -= kSide) {
       fetch(ahead);
-      add_product<R, P>(a + step * kStep, a_stride, b + step * P * kLanes);
+      add_product<R, P>(a, left.stride, b);
+      a += left.step;
+      b += kSide * P * kLanes;
     }
-    if (step < steps) add_rest<R, P>(steps - step, a + step * kStep, a_stride, b + step * P * kLanes);
+    if (steps) add_rest<R, P>(steps, a, left.stride, b);
     _tile_stored(0, c, c_bytes);
     if (P == 2) _tile_stored(1, c + kLanes, c_bytes);
     if (R == 2) _tile_stored(2, lower, c_bytes);
@@ -93,9 +117,8 @@ class TileUnit {
   void add_rest(int64_t steps, const char* a, int64_t a_stride, const float* b) const {
     alignas(64) uint32_t left[R * kSide][kSide];
     alignas(64) float right[kSide][P * kLanes] = {};
-    const __mmask16 valid = static_cast<__mmask16>((1u << steps) - 1);
     for (int64_t i = 0; i < rows_; ++i) {
-      _mm512_store_si512(left[i], _mm512_maskz_loadu_epi32(valid, a + i * a_stride));
+      _mm512_store_si512(left[i], _mm512_maskz_loadu_epi32(first_lanes(steps), a + i * a_stride));
     }
     __builtin_memcpy(right, b, steps * sizeof right[0]);
     memory_barrier();
@@ -108,4 +131,5 @@ class TileUnit {
   }
 
   int64_t rows_ = 0;
+  alignas(64) char arranged_[kMostSteps / kSide * kTileRows * kRowBytes];
 };

@@ -51,9 +51,13 @@ inline MultiplyTile find_tile(int64_t rows, int64_t vectors) {
 
 // Tiles of any size that fits, in vector registers.
 struct TileUnit {
+  LeftRows left(const Product& p, int64_t row, int64_t) const {
+    return {left_of(p, row), p.a_stride * kOperandSize, 0};
+  }
+
   template <int64_t S>
-  void multiply(int64_t rows, int64_t vectors, int64_t steps, const char* a, int64_t a_stride,
-                const float* b, float* c, int64_t c_stride, bool add, Prefetch ahead) const {
-    find_tile<S>(rows, vectors)(steps, a, a_stride, b, c, c_stride, add, ahead);
+  void multiply(int64_t rows, int64_t vectors, int64_t steps, const LeftRows& a, const float* b,
+                float* c, int64_t c_stride, bool add, Prefetch ahead) const {
+    find_tile<S>(rows, vectors)(steps, a.data, a.stride, b, c, c_stride, add, ahead);
   }
 };

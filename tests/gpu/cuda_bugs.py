@@ -190,11 +190,11 @@ def ptx_tally(op: str, architecture: str, step: int = 1) -> dict[str, Counter]:
 
 
 def emulated_svd(emulated: Emulated) -> tuple[torch.Tensor, ...]:
-    """A block for the matrix, which is tall; few sweeps; two zero columns to fill."""
+    """A block for the matrix, tall and wide; few sweeps; two zero columns to fill."""
     generator = torch.Generator().manual_seed(5)
     a = torch.eye(34, 33) + 1e-4 * torch.randn(1, 34, 33, generator=generator)
     a[0, :, 5:7] = 0
-    return emulated.batched_svd(a, 33)
+    return *emulated.batched_svd(a, 33), *emulated.batched_svd(a.mT.contiguous(), 33)
 
 
 def emulated_linear(emulated: Emulated) -> tuple[torch.Tensor, ...]:

@@ -146,8 +146,8 @@ results, "refused" that the shim ended the run, "–" that it was not noticed.
 {bug_table()}
 
 Damage to nvcc's PTX for sm_80, executed by the emulator with its race check: each barrier and wait
-left out, every eighth `ldmatrix` transposed and `mma` with operands exchanged. (The barrier that is
-missed stands in the branch for wide matrices, and the one here is tall.)
+left out, every eighth `ldmatrix` transposed and `mma` with operands exchanged. The
+matrices of `batched_svd` are a tall and a wide one.
 
 {ptx_table()}
 """
