@@ -186,7 +186,7 @@ def start_search(model: nn.Module, images: Tensor | None, config: TrainConfig,
 def _allocation(model: nn.Module, factors: Factors, images: Tensor | None, sites: list[Site],
                 config: TrainConfig, processes: Processes,
                 loss: Callable[[RankPlan], float] | None) -> tuple[RankPlan, dict | None]:
-    """The knapsack's plan, or with a loss that judges plans a refined one, and what that changed."""
+    """The knapsack's plan; with a loss a refined one, and what that changed."""
     weights = error_weights(model, factors, images, sites)
     least_error = allocator(model, factors, sites, keep_params=config.keep_params)
 
