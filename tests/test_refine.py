@@ -4,6 +4,7 @@ import copy
 import io
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import timm
@@ -214,23 +215,34 @@ def test_compress_says_what_refinement_lacks(images: Tensor) -> None:
         compress_(model, keep_params=0.6, calibration=images, refine=-1)
 
 
-def test_training_starts_from_the_refined_plan() -> None:
+def trained(**changes: object) -> dict:
+    """Results of one step from the refined plan, on digits."""
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, in_chans=1,
                               embed_dim=48, depth=2, num_heads=2, num_classes=10)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     train_set, _ = data.train_and_test("digits", None, data.model_data_config(model))
-    config = TrainConfig(keep_params=0.4, epochs=1, steps=1, batch_size=32, search="off",
-                         calibration_images=64, threads=1, device="cpu")
-    plain = train.run(model, config, train_set).results
-    results = train.run(model, config.with_(refine=4), train_set).results
+    settings = {"keep_params": 0.4, "epochs": 1, "steps": 1, "batch_size": 32, "search": "off",
+                "calibration_images": 64, "threads": 1, "device": "cpu", "refine": 4}
+    return train.run(model, TrainConfig(**settings | changes), train_set).results
+
+
+def test_training_starts_from_the_refined_plan() -> None:
+    plain, results = trained(refine=0), trained()
     found = results["refinement"]
     assert found["tried"] == 4 and found["loss"] < found["start_loss"]
     moved = {name: [rank, results["plan"][name]] for name, rank in plain["plan"].items()
              if rank != results["plan"][name]}
     assert moved and moved == found["changed"]
     assert results["keep"] <= 0.4 and "refinement" not in plain
+
+
+def test_resuming_refines_no_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = trained(state_dir=str(tmp_path))
+    monkeypatch.setattr(train, "refined_allocation", None)
+    again = trained(state_dir=str(tmp_path), resume=True)
+    assert (again["plan"], again["refinement"]) == (first["plan"], first["refinement"])
 
 
 @pytest.mark.parametrize("settings", [{"keep_params": None}, {"start_from_allocation": False},
