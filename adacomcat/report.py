@@ -71,13 +71,14 @@ def print_refinement(found: Mapping[str, Any] | None) -> None:
     """What ``Refined.summary`` says; nothing where no plan was refined."""
     if found is None:
         return
-    title = (f"refined: loss on held-out images {found['start_loss']:.4f} → {found['loss']:.4f}, "
-             f"{found['tried']} plans tried")
-    if found["changed"]:
-        print_table(title, ["site", "before", "after"],
-                    [[name, *ranks] for name, ranks in found["changed"].items()])
-    else:
-        print(f"{title}; the first one stays")
+    result = (f"refined: loss on held-out images {found['start_loss']:.4f} → {found['loss']:.4f}, "
+              f"{found['tried']} plans tried")
+    if not found["changed"]:
+        print(f"{result}; the first one stays")
+        return
+    print(result)
+    print_table("", ["site", "before", "after"],
+                [[name, *ranks] for name, ranks in found["changed"].items()])
 
 
 def write_report(folder: str | Path, title: str, comparison: Comparison, sites: Sequence[Site],
