@@ -99,7 +99,7 @@ def sensitivities(model: nn.Module, factors: Factors, images: Tensor,
             whole = model.get_submodule(site.module)
             plan = RankPlan({site.name: rank})
             model.set_submodule(site.module, low_rank_module(whole, [site], plan, factors))
-            changes.append(_relative_change(dense, tokens_and_outputs(model, images)))
+            changes.append(relative_change(dense, tokens_and_outputs(model, images)))
             model.set_submodule(site.module, whole)
             own.append(max(factors[site.name].errors[rank].item(), 1e-30))
     return {site.name: change / error for site, change, error
@@ -116,7 +116,7 @@ def _steadied(sites: list[Site], changes: list[float]) -> list[float]:
     return [math.exp((log + means[kind]) / 2) for log, kind in zip(logs, kinds, strict=True)]
 
 
-def _relative_change(before: list[Tensor], after: list[Tensor]) -> float:
+def relative_change(before: list[Tensor], after: list[Tensor]) -> float:
     return sum(((b - a).square().sum() / (a - a.mean(0)).square().sum().clamp_min(1e-30)).item()
                for a, b in zip(before, after, strict=True))
 
@@ -149,6 +149,10 @@ def choices(site: Site, factors: Factors, weights: dict[str, float], cost: "Cost
             for rank in site.candidates(multiple)]
 
 
+# Weights of all sites' errors → the plan of least error within a budget.
+Allocate = Callable[[dict[str, float]], RankPlan]
+
+
 def choose_plan(model: nn.Module, factors: Factors, *, keep_params: float | None = None,
                 keep_macs: float | None = None, calibration: Tensor | Iterable | None = None,
                 multiple: int = MULTIPLE, sites: list[Site] | None = None) -> RankPlan:
@@ -158,22 +162,35 @@ def choose_plan(model: nn.Module, factors: Factors, *, keep_params: float | None
 
     Where the budget cannot be reached with ranks in steps of ``multiple``, the steps are halved.
     """
+    sites = find_sites(model) if sites is None else sites
+    allocate = allocator(model, factors, sites, keep_params=keep_params, keep_macs=keep_macs,
+                         multiple=multiple)
+    return allocate(error_weights(model, factors, calibration, sites))
+
+
+def allocator(model: nn.Module, factors: Factors, sites: list[Site], *,
+              keep_params: float | None = None, keep_macs: float | None = None,
+              multiple: int = MULTIPLE) -> Allocate:
+    """``choose_plan`` for any weights."""
     keep = keep_params if keep_params is not None else keep_macs
     if not 0 < keep <= 1:
         raise UserError(f"keep must be a fraction in (0, 1], like 0.5; got {keep}")
-    sites = find_sites(model) if sites is None else sites
     cost, whole = _parameter_cost(model) if keep_macs is None else _mac_cost(model, sites)
     fixed = whole - sum(cost(site, DENSE) for site in sites)
-    weights = error_weights(model, factors, calibration, sites)
-    while multiple:
-        items = [choices(site, factors, weights, cost, multiple) for site in sites]
-        chosen = knapsack(items, keep * whole - fixed)
-        if chosen is not None:
-            return RankPlan({site.name: site.candidates(multiple)[index]
-                             for site, index in zip(sites, chosen, strict=True)})
-        multiple //= 2
-    least = (fixed + sum(min(c.cost for c in item) for item in items)) / whole
-    raise UserError(f"keep {keep:g} is below what is reachable here; the least is {least:.4f}")
+
+    def allocate(weights: dict[str, float]) -> RankPlan:
+        step = multiple
+        while step:
+            items = [choices(site, factors, weights, cost, step) for site in sites]
+            chosen = knapsack(items, keep * whole - fixed)
+            if chosen is not None:
+                return RankPlan({site.name: site.candidates(step)[index]
+                                 for site, index in zip(sites, chosen, strict=True)})
+            step //= 2
+        least = (fixed + sum(min(c.cost for c in item) for item in items)) / whole
+        raise UserError(f"keep {keep:g} is below what is reachable here; the least is {least:.4f}")
+
+    return allocate
 
 
 Cost = Callable[[Site, Rank], float]

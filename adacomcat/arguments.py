@@ -163,6 +163,12 @@ def _calibration(default: int) -> Callable[[Parser], None]:
     return add
 
 
+def _refine(parser: Parser) -> None:
+    parser.add_argument("--refine", type=at_least(1), default=0, metavar="N",
+                        help="try N more plans at the budget; one is kept where it does better on "
+                             "held-out images")
+
+
 def _train(parser: Parser) -> None:
     """Defaults are TrainConfig's or the preset's: a flag that is not given stays None."""
     group = parser.add_argument_group("budget (one of)")
@@ -273,9 +279,10 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
     "inspect": ("List where ranks are chosen in a model, and what truncation costs there.",
                 (_model, _data, _calibration(0), _seed, _device)),
     "compress": ("Compress a model without training.",
-                 (_model, _budget, _data, _calibration(256), _output, _report, _seed, _device)),
+                 (_model, _budget, _refine, _data, _calibration(256), _output, _report, _seed,
+                  _device)),
     "train": ("Search ranks, train and distil; or train a dense model.",
-              (_model, _data, _train, _search, _output, _report, _seed, _device)),
+              (_model, _data, _train, _refine, _search, _output, _report, _seed, _device)),
     "recover": ("Distil the dense model's features into a compressed one, without labels.",
                 (_model, _data, _recovery, _batch(16), _output, _seed, _device)),
     "evaluate": ("Measure accuracy on a dataset's test images.",

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from adacomcat.allocate import Choice, error_weights, knapsack, weighted_error
+from adacomcat.allocate import Allocate, Choice, error_weights, knapsack, weighted_error
 from adacomcat.convert import Factors
 from adacomcat.errors import UserError
 from adacomcat.latency import LatencyTable, Measure, Unit, measure
@@ -51,17 +51,31 @@ def choose_plan_for_latency(model: nn.Module, factors: Factors, *, max_latency_m
 
     Ranks go in steps of ``multiple``; UserError where the fastest model is too slow.
     """
+    allocate = latency_allocator(model, factors, sites, max_latency_ms=max_latency_ms,
+                                 batch=batch, multiple=multiple, measure=measure)
+    return allocate(error_weights(model, factors, calibration, sites))
+
+
+def latency_allocator(model: nn.Module, factors: Factors, sites: list[Site], *,
+                      max_latency_ms: float, batch: int = 1, multiple: int = MULTIPLE,
+                      measure: Measure = measure) -> Allocate:
+    """``choose_plan_for_latency`` for any weights; parts are timed once."""
     if not max_latency_ms > 0:
         raise UserError(f"max_latency_ms must be above 0; got {max_latency_ms}")
     table = LatencyTable(model, sites, batch, multiple, measure)
-    weights = error_weights(model, factors, calibration, sites)
-    items = [_candidates(unit, factors, weights, table, multiple) for unit in table.units]
-    plan, ms, _ = _fitted(items, table, max_latency_ms)
-    LOG.info("%.2f ms of a budget of %g ms; dense %.2f ms", ms, max_latency_ms, table.dense_ms)
-    if ms > max_latency_ms:
-        warnings.warn(f"the fastest model tried takes {ms:.2f} ms, above {max_latency_ms:g} ms; "
-                      "timings vary here, a quieter machine would serve better", stacklevel=2)
-    return plan
+
+    def allocate(weights: dict[str, float]) -> RankPlan:
+        items = [_candidates(unit, factors, weights, table, multiple) for unit in table.units]
+        plan, ms, _ = _fitted(items, table, max_latency_ms)
+        LOG.info("%.2f ms of a budget of %g ms; dense %.2f ms", ms, max_latency_ms,
+                 table.dense_ms)
+        if ms > max_latency_ms:
+            warnings.warn(f"the fastest model tried takes {ms:.2f} ms, above {max_latency_ms:g} "
+                          "ms; timings vary here, a quieter machine would serve better",
+                          stacklevel=2)
+        return plan
+
+    return allocate
 
 
 def _candidates(unit: Unit, factors: Factors, weights: dict[str, float], table: LatencyTable,

@@ -67,6 +67,20 @@ def print_comparison(title: str, comparison: Comparison) -> None:
     print_table(title, comparison.columns(), comparison.cells())
 
 
+def print_refinement(found: Mapping[str, Any] | None) -> None:
+    """What ``Refined.summary`` says; nothing where no plan was refined."""
+    if found is None:
+        return
+    result = (f"refined: loss on held-out images {found['start_loss']:.4f} → {found['loss']:.4f}, "
+              f"{found['tried']} plans tried")
+    if not found["changed"]:
+        print(f"{result}; the first one stays")
+        return
+    print(result)
+    print_table("", ["site", "before", "after"],
+                [[name, *ranks] for name, ranks in found["changed"].items()])
+
+
 def write_report(folder: str | Path, title: str, comparison: Comparison, sites: Sequence[Site],
                  plan: RankPlan, history: Sequence[Mapping[str, float]] = ()) -> Path:
     """report.html in ``folder``: models before and after, ranks as a heat map, the history.

@@ -2,13 +2,14 @@
 
 import copy
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from adacomcat import data
-from adacomcat.allocate import choose_plan
+from adacomcat.allocate import allocator, error_weights
 from adacomcat.calibrate import calibrate
 from adacomcat.convert import Factors, convert_, factorize_model, require_finite_model
 from adacomcat.cost import model_params
@@ -18,13 +19,15 @@ from adacomcat.errors import UserError
 from adacomcat.parallel import Processes, start_processes
 from adacomcat.plan import RankPlan
 from adacomcat.randomness import derived_generator
+from adacomcat.refine import refined_allocation
 from adacomcat.search.gates import RankGates, reachable_multiple, uniform_plan
 from adacomcat.search.search import RankSearch
-from adacomcat.search.supernet import build_supernet, explicit_plan, finalize
+from adacomcat.search.supernet import build_supernet, explicit_plan, finalize, set_ranks_
 from adacomcat.sites import DENSE, Site, find_sites, narrowable_mlps
 from adacomcat.training_state import has_state, load_state
 
 CALIBRATION = 100  # the stream of random numbers that picks calibration images
+JUDGES = 1024  # images that judge the plans of a refinement
 
 
 class TrainResult(NamedTuple):
@@ -44,6 +47,8 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
     config = config.checked()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if plan is not None and config.refine:
+        raise UserError("a plan fixes the ranks and leaves nothing to refine: give one of them")
     require_finite_model(model)
     processes = start_processes(config.device)
     model = copy.deepcopy(model).to(processes.device)
@@ -80,7 +85,7 @@ def _search_trainer(model: nn.Module, config: TrainConfig, train_set: Any, proce
     if searching:
         train_part, search_part = data.split_holdout(train_set, config.search_fraction, config.seed)
     source, images = prepared(model, config, train_set, processes)
-    search = start_search(source, images, config, plan, processes)
+    search = start_search(source, images, config, plan, processes, _judges(train_set, config))
     return Trainer(search.supernet, config, train_part, processes,
                    teacher=teacher if config.has_teacher else None, search=search,
                    search_part=search_part)
@@ -107,10 +112,26 @@ def calibration_images(train_set: Any, count: int, seed: int,
     """``count`` training images without augmentation, the same on every process."""
     if not count:
         return None
-    order = torch.randperm(len(train_set), generator=derived_generator(seed, CALIBRATION))
-    chosen = train_set.subset(order[:count])
+    chosen = train_set.subset(_calibration_order(train_set, seed)[:count])
     batches = data.loader(chosen, count, shuffle=False, seed=seed, epoch=0)
     return torch.cat([images for images, _ in batches]).to(processes.device)
+
+
+def _calibration_order(train_set: Any, seed: int) -> Tensor:
+    return torch.randperm(len(train_set), generator=derived_generator(seed, CALIBRATION))
+
+
+def _judges(train_set: Any, config: TrainConfig) -> Any:
+    """Training images that did not calibrate, to judge plans by; None where none is refined."""
+    resumed = config.resume and config.state_dir is not None and has_state(config.state_dir)
+    if not config.refine or resumed:  # the state knows its plan
+        return None
+    order = _calibration_order(train_set, config.seed)
+    chosen = order[config.calibration_images:][:JUDGES]
+    if not len(chosen):
+        raise UserError(f"all {len(train_set)} training images calibrate, and refine needs others "
+                        "to judge plans: lower calibration_images")
+    return train_set.subset(chosen)
 
 
 @torch.no_grad()
@@ -124,8 +145,11 @@ def drop_attention_biases_(model: nn.Module, sites: list[Site]) -> None:
 
 
 def start_search(model: nn.Module, images: Tensor | None, config: TrainConfig,
-                 plan: RankPlan | None, processes: Processes) -> RankSearch:
-    """Supernet, architecture parameters and the plan that training starts from."""
+                 plan: RankPlan | None, processes: Processes, judges: Any = None) -> RankSearch:
+    """Supernet, architecture parameters and the plan that training starts from.
+
+    judges: labelled images; with them the plan of the allocation is refined
+    """
     _require_uncompressed(model)
     sites = chosen_sites(model, images, config, plan)
     if not sites:
@@ -138,20 +162,50 @@ def start_search(model: nn.Module, images: Tensor | None, config: TrainConfig,
     supernet.requires_grad_(True)
     if config.drop_attention_biases:
         _freeze_attention_biases(supernet)
+    processes.broadcast_(supernet)
     searching = plan is None and config.search != "off"
     multiple = reachable_multiple(sites, target - fixed) if plan is None else 1
     gates = RankGates(sites, multiple)
+    refinement = None
     if plan is None and config.start_from_allocation:
-        plan = choose_plan(model, factors, keep_params=config.keep_params, calibration=images,
-                           sites=sites)
+        loss = None
+        if judges is not None:
+            loss = _cross_entropy(supernet, sites, judges, config, processes)
+        plan, refinement = _allocation(model, factors, images, sites, config, processes, loss)
         gates.start_at_(explicit_plan(plan, sites))
     elif plan is None:
         plan = uniform_plan(sites, target - fixed, multiple)
     plan = processes.broadcast_object(explicit_plan(plan, sites))
-    processes.broadcast_(supernet)
     policy = config.search if searching else "off"
-    return RankSearch(supernet, sites, gates.to(processes.device), plan,
-                      config.with_(search=policy).search_config(), target=target, fixed=fixed)
+    search = RankSearch(supernet, sites, gates.to(processes.device), plan,
+                        config.with_(search=policy).search_config(), target=target, fixed=fixed)
+    search.refinement = refinement
+    return search
+
+
+def _allocation(model: nn.Module, factors: Factors, images: Tensor | None, sites: list[Site],
+                config: TrainConfig, processes: Processes,
+                loss: Callable[[RankPlan], float] | None) -> tuple[RankPlan, dict | None]:
+    """The knapsack's plan; with a loss a refined one, and what that changed."""
+    weights = error_weights(model, factors, images, sites)
+    least_error = allocator(model, factors, sites, keep_params=config.keep_params)
+
+    def allocate(weights: dict[str, float]) -> RankPlan:
+        return processes.broadcast_object(least_error(weights))
+
+    if loss is None:
+        return allocate(weights), None
+    refined = refined_allocation(allocate, weights, sites, loss, config.refine)
+    return refined.plan, refined.summary()
+
+
+def _cross_entropy(supernet: nn.Module, sites: list[Site], judges: Any, config: TrainConfig,
+                   processes: Processes) -> Callable[[RankPlan], float]:
+    """plan → loss of the supernet cut to it."""
+    def loss(plan: RankPlan) -> float:
+        set_ranks_(supernet, explicit_plan(plan, sites))
+        return evaluate(supernet, judges, 4 * config.batch_size, processes, config.workers)["loss"]
+    return loss
 
 
 def _require_uncompressed(model: nn.Module) -> None:
@@ -186,12 +240,13 @@ def _training_free(model: nn.Module, config: TrainConfig, train_set: Any, test_s
     """No epochs: decompose at the plan that training would start from."""
     start = time.perf_counter()
     source, images = prepared(model, config, train_set, processes)
-    search = start_search(source, images, config, plan, processes)
+    search = start_search(source, images, config, plan, processes, _judges(train_set, config))
     if images is None:
         trained = finalize(search.supernet, search.plan)
     else:
         trained = _sequential(source, search.plan, images)
     results = _summary(model, trained, test_set, config, processes)
+    results |= _refinement(search)
     results["seconds"] = time.perf_counter() - start
     return TrainResult(trained.eval(), results)
 
@@ -232,5 +287,9 @@ def _results(dense: nn.Module, trained: nn.Module, trainer: Trainer, test_set: A
     results |= {"history": trainer.history, "searches": trainer.searches, "seconds": seconds}
     if trainer.search is not None:
         results |= {"search_count": trainer.search.count,
-                    "search_seconds": trainer.search.seconds}
+                    "search_seconds": trainer.search.seconds} | _refinement(trainer.search)
     return results
+
+
+def _refinement(search: RankSearch) -> dict[str, Any]:
+    return {} if search.refinement is None else {"refinement": search.refinement}

@@ -88,6 +88,19 @@ def test_plan_and_rank_multiple(tmp_path, weights, run_json):
     assert ranks and all(rank % 3 == 0 for rank in ranks.values())
 
 
+def test_refine_tells_what_it_changed(tmp_path, weights, run, run_json):
+    argv = ["compress", *MODEL, "--checkpoint", weights, "--in-chans", "3", "--data", "digits",
+            "--calibration-images", "24", "--collages", "4",
+            "--keep-params", "0.7", "--refine", "6", "--no-report", "--output"]
+    done = run_json(*argv, tmp_path / "one")
+    found = done["refinement"]
+    assert 1 <= found["tried"] <= 6 and found["loss"] < found["start_loss"]
+    assert all(done["ranks"][name] == after for name, (_, after) in found["changed"].items())
+    code, out, err = run(*argv, tmp_path / "two")
+    assert code == 0, err
+    assert f"{found['tried']} plans tried" in out and next(iter(found["changed"])) in out
+
+
 def test_inspect_names_sites_and_errors(weights, run, run_json):
     found = run_json("inspect", *MODEL, "--checkpoint", weights)
     sites = {row["site"]: row for row in found["sites"]}
@@ -228,6 +241,9 @@ BAD = {
     "cannot make vit_tiny_patch16_224": lambda t: ["-m", ARCHITECTURE, "--model-kwargs", "widht=3"],
     "must be KEY=VALUE": lambda t: ["-m", ARCHITECTURE, "--model-kwargs", "width"],
     "at least 1": lambda t: [*MODEL, "--img-size", "0"],
+    "argument --refine: must be a whole number of at least 1; got '0'":
+        lambda t: [*MODEL, "--refine", "0"],
+    "refine tries plans at a budget": lambda t: [*MODEL, "--refine", "2"],
     "unrecognized arguments: --epoch 3": lambda t: [*MODEL, "--epoch", "3"],
     "compress needs --model": lambda t: [],
     "--device nowhere": lambda t: [*MODEL, "--device", "nowhere"],

@@ -15,11 +15,12 @@ from torch import nn
 
 import adacomcat
 from adacomcat import RankPlan, UserError, backends, cli, find_sites, latency, latency_cache
-from adacomcat.allocate import error_weights, weighted_error
+from adacomcat.allocate import error_weights, relative_sensitivities, weighted_error
 from adacomcat.convert import build_skeleton, factorize_model
 from adacomcat.cost import interleaved
 from adacomcat.latency import Curve, LatencyTable, Timed, axis_knots, deployed
-from adacomcat.latency_budget import choose_plan_for_latency
+from adacomcat.latency_budget import choose_plan_for_latency, latency_allocator
+from adacomcat.refine import refined_allocation
 from adacomcat.sites import DENSE, Site, narrowable_mlps
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -94,6 +95,20 @@ def test_the_model_lands_within_3_percent_below_the_budget(factor, share) -> Non
     budget = share * measure.of(model)
     plan = chosen(model, measure, budget, multiple=1)
     assert 0.97 * budget <= latency_of(plan, measure) <= budget
+
+
+def test_every_plan_that_a_refinement_tries_stays_below_the_budget() -> None:
+    model, measure, tried = make(), CostModel(1.5), []
+    budget, sites, factors = 0.7 * measure.of(model), find_sites(model), factorize_model(model)
+    allocate = latency_allocator(model, factors, sites, max_latency_ms=budget, multiple=2,
+                                 measure=measure)
+
+    def loss(plan: RankPlan) -> float:
+        tried.append(latency_of(plan, measure))
+        return tried[-1]
+
+    found = refined_allocation(allocate, relative_sensitivities(sites, factors), sites, loss, 6)
+    assert found.tried == 6 == len(tried) - 1 and max(tried) <= budget
 
 
 @pytest.mark.parametrize("share", [0.75, 0.8, 0.9, 0.95])

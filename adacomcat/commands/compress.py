@@ -5,14 +5,15 @@ import argparse
 from adacomcat import checkpoint, cost
 from adacomcat.commands import Outcome, inputs
 from adacomcat.latency import model_latencies
-from adacomcat.report import Comparison, print_comparison, write_report
+from adacomcat.report import Comparison, print_comparison, print_refinement, write_report
 
 
 def run(args: argparse.Namespace) -> Outcome:
     checkpoint.require_empty(args.output)
     model = inputs.model(args).to(inputs.device(args))
-    images = inputs.calibration(args, model)
-    small = inputs.compressed(args, model, images)
+    pictures = inputs.pictures(args, model)
+    images = inputs.calibration(args, pictures)
+    small = inputs.compressed(args, model, images, refine=args.refine, refine_images=pictures)
     comparison = Comparison({
         "dense": {"params": cost.model_params(model), "macs": cost.model_macs(model)},
         "compressed": {"params": cost.model_params(small), "macs": cost.model_macs(small)},
@@ -27,8 +28,11 @@ def run(args: argparse.Namespace) -> Outcome:
                      small.rank_plan.sites(model), small.rank_plan)
     data = {"output": args.output, "models": comparison.rows, "ranks": small.rank_plan.ranks,
             "calibration_images": 0 if images is None else len(images)}
+    if small.refinement is not None:
+        data["refinement"] = small.refinement.summary()
 
     def show() -> None:
         print_comparison(args.model, comparison)
+        print_refinement(data.get("refinement"))
         print(f"written to {args.output}")
     return Outcome(data, show)

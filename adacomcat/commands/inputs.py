@@ -11,11 +11,12 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from adacomcat import checkpoint, data, pictures
+from adacomcat import checkpoint, data
 from adacomcat.arguments import EXCLUSIVE
 from adacomcat.collage import with_collages
 from adacomcat.convert import compress
 from adacomcat.errors import UserError
+from adacomcat.pictures import image_tensor_files
 from adacomcat.plan import RankPlan
 
 
@@ -90,22 +91,22 @@ def dataset(args: argparse.Namespace) -> tuple[str, str | None]:
                     f"those are {', '.join(data.ARRAY_DATASETS)}")
 
 
-def calibration(args: argparse.Namespace, model: nn.Module) -> Tensor | None:
+def pictures(args: argparse.Namespace, model: nn.Module) -> Tensor | None:
     """Images (N, C, H, W) as the model sees them, or None for a data-free decomposition."""
-    images = _calibration_images(args, model)
-    return images if images is None else with_collages(images, args.collages, args.seed)
-
-
-def _calibration_images(args: argparse.Namespace, model: nn.Module) -> Tensor | None:
     config = data.model_data_config(model)
     del config["num_classes"]  # labels are not looked at
     if args.calibration_dir is not None:
-        images = pictures.image_tensor_files(args.calibration_dir, config)
+        images = image_tensor_files(args.calibration_dir, config)
         return images[_chosen(args, len(images))]
     if args.data is not None and args.calibration_images:
         train, _ = data.train_and_test(*dataset(args), config)
         return torch.stack([train[index][0] for index in _chosen(args, len(train)).tolist()])
     return None
+
+
+def calibration(args: argparse.Namespace, images: Tensor | None) -> Tensor | None:
+    """With the collages that are asked for."""
+    return None if images is None else with_collages(images, args.collages, args.seed)
 
 
 def _chosen(args: argparse.Namespace, count: int) -> Tensor:
@@ -117,7 +118,8 @@ def has_budget(args: argparse.Namespace) -> bool:
     return any(getattr(args, name) is not None for name in EXCLUSIVE)
 
 
-def compressed(args: argparse.Namespace, model: nn.Module, images: Tensor | None) -> nn.Module:
+def compressed(args: argparse.Namespace, model: nn.Module, images: Tensor | None,
+               **settings: Any) -> nn.Module:
     """A compressed copy at --keep-params, --keep-macs, --max-latency-ms or --plan."""
     if not has_budget(args):
         raise UserError(f"{args.command} needs one of --keep-params, --keep-macs, "
@@ -125,4 +127,4 @@ def compressed(args: argparse.Namespace, model: nn.Module, images: Tensor | None
     plan = None if args.plan is None else RankPlan.load(args.plan)
     return compress(model, keep_params=args.keep_params, keep_macs=args.keep_macs,
                     max_latency_ms=args.max_latency_ms, plan=plan, calibration=images,
-                    multiple=args.rank_multiple, latency_batch=args.latency_batch)
+                    multiple=args.rank_multiple, latency_batch=args.latency_batch, **settings)

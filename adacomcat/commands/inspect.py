@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> Outcome:
     model = inputs.model(args).to(inputs.device(args))
     sites = find_sites(model)
     require_finite_model(model)
-    images = inputs.calibration(args, model)
+    images = inputs.calibration(args, inputs.pictures(args, model))
     curves = error_curves(model, {} if images is None else calibrate(model, images))
     rows = [_row(site, curves[site.name]) for site in sites]
     data = {

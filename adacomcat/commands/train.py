@@ -14,15 +14,15 @@ from adacomcat.distill.config import TrainConfig
 from adacomcat.errors import UserError
 from adacomcat.parallel import stop_processes
 from adacomcat.plan import RankPlan
-from adacomcat.report import Comparison, print_comparison, write_report
+from adacomcat.report import Comparison, print_comparison, print_refinement, write_report
 from adacomcat.training_state import has_state
 
 # Flags that are fields of TrainConfig; those not given leave the preset's value.
 FIELDS = ("epochs", "finetune_epochs", "steps", "batch_size", "opt", "lr", "weight_decay", "sched",
           "warmup_epochs", "warmup_lr", "min_lr", "clip_grad", "mixup", "cutmix", "smoothing",
           "kd", "kd_alpha", "kd_temperature", "align", "align_weight", "keep_params", "search",
-          "search_steps", "search_fraction", "mlp", "calibration_images", "checkpoint_steps",
-          "seed", "workers", "device")
+          "search_steps", "search_fraction", "refine", "mlp", "calibration_images",
+          "checkpoint_steps", "seed", "workers", "device")
 EMA_DECAY = 0.9998
 
 
@@ -85,5 +85,6 @@ def _comparison(model: nn.Module, trained: nn.Module, results: dict[str, Any]) -
 
 def _show(args: argparse.Namespace, comparison: Comparison, results: dict[str, Any]) -> None:
     print_comparison(f"{args.model} on {args.data}", comparison)
+    print_refinement(results.get("refinement"))
     searched = f", {results['search_count']} searches" if results.get("search_count") else ""
     print(f"{results['seconds']:.0f} s{searched}; written to {args.output}")

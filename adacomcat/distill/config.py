@@ -62,6 +62,7 @@ class TrainConfig:
     tau_per: str = "epoch"
     confirm_plans: bool = True
     start_from_allocation: bool = True
+    refine: int = 0  # plans tried before the first epoch, judged by held-out images
     calibration_images: int = 256
     drop_attention_biases: bool = False
     seed: int = 0
@@ -97,7 +98,10 @@ class TrainConfig:
                                    ("search", self.search, POLICIES), ("mlp", self.mlp, MLP)):
             if value not in known:
                 raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
-        for name in ("epochs", "finetune_epochs", "search_steps", "checkpoint_steps"):
+        if self.refine and (self.keep_params is None or not self.start_from_allocation):
+            raise UserError("refine moves the plan that an allocation at keep_params starts from: "
+                            "give keep_params, and neither a plan nor the preset comcat")
+        for name in ("epochs", "finetune_epochs", "refine", "search_steps", "checkpoint_steps"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative; got {getattr(self, name)}")
         for name in ("batch_size", "steps"):

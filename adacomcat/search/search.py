@@ -69,6 +69,7 @@ class RankSearch:
         self.optimizer = torch.optim.AdamW([gates.logits], lr=config.alpha_lr, weight_decay=0.0)
         self.policy: EveryEpoch = make_policy(config.policy)
         self.count, self.seconds = 0, 0.0
+        self.refinement: dict[str, Any] | None = None  # what made the plan that it starts from
         self.adopt(plan)
 
     def adopt(self, plan: RankPlan) -> None:
@@ -149,11 +150,12 @@ class RankSearch:
     def state_dict(self) -> dict[str, Any]:
         return {"gates": self.gates.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "policy": self.policy.state_dict(), "plan": dict(self.plan.ranks),
-                "count": self.count, "seconds": self.seconds}
+                "count": self.count, "seconds": self.seconds, "refinement": self.refinement}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.gates.load_state_dict(state["gates"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.policy.load_state_dict(state["policy"])
         self.count, self.seconds = state["count"], state["seconds"]
+        self.refinement = state["refinement"]
         self.adopt(RankPlan(dict(state["plan"])))
