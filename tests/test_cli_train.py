@@ -79,8 +79,8 @@ def test_defaults_in_the_help_are_those_of_the_training(run):
         default = re.search(r"default: ([\w.-]+)", text)
         told[text.split()[0].replace("-", "_")] = default and default[1]
     defaults = TrainConfig()
-    for name in set(FIELDS) - {"workers", "keep_params", "steps", "checkpoint_steps", "device",
-                               "seed"}:
+    for name in set(FIELDS) - {"workers", "keep_params", "refine", "steps", "checkpoint_steps",
+                               "device", "seed"}:
         assert told[name] == str(getattr(defaults, name)), name
 
 
