@@ -200,11 +200,10 @@ class Svd {
     const int64_t size = end - begin;
     for (int64_t sum = 0; sum < size; ++sum) {
       // i + j = sum, and i + j = sum + size
-      const int64_t low = (sum + 1) / 2, high = (size - sum - 1) / 2 > 0 ? (size - sum - 1) / 2 : 0;
-      const int64_t first = begin, last = begin + sum;
+      const int64_t low = (sum + 1) / 2, high = (size - sum - 1) / 2, middle = begin + sum;
       rotated |= rotate_round<fixed>(low + high, [=](int64_t k) {
-        return k < low ? std::pair(first + k, last - k)
-                       : std::pair(last + 1 + (k - low), end - 1 - (k - low));
+        return k < low ? std::pair(begin + k, middle - k)
+                       : std::pair(middle + 1 + (k - low), end - 1 - (k - low));
       });
     }
     return rotated;
@@ -355,7 +354,7 @@ class Svd {
     for (int64_t i = 0; i < p.rank; ++i) {
       const bool negative = wide ? is_negative(column_x(order[i]), ldn)
                                  : is_negative(column_left(i), ldm);
-      squares[i] = negative ? T(-1) : T(1);
+      squares[i] = negative ? T(-1) : T(1);  // the squares have done their work
     }
     store([this](int64_t i) { return column_left(i); }, wide ? p.v : p.u, m);
     store([this](int64_t i) { return column_x(order[i]); }, wide ? p.u : p.v, n);
@@ -386,8 +385,10 @@ class Svd {
       extremes = size > extremes ? size : extremes;
     }
     const T largest = largest_lane(extremes);
-    while (std::fabs(*x) != largest) ++x;
-    return *x < 0;
+    for (int64_t i = 0; i < length; ++i) {
+      if (std::fabs(x[i]) == largest) return x[i] < 0;
+    }
+    return false;
   }
 
   static T largest_lane(Vector<T> x) {
