@@ -52,6 +52,28 @@ def test_batched_svd(shape: tuple, dtype: torch.dtype, backend: str,
         torch.testing.assert_close(left, right)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(96, 96), (128, 128), (200, 121)], ids=str)
+def test_threads_and_neighbours_change_no_bit(shape: tuple, dtype: torch.dtype,
+                                              backend: str) -> None:
+    """Blocks of columns of a large matrix go to several threads."""
+    if backend == "reference":
+        pytest.skip("LAPACK's rounding depends on its threads")
+    a = torch.randn(3, *shape, dtype=dtype)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = batched_svd(a[1:2])
+        torch.set_num_threads(3)
+        shared, together = batched_svd(a[1:2]), batched_svd(a)
+    finally:
+        torch.set_num_threads(threads)
+    check(a[1:2], *alone)
+    for one, other, all_three in zip(alone, shared, together, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, all_three[1:2])
+
+
 def hard(name: str, n: int, dtype: torch.dtype) -> Tensor:
     q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
     p = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q

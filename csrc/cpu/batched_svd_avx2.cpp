@@ -2,6 +2,8 @@
 #include "batched_svd.h"
 
 #ifdef ADACOMCAT_X86_KERNELS
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <initializer_list>

@@ -5,8 +5,10 @@
 //
 // Included by one file for each instruction set, which sets ISA (a namespace) and VECTOR_BYTES.
 #include "batched_svd.h"
+#include "jacobi.h"
 #include "lanes.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
@@ -16,40 +18,24 @@
 namespace adacomcat::ISA {
 namespace {
 
-// (c x - s y, s x + c y), c = 1 - s τ, to (first, second), which are x and y in one order or the
-// other. Written as corrections, so that small angles round little.
-template <class T, int64_t fixed>
-inline void rotate(const T* x, const T* y, T* first, T* second, int64_t vectors, T s, T tau) {
-  auto* a = reinterpret_cast<const Vector<T>*>(x);
-  auto* b = reinterpret_cast<const Vector<T>*>(y);
-  auto* c = reinterpret_cast<Vector<T>*>(first);
-  auto* d = reinterpret_cast<Vector<T>*>(second);
-  const Vector<T> vs = splat(s), vtau = splat(tau);
-  const int64_t end = fixed ? fixed : vectors;
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < end; ++i) {
-    const Vector<T> p = a[i], q = b[i];
-    c[i] = p - vs * (q + vtau * p);
-    d[i] = q + vs * (p - vtau * q);
-  }
-}
-
 template <class T>
 class Svd {
  public:
-  explicit Svd(const SvdProblem<T>& problem) : p(problem) {
-    wide = p.columns > p.rows;
-    m = wide ? p.columns : p.rows;
-    n = wide ? p.rows : p.columns;
-    ldm = padded<T>(m);
-    ldn = padded<T>(n);
-    T* next = p.workspace;
+  explicit Svd(const SvdProblem<T>& problem)
+      : p(problem),
+        wide(p.columns > p.rows),
+        m(wide ? p.columns : p.rows),
+        n(wide ? p.rows : p.columns),
+        ldm(padded<T>(m)),
+        ldn(padded<T>(n)),
+        x(n, p.workspace, p.workers) {
+    T* next = p.workspace + svd_blocks<T>(n) * svd_block_stride<T>(n);
     const auto take = [&next](int64_t size) { return std::exchange(next, next + size); };
     a = take(n * ldm);
-    x = take(n * ldn);
     factor = take(n * ldn);
     left = take(n * ldm);
-    for (T** array : {&squares, &inner, &sines, &taus, &values}) *array = take(ldn);
+    squares = take(ldn);
+    values = take(ldn);
     pivots = reinterpret_cast<int32_t*>(take(ldn));
     order = reinterpret_cast<int32_t*>(take(ldn));
     std::memset(p.workspace, 0, sizeof(T) * svd_workspace<T>(m, n));
@@ -58,24 +44,24 @@ class Svd {
   SvdStatus run() {
     if (!load()) return SvdStatus::not_finite;
     factorize();
-    if (!orthogonalize()) return SvdStatus::not_converged;
+    if (!x.orthogonalize(r)) return SvdStatus::not_converged;
     sort();
     for (int64_t i = 0; i < p.rank; ++i) p.s[i] = std::ldexp(values[order[i]], exponent);
     if (!p.u) return SvdStatus::ok;
     for (int64_t i = 0; i < p.rank; ++i) finish_right(i);
-    for (int64_t i = 0; i < p.rank; ++i) finish_left(i);
-    apply_reflections();
+    for (int64_t i = 0; i < p.rank; i += kPanel) finish_left(i, std::min(i + kPanel, p.rank));
+    p.workers.each((p.rank + kPanel - 1) / kPanel, [this](int64_t k) {
+      apply_reflections(k * kPanel, std::min((k + 1) * kPanel, p.rank));
+    });
     store();
     return SvdStatus::ok;
   }
 
  private:
-  static constexpr int kMaxSweeps = 40;
-  // Cosines below this are rounding.
-  static constexpr T kTolerance = 2 * std::numeric_limits<T>::epsilon();
+  static constexpr int64_t kPanel = 32;  // left vectors
 
   T* column_a(int64_t j) const { return a + j * ldm; }
-  T* column_x(int64_t j) const { return x + j * ldn; }
+  T* column_x(int64_t j) const { return x.column(j); }
   T* column_r(int64_t j) const { return factor + j * ldn; }
   T* column_left(int64_t j) const { return left + j * ldm; }
   int64_t vectors_m(int64_t begin = 0) const { return (ldm - begin) / kLanes<T>; }
@@ -125,28 +111,28 @@ class Svd {
       pivots[r] = pivot;
       // Rows above r are zero already in every remaining column.
       const int64_t begin = r / kLanes<T> * kLanes<T>;
-      T* h = column_a(pivot);
+      T *h = column_a(pivot), *row = column_x(r);
       const T length = std::sqrt(squares[pivot]);
       const T head = h[r] < 0 ? -length : length;
-      column_x(r)[pivot] = column_r(pivot)[r] = -head;
+      row[pivot] = column_r(pivot)[r] = -head;
       // h = (a + head e) / sqrt(length (length + |a_r|))
       const T scale = T(1) / std::sqrt(length * (length + std::fabs(h[r])));
       h[r] += head;
       for (int64_t i = begin; i < ldm; ++i) h[i] *= scale;
       Vector<T> keep = splat(T(1));
       keep[r - begin] = 0;
-      for (int64_t c = r + 1; c < n; ++c) reflect(h, begin, order[c], keep);
+      for (int64_t c = r + 1; c < n; ++c) reflect(h, begin, row, order[c], keep);
     }
   }
 
-  void reflect(const T* h, int64_t begin, int32_t c, Vector<T> keep) {
+  void reflect(const T* h, int64_t begin, T* row, int32_t c, Vector<T> keep) {
     T* to = column_a(c);
     const Vector<T> w = splat(dot(h + begin, to + begin, vectors_m(begin)));
     auto* vh = reinterpret_cast<const Vector<T>*>(h + begin);
     auto* vt = reinterpret_cast<Vector<T>*>(to + begin);
     Vector<T> first = vt[0] - w * vh[0];
     vt[0] = first;
-    column_x(r)[c] = column_r(c)[r] = to[r];
+    row[c] = column_r(c)[r] = to[r];
     // Row r becomes zero in the register: one element written to memory would stall the next load.
     first *= keep;
     vt[0] = first;
@@ -156,116 +142,6 @@ class Svd {
       sum += vt[i] * vt[i];
     }
     squares[c] = sum_lanes<T>(sum);
-  }
-
-  bool orthogonalize() {
-    switch (vectors_n()) {
-      case 1: return orthogonalize<1>();
-      case 2: return orthogonalize<2>();
-      case 4: return orthogonalize<4>();
-      case 8: return orthogonalize<8>();
-      case 16: return orthogonalize<16>();
-      default: return orthogonalize<0>();
-    }
-  }
-
-  // Sweeps over all pairs of columns, until all cosines are rounding. Where far more columns than the
-  // first cache holds would pass through it in every round, blocks of them are paired, two of which
-  // it holds.
-  template <int64_t fixed>
-  bool orthogonalize() {
-    constexpr int64_t kMost = 32 << 10, kBlock = 16 << 10;  // bytes
-    const int64_t size = ldn * sizeof(T), most = kBlock / size / kLanes<T> * kLanes<T>;
-    const int64_t block = r * size <= kMost || most == 0 ? r : most;
-    for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
-      for (int64_t j = 0; j < r; ++j) {
-        squares[j] = dot<T, fixed>(column_x(j), column_x(j), vectors_n());
-      }
-      bool rotated = false;
-      for (int64_t begin = 0; begin < r; begin += block) {
-        rotated |= rotate_block<fixed>(begin, begin + block < r ? begin + block : r);
-        for (int64_t other = begin + block; other < r; other += block) {
-          rotated |= rotate_blocks<fixed>(begin, other, block);
-        }
-      }
-      if (!rotated) return true;
-    }
-    return false;
-  }
-
-  // All pairs of columns begin … end: those with the same i + j modulo their number are disjoint.
-  template <int64_t fixed>
-  bool rotate_block(int64_t begin, int64_t end) {
-    bool rotated = false;
-    const int64_t size = end - begin;
-    for (int64_t sum = 0; sum < size; ++sum) {
-      // i + j = sum, and i + j = sum + size
-      const int64_t low = (sum + 1) / 2, high = (size - sum - 1) / 2, middle = begin + sum;
-      rotated |= rotate_round<fixed>(low + high, [=](int64_t k) {
-        return k < low ? std::pair(begin + k, middle - k)
-                       : std::pair(middle + 1 + (k - low), end - 1 - (k - low));
-      });
-    }
-    return rotated;
-  }
-
-  // All pairs of a column of one block and a column of another behind it, which may be shorter.
-  template <int64_t fixed>
-  bool rotate_blocks(int64_t begin, int64_t other, int64_t block) {
-    bool rotated = false;
-    for (int64_t shift = 0; shift < block; ++shift) {
-      rotated |= rotate_round<fixed>(other + block < r ? block : r - other, [=](int64_t k) {
-        return std::pair(begin + k + shift - (k + shift < block ? 0 : block), other + k);
-      });
-    }
-    return rotated;
-  }
-
-  // Rotates `count` disjoint pairs (i, j) of columns, i < j.
-  template <int64_t fixed, class Pair>
-  bool rotate_round(int64_t count, Pair pair) {
-    for (int64_t k = 0; k < count; ++k) {
-      const auto [i, j] = pair(k);
-      inner[k] = dot<T, fixed>(column_x(i), column_x(j), vectors_n());
-      sines[k] = squares[i];
-      taus[k] = squares[j];
-    }
-    for (int64_t k = 0; k < count; k += kLanes<T>) angles(inner + k, sines + k, taus + k);
-    bool rotated = false;
-    for (int64_t k = 0; k < count; ++k) {
-      const T sine = sines[k], tau = taus[k], change = inner[k];
-      if (sine == 0) continue;
-      rotated = true;
-      const auto [i, j] = pair(k);
-      T *one = column_x(i), *two = column_x(j);
-      const T square_one = squares[i] - change, square_two = squares[j] + change;
-      // The longer column goes first: it takes fewer sweeps.
-      const bool swap = square_one < square_two;
-      rotate<T, fixed>(one, two, swap ? two : one, swap ? one : two, vectors_n(), sine, tau);
-      squares[i] = swap ? square_two : square_one;
-      squares[j] = swap ? square_one : square_two;
-    }
-    return rotated;
-  }
-
-  // x·y, |x|², |y|² → tan θ · x·y, sin θ, tan θ/2 for one vector of pairs; tan θ is the smaller
-  // root, so |θ| ≤ π/4. Zeros where the cosine is below the tolerance.
-  static void angles(T* inner, T* sines, T* taus) {
-    constexpr T limit = std::numeric_limits<T>::max_exponent > 200 ? T(1e150) : T(1e18);
-    for (int64_t i = 0; i < kLanes<T>; ++i) {
-      const T g = inner[i], one = sines[i], two = taus[i];
-      const bool small = std::fabs(g) <= kTolerance * std::sqrt(one) * std::sqrt(two);
-      T zeta = (two - one) / (g + g);
-      zeta = zeta > limit ? limit : zeta;
-      zeta = zeta < -limit ? -limit : zeta;
-      const T root = std::fabs(zeta) + std::sqrt(1 + zeta * zeta);
-      const T tangent = zeta < 0 ? -1 / root : 1 / root;
-      const T cosine = 1 / std::sqrt(1 + tangent * tangent);
-      const T sine = tangent * cosine;
-      inner[i] = small ? T(0) : tangent * g;
-      sines[i] = small ? T(0) : sine;
-      taus[i] = small ? T(0) : sine / (1 + cosine);
-    }
   }
 
   void sort() {
@@ -288,22 +164,42 @@ class Svd {
     }
   }
 
-  // Column i of J, which is R Pᵀ v / σ. What rounding puts in there of the columns before, whose
+  // Columns of J, which are R Pᵀ v / σ. What rounding puts in there of the columns before, whose
   // values are larger, is projected out; the rest of its error is small.
-  void finish_left(int64_t i) {
-    T* y = column_left(i);
-    add_columns(y, factor, ldn, column_x(order[i]), n, vectors_n());
-    if (!project(y, i)) complete(y, i, [this](int64_t q) { return column_left(q); });
+  void finish_left(int64_t begin, int64_t end) {
+    p.workers.each(end - begin, [=, this](int64_t k) {
+      T* y = column_left(begin + k);
+      add_columns(y, factor, ldn, column_x(order[begin + k]), n, vectors_n());
+      values[begin + k] = length(y);  // the singular values are stored already
+      project(y, 0, begin);
+    });
+    for (int64_t i = begin; i < end; ++i) {
+      T* y = column_left(i);
+      project(y, begin, i);
+      if (!normalize(y, values[i], i)) {
+        complete(y, i, [this](int64_t q) { return column_left(q); });
+      }
+    }
   }
 
-  // Makes y a unit vector orthogonal to the left vectors before; false where nothing is left of it.
-  bool project(T* y, int64_t i) {
-    T before = std::sqrt(dot(y, y, vectors_n()));
-    if (!(before > 0)) return false;
+  T length(const T* y) const { return std::sqrt(dot(y, y, vectors_n())); }
+
+  // Subtracts from y what it has of the left vectors begin … end - 1.
+  void project(T* y, int64_t begin, int64_t end) const {
+    T weights[kPanel];
+    for (int64_t first = begin; first < end; first += kPanel) {
+      const int64_t count = std::min(kPanel, end - first);
+      for (int64_t q = 0; q < count; ++q) weights[q] = -dot(column_left(first + q), y, vectors_n());
+      add_columns(y, column_left(first), ldm, weights, count, vectors_n());
+    }
+  }
+
+  // Makes y, of length `before` until it was projected, a unit vector orthogonal to the left vectors
+  // before i: projects once more where little of it was left. False where nothing is.
+  bool normalize(T* y, T before, int64_t i) const {
     for (int pass = 0; pass < 3; ++pass) {
-      for (int64_t q = 0; q < i; ++q) squares[q] = -dot(column_left(q), y, vectors_n());
-      add_columns(y, left, ldm, squares, i, vectors_n());
-      const T after = std::sqrt(dot(y, y, vectors_n()));
+      if (pass > 0) project(y, 0, i);
+      const T after = length(y);
       if (!(after > 0)) return false;
       for (int64_t k = 0; k < ldn; ++k) y[k] /= after;
       if (after > T(0.9) * before) return true;
@@ -312,13 +208,13 @@ class Svd {
     return false;
   }
 
-  // U = Q J. The columns come innermost, for they do not depend on each other.
-  void apply_reflections() {
+  // U = Q J, columns begin … end - 1. They come innermost, for they do not depend on each other.
+  void apply_reflections(int64_t begin, int64_t end) {
     for (int64_t k = r - 1; k >= 0; --k) {
-      const int64_t begin = k / kLanes<T> * kLanes<T>, vectors = vectors_m(begin);
-      const T* h = column_a(pivots[k]) + begin;
-      for (int64_t i = 0; i < p.rank; ++i) {
-        T* u = column_left(i) + begin;
+      const int64_t top = k / kLanes<T> * kLanes<T>, vectors = vectors_m(top);
+      const T* h = column_a(pivots[k]) + top;
+      for (int64_t i = begin; i < end; ++i) {
+        T* u = column_left(i) + top;
         subtract(u, h, dot(h, u, vectors), vectors);
       }
     }
@@ -365,15 +261,15 @@ class Svd {
   template <class Column>
   void store(Column column, T* to, int64_t rows) const {
     constexpr int64_t kBlock = 16;
-    for (int64_t begin = 0; begin < p.rank; begin += kBlock) {
-      const int64_t count = p.rank - begin < kBlock ? p.rank - begin : kBlock;
+    p.workers.each((p.rank + kBlock - 1) / kBlock, [=, this](int64_t b) {
+      const int64_t begin = b * kBlock, count = std::min(kBlock, p.rank - begin);
       const T* from[kBlock];
       for (int64_t i = 0; i < count; ++i) from[i] = column(begin + i);
       for (int64_t k = 0; k < rows; ++k) {
         T* row = to + k * p.rank + begin;
         for (int64_t i = 0; i < count; ++i) row[i] = squares[begin + i] * from[i][k];
       }
-    }
+    });
   }
 
   // Whether the largest element is, the first of equals.
@@ -400,9 +296,10 @@ class Svd {
   const SvdProblem<T>& p;
   bool wide;
   int64_t m, n, ldm, ldn;
+  Jacobi<T> x;
   int64_t r = 0;  // columns that are not zero
   int exponent = 0;
-  T *a, *x, *factor, *left, *squares, *inner, *sines, *taus, *values;
+  T *a, *factor, *left, *squares, *values;
   int32_t *pivots, *order;
 };
 
