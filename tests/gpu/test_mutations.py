@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from cases import draw, incoming
+from cases import draw, incoming, run_kernels
 from mutations import KINDS, place_of
 from ptx.emulate import Launch, emulated
 from ptx.machine import Machine
@@ -17,7 +17,8 @@ from ptx.parser import Kernel
 from shapes import Case
 
 from adacomcat.kernels import load, low_rank_mlp, tiles
-from adacomcat.kernels.reductions import weight_grad
+from adacomcat.kernels.products import gather, project
+from adacomcat.kernels.reductions import weight_grad, weight_grads
 
 LINEAR = Case("low_rank_linear", "mutated", {"lead": (150,), "d": 150, "r": 30, "out": 70},
               {"ACTIVATION": "relu"})
@@ -47,12 +48,41 @@ def linear() -> None:
     load("low_rank_linear").forward(x, v, u, bias, activation, residual, tile=TILE)
 
 
+def linear_backward() -> None:
+    """The gradients of x and of the middle."""
+    x, v, u, bias, activation, _ = draw(LINEAR, torch.float16)
+    grad, middle = incoming(LINEAR, [x]), normal(*LINEAR.sizes["lead"], LINEAR.sizes["r"])
+    load("low_rank_linear").backward(
+        apart(grad), x, apart(v), apart(u), bias, activation, apart(middle),
+        needs=[True, True, False, False], tile=TILE)
+
+
 def attention() -> None:
     load("low_rank_attention").forward(*draw(ATTENTION, torch.float16), tile=TILE)
 
 
+def attention_backward() -> None:
+    arguments = draw(ATTENTION, torch.float16)
+    run_kernels(ATTENTION, arguments, incoming(ATTENTION, arguments), TILE)
+
+
+def projection() -> None:
+    project(apart(normal(150, 90)), normal(70), *(apart(normal(n, 90)) for n in (70, 70, 40)),
+            tile=TILE)
+
+
+def gathering() -> None:
+    gather(*((apart(normal(150, n)), apart(normal(n, 64))) for n in (90, 90, 40)), tile=TILE)
+
+
 def reduction() -> None:
     weight_grad(normal(230, 128), normal(230, 64))
+
+
+def reductions() -> None:
+    """Of U and b, through an activation."""
+    grad, middle, u = apart(normal(230, 64)), apart(normal(230, 30)), apart(normal(64, 30))
+    weight_grads(grad, middle, u, normal(64), "relu", (True, True))
 
 
 def mlp_arguments() -> list:
@@ -93,8 +123,14 @@ def unaligned_parts() -> None:
 TILE = tiles.Tile(64, 32, 32, 4, 3)
 RUNS = [
     ("low_rank_linear_kernel", linear),
+    ("low_rank_linear_backward_kernel", linear_backward),
     ("attention_kernel", attention),
+    ("attention_queries_backward_kernel", attention_backward),
+    ("attention_keys_backward_kernel", attention_backward),
+    ("project_kernel", projection),
+    ("gather_kernel", gathering),
     ("weight_grad_kernel", reduction),
+    ("weight_grads_kernel", reductions),
     ("low_rank_mlp_kernel", mlp),
     ("expand_parts_kernel", mlp),
     ("expand_parts_kernel", unaligned_parts),
@@ -115,7 +151,10 @@ def spare(kind: str, place: int, machine: Machine) -> bool:
         return machine.trace.spare_wait(place, int(machine.kernel.code[place].operands[0], 0) + 1)
     if kind == "fences":
         return machine.trace.spare_fence(place)
-    return kind == "guards" and place not in machine.held_back
+    if kind == "guards":
+        copies = machine.kernel.code[place].parts[0] == "cp"
+        return place not in (machine.shortened if copies else machine.held_back)
+    return False
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,7 @@ class Machine:
         self.traffic = Traffic(size) if count_traffic else None
         self.trace = Trace() if trace else None
         self.held_back: set[int] = set()  # places whose guard has kept a thread from something
+        self.shortened: set[int] = set()  # copies that have read less than they write
         self.top = RED_ZONE
         self.buffers: list[int] = []
 

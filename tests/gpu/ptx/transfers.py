@@ -154,7 +154,7 @@ def copy_async(machine: Machine, instruction: Instruction) -> Step:
         destinations, sources = to(), source()
         reads = active & (sizes > 0)
         if (sizes[active] < width).any():
-            machine.held_back.add(machine.at)
+            machine.shortened.add(machine.at)
         if reads.any():
             machine.access(machine.memory, sources, width, reads, "load")
         machine.access(machine.shared, destinations, width, active, "copy")
