@@ -37,17 +37,37 @@ constexpr int64_t kTileStride = kPanel * kLanes;
 #include "tile_registers.h"
 #endif
 
-// Calls `visit(row, rows, column, vectors)` for each tile of C. The last panel is one vector wide
-// where that is enough.
+// Calls `visit(column, vectors)` for each panel of C from column `first` to `last`. The last of all is
+// one vector wide where that is enough.
 template <typename Visit>
-inline void for_each_tile(int64_t m, int64_t n, Visit visit) {
-  for (int64_t row = 0; row < m; row += kTileRows) {
-    for (int64_t column = 0; column < n; column += kPanel * kLanes) {
-      const int64_t vectors = n - column <= kLanes ? 1 : kPanel;
-      visit(row, least(kTileRows, m - row), column, vectors);
-    }
+inline void for_each_panel(int64_t first, int64_t last, Visit visit) {
+  for (int64_t column = first; column < last; column += kPanel * kLanes) {
+    visit(column, last - column <= kLanes ? 1 : kPanel);
   }
 }
+
+// The order of a product. Of B so many columns at a time (`span`) as the second cache holds while all
+// rows pass. And where the rows of a tile are long, only `chunk` elements of them at a time, so that
+// they and a panel share the first cache; the span's tiles wait in memory meanwhile.
+struct Order {
+  static constexpr int64_t kMostPanels = 8, kSpanBytes = 1 << 20;
+  static constexpr int64_t kRowBytes = 16 << 10, kMostRowBytes = 24 << 10;  // of a tile's rows
+
+  int64_t parts = 1, chunk, span;
+
+  explicit Order(const Product& p) : chunk(p.k) {
+    const int64_t row_bytes = kTileRows * p.k * kOperandSize, columns = kPanel * kLanes;
+    const int64_t panel_bytes = p.k * columns * kOperandSize + 1;
+    int64_t panels = greatest(kSpanBytes / panel_bytes, 1);
+    if (row_bytes > kMostRowBytes) {
+      constexpr int64_t kUnit = 32;  // elements; whole steps of every tile unit
+      parts = (row_bytes + kRowBytes - 1) / kRowBytes;
+      chunk = ((p.k + parts - 1) / parts + kUnit - 1) / kUnit * kUnit;
+      panels = least(panels, kMostPanels);
+    }
+    span = panels * columns;
+  }
+};
 
 inline const char* left_of(const Product& p, int64_t row) {
   return static_cast<const char*>(p.a) + row * p.a_stride * kOperandSize;
@@ -58,18 +78,19 @@ inline const float* right_of(const Product& p, int64_t column, int64_t vectors) 
   return reinterpret_cast<const float*>(static_cast<const char*>(p.b) + lanes * kOperandSize);
 }
 
-inline int64_t steps_of(const Product& p) { return (p.k + kGroup - 1) / kGroup; }
+inline int64_t steps_of(int64_t k) { return (k + kGroup - 1) / kGroup; }
 
-// The part of p.ahead that each tile prefetches, in turn.
+// The part of p.ahead that each of a tile's `parts` prefetches, in turn.
 class Prefetches {
  public:
-  explicit Prefetches(const Product& p) : ahead_(p.ahead), none_{static_cast<const char*>(p.b), 0} {
+  explicit Prefetches(const Product& p, int64_t parts = 1)
+      : ahead_(p.ahead), none_{static_cast<const char*>(p.b), 0} {
     if (!ahead_.data) ahead_.bytes = 0;  // nothing known, or gone
     if (!ahead_.bytes) return;
     const int64_t columns = kPanel * kLanes;
     const int64_t tiles = (p.m + kTileRows - 1) / kTileRows * ((p.n + columns - 1) / columns);
-    share_ = (ahead_.bytes + tiles - 1) / tiles;
-    const int64_t steps = steps_of(p) ? steps_of(p) : 1;  // of no columns at all
+    share_ = (ahead_.bytes + tiles * parts - 1) / (tiles * parts);
+    const int64_t steps = greatest(steps_of(p.k) / parts, 1);
     step_ = (share_ + steps - 1) / steps;
     if (!ahead_.piece) ahead_.piece = ahead_.bytes;
   }
@@ -90,11 +111,13 @@ class Prefetches {
 void accumulate(const Product& p, float* sum, int64_t stride, bool add) {
   Prefetches ahead(p);
   TileUnit unit;
-  for_each_tile(p.m, p.n, [&](int64_t row, int64_t rows, int64_t column, int64_t vectors) {
-    unit.multiply<0>(rows, vectors, steps_of(p), left_of(p, row), p.a_stride * kOperandSize,
-                     right_of(p, column, vectors), sum + row * stride + column, stride, add,
-                     ahead.next());
-  });
+  for (int64_t row = 0; row < p.m; row += kTileRows) {
+    for_each_panel(0, p.n, [&](int64_t column, int64_t vectors) {
+      unit.multiply<0>(least(kTileRows, p.m - row), vectors, steps_of(p.k), left_of(p, row),
+                       p.a_stride * kOperandSize, right_of(p, column, vectors),
+                       sum + row * stride + column, stride, add, ahead.next());
+    });
+  }
 }
 
 // A whole vector column of a tile, all its rows. What every row asks anew costs as much as a row of
@@ -167,24 +190,52 @@ inline void differentiate_column(const Finish& f, const float* tile, int64_t row
 }
 
 template <Activation A, Dtype D>
-void multiply_with(const Product& p, const Finish& f) {
-  alignas(64) float tile[kTileRows * kTileStride];
-  Prefetches ahead(p);
-  TileUnit unit;
-  for_each_tile(p.m, p.n, [&](int64_t row, int64_t rows, int64_t column, int64_t vectors) {
-    unit.template multiply<kTileStride>(rows, vectors, steps_of(p), left_of(p, row),
-                                        p.a_stride * kOperandSize, right_of(p, column, vectors),
-                                        tile, kTileStride, false, ahead.next());
-    const int64_t columns = least(vectors * kLanes, p.n - column);
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      const int64_t count = least(kLanes, columns - j);
-      if (f.gradient.data) {
-        differentiate_column<A, D>(f, tile + j, row, rows, column + j, count);
-      } else {
-        finish_column<A, D>(f, tile + j, row, rows, column + j, count);
-      }
+inline void finish_tile(const Finish& f, const float* tile, int64_t row, int64_t rows,
+                        int64_t column, int64_t columns) {
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    const int64_t count = least(kLanes, columns - j);
+    if (f.gradient.data) {
+      differentiate_column<A, D>(f, tile + j, row, rows, column + j, count);
+    } else {
+      finish_column<A, D>(f, tile + j, row, rows, column + j, count);
     }
-  });
+  }
+}
+
+// The tiles of some rows and the columns from `first` to `last`, part after part.
+template <Activation A, Dtype D>
+inline void multiply_span(const Product& p, const Finish& f, const Order& order, TileUnit& unit,
+                          Prefetches& ahead, int64_t row, int64_t first, int64_t last) {
+  alignas(64) float tiles[Order::kMostPanels * kTileRows * kTileStride];
+  const int64_t rows = least(kTileRows, p.m - row);
+  for (int64_t k = 0;; k += order.chunk) {
+    const int64_t steps = steps_of(least(order.chunk, p.k - k));
+    const bool done = k + order.chunk >= p.k;
+    float* tile = tiles;
+    for_each_panel(first, last, [&](int64_t column, int64_t vectors) {
+      const float* right = right_of(p, column, vectors) + k / kGroup * vectors * kLanes;
+      unit.template multiply<kTileStride>(
+          rows, vectors, steps, left_of(p, row) + k * kOperandSize, p.a_stride * kOperandSize,
+          right, tile, kTileStride, k > 0, ahead.next());
+      if (done) {
+        finish_tile<A, D>(f, tile, row, rows, column, least(vectors * kLanes, p.n - column));
+      }
+      if (order.parts > 1) tile += kTileRows * kTileStride;
+    });
+    if (done) return;
+  }
+}
+
+template <Activation A, Dtype D>
+void multiply_with(const Product& p, const Finish& f) {
+  const Order order(p);
+  Prefetches ahead(p, order.parts);
+  TileUnit unit;
+  for (int64_t first = 0; first < p.n; first += order.span) {
+    for (int64_t row = 0; row < p.m; row += kTileRows) {
+      multiply_span<A, D>(p, f, order, unit, ahead, row, first, least(p.n, first + order.span));
+    }
+  }
 }
 
 template <Activation A>

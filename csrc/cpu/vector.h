@@ -9,6 +9,7 @@ typedef float LooseVector __attribute__((vector_size(kLanes * 4), aligned(4), ma
 typedef uint16_t LooseHalves __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 inline Vector broadcast(float x) { return x - Vector{}; }
 inline Vector load(const float* p) { return *reinterpret_cast<const LooseVector*>(p); }
 inline void store(float* p, Vector x) { *reinterpret_cast<LooseVector*>(p) = x; }
