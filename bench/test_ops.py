@@ -4,10 +4,15 @@
 ``plain`` is what a user would write with the library's own products.
 
 python -m pytest bench/test_ops.py --benchmark-group-by=param:name,param:shape,param:dtype
+
+``python bench/test_ops.py`` prints how many times ours is faster than plain, of interleaved runs.
 """
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import product
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,25 +22,42 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from adacomcat import backends, ops, reference
+from adacomcat.cost import interleaved
+from adacomcat.report import print_table
 
-# DeiT-S at batch 1 and 8: 197 tokens, 384 channels, 6 heads.
-BATCHES = {"b1": 1, "b8": 8}
+# DeiT-S at batch 1, 8 and 16 (3,152 tokens): 384 channels, 6 heads.
+TOKENS, CHANNELS = 197, 384
+BATCHES = {"b1": 1, "b8": 8, "b16": 16}
 BACKENDS = ["plain", *backends.available()]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Problem = tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor], tuple]
+
+
+class Problem(NamedTuple):
+    """An op, the same in plain PyTorch, and what both take after x, which is ``width`` wide."""
+
+    op: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
+    weights: list[Tensor]
+    options: tuple
+    width: int = CHANNELS
+
+    def tensors(self, batch: int, dtype: torch.dtype) -> list[Tensor]:
+        x = torch.randn(batch, TOKENS, self.width)
+        return [t.to(dtype) for t in (x, *self.weights)]
 
 
 def weight(rows: int, columns: int) -> Tensor:
     return torch.randn(rows, columns) / columns**0.5
 
 
-def linear(activation: str | None) -> Problem:
+def linear(width: int, rank: int, out: int, activation: str | None = None) -> Problem:
     def plain(x: Tensor, v: Tensor, u: Tensor, bias: Tensor, activation: str | None) -> Tensor:
         return reference.activate(F.linear(F.linear(x, v.t()), u, bias), activation)
 
     # Vᵀ contiguous: the layout that F.linear likes, for both.
-    return (ops.low_rank_linear, plain,
-            [weight(128, 384).t(), weight(1536, 128), torch.randn(1536)], (activation,))
+    return Problem(ops.low_rank_linear, plain,
+                   [weight(rank, width).t(), weight(out, rank), torch.randn(out)],
+                   (activation,), width)
 
 
 def mlp() -> Problem:
@@ -43,18 +65,17 @@ def mlp() -> Problem:
         hidden = reference.activate(F.linear(F.linear(x, v1.t()), u1, b1), activation)
         return F.linear(F.linear(hidden, v2.t()), u2, b2)
 
-    return (ops.low_rank_mlp, plain,
-            [weight(128, 384).t(), weight(1536, 128), torch.randn(1536), weight(128, 1536).t(),
-             weight(384, 128), torch.randn(384)], ("gelu",))
+    return Problem(ops.low_rank_mlp, plain,
+                   [weight(128, 384).t(), weight(1536, 128), torch.randn(1536),
+                    weight(128, 1536).t(), weight(384, 128), torch.randn(384)], ("gelu",))
 
 
 def dense_mlp(hidden: int) -> Problem:
     def plain(x, w1, b1, w2, b2, activation) -> Tensor:
         return F.linear(reference.activate(F.linear(x, w1, b1), activation), w2, b2)
 
-    return (ops.dense_mlp, plain,
-            [weight(hidden, 384), torch.randn(hidden), weight(384, hidden), torch.randn(384)],
-            ("gelu",))
+    return Problem(ops.dense_mlp, plain, [weight(hidden, 384), torch.randn(hidden),
+                                          weight(384, hidden), torch.randn(384)], ("gelu",))
 
 
 def attention(rank_qk: int, rank_vo: int) -> Problem:
@@ -65,14 +86,16 @@ def attention(rank_qk: int, rank_vo: int) -> Problem:
         return F.linear(y.transpose(1, 2).flatten(2), wo, bo)
 
     qk, vo = 6 * rank_qk, 6 * rank_vo
-    return (ops.low_rank_attention, plain,
-            [weight(qk, 384), torch.randn(qk), weight(qk, 384), weight(vo, 384), weight(384, vo),
-             torch.randn(384)], (6, 64**-0.5))
+    return Problem(ops.low_rank_attention, plain,
+                   [weight(qk, 384), torch.randn(qk), weight(qk, 384), weight(vo, 384),
+                    weight(384, vo), torch.randn(384)], (6, 64**-0.5))
 
 
 OPS: dict[str, Callable[[], Problem]] = {
-    "low_rank_linear": lambda: linear(None),
-    "low_rank_linear_gelu": lambda: linear("gelu"),
+    "low_rank_linear": lambda: linear(384, 128, 1536),
+    "low_rank_linear_gelu": lambda: linear(384, 128, 1536, "gelu"),
+    "low_rank_linear_down": lambda: linear(1536, 128, 384),
+    "low_rank_linear_square": lambda: linear(384, 64, 384),
     "low_rank_mlp": mlp,
     "dense_mlp": lambda: dense_mlp(1536),
     "dense_mlp_half": lambda: dense_mlp(768),
@@ -105,15 +128,15 @@ def skip_where_it_cannot_run(backend: str, op: str, dtype: torch.dtype) -> None:
 def test_op(benchmark: Callable, name: str, shape: str, dtype: str, backend: str,
             direction: str) -> None:
     torch.manual_seed(0)
-    op, plain, weights, options = OPS[name]()
+    problem = OPS[name]()
+    op, options = problem.op, problem.options
     skip_where_it_cannot_run(backend, op.__name__, DTYPES[dtype])
     device = "cuda" if backend in ("triton", "cuda") else "cpu"
-    x = torch.randn(BATCHES[shape], 197, 384)
-    tensors = [t.to(device, DTYPES[dtype]) for t in (x, *weights)]
+    tensors = [t.to(device) for t in problem.tensors(BATCHES[shape], DTYPES[dtype])]
     train = direction == "backward"
     for tensor in tensors:
         tensor.requires_grad_(train)
-    function = plain if backend == "plain" else op
+    function = problem.plain if backend == "plain" else op
 
     def run() -> None:
         with torch.set_grad_enabled(train):
@@ -136,4 +159,39 @@ def test_op(benchmark: Callable, name: str, shape: str, dtype: str, backend: str
     benchmark.extra_info.update(
         machine(), gflops=round(gflops, 1), threads=torch.get_num_threads(),
         fraction_of_peak=round(gflops / fastest, 3),
-        bytes=sum(t.numel() * t.element_size() for t in tensors) + x.numel() * x.element_size())
+        bytes=sum(t.numel() * t.element_size() for t in (tensors[0], *tensors)))
+
+
+def ratio(name: str, batch: int, dtype: torch.dtype, seconds: float) -> float:
+    """Time of plain PyTorch over ours, medians of alternating runs, forward."""
+    torch.manual_seed(0)
+    problem = OPS[name]()
+    tensors = problem.tensors(batch, dtype)
+    ms = interleaved({run: lambda run=run: run(*tensors, *problem.options)
+                      for run in (problem.op, problem.plain)}, 10_000, seconds)
+    return ms[problem.plain] / ms[problem.op]
+
+
+def rows(names: Sequence[str], threads: Sequence[int], seconds: float) -> list[list[str]]:
+    found: dict[str, list[str]] = {name: [] for name in names}
+    for count, dtype in product(threads, DTYPES.values()):
+        torch.set_num_threads(count)
+        for name, batch in product(names, BATCHES.values()):
+            found[name].append(f"{ratio(name, batch, dtype, seconds):.2f}")
+    return [[name, *ratios] for name, ratios in found.items()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--names", nargs="+", choices=OPS, default=list(OPS), metavar="OP")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each comparison")
+    args = parser.parse_args()
+    columns = ["", *(f"{dtype} {batch}, {count} threads" for count, dtype, batch
+                     in product(args.threads, DTYPES, BATCHES))]
+    print_table("Plain PyTorch's time over ours", columns,
+                rows(args.names, args.threads, args.seconds))
+
+
+if __name__ == "__main__":
+    main()
