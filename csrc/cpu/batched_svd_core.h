@@ -50,7 +50,7 @@ class Svd {
     if (!p.u) return SvdStatus::ok;
     for (int64_t i = 0; i < p.rank; ++i) finish_right(i);
     for (int64_t i = 0; i < p.rank; i += kPanel) finish_left(i, std::min(i + kPanel, p.rank));
-    p.workers.each((p.rank + kPanel - 1) / kPanel, [this](int64_t k) {
+    each((p.rank + kPanel - 1) / kPanel, [this](int64_t k) {
       apply_reflections(k * kPanel, std::min((k + 1) * kPanel, p.rank));
     });
     store();
@@ -59,6 +59,13 @@ class Svd {
 
  private:
   static constexpr int64_t kPanel = 32;  // left vectors
+
+  // What fits into the first cache takes less time than waking a thread.
+  template <class Body>
+  void each(int64_t count, Body body) const {
+    if (svd_blocks<T>(n) > 1) return p.workers.each(count, body);
+    for (int64_t i = 0; i < count; ++i) body(i);
+  }
 
   T* column_a(int64_t j) const { return a + j * ldm; }
   T* column_x(int64_t j) const { return x.column(j); }
@@ -167,7 +174,7 @@ class Svd {
   // Columns of J, which are R Pᵀ v / σ. What rounding puts in there of the columns before, whose
   // values are larger, is projected out; the rest of its error is small.
   void finish_left(int64_t begin, int64_t end) {
-    p.workers.each(end - begin, [=, this](int64_t k) {
+    each(end - begin, [=, this](int64_t k) {
       T* y = column_left(begin + k);
       add_columns(y, factor, ldn, column_x(order[begin + k]), n, vectors_n());
       values[begin + k] = length(y);  // the singular values are stored already
@@ -261,7 +268,7 @@ class Svd {
   template <class Column>
   void store(Column column, T* to, int64_t rows) const {
     constexpr int64_t kBlock = 16;
-    p.workers.each((p.rank + kBlock - 1) / kBlock, [=, this](int64_t b) {
+    each((p.rank + kBlock - 1) / kBlock, [=, this](int64_t b) {
       const int64_t begin = b * kBlock, count = std::min(kBlock, p.rank - begin);
       const T* from[kBlock];
       for (int64_t i = 0; i < count; ++i) from[i] = column(begin + i);

@@ -47,9 +47,12 @@ template <class T>
 class Jacobi {
  public:
   Jacobi(int64_t n, T* memory, Workers& workers)
-      : memory(memory), workers(workers), n(n), ld(padded<T>(n)), block(svd_block<T>(n)) {}
+      : memory(memory), workers(workers), ld(padded<T>(n)), block(svd_block<T>(n)),
+        stride(svd_block_stride<T>(n)) {}
 
-  T* column(int64_t j) const { return columns(j / block) + j % block * ld; }
+  T* column(int64_t j) const {
+    return j < block ? memory + j * ld : columns(j / block) + j % block * ld;
+  }
 
   // Rotates the first r columns, all pairs in every sweep, until all cosines are rounding; false
   // where they do not become so. Disjoint pairs of blocks go to several threads.
@@ -70,7 +73,7 @@ class Jacobi {
   // Cosines below this are rounding.
   static constexpr T kTolerance = 2 * std::numeric_limits<T>::epsilon();
 
-  T* columns(int64_t b) const { return memory + b * svd_block_stride<T>(n); }
+  T* columns(int64_t b) const { return memory + b * stride; }
   T* squares(int64_t b) const { return columns(b) + block * ld; }  // of the columns' lengths
   int64_t width(int64_t b) const { return b * block + block < rank ? block : rank - b * block; }
 
@@ -191,7 +194,7 @@ class Jacobi {
 
   T* memory;
   Workers& workers;
-  int64_t n, ld, block;
+  int64_t ld, block, stride;
   int64_t rank = 0;
 };
 
