@@ -3,8 +3,8 @@
 One program owns BLOCK_M rows: it reads them once, keeps x V on the chip, and writes all N outputs,
 so neither x is read nor x V computed again for each output tile. Few rows would leave most of a GPU
 idle: there several programs own the same rows, each of which computes x V and writes its part of
-the columns. Without an activation the gradient of x is the same computation, with the factors
-exchanged: (grad U) Vᵀ.
+the columns, or where V is large x V is a product of its own. Without an activation the gradient of
+x is the same computation, with the factors exchanged: (grad U) Vᵀ.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from adacomcat.kernels import tiles
 from adacomcat.kernels.activations import slope
 from adacomcat.kernels.blocks import contract, expand, load_row, load_tile, store_tile
 from adacomcat.kernels.launching import adjacent, launch, rows, stride
+from adacomcat.kernels.products import gather, project
 from adacomcat.kernels.reductions import row_sum, weight_grad, weight_grads
 
 Gradient = Tensor | None
@@ -44,16 +45,15 @@ def low_rank_linear_kernel(
         store_tile(middle_ptr + first * R, R, rows, ranks, kept, R, middle)
     if gate_ptr is not None:
         middle *= load_row(gate_ptr, ranks, R)[None, :]
-    if y_ptr is not None:
-        if residual_ptr is not None:
-            residual_ptr += first * stride_residual
-        begin = tl.program_id(1) * columns_per_part
-        expand(
-            middle.to(x_ptr.dtype.element_ty), u_ptr, stride_u, bias_ptr,
-            residual_ptr, stride_residual, y_ptr + first * N,
-            left, N, R, begin, begin + columns_per_part,
-            ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
-        )  # fmt: skip
+    if residual_ptr is not None:
+        residual_ptr += first * stride_residual
+    begin = tl.program_id(1) * columns_per_part
+    expand(
+        middle.to(x_ptr.dtype.element_ty), u_ptr, stride_u, bias_ptr,
+        residual_ptr, stride_residual, y_ptr + first * N,
+        left, N, R, begin, begin + columns_per_part,
+        ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -119,18 +119,23 @@ def gated(
     """act(((x V) * gate) Uᵀ + b) + residual, and x V: each only if needed."""
     flat, v, u = rows(x), adjacent(v), adjacent(u)
     (m, k), (n, r) = flat.shape, u.shape
+    if not need_out or tiles.takes_two_launches(m, k, r, x):
+        middle = gather((x, v))
+        if not need_out:
+            return None, middle
+        u = u if gate is None else u * gate
+        return *project(middle, bias, u, activation=activation, residual=residual), middle
     bias = None if bias is None else bias.contiguous()
     gate = None if gate is None else gate.contiguous()
     residual = None if residual is None else rows(residual)
-    out = x.new_empty(*x.shape[:-1], n) if need_out else None
+    out = x.new_empty(*x.shape[:-1], n)
     middle = x.new_empty(*x.shape[:-1], r) if need_middle else None
 
     def run(tile: tiles.Tile) -> None:
         blocks = triton.cdiv(m, tile.BLOCK_M)
         columns = tiles.columns_per_part(n, tile.BLOCK_N, blocks)
-        parts = max(1, triton.cdiv(n, columns)) if need_out else 1
         launch(
-            low_rank_linear_kernel, (blocks, parts), x,
+            low_rank_linear_kernel, (blocks, max(1, triton.cdiv(n, columns))), x,
             flat, v, gate, u, bias, residual, out, middle, m, k, n, r,
             flat.stride(0), v.stride(0), u.stride(0), stride(residual), columns,
             ACTIVATION=activation, BLOCK_R=tiles.padded(r), PRECISION=tiles.precision(x),
@@ -161,6 +166,9 @@ def backward(
             dx, dmiddle = gated(grad, u, None, v, None, None, None, need_x, need_v, tile)
         du = weight_grad(grad, middle) if need_u else None
         dbias = row_sum(grad) if need_bias else None
+    elif tiles.takes_two_launches(rows(grad).shape[0], u.shape[0], u.shape[1], grad):
+        (inner,) = project(middle, bias, u, activation=activation, grad=grad)
+        return backward(inner, x, v, u, None, None, middle, needs, tile)
     else:
         dx, dmiddle = _through_activation(
             grad, middle, u, bias, v, activation, need_x, need_v, tile
@@ -188,7 +196,8 @@ def _through_activation(
     flat, kept, v, u = rows(grad), rows(middle), adjacent(v), adjacent(u)
     bias = None if bias is None else bias.contiguous()
     (m, n), (k, r) = flat.shape, v.shape
-    tile = tile or tiles.row_tile(m, r, grad)
+    # Programs share no columns here.
+    tile = tile or tiles.row_tile(m, r, grad, least=16)
     launch(
         low_rank_linear_backward_kernel, (triton.cdiv(m, tile.BLOCK_M),), grad,
         flat, kept, u, bias, v, dx, dmiddle, m, k, n, r,

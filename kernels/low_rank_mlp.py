@@ -8,7 +8,9 @@ Few rows would leave most of a GPU idle. There several programs own the same row
 computes x V1 and its part of the hidden layer, and writes its part of the sum h V2 in float32; a
 second kernel adds the parts in a fixed order and goes on to the output; likewise for the gradient
 of x. The parts are as many bytes as the weights, but stay in the L2 cache, and every processor then
-reads a tenth of the factors of the hidden layer.
+reads a tenth of the factors of the hidden layer. Where V1 is large, x V1 is a product of its own.
+
+Exact float32 at a wide rank has no registers for all this, and is two low-rank layers.
 """
 
 from collections.abc import Sequence
@@ -18,10 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adacomcat.kernels import tiles
+from adacomcat.kernels import low_rank_linear, tiles
 from adacomcat.kernels.activations import activate, slope
 from adacomcat.kernels.blocks import contract, expand, load_row, load_tile, store_tile
-from adacomcat.kernels.launching import adjacent, launch, rows
+from adacomcat.kernels.launching import adjacent, launch, rows, staged_alike
+from adacomcat.kernels.products import gather, project
 from adacomcat.kernels.reductions import part_rows, parts_of, row_sum, sum_parts, weight_grad
 
 Gradient = Tensor | None
@@ -35,19 +38,25 @@ def low_rank_mlp_kernel(
     BLOCK_N: tl.constexpr, BLOCK_R1: tl.constexpr, BLOCK_R2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y, and where pointers are given x V1 and h V2; or one part of h V2 where parts are wanted."""
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    """y, and where pointers are given x V1 and h V2; or one part of h V2 where parts are wanted.
+
+    Without x, x V1 is read.
+    """
+    dtype: tl.constexpr = u1_ptr.dtype.element_ty
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     left = (M - first).to(tl.int32)
     rows, ranks1, ranks2 = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R1), tl.arange(0, BLOCK_R2)
-    middle = contract(
-        x_ptr + first * stride_x, stride_x, v1_ptr, stride_v1, left, K, R1,
-        BLOCK_M, BLOCK_K, BLOCK_R1, PRECISION,
-    )  # fmt: skip
-    if middle1_ptr is not None:
-        kept = tl.where(tl.program_id(1) == 0, left, 0)  # one of those that share the rows writes
-        store_tile(middle1_ptr + first * R1, R1, rows, ranks1, kept, R1, middle)
-    middle1 = middle.to(dtype)
+    if x_ptr is not None:
+        middle = contract(
+            x_ptr + first * stride_x, stride_x, v1_ptr, stride_v1, left, K, R1,
+            BLOCK_M, BLOCK_K, BLOCK_R1, PRECISION,
+        )  # fmt: skip
+        if middle1_ptr is not None:
+            kept = tl.where(tl.program_id(1) == 0, left, 0)  # one of those that share rows writes
+            store_tile(middle1_ptr + first * R1, R1, rows, ranks1, kept, R1, middle)
+        middle1 = middle.to(dtype)
+    else:
+        middle1 = load_tile(middle1_ptr + first * R1, R1, rows, ranks1, left, R1)
     middle2 = tl.zeros((BLOCK_M, BLOCK_R2), tl.float32)
     begin = tl.program_id(1) * hidden_per_part
     for start in range(begin, tl.minimum(begin + hidden_per_part, H), BLOCK_N):
@@ -108,20 +117,23 @@ def low_rank_mlp_backward_kernel(
 ):  # fmt: skip
     """dmiddle2 = grad U2, dmiddle1 = (dmiddle2 V2ᵀ * act') U1, dx = dmiddle1 V1ᵀ.
 
-    Where parts are wanted, one of dmiddle1 and no more.
+    Where parts are wanted, one of dmiddle1 and no more. Without grad, dmiddle2 is read.
     """
-    dtype: tl.constexpr = grad_ptr.dtype.element_ty
+    dtype: tl.constexpr = u1_ptr.dtype.element_ty
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     left = (M - first).to(tl.int32)
     rows, ranks1, ranks2 = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R1), tl.arange(0, BLOCK_R2)
-    dmiddle = contract(
-        grad_ptr + first * stride_grad, stride_grad, u2_ptr, stride_u2, left, N, R2,
-        BLOCK_M, BLOCK_K, BLOCK_R2, PRECISION,
-    )  # fmt: skip
-    if dmiddle2_ptr is not None:
-        kept = tl.where(tl.program_id(1) == 0, left, 0)
-        store_tile(dmiddle2_ptr + first * R2, R2, rows, ranks2, kept, R2, dmiddle)
-    dmiddle2 = dmiddle.to(dtype)
+    if grad_ptr is not None:
+        dmiddle = contract(
+            grad_ptr + first * stride_grad, stride_grad, u2_ptr, stride_u2, left, N, R2,
+            BLOCK_M, BLOCK_K, BLOCK_R2, PRECISION,
+        )  # fmt: skip
+        if dmiddle2_ptr is not None:
+            kept = tl.where(tl.program_id(1) == 0, left, 0)
+            store_tile(dmiddle2_ptr + first * R2, R2, rows, ranks2, kept, R2, dmiddle)
+        dmiddle2 = dmiddle.to(dtype)
+    else:
+        dmiddle2 = load_tile(dmiddle2_ptr + first * R2, R2, rows, ranks2, left, R2)
     middle1_ptr += first * stride_middle1
     middle1 = load_tile(middle1_ptr, stride_middle1, rows, ranks1, left, R1)
     dmiddle1 = tl.zeros((BLOCK_M, BLOCK_R1), tl.float32)
@@ -212,27 +224,36 @@ def forward(
     tile: tiles.Tile | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(h V2) U2ᵀ + b2, and x V1 and h V2 if `keep`."""
+    if tiles.is_wide(max(v1.shape[1], v2.shape[1]), x):
+        hidden, middle1 = low_rank_linear.forward(x, v1, u1, b1, activation)
+        out, middle2 = low_rank_linear.forward(hidden, v2, u2, b2)
+        return out, middle1, middle2
     flat = rows(x)
     v1, u1, v2, u2 = (adjacent(t) for t in (v1, u1, v2, u2))
     b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
     (m, k), (h, r1), (n, r2) = flat.shape, u1.shape, u2.shape
     out = x.new_empty(*x.shape[:-1], n)
     middle1, middle2 = (x.new_empty(*x.shape[:-1], r) if keep else None for r in (r1, r2))
+    tile = tile or tiles.row_tile(m, max(r1, r2), x, factors=2)
+    apart = tiles.takes_two_launches(m, k, r1, x) or tiles.is_too_large(tile, max(r1, r2))
+    if apart:
+        middle1 = gather((x, v1))
 
     def run(tile: tiles.Tile) -> None:
+        tile = staged_alike(tile, u1, v2)
         grid, share, parts = _shared_out(x, m, h, r2, tile)
         launch(
             low_rank_mlp_kernel, grid, x,
-            flat, v1, u1, b1, v2, u2, b2, out, middle1, middle2, parts, m, k, h, n, r1, r2,
+            None if apart else flat, v1, u1, b1, v2, u2, b2, out, middle1, middle2, parts,
+            m, k, h, n, r1, r2,
             flat.stride(0), v1.stride(0), u1.stride(0), v2.stride(0), u2.stride(0), share,
             ACTIVATION=activation, BLOCK_R1=tiles.padded(r1), BLOCK_R2=tiles.padded(r2),
             PRECISION=tiles.precision(x), **tile.arguments(),
         )  # fmt: skip
         if parts is not None:
-            _expand_parts(parts, u2, b2, out, middle2, tile)
+            _expand_parts(parts, u2, b2, out, middle2)
 
-    table = tile or tiles.row_tile(m, max(r1, r2), x, factors=2)
-    run(tiles.best(table, ("low_rank_mlp", m, k, h, n, r1, r2), x, run))
+    run(tiles.best(tile, ("low_rank_mlp", m, k, h, n, r1, r2), x, run))
     return out, middle1, middle2
 
 
@@ -253,6 +274,18 @@ def backward(
 ) -> tuple[Gradient, ...]:
     """The gradients of x, V1, U1, b1, V2, U2 and b2; None for those that are not needed."""
     need_x, need_v1, need_u1, need_b1, need_v2, need_u2, need_b2 = needs
+    if tiles.is_wide(max(v1.shape[1], v2.shape[1]), grad):
+        need_dhidden = any(needs[:4])
+        (hidden,) = project(middle1, b1, u1, activation=activation)
+        dhidden, *last = low_rank_linear.backward(
+            grad, hidden, v2, u2, b2, None, middle2, (need_dhidden, need_v2, need_u2, need_b2)
+        )
+        if not need_dhidden:
+            return None, None, None, None, *last
+        first = low_rank_linear.backward(
+            dhidden, x, v1, u1, b1, activation, middle1, needs[:4]
+        )
+        return *first, *last
     v1, u1, v2, u2 = (adjacent(t) for t in (v1, u1, v2, u2))
     b1 = None if b1 is None else b1.contiguous()
     flat, kept = rows(grad), rows(middle1)
@@ -263,19 +296,27 @@ def backward(
     need_hidden = need_u1 or need_b1 or need_v2
     dmiddle2 = grad.new_empty(*lead, r2) if need_hidden else None
     if need_x or need_v1 or need_hidden:
-        # Four blocks of rows are alive at once: 128 rows of them spill on sm_89.
-        tile = tile or tiles.row_tile(m, max(r1, r2), grad, factors=2, most=64)
+        # Four blocks of rows are alive at once: of more than 64 rows they spill on sm_89, in exact
+        # float32 of more than 16 on sm_80. With tf32 they are fewer than a wgmma takes, because U1
+        # is transposed through registers there and V2 is not.
+        most = 128 // tiles.operand_bytes(grad)
+        tile = tile or tiles.row_tile(m, max(r1, r2), grad, factors=2, most=most)
+        tile = staged_alike(tile, u1, v2)
+        apart = tiles.takes_two_launches(m, n, r2, grad)
+        if apart:
+            dmiddle2 = gather((grad, u2))
         grid, share, parts = _shared_out(grad, m, h, r1, tile, need_x)
         launch(
             low_rank_mlp_backward_kernel, grid, grad,
-            flat, u2, v2, kept, u1, b1, v1, dx, dmiddle1, dmiddle2, parts, m, k, h, n, r1, r2,
+            None if apart else flat, u2, v2, kept, u1, b1, v1, dx, dmiddle1, dmiddle2, parts,
+            m, k, h, n, r1, r2,
             flat.stride(0), kept.stride(0),
             v1.stride(0), u1.stride(0), v2.stride(0), u2.stride(0), share,
             ACTIVATION=activation, BLOCK_R1=tiles.padded(r1), BLOCK_R2=tiles.padded(r2),
             PRECISION=tiles.precision(grad), **tile.arguments(), **tiles.registers(tile, blocks=1),
         )  # fmt: skip
         if parts is not None:
-            _expand_parts(parts, v1, None, dx, dmiddle1, tile)
+            _expand_parts(parts, v1, None, dx, dmiddle1)
     du1, db1, dv2 = _hidden_grads(
         middle1, dmiddle2, u1, b1, v2, activation, need_u1, need_b1, need_v2
     )
@@ -302,10 +343,14 @@ def _expand_parts(
     bias: Tensor | None,
     out: Tensor,
     middle: Tensor | None,
-    tile: tiles.Tile,
+    tile: tiles.Tile | None = None,
 ) -> None:
-    """out = middle Uᵀ + b with middle = Σ parts."""
+    """out = middle Uᵀ + b with middle = Σ parts.
+
+    Every program reads all parts of its rows, hence few rows.
+    """
     (count, m, r), n = parts.shape, u.shape[0]
+    tile = tile or tiles.row_tile(m, r, out, least=16)
     blocks = triton.cdiv(m, tile.BLOCK_M)
     columns = tiles.columns_per_part(n, tile.BLOCK_N, blocks)
     launch(
@@ -334,6 +379,7 @@ def _hidden_grads(
     (m, r1), (h, r2) = a.shape, v2.shape
     # Two sums are alive at once, hence half the size that one would get.
     tile = tiles.reduction_tile(m, 2 * max(r1, r2), a, reads_columns=False)
+    tile = staged_alike(tile, a, b)
     columns = triton.cdiv(h, tile.BLOCK_N)
     parts = tiles.splits(m, tile.BLOCK_M, columns)
     du1 = parts_of(a, parts, h, r1) if need_u1 else None
@@ -345,6 +391,7 @@ def _hidden_grads(
         a.stride(0), b.stride(0), u1.stride(0), v2.stride(0),
         part_rows(m, parts, tile.BLOCK_M), ACTIVATION=activation,
         BLOCK_R1=tiles.padded(r1), BLOCK_R2=tiles.padded(r2), PRECISION=tiles.precision(a),
-        **tile.arguments(without="BLOCK_K"), **tiles.registers(tile),
+        **tile.arguments(without="BLOCK_K"),
+        **tiles.registers(tile, blocks=1 if tiles.operand_bytes(a) == 4 else 2),
     )  # fmt: skip
     return tuple(sum_parts(parts, a.dtype) for parts in (du1, db1, dv2))

@@ -1,21 +1,26 @@
-"""Plain products of the attention: its projections, and the gradients that flow through them."""
+"""Plain products: the attention's projections, a low-rank one in two launches, their gradients."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from adacomcat.kernels import tiles
+from adacomcat.kernels.activations import activate, slope
 from adacomcat.kernels.blocks import load_row, load_tile, store_tile
-from adacomcat.kernels.launching import adjacent, launch, rows
+from adacomcat.kernels.launching import adjacent, launch, rows, stride
 
 
 @triton.jit
 def project_kernel(
-    x_ptr, w0_ptr, w1_ptr, w2_ptr, bias_ptr, y0_ptr, y1_ptr, y2_ptr,
-    M, K, N0, N1, N2, stride_x, stride_w0, stride_w1, stride_w2,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, w0_ptr, w1_ptr, w2_ptr, bias_ptr, residual_ptr, grad_ptr, y0_ptr, y1_ptr, y2_ptr,
+    M, K, N0, N1, N2, stride_x, stride_w0, stride_w1, stride_w2, stride_residual, stride_grad,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x Wᵢᵀ for up to three matrices in one grid; the bias is that of the first."""
+    """x Wᵢᵀ for up to three matrices in one grid; the bias is that of the first.
+
+    Of a single one act(x Wᵀ + b) + residual, or with `grad_ptr` grad * act'(x Wᵀ + b).
+    """
     tile = tl.program_id(1)
     tiles0, tiles1 = tl.cdiv(N0, BLOCK_N), tl.cdiv(N1, BLOCK_N)
     w_ptr, y_ptr, N, stride_w, start_n = w0_ptr, y0_ptr, N0, stride_w0, tile
@@ -38,6 +43,14 @@ def project_kernel(
     if bias_ptr is not None:
         bias = load_row(bias_ptr, columns, N0)
         y += tl.where(tile < tiles0, bias, 0.0)[None, :]
+    if grad_ptr is not None:
+        grad = load_tile(grad_ptr + first * stride_grad, stride_grad, rows, columns, left, N)
+        y = grad.to(tl.float32) * slope(y, ACTIVATION)
+    else:
+        y = activate(y, ACTIVATION)
+    if residual_ptr is not None:
+        residual_ptr += first * stride_residual
+        y += load_tile(residual_ptr, stride_residual, rows, columns, left, N).to(tl.float32)
     store_tile(y_ptr + first * N, N, rows, columns, left, N, y)
 
 
@@ -84,21 +97,34 @@ def gather_kernel(
 
 
 def project(
-    x: Tensor, bias: Tensor | None, *weights: Tensor, tile: tiles.Tile | None = None
+    x: Tensor,
+    bias: Tensor | None,
+    *weights: Tensor,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    grad: Tensor | None = None,
+    tile: tiles.Tile | None = None,
 ) -> tuple[Tensor, ...]:
-    """x Wᵢᵀ for one matrix or three, in one launch: x (..., k), Wᵢ (nᵢ, k); b goes to the first."""
+    """x Wᵢᵀ for one matrix or three, in one launch: x (..., k), Wᵢ (nᵢ, k); b goes to the first.
+
+    Of a single one act(x Wᵀ + b) + residual, or if `grad` is given grad * act'(x Wᵀ + b).
+    """
     flat, weights = rows(x), tuple(adjacent(w) for w in weights)
+    residual, grad = (None if t is None else rows(t) for t in (residual, grad))
     m, k = flat.shape
     outs = tuple(x.new_empty(*x.shape[:-1], w.shape[0]) for w in weights)
     widths = [w.shape[0] for w in weights] + [0] * (3 - len(weights))
     absent = [None] * (3 - len(weights))
-    tile = tile or tiles.product_tile(m, sum(widths), x)
+    # A tile of grad beside one of 128 columns spills in exact float32.
+    tile = tile or tiles.product_tile(m, sum(widths), x, widest=128 if grad is None else 64)
     columns = sum(triton.cdiv(n, tile.BLOCK_N) for n in widths)
     launch(
         project_kernel, (triton.cdiv(m, tile.BLOCK_M), columns), x,
-        flat, *weights, *absent, None if bias is None else bias.contiguous(), *outs, *absent,
-        m, k, *widths, flat.stride(0), *(w.stride(0) for w in weights), *(0 for _ in absent),
-        PRECISION=tiles.precision(x), **tile.arguments(),
+        flat, *weights, *absent, None if bias is None else bias.contiguous(), residual, grad,
+        *outs, *absent, m, k, *widths,
+        flat.stride(0), *(w.stride(0) for w in weights), *(0 for _ in absent),
+        stride(residual), stride(grad),
+        ACTIVATION=activation, PRECISION=tiles.precision(x), **tile.arguments(),
     )  # fmt: skip
     return outs
 
@@ -116,6 +142,6 @@ def gather(*pairs: tuple[Tensor, Tensor], tile: tiles.Tile | None = None) -> Ten
         gather_kernel, (triton.cdiv(m, tile.BLOCK_M), triton.cdiv(n, tile.BLOCK_N)), out,
         *xs, *absent, *ws, *absent, out, m, n, *(w.shape[0] for w in ws), *zeros,
         *(x.stride(0) for x in xs), *zeros, *(w.stride(0) for w in ws), *zeros,
-        PRECISION=tiles.precision(out), **tile.arguments(),
+        PRECISION=tiles.precision(out), **tile.arguments(), **tiles.registers(tile),
     )  # fmt: skip
     return out

@@ -34,6 +34,15 @@ class Tile:
         return {name: value for name, value in asdict(self).items() if name != without}
 
 
+def enough_programs() -> int:
+    """Half as many as there are processors: those can take all that the cache gives.
+
+    64 bytes a clock for each of 50 are the 5 TB/s of an A100's or H100's cache. More programs of
+    one launch have smaller tiles, read more between them, and are no faster for it.
+    """
+    return max(1, multiprocessors() // 2)
+
+
 def target() -> triton.backends.compiler.GPUTarget:
     """The architecture that kernels are compiled for at this moment."""
     return triton.runtime.driver.active.get_current_target()
@@ -92,24 +101,31 @@ def stages(bytes_per_stage: int) -> int:
     return 3 if 3 * bytes_per_stage <= half else 2 if 2 * bytes_per_stage <= half else 1
 
 
-def row_tile(rows: int, rank: int, x: Tensor, factors: int = 1, most: int = 128) -> Tile:
+def row_tile(
+    rows: int, rank: int, x: Tensor, factors: int = 1, least: int = 64, most: int = 128
+) -> Tile:
     """Kernels that keep (BLOCK_M, rank) on the chip and stream all weights past it.
 
-    Every program reads all weights, however few its rows are, so rows are shared out evenly: the
-    fewest rows for which one wave of programs is enough. 394 tokens get 16 rows, 12,608 get 128.
-    The upper bound is the register file: two (BLOCK_M, rank) blocks in float32 are alive at once,
-    and 64 registers a thread for each is what leaves room for the rest; in shared memory, where
-    they pass as operands, 32 KiB each. `factors` are read at a time; `most` rows are for kernels
-    that keep more.
+    Every program reads all weights of its columns, so the more rows it has the better, and 64 are
+    what a wgmma takes; more where they would be more than one wave. Kernels whose programs do not
+    share out columns have `least` 16: fewer rows a program keep more processors busy. The upper
+    bound is the register file. In 16 bits a block in float32 may take half of it, 128 registers of
+    each of 256 threads, as the other is kept as an operand; exact float32 keeps both halves of its
+    operands. `factors` are read at a time; `most` rows are for kernels that keep more.
     """
     width, size = padded(rank), operand_bytes(x)
+    room = SHARED_KIB.get(target().arch, 64)  # KiB
+    # The rows pass through shared memory as operands; a factor of rank 256 leaves 32 KiB of 99.
+    on_chip = 65536 if size == 2 and room > 100 else 32768
+    most = min(most, max(16, on_chip // (width * size)))
     rows_at_once = 16
-    most = min(most, max(16, 32768 // (width * size)))
-    while rows_at_once < most and triton.cdiv(rows, rows_at_once) > multiprocessors():
+    while rows_at_once < most and (
+        rows_at_once < min(least, rows) or triton.cdiv(rows, rows_at_once) > multiprocessors()
+    ):
         rows_at_once *= 2
     # A stage holds (BLOCK_K or BLOCK_N) rows of a factor: 32 KiB of it, or what memory allows.
-    room = 32768 if SHARED_KIB.get(target().arch, 64) > 100 else 16384
-    depth = max(16, min(64, room // (width * size)))
+    wide = rows_at_once * width > 16384
+    depth = max(16, min(64, (32768 if room > 100 and not wide else 16384) // (width * size)))
     large = rows_at_once * width > (4096 if on_amd() else 8192)
     row = x.element_size() * (factors * width + rows_at_once)  # of a stage
     # With no load in flight operands stay in registers, of which rank 256 leaves too few on sm_90.
@@ -121,18 +137,50 @@ def row_tile(rows: int, rank: int, x: Tensor, factors: int = 1, most: int = 128)
         rows_at_once, depth, depth, warps(large) // (2 if small else 1), stages(depth * row))
 
 
+def is_wide(rank: int, x: Tensor) -> bool:
+    """Whether a rank is too wide to be kept on the chip.
+
+    Exact float32 keeps both halves of its operands: above 128 these alone would fill the registers.
+    Plain products take the rank a few columns at a time.
+    """
+    return operand_bytes(x) == 8 and padded(rank) > 128
+
+
+def is_too_large(tile: Tile, rank: int) -> bool:
+    """Whether two blocks (BLOCK_M, rank) in registers are too much, though one of them fits.
+
+    The operand of a wgmma lies in registers if it was computed there, in shared memory if read.
+    """
+    return target().arch == 90 and tile.BLOCK_M * padded(rank) > 16384
+
+
+def takes_two_launches(rows: int, inner: int, rank: int, x: Tensor) -> bool:
+    """Whether x V is a product of its own, written and read again, instead of kept on the chip.
+
+    With few rows several programs share them, and each would read V, (inner, rank), and compute
+    x V again. From 128 KiB on that takes longer than a launch: a processor reads a hundred bytes a
+    nanosecond.
+    """
+    if is_wide(rank, x):
+        return True
+    few = 2 * triton.cdiv(rows, 64) < multiprocessors()
+    return few and inner * rank * x.element_size() > 131072
+
+
 def product_tile(rows: int, columns: int, x: Tensor, widest: int = 128) -> Tile:
-    """Plain products (rows, columns): the largest tile that still gives every processor one."""
+    """Plain products (rows, columns): the largest tile that still keeps enough processors busy."""
     size = operand_bytes(x)
     depth = 128 // size
-    for rows_at_once, columns_at_once in ((128, widest), (128, 64), (64, 64), (32, 64), (16, 64)):
+    for rows_at_once, columns_at_once in (
+        (128, widest), (128, 64), (64, 64), (32, 64), (32, 32), (16, 32)
+    ):  # fmt: skip
         programs = triton.cdiv(rows, rows_at_once) * triton.cdiv(columns, columns_at_once)
-        if programs >= multiprocessors():
+        if programs >= enough_programs():
             break
     # At least 16 bytes of the smaller tile for each of 128 threads.
     depth = max(depth, 2048 // (rows_at_once * x.element_size()))
     stage = depth * size * (rows_at_once + columns_at_once)
-    count = warps(rows_at_once * columns_at_once > 8192)
+    count = warps(rows_at_once * columns_at_once * max(size, 4) > 32768)
     return Tile(rows_at_once, depth, columns_at_once, count, stages(stage))
 
 
@@ -178,9 +226,9 @@ def splits(rows: int, block: int, programs: int) -> int:
 def columns_per_part(columns: int, block: int, programs: int) -> int:
     """How many columns, in whole blocks, each of the programs writes that share the same rows.
 
-    As many programs as one wave has room for: what a program does before, it does once for each.
+    What a program does before, it does once for each, and an MLP adds up a part from each.
     """
-    parts = max(1, multiprocessors() // max(programs, 1))
+    parts = max(1, enough_programs() // max(programs, 1))
     return max(1, triton.cdiv(triton.cdiv(columns, parts), block)) * block
 
 

@@ -56,10 +56,9 @@ def oracles(
 
 def run_kernels(parts: Tensor, u: Tensor, bias: Tensor) -> dict[str, Tensor]:
     """The same by `sum_parts_kernel` and by `expand_parts_kernel`."""
-    from adacomcat.kernels import low_rank_mlp, reductions, tiles
+    from adacomcat.kernels import low_rank_mlp, reductions
 
     _, rows, rank = parts.shape
     out, middle = u.new_empty(rows, u.shape[0]), u.new_empty(rows, rank)
-    tile = tiles.row_tile(rows, rank, out, factors=2)
-    low_rank_mlp._expand_parts(parts, u, bias, out, middle, tile)
+    low_rank_mlp._expand_parts(parts, u, bias, out, middle)
     return {"total": reductions.sum_parts(parts, u.dtype), "middle": middle, "out": out}

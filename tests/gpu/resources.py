@@ -197,7 +197,7 @@ def main() -> None:
     rows = [one for dtype in ("fp16", "fp32") for arch in TARGETS for one in measured(arch, dtype)]
     large = [one for arch in TARGETS for one in measured(arch, "fp16", images=64)]
     wide = [one for arch in TARGETS
-            for dtype, images in (("fp16", 2), ("fp16", 64), ("fp32", 2))
+            for dtype, images in (("fp16", 2), ("fp16", 64), ("fp32", 2), ("tf32", 2))
             for one in measured(arch, dtype, "deit_b", images) if one.spilled or one.narrow]
     folder = ROOT / "bench" / "gpu"
     folder.mkdir(exist_ok=True)
@@ -228,11 +228,11 @@ head), compiled as for a GPU; `fp32` is exact (tf32x3). After a change to a kern
 Blocks: that fit on a multiprocessor at once. Narrow: instructions that move less than 128 bits of a
 tile (vectors, as biases, are none). Two exceptions. On gfx942 stores move four elements, 64 bits of
 16-bit types, as the compiler stores products from the registers in which the matrix instruction
-leaves four elements side by side, and not through local memory. And with tf32 (single, not in the
-tables) `weight_grad_kernel`, and at DeiT-B from sm_90 on `attention_kernel`, copy 32 bits at once:
-tensor cores transpose 16-bit elements only, so others are transposed on their way to shared memory.
-Through registers they would be wide, and no longer in flight. The limits are those that
-`tests/gpu/test_resources.py` holds: of all kernels in 16 bits, of some in float32.
+leaves four elements side by side, and not through local memory. And with tf32 (single, not in these
+two tables) some products copy 32 bits at once: tensor cores transpose 16-bit elements only, so
+others are transposed on their way to shared memory. Through registers they would be wide, and no
+longer in flight. The limits are those that `tests/gpu/test_resources.py` holds: nothing is spilled,
+in any type.
 
 ## Two images
 
@@ -244,18 +244,19 @@ Through registers they would be wide, and no longer in flight. The limits are th
 
 ## DeiT-B: what is spilled or narrow
 
-Of all kernels at rank 256, for two images in both types and for 64 in `fp16`. Exact products keep
-both halves of each operand, and at that rank there are not registers enough for them.
+Of all kernels at rank 256, for two images in `fp16`, `fp32` and `tf32`, and for 64 in `fp16`. Exact
+products keep both halves of each operand, for which rank 256 leaves no registers: there all are
+plain products, which take the rank a few columns at a time, and an MLP writes its hidden layer.
 
 {wide}
 
 ## Bytes moved
 
 Between device memory and cache in 16 bits, by the model of `tests/gpu/traffic.py`, which agrees
-with the emulator's counts: each input once and each output once is the minimum. At batch 1 an MLP
-takes a second launch, for which the first leaves the parts of a sum. They are written and read
-again, and stay in the cache, of which they take less than a twentieth: "moved" leaves them out, the
-last column counts them as if the cache kept nothing. The limit is 1.15 without them.
+with the emulator's counts: each input once and each output once is the minimum. Where rows are few,
+and in the MLP of DeiT-B on sm_90, one launch leaves x V or the parts of a sum to the next. They are
+written and read again, and stay in the cache, of which they take a seventh at most: "moved" leaves
+them out, the last column counts them as if the cache kept nothing. The limit is 1.15 without them.
 
 {moved}
 """

@@ -18,6 +18,11 @@ LINEAR = {
     "aligned": ((64,), 128, 64, 128),
     "197": ((197,), 40, 24, 56),
     "many-rows": ((700,), 20, 5, 33),  # whose sums are split
+    # Factors so large that x V, or grad U, is a product of its own.
+    "tall": ((37,), 50, 65, 1030),
+    "long": ((37,), 1030, 65, 50),
+    "long-row": ((1,), 2050, 33, 9),
+    "long-and-tall": ((21,), 1030, 65, 1030),
 }
 # lead, in, rank 1, hidden, rank 2, out
 MLP = {
@@ -33,6 +38,8 @@ MLP = {
     "aligned": ((64,), 64, 32, 128, 64, 64),
     "197": ((197,), 40, 24, 96, 16, 40),
     "many-rows": ((1100,), 20, 5, 33, 7, 18),
+    "long": ((40,), 1030, 65, 70, 30, 50),
+    "tall": ((40,), 50, 30, 70, 65, 1030),
 }
 # batch, tokens, width, heads, rank of queries and keys, rank of values, mask
 ATTENTION = {

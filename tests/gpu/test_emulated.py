@@ -18,8 +18,9 @@ from adacomcat.kernels import tiles
 
 ARCHITECTURES = ("sm_80", "sm_90")
 # Off every tile; the interpreter has the rest. Compiling takes longer than running these.
+SOME = {"bf16": ("rank-1", "additive", "keys"), "fp32": ("wide-rank", "wide-ranks")}
 RAGGED = [(case, dtype) for case in ragged() for dtype in DTYPES
-          if case.name == "odd" or dtype == "bf16" and case.name in ("rank-1", "additive", "keys")]
+          if case.name == "odd" or case.name in SOME.get(dtype, ())]
 VISION = [case for model in DEIT for tokens in (197, 394) for case in vision(model, tokens)]
 
 
@@ -51,8 +52,27 @@ def test_ragged(case: Case, dtype: str, architecture: str) -> None:
     run(case, architecture, dtype)
 
 
+MIXED = [Case("low_rank_mlp", f"mixed-{r1}-{r2}",
+              dict(lead=(150,), d=64, r1=r1, hidden=128, r2=r2, out=40), {"ACTIVATION": "gelu"})
+         for r1, r2 in ((24, 32), (32, 24))]
+ODD = [case for case in ragged() if case.name == "odd"]
+
+
+@pytest.mark.parametrize(
+    "case, dtype", [*((c, "fp16") for c in MIXED), *((c, "tf32") for c in [*MIXED, *ODD])],
+    ids=lambda v: getattr(v, "id", v),
+)
+def test_large_tiles_on_sm_90(case: Case, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With wgmma: of factors that are copied in different ways, and of tf32."""
+    monkeypatch.setattr(tiles, "multiprocessors", lambda: 1)
+    run(case, "sm_90", dtype)
+
+
 @pytest.mark.parametrize("case", VISION, ids=lambda case: case.id)
-def test_vision_transformer_on_sm_80(case: Case) -> None:
+def test_vision_transformer_on_sm_80(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One image as it is, two with the tiles of many, as if there were few processors."""
+    if case.name.endswith("394"):
+        monkeypatch.setattr(tiles, "multiprocessors", lambda: 4)
     run(case, "sm_80", "fp16")
 
 

@@ -71,6 +71,13 @@ def projection() -> None:
             tile=TILE)
 
 
+def expansion() -> None:
+    """Of one matrix, with all that can follow; its columns fill tiles, and its rows do not."""
+    residual, grad = normal(150, 64), normal(150, 64)
+    project(apart(normal(150, 90)), normal(64), apart(normal(64, 90)), activation="relu",
+            residual=residual, grad=grad, tile=TILE)
+
+
 def gathering() -> None:
     gather(*((apart(normal(150, n)), apart(normal(n, 64))) for n in (90, 90, 40)), tile=TILE)
 
@@ -92,8 +99,14 @@ def mlp_arguments() -> list:
 
 def mlp() -> None:
     """Two programs share the same rows, with several steps along the hidden layer each."""
-    with patch.object(tiles, "multiprocessors", lambda: 4):
+    with patch.object(tiles, "multiprocessors", lambda: 8):
         load("low_rank_mlp").forward(*mlp_arguments(), keep=False, tile=TILE)
+
+
+def mlp_apart() -> None:
+    """With x V1 as a product of its own; kept, as if there were one program to each row."""
+    with patch.object(tiles, "takes_two_launches", lambda *shape: True):
+        mlp()
 
 
 def mlp_backward() -> None:
@@ -101,9 +114,14 @@ def mlp_backward() -> None:
     arguments = mlp_arguments()
     grad = apart(incoming(MLP, arguments), 48)
     middle1 = apart(normal(*MLP.sizes["lead"], MLP.sizes["r1"]), 48)
-    with patch.object(tiles, "multiprocessors", lambda: 4):
+    with patch.object(tiles, "multiprocessors", lambda: 8):
         load("low_rank_mlp").backward(
             grad, *arguments, middle1, None, needs=[True] + [False] * 6, tile=TILE)
+
+
+def mlp_backward_apart() -> None:
+    with patch.object(tiles, "takes_two_launches", lambda *shape: True):
+        mlp_backward()
 
 
 def hidden_grads() -> None:
@@ -116,7 +134,7 @@ def unaligned_parts() -> None:
     parts = normal(2, 50, 30).float()
     parts[:, 1::2] = torch.nan
     out = torch.empty(50, 50, dtype=torch.float16)
-    with patch.object(tiles, "multiprocessors", lambda: 2):
+    with patch.object(tiles, "multiprocessors", lambda: 4):
         low_rank_mlp._expand_parts(parts, apart(normal(50, 30)), normal(50), out, None, TILE)
 
 
@@ -128,13 +146,16 @@ RUNS = [
     ("attention_queries_backward_kernel", attention_backward),
     ("attention_keys_backward_kernel", attention_backward),
     ("project_kernel", projection),
+    ("project_kernel", expansion),
     ("gather_kernel", gathering),
     ("weight_grad_kernel", reduction),
     ("weight_grads_kernel", reductions),
     ("low_rank_mlp_kernel", mlp),
+    ("low_rank_mlp_kernel", mlp_apart),
     ("expand_parts_kernel", mlp),
     ("expand_parts_kernel", unaligned_parts),
     ("low_rank_mlp_backward_kernel", mlp_backward),
+    ("low_rank_mlp_backward_kernel", mlp_backward_apart),
     ("hidden_grads_kernel", hidden_grads),
 ]
 # Of one kind in one kernel; of more, which are all alike, every second or third.

@@ -1,8 +1,10 @@
 """Static budgets: what every kernel may take on each architecture at the shapes of DeiT-S."""
 
+from functools import partial
+
 import pytest
 import torch
-from cases import DTYPES, draw, incoming, precision
+from cases import DTYPES, draw, incoming, precision, run_kernels
 from resources import (
     MULTIPROCESSOR,
     STORED_ON_AMD,
@@ -74,6 +76,28 @@ def test_other_types_are_within_their_budget(architecture: str, dtype: str) -> N
     for name, compiled in compile_all(architecture, lambda: load(case.op).forward(*arguments)):
         taken = measure(name, compiled, architecture, dtype)
         assert taken.shared <= most and not taken.spilled and not taken.narrow, taken
+
+
+@pytest.mark.parametrize("architecture, model", [("sm_80", "deit_s"), ("sm_89", "deit_b")])
+def test_exact_products_are_not_spilled(architecture: str, model: str) -> None:
+    """All kernels of the MLP, forward and backward, in which most is alive at once."""
+    case = vision(model, 394)[2]
+    arguments = draw(case, torch.float32)
+    run = partial(run_kernels, case, arguments, incoming(case, arguments))
+    for name, compiled in compile_all(architecture, run):
+        taken = measure(name, compiled, architecture, "fp32")
+        assert not taken.spilled and not taken.narrow, taken
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+def test_tiles_of_128_rows_of_a_wide_rank_are_not_spilled(architecture: str) -> None:
+    """Of DeiT-B's linear and MLP, which take twice the registers of DeiT-S's."""
+    for case in vision("deit_b", 64 * 197)[::2]:
+        arguments = draw(case, torch.float16)
+        run = partial(load(case.op).forward, *arguments)
+        for name, compiled in compile_all(architecture, run):
+            taken = measure(name, compiled, architecture, "fp16")
+            assert taken.tensor_core and not taken.spilled and not taken.narrow, taken
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])

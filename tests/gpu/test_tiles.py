@@ -13,18 +13,39 @@ from adacomcat.kernels import tiles
 HALF = torch.empty(0, dtype=torch.float16)
 
 
-@given(rows=st.integers(1, 20000), rank=st.integers(1, 512), name=st.sampled_from(list(TARGETS)))
-def test_rows_are_shared_out(rows: int, rank: int, name: str) -> None:
+@given(rows=st.integers(1, 20000), rank=st.integers(1, 512), name=st.sampled_from(list(TARGETS)),
+       least=st.sampled_from([16, 64]))
+def test_rows_are_shared_out(rows: int, rank: int, name: str, least: int) -> None:
     """One wave of programs where the register file allows it, and no fewer rows than that needs."""
     with compiling_for(name):
-        tile = tiles.row_tile(rows, rank, HALF)
+        tile = tiles.row_tile(rows, rank, HALF, least=least)
         programs, processors = -(-rows // tile.BLOCK_M), tiles.multiprocessors()
     on_chip = tile.BLOCK_M * tiles.padded(rank)
-    assert on_chip <= max(16384, 16 * tiles.padded(rank)) and tile.BLOCK_M <= 128
+    most = 16384 if name in ("sm_89", "gfx942") else 32768
+    assert on_chip <= max(most, 16 * tiles.padded(rank)) and tile.BLOCK_M <= 128
     if programs > processors:
-        assert tile.BLOCK_M == 128 or 2 * on_chip > 16384
+        assert tile.BLOCK_M == 128 or 2 * on_chip > most
     if tile.BLOCK_M > 16:
-        assert -(-rows // (tile.BLOCK_M // 2)) > processors
+        half = tile.BLOCK_M // 2
+        assert -(-rows // half) > processors or half < min(least, rows)
+
+
+@given(rows=st.integers(1, 20000), inner=st.integers(1, 4000), rank=st.integers(1, 512))
+def test_two_launches_are_for_few_rows_and_a_large_factor(rows: int, inner: int, rank: int) -> None:
+    with compiling_for("sm_90"):
+        two = tiles.takes_two_launches(rows, inner, rank, HALF)
+        exact = tiles.takes_two_launches(rows, inner, rank, HALF.float())
+    assert not two or rows < 132 / 2 * 64 and inner * rank > 65536
+    assert exact or rank <= 128
+
+
+@given(rows=st.integers(1, 20000), columns=st.integers(1, 4000))
+def test_products_keep_half_of_the_processors_busy(rows: int, columns: int) -> None:
+    """The largest tile that does, or the smallest of all."""
+    with compiling_for("sm_80"):
+        tile = tiles.product_tile(rows, columns, HALF)
+    programs = -(-rows // tile.BLOCK_M) * -(-columns // tile.BLOCK_N)
+    assert programs >= 54 or (tile.BLOCK_M, tile.BLOCK_N) == (16, 32)
 
 
 @given(rows=st.integers(0, 100000), programs=st.integers(1, 5000))
@@ -35,14 +56,14 @@ def test_sums_are_split_in_whole_tiles(rows: int, programs: int) -> None:
 
 
 @given(columns=st.integers(0, 4000), programs=st.integers(0, 400))
-def test_few_rows_are_shared_by_one_wave(columns: int, programs: int) -> None:
+def test_few_rows_are_shared_by_half_of_the_processors(columns: int, programs: int) -> None:
     with compiling_for("sm_90"):
         share = tiles.columns_per_part(columns, 64, programs)
     parts = max(1, -(-columns // share))
     assert share % 64 == 0
-    assert parts == 1 or parts * programs <= 132
-    assert share == 64 or 2 * programs > 132 or (parts + 1) * programs > 132 or (
-        -(-columns // (share - 64)) * programs > 132)
+    assert parts == 1 or parts * programs <= 66
+    assert share == 64 or 2 * programs > 66 or (parts + 1) * programs > 66 or (
+        -(-columns // (share - 64)) * programs > 66)
 
 
 def test_autotuning_takes_the_fastest_and_remembers(monkeypatch: pytest.MonkeyPatch) -> None:

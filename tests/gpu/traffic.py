@@ -3,10 +3,12 @@
 Each program owns some rows: it reads them once and all weights, which stay in the L2 cache, and
 writes its outputs once. So device memory sees every input and output once; the cache sees the
 weights once for each program. Where rows are few, several programs share them: the cache also sees
-x and V once for each of these, and of an MLP the parts of a sum, written and read again.
+x and V once for each of these, or x V is a product of its own, whose tiles see x and V in part; and
+of an MLP the parts of a sum, written and read again.
 `python tests/gpu/traffic.py` writes bench/gpu/ROOFLINE.md.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +20,32 @@ from adacomcat.kernels import tiles
 
 ROOT = Path(__file__).parent.parent.parent
 SIZE = 2  # bytes an element
-# FLOP/s in 16 bits, bytes/s of device memory and of the cache, bytes of the cache: data sheets of
-# the A100 SXM 80 GB and the H100 SXM; the cache's bandwidth is what microbenchmarks publish.
+LIKE = torch.empty(0, dtype=torch.float16)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Data sheets of the A100 SXM 80 GB and the H100 SXM; the caches' bandwidth is what
+    microbenchmarks publish, a processor's 64 bytes a clock.
+    """
+
+    flops: float  # a second, in 16 bits
+    memory: float  # bytes a second
+    cache: float  # bytes a second
+    processor: float  # bytes a second that one multiprocessor gets of the cache
+    cache_size: int
+    shared_tiles: int  # programs of a library's largest tile that read one operand together
+
+
 GPUS = {
-    "sm_80": (312e12, 2.04e12, 5.0e12, 40 << 20),
-    "sm_90": (989e12, 3.35e12, 5.5e12, 50 << 20),
+    "sm_80": Gpu(312e12, 2.04e12, 5.0e12, 90e9, 40 << 20, 1),
+    "sm_90": Gpu(989e12, 3.35e12, 5.5e12, 112e9, 50 << 20, 2),
 }
+LAUNCH = 1e-6  # seconds, in a CUDA graph: an assumption
+# What a library of dense products may choose from: rows and columns of a tile, parts of the sum.
+LIBRARY = [(rows, columns, parts)
+           for rows, columns in ((128, 256), (128, 128), (64, 128), (64, 64), (32, 64), (16, 64))
+           for parts in (1, 2, 4, 8)]
 
 
 @dataclass(frozen=True)
@@ -51,11 +73,18 @@ class Shape:
 
     @property
     def tile(self) -> tiles.Tile:
-        return tiles.row_tile(self.m, self.r, torch.empty(0, dtype=torch.float16))
+        return tiles.row_tile(self.m, self.r, LIKE, factors=2 if self.hidden else 1)
 
     @property
     def row_blocks(self) -> int:
         return triton.cdiv(self.m, self.tile.BLOCK_M)
+
+    @property
+    def apart(self) -> bool:
+        """Whether x V is a product of its own."""
+        if tiles.takes_two_launches(self.m, self.k, self.r, LIKE):
+            return True
+        return bool(self.hidden) and tiles.is_too_large(self.tile, self.r)
 
     def shared_out(self, columns: int) -> int:
         """Programs that own the same rows and a part each of these columns, or hidden units."""
@@ -75,27 +104,46 @@ class Launch:
     workspace: int = 0  # bytes written for the next launch, or read from the last one
 
 
-def launches(shape: Shape) -> list[Launch]:
-    """One for a linear or for many rows; an MLP of few rows adds up its parts in a second one.
+def product(m: int, k: int, n: int, widest: int, first: bool) -> Launch:
+    """x W, of whose two halves the first leaves its result to the next launch."""
+    tile = tiles.product_tile(m, n, LIKE, widest)
+    blocks, columns = triton.cdiv(m, tile.BLOCK_M), triton.cdiv(n, tile.BLOCK_N)
+    bias = 0 if first else n
+    x, w, y = SIZE * m * k, SIZE * (n * k + bias), SIZE * m * n
+    rows, room = (x, y) if first else (y, x)
+    return Launch(2 * m * k * n, w, rows, columns * x + blocks * w + y, blocks * columns, room)
 
-    Programs that share rows each read x and V, and compute x V.
+
+def launches(shape: Shape) -> Iterator[Launch]:
+    """x V, if apart; then all else, or of an MLP of few rows the parts, and their sum's product.
+
+    Programs that share rows each read x and V, and compute x V; or they each read x V.
     """
-    m, blocks, r = shape.m, shape.row_blocks, shape.r
-    parts = shape.shared_out(shape.hidden or shape.n)
-    x, y, v, last = SIZE * m * shape.k, SIZE * m * shape.n, SIZE * shape.k * r, SIZE * shape.n * r
-    again = (parts - 1) * (x + blocks * v)
-    flops = 2 * m * (shape.weights // SIZE + (parts - 1) * shape.k * r)
+    m, blocks, r, n = shape.m, shape.row_blocks, shape.r, shape.n
+    x, y, v, last = SIZE * m * shape.k, SIZE * m * n, SIZE * shape.k * r, SIZE * n * r
+    middle = SIZE * m * r
+    if shape.apart:
+        yield product(m, shape.k, r, widest=64, first=True)
+    if shape.apart and not shape.hidden:
+        yield product(m, r, n, widest=128, first=False)
+        return
+    parts = shape.shared_out(shape.hidden or n)
+    weights = shape.weights - (v if shape.apart else 0)
+    read, room = (0, middle) if shape.apart else (x, 0)
+    again = parts * middle if shape.apart else (parts - 1) * (x + blocks * v)
+    flops = 2 * m * (weights // SIZE + (0 if shape.apart else (parts - 1) * shape.k * r))
     if not shape.hidden or parts == 1:
-        asked = x + y + blocks * shape.weights + again
-        return [Launch(flops, shape.weights, x + y, asked, blocks * parts)]
-    out, room = last + SIZE * shape.n, 4 * parts * m * r
-    first, columns = shape.weights - out, shape.shared_out(shape.n)
-    return [
-        Launch(flops - 2 * m * out // SIZE, first, x, x + again + blocks * first + room,
-               blocks * parts, room),
-        Launch(2 * m * out // SIZE + columns * parts * m * r, out, y,
-               y + blocks * out + columns * room, blocks * columns, room),
-    ]  # fmt: skip
+        asked = read + y + blocks * weights + again
+        yield Launch(flops, weights, read + y, asked, blocks * parts, room)
+        return
+    out, sums = last + SIZE * n, 4 * parts * m * r
+    tile = tiles.row_tile(m, r, LIKE, least=16)
+    rows = triton.cdiv(m, tile.BLOCK_M)
+    columns = triton.cdiv(n, tiles.columns_per_part(n, tile.BLOCK_N, rows))
+    yield Launch(flops - 2 * m * out // SIZE, weights - out, read,
+                 read + again + blocks * (weights - out) + sums, blocks * parts, room + sums)
+    yield Launch(2 * m * out // SIZE + columns * parts * m * r, out, y,
+                 y + rows * out + columns * sums, rows * columns, sums)
 
 
 def moved(shape: Shape, cache: int) -> int:
@@ -113,13 +161,13 @@ def moved(shape: Shape, cache: int) -> int:
 
 
 def workspace(shape: Shape) -> int:
-    """Bytes written for the next launch."""
-    return max(one.workspace for one in launches(shape))
+    """Bytes of what launches leave to each other, written or read."""
+    return sum(one.workspace for one in launches(shape))
 
 
 def moved_with_workspace(shape: Shape, cache: int) -> int:
     """As `moved`, from a cache that kept nothing of what one launch leaves to the next."""
-    return moved(shape, cache) + sum(one.workspace for one in launches(shape))
+    return moved(shape, cache) + workspace(shape)
 
 
 def requested(shape: Shape) -> int:
@@ -127,46 +175,64 @@ def requested(shape: Shape) -> int:
     return sum(one.requested for one in launches(shape))
 
 
-def seconds(flop: float, memory: float, cache: float, architecture: str) -> float:
-    """The roofline: whichever of arithmetic, memory and cache takes longest."""
-    peak, bandwidth, cache_bandwidth, _ = GPUS[architecture]
-    return max(flop / peak, memory / bandwidth, cache / cache_bandwidth)
+def seconds(one: Launch, architecture: str) -> float:
+    """The roofline of a launch: arithmetic, memory, cache, or a processor's share of the cache.
+
+    The processor with the most programs decides: others wait for it.
+    """
+    gpu, processors = GPUS[architecture], tiles.multiprocessors()
+    waves = triton.cdiv(one.programs, processors)
+    busy = one.programs / processors / waves  # the share of all processors that works
+    return LAUNCH + max(
+        one.flops / gpu.flops / busy,
+        one.requested / gpu.cache / (busy if waves > 1 else 1),
+        one.requested / one.programs * waves / gpu.processor,
+        (one.rows + one.weights) / gpu.memory,
+    )
+
+
+def library(m: int, k: int, n: int, architecture: str) -> float:
+    """A dense product by the best of a library's tiles, under the same roofline as ours."""
+    found = []
+    for rows, columns, parts in LIBRARY:
+        together = GPUS[architecture].shared_tiles if columns == 256 else 1
+        programs = parts * triton.cdiv(m, rows) * triton.cdiv(n, columns)
+        reads = SIZE * programs * triton.cdiv(k, parts) * (rows + columns // together)
+        writes = m * n * (SIZE if parts == 1 else 4 * parts)
+        product = Launch(2 * m * k * n, SIZE * k * n, SIZE * m * (k + n), reads + writes, programs)
+        total = seconds(product, architecture)
+        if parts > 1:
+            asked = m * n * (4 * parts + SIZE)
+            total += seconds(Launch(0, 0, 0, asked, tiles.multiprocessors()), architecture)
+        found.append(total)
+    return min(found)
 
 
 def dense(shape: Shape, architecture: str) -> float:
     """Products with the dense weights; an MLP writes its hidden layer and reads it again."""
     if not shape.hidden:
-        byte = SIZE * (shape.m * (shape.k + shape.n) + shape.k * shape.n)
-        return seconds(2 * shape.m * shape.k * shape.n, byte, 0, architecture)
-    first = Shape(shape.m, shape.k, shape.hidden, 0)
-    second = Shape(shape.m, shape.hidden, shape.n, 0)
-    return dense(first, architecture) + dense(second, architecture)
+        return library(shape.m, shape.k, shape.n, architecture)
+    return (library(shape.m, shape.k, shape.hidden, architecture)
+            + library(shape.m, shape.hidden, shape.n, architecture))
 
 
 def products(shape: Shape, architecture: str) -> float:
     """One product after the other, each middle written and read again."""
-    if not shape.hidden:
-        return dense(Shape(shape.m, shape.k, shape.r, 0), architecture) + dense(
-            Shape(shape.m, shape.r, shape.n, 0), architecture
-        )
-    first = Shape(shape.m, shape.k, shape.hidden, shape.r)
-    second = Shape(shape.m, shape.hidden, shape.n, shape.r)
-    return products(first, architecture) + products(second, architecture)
+    widths = [shape.k, shape.r, shape.n]
+    if shape.hidden:
+        widths[2:] = [shape.hidden, shape.r, shape.n]
+    return sum(library(shape.m, k, n, architecture)
+               for k, n in zip(widths, widths[1:], strict=False))
 
 
 def ours(shape: Shape, architecture: str) -> float:
-    """Slowed by the processors that a small grid leaves idle, which also ask for less."""
-    total = 0.0
-    for one in launches(shape):
-        busy = min(1.0, one.programs / tiles.multiprocessors())
-        total += seconds(one.flops / busy, 0, one.requested / busy, architecture)
-    return max(total, moved(shape, GPUS[architecture][3]) / GPUS[architecture][1])
+    return sum(seconds(one, architecture) for one in launches(shape))
 
 
 def shapes() -> dict[str, Shape]:
     found = {}
     for model, d, r in (("DeiT-S", 384, 128), ("DeiT-B", 768, 256)):
-        for batch in (1, 64):
+        for batch in (1, 8, 64):
             m = 197 * batch
             found[f"{model} b{batch} proj"] = Shape(m, d, d, r)
             found[f"{model} b{batch} fc1"] = Shape(m, d, 4 * d, r)
@@ -176,14 +242,16 @@ def shapes() -> dict[str, Shape]:
 
 
 def moved_table() -> str:
-    """Bytes moved relative to the minimum, without and with the parts of a sum; BUDGETS.md has it.
+    """Bytes moved relative to the minimum, without and with what launches leave to each other.
+
+    BUDGETS.md has it.
     """
-    lines = ["| shape | GPU | minimum, KiB | moved / minimum | parts, KiB | with the parts |",
+    lines = ["| shape | GPU | minimum, KiB | moved / minimum | left, KiB | with what is left |",
              "|" + " --- |" * 6]
     for name, shape in shapes().items():
-        for architecture, (*_, cache) in GPUS.items():
+        for architecture, gpu in GPUS.items():
             with compiling_for(architecture):
-                without, with_parts = (f(shape, cache) / shape.minimum
+                without, with_parts = (f(shape, gpu.cache_size) / shape.minimum
                                        for f in (moved, moved_with_workspace))
                 lines.append(f"| {name} | {architecture} | {shape.minimum / 1024:.0f} | "
                              f"{without:.3f} | {workspace(shape) / 1024:.0f} | {with_parts:.3f} |")
@@ -191,14 +259,14 @@ def moved_table() -> str:
 
 
 def table() -> str:
-    lines = ["| shape | GPU | rank | moved / minimum | launches | parts, KiB | dense | products "
+    lines = ["| shape | GPU | rank | moved / minimum | launches | left, KiB | dense | products "
              "| ours |", "|" + " --- |" * 9]
     for name, shape in shapes().items():
         for architecture in GPUS:
             with compiling_for(architecture):
-                ratio = moved(shape, GPUS[architecture][3]) / shape.minimum
+                ratio = moved(shape, GPUS[architecture].cache_size) / shape.minimum
                 times = [f(shape, architecture) * 1e6 for f in (dense, products, ours)]
-                count, room = len(launches(shape)), workspace(shape) / 1024
+                count, room = len([*launches(shape)]), workspace(shape) / 1024
                 lines.append(f"| {name} | {architecture} | {shape.r} | {ratio:.3f} | {count} | "
                              f"{room:.0f} | " + " | ".join(f"{time:.1f}" for time in times) + " |")
     return "\n".join(lines)
@@ -207,15 +275,16 @@ def table() -> str:
 TEXT = """# Predicted times of the Triton kernels: a roofline, nothing measured
 
 Prediction. Generated by `python tests/gpu/traffic.py`. Microseconds in 16 bits on an A100 (sm_80)
-and an H100 (sm_90): for the dense weights, for the low-rank products one after the other, and for
-the fused kernel; each the longest of arithmetic at the data sheet's peak, device memory, and for
-ours the cache, shared out over as many processors as the grid has programs. No launch costs, no
-latency. At batch 1 these decide. There 13 blocks of rows cannot keep a GPU busy: they are shared by
-several programs, each of which computes x V again, and an MLP takes a second launch to add up the
-parts of h V2. So at batch 1 one launch or two instead of two or four are the fused kernels'
-advantage, and the last column their handicap. Moved / minimum is of inputs and outputs. The parts
-are counted as traffic of the cache, which holds fifty times as much; a cache that wrote them back
-to memory would move up to as much again.
+and an H100 (sm_90): for the dense weights, for the low-rank products one after the other, both by
+the best of a library's tiles, and for ours. One rule for all: a launch takes a microsecond (in a
+CUDA graph; an assumption) and the longest of arithmetic at the data sheet's peak, device memory,
+what all programs ask of the cache, and what the processor with the most programs asks of it. That
+has dense products of DeiT-B's fc1 on an H100 at six tenths of its peak. Activations cost nothing
+here, and libraries nothing else: no tail, no latency.
+
+Moved / minimum is of inputs and outputs. What one launch leaves to the next, x V or the parts of
+h V2, is counted as traffic of the cache, of which it is a tenth at most; "left" is how much of it
+is written and read.
 No kernel has run on a GPU yet; `make gpu-check` measures.
 
 """
