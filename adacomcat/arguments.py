@@ -122,6 +122,8 @@ def _seed(parser: Parser) -> None:
 def _output(parser: Parser) -> None:
     parser.add_argument("-o", "--output", metavar="DIR",
                         help="checkpoint folder to write; must be absent or empty")
+    parser.add_argument("--gauge", action="store_true",
+                        help="a smaller file: r² numbers less for each factorisation of rank r")
 
 
 def _report(parser: Parser) -> None:

@@ -31,6 +31,7 @@ from adacomcat.calibrate import evaluating
 from adacomcat.cost import input_size
 from adacomcat.entrypoint import ENTRYPOINT
 from adacomcat.errors import UserError
+from adacomcat.gauge import with_gauge, without_gauge
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE
 
@@ -44,11 +45,12 @@ _RUNTIME_ARGS = {"base", "plan", "device", "dtype", "drop_rate", "drop_path_rate
 
 
 def save(model: nn.Module, folder: str | Path, *, architecture: str | None = None,
-         model_args: Mapping[str, Any] | None = None) -> None:
+         model_args: Mapping[str, Any] | None = None, gauge: bool = False) -> None:
     """Write ``model`` to an absent or empty ``folder``; ``load(folder)`` gives it back.
 
     architecture, model_args: the timm name and keyword arguments that built the dense model, where
-    the model does not know them itself.
+    the model does not know them itself. gauge: leave r² redundant numbers of each factorisation of
+    rank r out of the file; what is loaded is the same map, its factors rounded once more.
     """
     folder = Path(folder)
     require_empty(folder)
@@ -56,7 +58,9 @@ def save(model: nn.Module, folder: str | Path, *, architecture: str | None = Non
     config = _describe(model, architecture, model_args)
     weights = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
                for name, tensor in model.state_dict().items()}
-    _require_same(model, _rebuilt(config, weights), config)
+    if gauge:
+        weights = without_gauge(model, weights)
+    _require_same(model, _rebuilt(config, with_gauge(weights)), config)
     with written_whole(folder) as scratch:
         save_file(weights, scratch / WEIGHTS, metadata={"format": "pt"})
         (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -66,7 +70,7 @@ def load(folder: str | Path) -> nn.Module:
     """The model of a checkpoint folder, on the CPU, in eval mode."""
     folder = Path(folder)
     config = read_config(folder)
-    weights = read_weights(folder / WEIGHTS)
+    weights = with_gauge(read_weights(folder / WEIGHTS))
     model = _build(config, str(folder))
     load_weights_(model, weights, str(folder))
     return model.eval()

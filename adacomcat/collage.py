@@ -6,6 +6,7 @@ al., arXiv 2106.05963), put known textures beside each other in ways that no pic
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,21 +33,27 @@ def with_collages(images: Tensor, count: int, seed: int = 0) -> Tensor:
 
 def collages(images: Tensor, count: int, seed: int = 0) -> Tensor:
     """``count`` scenes made of images (N, C, H, W), in their value range: (count, C, H, W)."""
+    if not count:
+        return images[:0]
     # Colours are jittered between 0 and 1.
-    low = images.amin()
-    span = (images.amax() - low).clamp_min(1e-6)
+    low, high = (value.item() for value in images.aminmax())
+    span = max(high - low, 1e-6)
+
+    def texture(size: tuple[int, int], scale: tuple[float, float]) -> Tensor:
+        return _texture(images, low, span, size, scale)
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        scenes = [_scene((images - low) / span) for _ in progress(range(count), "collages")]
-    return torch.stack(scenes) * span + low if count else images[:0]
+        scenes = [_scene(images.shape[-2:], texture) for _ in progress(range(count), "collages")]
+    return torch.stack(scenes) * span + low
 
 
-def _scene(images: Tensor) -> Tensor:
-    height, width = images.shape[-2:]
-    scene = _texture(images, (height, width), (0.05, 0.6))
+def _scene(size: tuple[int, int], cut: Callable[..., Tensor]) -> Tensor:
+    height, width = size
+    scene = cut((height, width), (0.05, 0.6))
     for _ in range(BLOBS[_integer(0, len(BLOBS) - 1)]):
         side = round(min(height, width) * _uniform(*BLOB_SIDE))
-        texture = _texture(images, (side, side), (0.02, 0.5))
+        texture = cut((side, side), (0.02, 0.5))
         mask = _blob(side, max(1.0, SOFTNESS * min(height, width)))
         _paste_(scene, texture, mask, *(_integer(-side // 3, extent - 2 * side // 3)
                                         for extent in (height, width)))
@@ -64,9 +71,10 @@ def _paste_(scene: Tensor, texture: Tensor, mask: Tensor, top: int, left: int) -
     part += mask[inside] * (texture[(slice(None), *inside)] - part)
 
 
-def _texture(images: Tensor, size: tuple[int, int], scale: tuple[float, float]) -> Tensor:
-    """A random part of a random image, (C, *size), at times in other colours."""
-    image = images[_integer(0, len(images) - 1)]
+def _texture(images: Tensor, low: float, span: float, size: tuple[int, int],
+             scale: tuple[float, float]) -> Tensor:
+    """A random part of a random image, (C, *size) between 0 and 1, at times in other colours."""
+    image = (images[_integer(0, len(images) - 1)] - low) / span
     part = v2.RandomResizedCrop(size, scale=scale, antialias=True)(image)
     if _uniform(0, 1) < RECOLOURED and len(image) in (1, 3):
         hue = 0.5 if len(image) == 3 else 0.0

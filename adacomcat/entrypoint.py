@@ -63,6 +63,9 @@ def _without_new_classifier(plan: dict[str, Any], kwargs: dict[str, Any]) -> dic
 
 def _adapt_weights(weights: dict[str, Any], model: Any) -> dict[str, Any]:
     """Saved weights fit as they are, unless the caller asked for other classes or another size."""
+    from adacomcat.gauge import with_gauge
+
+    weights = with_gauge(weights)
     wanted = model.state_dict()
     changed = {name.rpartition(".")[0] for name in weights.keys() - wanted.keys()}
     changed |= {name.rpartition(".")[0] for name, value in weights.items()

@@ -8,6 +8,7 @@ import torch
 
 from adacomcat import cli, collage
 from adacomcat.collage import collages, with_collages
+from adacomcat.memory import allocation_peak
 
 
 def flat(values):
@@ -96,3 +97,10 @@ def test_command_counts_them(tmp_path, capsys):
                "--data", "digits", "--calibration-images", "12", "--collages", "20", "--json"]
     assert cli.main([*command, "-o", str(tmp_path / "small")]) == 0
     assert json.loads(capsys.readouterr().out)["calibration_images"] == 32
+
+
+def test_memory_is_that_of_the_scenes_and_not_of_all_images():
+    """A step of recovery makes a few scenes of hundreds of images."""
+    photos = torch.rand(200, 3, 32, 32)
+    peak, _ = allocation_peak(lambda: collages(photos, 2))
+    assert peak < photos.nbytes / 4

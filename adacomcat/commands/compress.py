@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> Outcome:
         found = model_latencies({"dense": model, "compressed": small}, args.latency_batch)
         for name, milliseconds in found.items():
             comparison.rows[name]["latency_ms"] = milliseconds
-    checkpoint.save(small, args.output)
+    checkpoint.save(small, args.output, gauge=args.gauge)
     if not args.no_report:
         write_report(args.output, f"{args.model} compressed", comparison,
                      small.rank_plan.sites(model), small.rank_plan)

@@ -10,7 +10,7 @@ from adacomcat.commands import Outcome, inputs
 def run(args: argparse.Namespace) -> Outcome:
     checkpoint.require_empty(args.output)
     model = import_comcat(args.ranks, args.checkpoint, args.model, **inputs.model_args(args))
-    checkpoint.save(model, args.output)
+    checkpoint.save(model, args.output, gauge=args.gauge)
     data = {"output": args.output, "params": cost.model_params(model),
             "macs": cost.model_macs(model), "ranks": model.rank_plan.ranks}
     return Outcome(data, lambda: print(

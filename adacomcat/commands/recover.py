@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> Outcome:
     student = recover(student, teacher, batches, config)
     seconds = time.perf_counter() - start
     after = feature_error(student, teacher, sample)
-    checkpoint.save(student.cpu(), args.output)
+    checkpoint.save(student.cpu(), args.output, gauge=args.gauge)
     return Outcome({"output": args.output, "images": len(images), "error_before": before,
                     "error_after": after, "seconds": seconds},
                    lambda: print(f"error of the features on {len(sample)} of these images: "

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> Outcome:
     trained, results = train.run(model, config, train_set, test_set, teacher=teacher, plan=plan)
     first = first_process()
     if first:
-        checkpoint.save(trained.cpu(), args.output)
+        checkpoint.save(trained.cpu(), args.output, gauge=args.gauge)
         shutil.rmtree(state, ignore_errors=True)
     stop_processes()
     comparison = _comparison(model, trained, results)
