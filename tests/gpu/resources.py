@@ -255,7 +255,7 @@ plain products, which take the rank a few columns at a time, and an MLP writes i
 Between device memory and cache in 16 bits, by the model of `tests/gpu/traffic.py`, which agrees
 with the emulator's counts: each input once and each output once is the minimum. Where rows are few,
 and in the MLP of DeiT-B on sm_90, one launch leaves x V or the parts of a sum to the next. They are
-written and read again, and stay in the cache, of which they take a seventh at most: "moved" leaves
+written and read again, and stay in the cache, of which they take a fifth at most: "moved" leaves
 them out, the last column counts them as if the cache kept nothing. The limit is 1.15 without them.
 
 {moved}

@@ -140,13 +140,13 @@ def test_predictions_favour_low_rank_where_rows_are_many(architecture: str) -> N
 
 @pytest.mark.parametrize("architecture", GPUS)
 def test_moved_bytes_are_near_the_minimum(architecture: str) -> None:
-    """Without what one launch leaves to the next, which fits the cache many times."""
+    """Without what one launch leaves to the next, which takes a fifth of the cache at most."""
     cache = GPUS[architecture].cache_size
     with compiling_for(architecture):
         for name, shape in shapes().items():
             assert moved(shape, cache) <= 1.15 * shape.minimum
             most = max(one.workspace for one in launches(shape))
-            assert most < cache / (7 if " b64 " in name else 10), name
+            assert most < cache / 5, name
             if len([*launches(shape)]) == 1:
                 assert moved_with_workspace(shape, cache) == moved(shape, cache)
 

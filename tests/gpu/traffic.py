@@ -283,7 +283,7 @@ has dense products of DeiT-B's fc1 on an H100 at six tenths of its peak. Activat
 here, and libraries nothing else: no tail, no latency.
 
 Moved / minimum is of inputs and outputs. What one launch leaves to the next, x V or the parts of
-h V2, is counted as traffic of the cache, of which it is a tenth at most; "left" is how much of it
+h V2, is counted as traffic of the cache, of which it is a fifth at most; "left" is how much of it
 is written and read.
 No kernel has run on a GPU yet; `make gpu-check` measures.
 
