@@ -59,7 +59,7 @@ print(adacomcat.cost.model_params(small) / adacomcat.cost.model_params(model))
                          capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, run.stderr
     assert 0.45 < float(run.stdout.splitlines()[-1]) <= 0.5
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "small"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "small", "smaller"]
 
 
 @pytest.mark.parametrize("argv", CALLS, ids=" ".join)
