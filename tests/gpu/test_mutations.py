@@ -104,7 +104,7 @@ def mlp() -> None:
 
 
 def mlp_apart() -> None:
-    """With x V1 as a product of its own; kept, as if there were one program to each row."""
+    """With x V1 as a product of its own."""
     with patch.object(tiles, "takes_two_launches", lambda *shape: True):
         mlp()
 
