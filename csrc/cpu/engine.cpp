@@ -35,6 +35,9 @@ extern const Engine kEngine;
 namespace amx {
 extern const Engine kEngine;
 }
+namespace amx_split {
+extern const Engine kEngine;
+}
 #endif
 
 namespace {
@@ -71,9 +74,9 @@ const InstructionSet* instruction_sets(size_t& count) {
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   static const InstructionSet sets[] = {
-      {"amx", bf16 && amx_allowed(), &avx512::kEngine, &amx::kEngine},
+      {"amx", bf16 && amx_allowed(), &amx_split::kEngine, &amx::kEngine},
       {"avx512_bf16", bf16, &avx512::kEngine, &avx512_bf16::kEngine},
-       {"avx512", avx512, &avx512::kEngine, &avx512::kEngine},
+      {"avx512", avx512, &avx512::kEngine, &avx512::kEngine},
       {"avx2", avx2, &avx2::kEngine, &avx2::kEngine},
       {"generic", true, &generic::kEngine, &generic::kEngine},
   };

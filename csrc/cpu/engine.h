@@ -70,7 +70,9 @@ struct Engine {
   int64_t tile_rows;  // rows of one tile of C
   int64_t row_step;   // fewer rows than this cost as much
   int64_t width;      // lanes: packed columns are padded to a multiple
-  int64_t group;      // rows of B that one packed lane holds; odd tails are padded with zeros
+  int64_t group;      // columns of A come in multiples of it, odd tails padded with zeros
+  int64_t depth;      // as rows of packed B do
+  int64_t packed_size;  // bytes of an element of packed B
 
   // Packed element (i, j) comes from b + i * row + j * column.
   void (*pack)(int64_t k, int64_t n, const void* b, int64_t row, int64_t column, Dtype dtype,
@@ -89,6 +91,10 @@ struct Engine {
 
   int64_t operand_size() const { return dtype_size(operand); }
   int64_t padded_k(int64_t k) const { return (k + group - 1) / group * group; }
+  int64_t packed_k(int64_t k) const { return (k + depth - 1) / depth * depth; }
+  int64_t packed_bytes(int64_t k, int64_t n) const {
+    return packed_k(k) * padded_n(n) * packed_size;
+  }
   int64_t padded_n(int64_t n) const { return (n + width - 1) / width * width; }
 };
 

@@ -16,8 +16,8 @@ constexpr int kLanes = 16, kTileRows = 12, kPanel = 2;
 }  // namespace
 
 extern const Engine kEngine;
-const Engine kEngine{"avx512", kOperand, kTileRows, kTileRows, kLanes, kGroup, pack, multiply,
-                     accumulate, load_rows, normalize_rows, softmax_rows};
+const Engine kEngine{"avx512", kOperand, kTileRows, kTileRows, kLanes, kGroup, kDepth,
+                     kPackedSize, pack, multiply, accumulate, load_rows, normalize_rows, softmax_rows};
 }  // namespace avx512
 }  // namespace adacomcat
 #endif

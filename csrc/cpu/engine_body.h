@@ -14,4 +14,9 @@ struct MakeSequence<0, I...> {
 
 #include "vector.h"
 #include "product.h"
+#ifdef ADACOMCAT_AMX_SPLIT
+#include "pack_split.h"
+#else
+#include "pack.h"
+#endif
 #include "rows.h"

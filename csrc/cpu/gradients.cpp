@@ -66,8 +66,8 @@ at::Tensor product_of_rows(const at::Tensor& narrow, const at::Tensor& wide) {
   char* out = static_cast<char*>(result.mutable_data_ptr());
 
   at::parallel_for(0, ceil_div(m, step), 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(Scratch::aligned(k_step * step * size) + Scratch::aligned(n * step * 4));
-    void* panel = scratch.take(k_step * step * size);
+    Scratch scratch(Scratch::aligned(e.packed_bytes(k_step, step)) + Scratch::aligned(n * step * 4));
+    void* panel = scratch.take(e.packed_bytes(k_step, step));
     float* sum = scratch.take<float>(n * step * 4);
     for (int64_t first = begin * step; first < std::min(end * step, m); first += step) {
       const int64_t columns = std::min(step, m - first);
@@ -77,7 +77,7 @@ at::Tensor product_of_rows(const at::Tensor& narrow, const at::Tensor& wide) {
                            (row * ws.rows.stride + first) * dtype;
         e.pack(k, columns, from, ws.rows.stride, 1, ws.rows.dtype, panel);
         const Product product{n, columns, k, left.data() + row * size, stride, panel,
-                              e.padded_k(k), 0};
+                              e.packed_k(k), 0};
         if (row + k < rows) {
           e.accumulate(product, sum, step, row > 0);
           continue;
@@ -122,7 +122,7 @@ at::Tensor row_product(const at::Tensor& a, const at::Tensor& b, const OptionalT
                                    scratch.take(block * ka * e.operand_size()));
     Finish finish{out + row * n * dtype_size(dtype), n, dtype};
     if (c) finish.residual = rows_from(cs.rows, row);
-    e.multiply({m, n, k, left.data, left.stride, weight.data.get(), ka, 0}, finish);
+    e.multiply({m, n, k, left.data, left.stride, weight.data.get(), weight.rows, 0}, finish);
   });
   return y;
 }
@@ -166,7 +166,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> hidden_gr
   const Dtype dtype = grads.rows.dtype;
   const int64_t size = e.operand_size(), element = dtype_size(dtype), block = block_rows(e, rows);
   const int64_t k = e.padded_k(inner), k2 = e.padded_k(inner2), ko = e.padded_k(out);
-  const int64_t kh = e.padded_k(hidden), n = e.padded_n(inner), chunk = kHiddenPanels * 2 * e.width;
+  const int64_t n = e.padded_n(inner), chunk = kHiddenPanels * 2 * e.width;
   const auto row_of = [&](const at::Tensor& t, int64_t row) {
     return static_cast<char*>(t.mutable_data_ptr()) + row * t.size(-1) * element;
   };
@@ -187,7 +187,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> hidden_gr
     float* sum = scratch.take<float>(block * n * 4);
     if (u2) {
       if (k2 != inner2) std::memset(t2, 0, m * k2 * size);
-      e.multiply({m, inner2, out, left2.data, left2.stride, into2.data.get(), ko, 0},
+      e.multiply({m, inner2, out, left2.data, left2.stride, into2.data.get(), into2.rows, 0},
                  {t2, k2, e.operand});
       keep_rows(m, inner2, t2, k2, e.operand, grad_middle2, row);
       left2 = {t2, k2};
@@ -196,8 +196,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> hidden_gr
       const int64_t columns = std::min(chunk, hidden - first);
       Finish finish{row_of(grad_pre, row) + first * element, hidden, dtype, b.from(first), act};
       if (v2) {
-        const char* panels = static_cast<const char*>(out_of2.data.get()) + first * k2 * size;
-        e.multiply({m, columns, inner2, left2.data, left2.stride, panels, k2, 0},
+        e.multiply({m, columns, inner2, left2.data, left2.stride, out_of2.from(e, first),
+                    out_of2.rows, 0},
                    {grad_h, chunk, dtype});
         finish.gradient = {grad_h, chunk, dtype};
       } else {
@@ -205,16 +205,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> hidden_gr
                            incoming.stride, dtype};
       }
       if (want_hidden) finish.activated = row_of(h, row) + first * element;
-      const char* panels = static_cast<const char*>(up.data.get()) + first * k * size;
-      e.multiply({m, columns, inner, left.data, left.stride, panels, k, 0}, finish);
+      e.multiply({m, columns, inner, left.data, left.stride, up.from(e, first), up.rows, 0}, finish);
       const Left pre = left_operand(e, m, columns, {finish.out, hidden, dtype}, {}, part);
-      e.accumulate({m, inner, columns, pre.data, pre.stride, back.data.get(), kh, first}, sum, n,
-                   first > 0);
+      e.accumulate({m, inner, columns, pre.data, pre.stride, back.data.get(), back.rows, first},
+                   sum, n, first > 0);
     }
     e.load(m, inner, {sum, n, Dtype::f32}, t1, k);
     keep_rows(m, inner, t1, k, e.operand, grad_middle, row);
     if (!v) return;
-    e.multiply({m, grad_x.size(-1), inner, t1, k, into_x.data.get(), k, 0},
+    e.multiply({m, grad_x.size(-1), inner, t1, k, into_x.data.get(), into_x.rows, 0},
                {row_of(grad_x, row), grad_x.size(-1), dtype});
   });
   return results;

@@ -80,15 +80,15 @@ void attend_head(const Engine& e, const Heads& s, int64_t image, int64_t head, i
                  int64_t end, const Operand& q, const Operand& k, const Operand& v,
                  const Operand& context, const Masks& masks) {
   const int64_t size = e.operand_size(), n = s.tokens, width = e.padded_n(n);
-  const int64_t kq = e.padded_k(s.rank_qk), kn = e.padded_k(n);
+  const int64_t kq = e.padded_k(s.rank_qk);
   const int64_t tiles = std::max<int64_t>(kLogitBytes / 4 / width / e.tile_rows, 1);
   const int64_t block = std::min(tiles * e.tile_rows, ceil_div(end - begin, e.tile_rows) * e.tile_rows);
-  Scratch scratch(Scratch::aligned(kq * width * size) +
-                  Scratch::aligned(kn * e.padded_n(s.rank_vo) * size) +
+  const int64_t key_bytes = e.packed_bytes(s.rank_qk, n), value_bytes = e.packed_bytes(n, s.rank_vo);
+  Scratch scratch(Scratch::aligned(key_bytes) + Scratch::aligned(value_bytes) +
                   Scratch::aligned(block * kq * size) + Scratch::aligned(block * width * 4) +
                   Scratch::aligned(block * width * size) + Scratch::aligned(block * 4));
-  void* keys = scratch.take(kq * width * size);
-  void* values = scratch.take(kn * e.padded_n(s.rank_vo) * size);
+  void* keys = scratch.take(key_bytes);
+  void* values = scratch.take(value_bytes);
   void* queries = scratch.take(block * kq * size);
   float* logits = scratch.take<float>(block * width * 4);
   void* weights = e.operand == Dtype::f32 ? logits : scratch.take(block * width * size);
@@ -101,12 +101,12 @@ void attend_head(const Engine& e, const Heads& s, int64_t image, int64_t head, i
     const int64_t m = std::min(block, end - row);
     const Rows rows{q.at_row(first + row, head * s.rank_qk), q.columns, e.operand};
     const Left left = left_operand(e, m, s.rank_qk, rows, {}, queries);
-    e.accumulate({m, n, s.rank_qk, left.data, left.stride, keys, kq, 0}, logits, width, false);
+    e.accumulate({m, n, s.rank_qk, left.data, left.stride, keys, e.packed_k(s.rank_qk), 0}, logits, width, false);
     e.softmax(m, n, logits, width, s.scale, masks.of(s.first_image + image, head, row), weights, width,
               inverse_sum);
     Finish finish{context.at_row(first + row, head * s.rank_vo), context.columns, e.operand};
     finish.row_scale = inverse_sum;
-    e.multiply({m, s.rank_vo, n, weights, width, values, kn, 0}, finish);
+    e.multiply({m, s.rank_vo, n, weights, width, values, e.packed_k(n), 0}, finish);
   }
 }
 
@@ -183,7 +183,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
       const Left left = left_operand(e, m, in, rows_from(xs.rows, first + row), epsilon,
                                      scratch.take(block * kx * size));
       const auto project = [&](const Packed& weight, const Operand& to, Rows bias, Ahead ahead) {
-        e.multiply({m, to.columns, in, left.data, left.stride, weight.data.get(), kx, 0,
+        e.multiply({m, to.columns, in, left.data, left.stride, weight.data.get(), weight.rows, 0,
                     fresh && fresh_rows ? ahead : Ahead{}},
                    {to.at_row(row), to.columns, e.operand, bias});
       };
@@ -200,7 +200,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
       Finish finish{result + (first + row) * out * dtype_size(dtype), out, dtype, bias_o.rows};
       if (residual) finish.residual = rows_from(rs.rows, first + row);
       const Ahead ahead = fresh && fresh_rows ? po.follower() : Ahead{};
-      e.multiply({m, out, columns_vo, left.data, left.stride, po.data.get(), kc, 0, ahead}, finish);
+      e.multiply({m, out, columns_vo, left.data, left.stride, po.data.get(), po.rows, 0, ahead}, finish);
     });
     if (!keep) return;
     const Operand* operands[] = {&q, &k, &v, &z};

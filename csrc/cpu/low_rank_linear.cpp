@@ -38,12 +38,12 @@ std::tuple<at::Tensor, at::Tensor> low_rank_linear(
                                    scratch.take(block * kx * size));
     void* t = scratch.take(block * kr * size);
     if (kr != rank) std::memset(t, 0, m * kr * size);
-    e.multiply({m, rank, in, left.data, left.stride, pv.data.get(), kx, 0},
+    e.multiply({m, rank, in, left.data, left.stride, pv.data.get(), pv.rows, 0},
                {t, kr, e.operand});
     if (keep) keep_rows(m, rank, t, kr, e.operand, middle, row);
     Finish finish{result + row * out * dtype_size(dtype), out, dtype, b.rows, act};
     if (residual) finish.residual = rows_from(rs.rows, row);
-    e.multiply({m, out, rank, t, kr, pu.data.get(), kr, 0}, finish);
+    e.multiply({m, out, rank, t, kr, pu.data.get(), pu.rows, 0}, finish);
   });
   return {y, middle};
 }

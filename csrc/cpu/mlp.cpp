@@ -35,7 +35,7 @@ void run(const Engine& e, const at::Tensor& x, const Weights& w, const Options& 
   const Activation act = parse_activation(options.activation);
   const int64_t size = e.operand_size(), block = block_rows(e, rows);
   const int64_t kx = e.padded_k(in), k1 = e.padded_k(inner1), k2 = e.padded_k(inner2);
-  const int64_t n2 = e.padded_n(inner2), kh = e.padded_k(hidden);
+  const int64_t n2 = e.padded_n(inner2);
   const int64_t chunk = kHiddenPanels * 2 * e.width;
   const Dtype dtype = dtype_of(y);
   char* result = static_cast<char*>(y.mutable_data_ptr());
@@ -57,14 +57,14 @@ void run(const Engine& e, const at::Tensor& x, const Weights& w, const Options& 
     // needs.
     const auto ahead = [&](Ahead memory) { return fresh ? memory : Ahead{}; };
     const auto part_of_up = [&](int64_t first) {
-      const int64_t bytes = e.padded_n(std::min(chunk, hidden - first)) * k1 * size;
-      return Ahead{static_cast<const char*>(w.up.data.get()) + first * k1 * size, bytes};
+      const int64_t columns = std::min(chunk, hidden - first);
+      return Ahead{w.up.from(e, first), e.packed_bytes(inner1, columns)};
     };
     const auto part_of_down = [&](int64_t first, int64_t columns) {
-      const int64_t lanes = std::min(2 * e.width, n2) * size;
-      const int64_t panels = lanes ? ceil_div(n2 * size, lanes) : 0;
+      const int64_t lanes = std::min(2 * e.width, n2) * e.packed_size;
+      const int64_t panels = lanes ? ceil_div(n2 * e.packed_size, lanes) : 0;
       return Ahead{static_cast<const char*>(w.down.data.get()) + first * lanes,
-                   panels * columns * lanes, columns * lanes, kh * lanes};
+                   panels * columns * lanes, columns * lanes, w.down.rows * lanes};
     };
     Finish last{result + row * out * dtype_size(dtype), out, dtype, bias2.rows};
     if (options.residual) last.residual = rows_from(rs.rows, row);
@@ -72,7 +72,7 @@ void run(const Engine& e, const at::Tensor& x, const Weights& w, const Options& 
     if (w.low_rank()) {
       if (k1 != inner1) std::memset(t1, 0, m * k1 * size);
       if (k2 != inner2) std::memset(t2, 0, m * k2 * size);
-      e.multiply({m, inner1, in, left.data, left.stride, w.in.data.get(), kx, 0,
+      e.multiply({m, inner1, in, left.data, left.stride, w.in.data.get(), w.in.rows, 0,
                   ahead(part_of_up(0))},
                  {t1, k1, e.operand});
       left = {t1, k1};
@@ -80,10 +80,10 @@ void run(const Engine& e, const at::Tensor& x, const Weights& w, const Options& 
     for (int64_t first = 0; first == 0 || first < hidden; first += chunk) {
       const int64_t columns = std::min(chunk, hidden - first), following = first + columns;
       if (columns % e.group) std::memset(h, 0, m * chunk * size);
-      e.multiply({m, columns, inner1, left.data, left.stride, part_of_up(first).data, k1, 0,
+      e.multiply({m, columns, inner1, left.data, left.stride, part_of_up(first).data, w.up.rows, 0,
                   ahead(part_of_down(first, columns))},
                  {h, chunk, e.operand, bias1.from(first), act});
-      Product down{m, inner2, columns, h, chunk, w.down.data.get(), kh, first};
+      Product down{m, inner2, columns, h, chunk, w.down.data.get(), w.down.rows, first};
       if (following < hidden) {
         down.ahead = ahead(part_of_up(following));
         e.accumulate(down, sum, n2, first > 0);
@@ -97,7 +97,7 @@ void run(const Engine& e, const at::Tensor& x, const Weights& w, const Options& 
     if (!w.low_rank()) return;
     if (middle1.numel()) keep_rows(m, inner1, t1, k1, e.operand, middle1, row);
     if (middle2.numel()) keep_rows(m, inner2, t2, k2, e.operand, middle2, row);
-    e.multiply({m, out, inner2, t2, k2, w.out.data.get(), k2, 0, ahead(w.out.follower())}, last);
+    e.multiply({m, out, inner2, t2, k2, w.out.data.get(), w.out.rows, 0, ahead(w.out.follower())}, last);
   });
 }
 

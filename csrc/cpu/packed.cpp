@@ -25,12 +25,12 @@ Dtype dtype_of(const at::Tensor& t) {
 
 Packed pack_now(const Engine& engine, int64_t k, int64_t n, const void* b, int64_t row,
                 int64_t column, Dtype dtype) {
-  const int64_t bytes = engine.padded_k(k) * engine.padded_n(n) * engine.operand_size();
+  const int64_t bytes = engine.packed_bytes(k, n);
   void* memory = nullptr;
   const int failed = posix_memalign(&memory, 64, std::max<int64_t>(bytes, 64));
   TORCH_CHECK(failed == 0, "out of memory: ", bytes, " bytes for a packed weight");
   engine.pack(k, n, b, row, column, dtype, memory);
-  return {k, n, bytes, std::shared_ptr<const void>(memory, std::free)};
+  return {k, n, engine.packed_k(k), bytes, std::shared_ptr<const void>(memory, std::free)};
 }
 
 namespace {

@@ -11,15 +11,19 @@ namespace adacomcat {
 
 Dtype dtype_of(const at::Tensor& t);
 
-// A right operand B (k, n) in panels.
+// A right operand B (k, n) in panels, with zeros up to `rows`.
 struct Packed {
-  int64_t k = 0, n = 0, bytes = 0;
+  int64_t k = 0, n = 0, rows = 0, bytes = 0;
   std::shared_ptr<const void> data;
   // What this thread asked for next, the last time that it asked for this one: in a model the first
   // weight of the layer that follows. Empty where that is not known, or gone.
   std::shared_ptr<const void> next;
   int64_t next_bytes = 0;
 
+  // Panels that start at a column, which must be the first of one.
+  const void* from(const Engine& engine, int64_t column) const {
+    return static_cast<const char*>(data.get()) + column * rows * engine.packed_size;
+  }
   Ahead all() const { return {data.get(), bytes}; }
   Ahead follower() const { return {next.get(), next_bytes}; }
 };

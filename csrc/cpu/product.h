@@ -21,6 +21,16 @@ constexpr Dtype kOperand = Dtype::f32;
 constexpr int kOperandSize = 4;
 #endif
 constexpr int kStep = kGroup * kOperandSize;  // bytes of one lane of A
+#ifdef ADACOMCAT_AMX
+constexpr int kDepth = 32;  // rows of B that a tile register holds: their number is padded to it
+#else
+constexpr int kDepth = kGroup;
+#endif
+#ifdef ADACOMCAT_AMX_SPLIT
+constexpr int kPackedSize = 6;  // of a float in three parts
+#else
+constexpr int kPackedSize = kOperandSize;
+#endif
 
 // What one tile prefetches: `step` bytes further with every lane of k.
 struct Prefetch {
@@ -28,10 +38,65 @@ struct Prefetch {
   int64_t step;
 };
 
+// Work on the rows of an earlier tile, which a tile unit that can do both at once does in small parts
+// while it multiplies, and another one before.
+struct Work {
+  void (*run)(const Work& self, int64_t first, int64_t last) = nullptr;
+  int64_t rows = 0, done = 0;
+
+  // Row after row, evenly spread over so many calls of next().
+  void begin(int64_t parts) { parts_ = parts, credit_ = 0; }
+
+  void next() {
+    credit_ += rows;
+    int64_t last = done;
+    for (; credit_ >= parts_ && last < rows; credit_ -= parts_) ++last;
+    advance(last);
+  }
+
+  void all() { advance(rows); }
+
+ private:
+  void advance(int64_t last) {
+    if (last > done) run(*this, done, last);
+    done = last;
+  }
+
+  int64_t parts_ = 1, credit_ = 0;
+};
+
 // Where a tile waits for its finish; a constant stride saves every tile the sums of its addresses.
 constexpr int64_t kTileStride = kPanel * kLanes;
 
+// The order of a product. Of B so many columns at a time (`span`) as the second cache holds while all
+// rows pass. And where the rows of a tile are long, only `chunk` elements of them at a time, so that
+// they and a panel share the first cache; the span's tiles wait in memory meanwhile.
+struct Order {
+  static constexpr int64_t kMostPanels = 8, kSpanBytes = 1 << 20;
+  static constexpr int64_t kRowBytes = 16 << 10, kMostRowBytes = 24 << 10;  // of a tile's rows
+
+  int64_t parts = 1, chunk, span;
+
+  explicit Order(const Product& p) : chunk(greatest(p.k, 1)) {
+    const int64_t row_bytes = kTileRows * p.k * kPackedSize, columns = kPanel * kLanes;
+    const int64_t panel_bytes = p.k * columns * kPackedSize + 1;
+    int64_t panels = greatest(kSpanBytes / panel_bytes, 1);
+    if (row_bytes > kMostRowBytes) {
+      constexpr int64_t kUnit = 32;  // elements; whole steps of every tile unit
+      parts = (row_bytes + kRowBytes - 1) / kRowBytes;
+      chunk = ((p.k + parts - 1) / parts + kUnit - 1) / kUnit * kUnit;
+      panels = least(panels, kMostPanels);
+    }
+    span = panels * columns;
+  }
+};
+
 #ifdef ADACOMCAT_AMX
+#include "amx.h"
+#endif
+#if defined(ADACOMCAT_AMX_SPLIT)
+#include "tile_amx_split.h"
+#elif defined(ADACOMCAT_AMX)
 #include "tile_amx.h"
 #else
 #include "tile_registers.h"
@@ -46,39 +111,23 @@ inline void for_each_panel(int64_t first, int64_t last, Visit visit) {
   }
 }
 
-// The order of a product. Of B so many columns at a time (`span`) as the second cache holds while all
-// rows pass. And where the rows of a tile are long, only `chunk` elements of them at a time, so that
-// they and a panel share the first cache; the span's tiles wait in memory meanwhile.
-struct Order {
-  static constexpr int64_t kMostPanels = 8, kSpanBytes = 1 << 20;
-  static constexpr int64_t kRowBytes = 16 << 10, kMostRowBytes = 24 << 10;  // of a tile's rows
-
-  int64_t parts = 1, chunk, span;
-
-  explicit Order(const Product& p) : chunk(p.k) {
-    const int64_t row_bytes = kTileRows * p.k * kOperandSize, columns = kPanel * kLanes;
-    const int64_t panel_bytes = p.k * columns * kOperandSize + 1;
-    int64_t panels = greatest(kSpanBytes / panel_bytes, 1);
-    if (row_bytes > kMostRowBytes) {
-      constexpr int64_t kUnit = 32;  // elements; whole steps of every tile unit
-      parts = (row_bytes + kRowBytes - 1) / kRowBytes;
-      chunk = ((p.k + parts - 1) / parts + kUnit - 1) / kUnit * kUnit;
-      panels = least(panels, kMostPanels);
-    }
-    span = panels * columns;
-  }
-};
-
 inline const char* left_of(const Product& p, int64_t row) {
   return static_cast<const char*>(p.a) + row * p.a_stride * kOperandSize;
 }
 
-inline const float* right_of(const Product& p, int64_t column, int64_t vectors) {
-  const int64_t lanes = column * p.b_rows + p.b_first * vectors * kLanes;
-  return reinterpret_cast<const float*>(static_cast<const char*>(p.b) + lanes * kOperandSize);
+// Row `k` of a product's B in the panel that starts at `column`.
+inline const float* right_of(const Product& p, int64_t k, int64_t column, int64_t vectors) {
+  const int64_t lanes = column * p.b_rows + (p.b_first + k) * vectors * kLanes;
+  return reinterpret_cast<const float*>(static_cast<const char*>(p.b) + lanes * kPackedSize);
 }
 
 inline int64_t steps_of(int64_t k) { return (k + kGroup - 1) / kGroup; }
+
+// Gives a tile unit the left side of its next tiles: some rows, from element `k` a chunk of them.
+inline void hold(TileUnit& unit, const Product& p, const Order& order, int64_t row, int64_t k) {
+  unit.hold(least(kTileRows, p.m - row), steps_of(least(order.chunk, p.k - k)),
+            left_of(p, row) + k * kOperandSize, p.a_stride * kOperandSize);
+}
 
 // The part of p.ahead that each of a tile's `parts` prefetches, in turn.
 class Prefetches {
@@ -109,52 +158,59 @@ class Prefetches {
 };
 
 void accumulate(const Product& p, float* sum, int64_t stride, bool add) {
-  Prefetches ahead(p);
+  const Order order(p);
+  Prefetches ahead(p, order.parts);
   TileUnit unit;
+  Work none;
   for (int64_t row = 0; row < p.m; row += kTileRows) {
-    for_each_panel(0, p.n, [&](int64_t column, int64_t vectors) {
-      unit.multiply<0>(least(kTileRows, p.m - row), vectors, steps_of(p.k), left_of(p, row),
-                       p.a_stride * kOperandSize, right_of(p, column, vectors),
-                       sum + row * stride + column, stride, add, ahead.next());
-    });
+    for (int64_t k = 0; k == 0 || k < p.k; k += order.chunk) {
+      hold(unit, p, order, row, k);
+      for_each_panel(0, p.n, [&](int64_t column, int64_t vectors) {
+        unit.multiply<0>(vectors, right_of(p, k, column, vectors), sum + row * stride + column,
+                         stride, add || k, ahead.next(), none);
+      });
+    }
   }
 }
 
-// A whole vector column of a tile, all its rows. What every row asks anew costs as much as a row of
-// the product, so all that is known before is a parameter.
+// What is known of whole vectors of a tile before its rows are finished. What every row asks anew
+// costs as much as a row of the product, so what can be is a parameter.
+struct Whole {
+  const float* tile;
+  int64_t vectors;
+  char* out;
+  int64_t stride;  // bytes
+  const char* added;
+  int64_t added_stride;
+  const float* scales;
+  Vector bias[kPanel];
+};
+
 template <Activation A, Dtype D, bool scaled, bool residual>
-inline void finish_rows(const float* tile, int64_t rows, Vector bias, const float* scales, char* out,
-                        int64_t stride, const char* added, int64_t added_stride) {
-  for (int64_t i = 0; i < rows; ++i) {
-    Vector x = load(tile);
-    if (scaled) x *= scales[i];
-    x = activate(x + bias, A);
-    if (residual) x += load(added, 0, D);
-    store(out, 0, D, x);
+void finish_whole(const Whole& w, int64_t first, int64_t last) {
+  const Vector bias[] = {w.bias[0], w.bias[kPanel - 1]};
+  const float* tile = w.tile + first * kTileStride;
+  char* out = w.out + first * w.stride;
+  const char* added = residual ? w.added + first * w.added_stride : nullptr;
+  for (int64_t i = first; i < last; ++i) {
+    for (int64_t v = 0; v < w.vectors; ++v) {
+      Vector x = load(tile + v * kLanes);
+      if (scaled) x *= w.scales[i];
+      x = activate(x + bias[v], A);
+      if (residual) x += load(added, v * kLanes, D);
+      store(out, v * kLanes, D, x);
+    }
     tile += kTileStride;
-    out += stride;
-    if (residual) added += added_stride;
+    out += w.stride;
+    if (residual) added += w.added_stride;
   }
 }
 
-// One vector column of a tile, all its rows: the bias stays in a register.
+// Some rows of one vector column of a tile, of any kind and size.
 template <Activation A, Dtype D>
 inline void finish_column(const Finish& f, const float* tile, int64_t row, int64_t rows,
                           int64_t column, int64_t count) {
   const Vector bias = f.bias.data ? load_some(f.bias.data, column, f.bias.dtype, count) : Vector{};
-  const bool scaled = f.row_scale, residual = f.residual.data;
-  if (count == kLanes && !f.sum && !(scaled && residual) && (!residual || f.residual.dtype == D)) {
-    const int64_t size = dtype_size(D), stride = f.stride * size;
-    char* out = static_cast<char*>(f.out) + row * stride + column * size;
-    const int64_t added_stride = f.residual.stride * size;
-    const char* added = static_cast<const char*>(f.residual.data);
-    if (residual) added += row * added_stride + column * size;
-    const float* scales = scaled ? f.row_scale + row : nullptr;
-    const auto finish = residual ? &finish_rows<A, D, false, true>
-                        : scaled ? &finish_rows<A, D, true, false>
-                                 : &finish_rows<A, D, false, false>;
-    return finish(tile, rows, bias, scales, out, stride, added, added_stride);
-  }
   for (int64_t i = 0; i < rows; ++i) {
     Vector x = load(tile + i * kTileStride);
     if (f.sum) x += load(f.sum + (row + i) * f.sum_stride + column);
@@ -202,38 +258,86 @@ inline void finish_tile(const Finish& f, const float* tile, int64_t row, int64_t
   }
 }
 
-// The tiles of some rows and the columns from `first` to `last`, part after part.
+// The tile that was computed last and waits for its finish.
 template <Activation A, Dtype D>
-inline void multiply_span(const Product& p, const Finish& f, const Order& order, TileUnit& unit,
-                          Prefetches& ahead, int64_t row, int64_t first, int64_t last) {
-  alignas(64) float tiles[Order::kMostPanels * kTileRows * kTileStride];
-  const int64_t rows = least(kTileRows, p.m - row);
-  for (int64_t k = 0;; k += order.chunk) {
-    const int64_t steps = steps_of(least(order.chunk, p.k - k));
-    const bool done = k + order.chunk >= p.k;
-    float* tile = tiles;
-    for_each_panel(first, last, [&](int64_t column, int64_t vectors) {
-      const float* right = right_of(p, column, vectors) + k / kGroup * vectors * kLanes;
-      unit.template multiply<kTileStride>(
-          rows, vectors, steps, left_of(p, row) + k * kOperandSize, p.a_stride * kOperandSize,
-          right, tile, kTileStride, k > 0, ahead.next());
-      if (done) {
-        finish_tile<A, D>(f, tile, row, rows, column, least(vectors * kLanes, p.n - column));
-      }
-      if (order.parts > 1) tile += kTileRows * kTileStride;
-    });
-    if (done) return;
+class Waiting : public Work {
+ public:
+  explicit Waiting(const Finish& f) : finish_(f) {}
+  ~Waiting() { all(); }
+
+  void take(const float* tile, int64_t row, int64_t count, int64_t column, int64_t columns) {
+    tile_ = tile, row_ = row, column_ = column, columns_ = columns;
+    rows = count, done = 0;
+    const Finish& f = finish_;
+    const bool scaled = f.row_scale, residual = f.residual.data;
+    if (columns % kLanes || f.sum || f.gradient.data || (scaled && residual) ||
+        (residual && f.residual.dtype != D)) {
+      run = &run_any;
+      return;
+    }
+    const int64_t size = dtype_size(D), stride = f.stride * size, added = f.residual.stride * size;
+    whole_ = {tile,
+              columns / kLanes,
+              static_cast<char*>(f.out) + row * stride + column * size,
+              stride,
+              residual ? static_cast<const char*>(f.residual.data) + row * added + column * size
+                       : nullptr,
+              added,
+              scaled ? f.row_scale + row : nullptr,
+              {}};
+    for (int64_t v = 0; f.bias.data && v < whole_.vectors; ++v) {
+      whole_.bias[v] = load(f.bias.data, column + v * kLanes, f.bias.dtype);
+    }
+    run = residual ? &run_whole<false, true> : scaled ? &run_whole<true, false>
+                                                      : &run_whole<false, false>;
   }
-}
+
+ private:
+  template <bool scaled, bool residual>
+  static void run_whole(const Work& self, int64_t first, int64_t last) {
+    finish_whole<A, D, scaled, residual>(static_cast<const Waiting&>(self).whole_, first, last);
+  }
+
+  static void run_any(const Work& self, int64_t first, int64_t last) {
+    const Waiting& w = static_cast<const Waiting&>(self);
+    finish_tile<A, D>(w.finish_, w.tile_ + first * kTileStride, w.row_ + first, last - first,
+                      w.column_, w.columns_);
+  }
+
+  const Finish& finish_;
+  const float* tile_ = nullptr;
+  int64_t row_ = 0, column_ = 0, columns_ = 0;
+  Whole whole_;
+};
 
 template <Activation A, Dtype D>
 void multiply_with(const Product& p, const Finish& f) {
   const Order order(p);
+  // One tile waits while a span's are computed, or the next one.
+  alignas(64) float tiles[(Order::kMostPanels + 1) * kTileRows * kTileStride];
+  const int64_t places = order.parts > 1 ? Order::kMostPanels + 1 : 2;
+  int64_t place = 0;
   Prefetches ahead(p, order.parts);
   TileUnit unit;
+  Waiting<A, D> waiting(f);
   for (int64_t first = 0; first < p.n; first += order.span) {
+    const int64_t last = least(p.n, first + order.span);
     for (int64_t row = 0; row < p.m; row += kTileRows) {
-      multiply_span<A, D>(p, f, order, unit, ahead, row, first, least(p.n, first + order.span));
+      const int64_t start = place;
+      for (int64_t k = 0; k == 0 || k < p.k; k += order.chunk) {
+        hold(unit, p, order, row, k);
+        place = start;
+        for_each_panel(first, last, [&](int64_t column, int64_t vectors) {
+          float* const tile = tiles + place * kTileRows * kTileStride;
+          unit.multiply<kTileStride>(vectors, right_of(p, k, column, vectors), tile, kTileStride,
+                                     k > 0, ahead.next(), waiting);
+          if (k + order.chunk >= p.k) {
+            waiting.take(tile, row, least(kTileRows, p.m - row), column,
+                         least(vectors * kLanes, p.n - column));
+          }
+          place = (place + 1) % places;
+        });
+      }
     }
   }
 }
@@ -257,64 +361,5 @@ void multiply(const Product& p, const Finish& f) {
       return multiply_to<Activation::relu>(p, f);
     case Activation::none:
       return multiply_to<Activation::none>(p, f);
-  }
-}
-
-inline float read_one(const void* p, int64_t i, Dtype dtype) {
-  return load_some(p, i, dtype, 1)[0];
-}
-
-inline void write_operand(void* out, int64_t i, float x) {
-  store_some(out, i, kOperand, broadcast(x), 1);
-}
-
-// Panel after panel; in a panel, group after group of rows; in a group, lane after lane.
-void pack(int64_t k, int64_t n, const void* b, int64_t row, int64_t column, Dtype dtype,
-          void* packed) {
-  const int64_t size = dtype_size(dtype), padded = (k + kGroup - 1) / kGroup * kGroup;
-  const bool copy = dtype == kOperand;
-  int64_t at = 0;
-  for (int64_t first = 0; first < n; first += kPanel * kLanes) {
-    const int64_t lanes = n - first <= kLanes ? kLanes : kPanel * kLanes;
-    const int64_t columns = least(lanes, n - first);
-    for (int64_t i = 0; i < padded; i += kGroup) {
-      if (copy && row == 1 && i + kGroup <= k) {  // a lane's rows lie side by side
-        char* out = static_cast<char*>(packed) + at * kOperandSize;
-        const char* from = static_cast<const char*>(b) + (i + first * column) * size;
-        for (int64_t j = 0; j < columns; ++j) {
-          __builtin_memcpy(out + j * kStep, from + j * column * size, kStep);
-        }
-        __builtin_memset(out + columns * kStep, 0, (lanes - columns) * kStep);
-        at += lanes * kGroup;
-        continue;
-      }
-#ifdef ADACOMCAT_BF16_DOT
-      if (copy && column == 1 && i + kGroup <= k && columns == lanes) {  // rows in pairs, whole
-        auto* out = reinterpret_cast<uint32_t*>(packed) + at / kGroup;
-        const auto* from = static_cast<const uint16_t*>(b) + i * row + first;
-        for (int64_t j = 0; j < lanes; ++j) out[j] = from[j] | uint32_t{from[row + j]} << 16;
-        at += lanes * kGroup;
-        continue;
-      }
-#endif
-      for (int g = 0; g < kGroup; ++g) {
-        char* out = static_cast<char*>(packed) + (at + g) * kOperandSize;
-        const char* from = static_cast<const char*>(b) + ((i + g) * row + first * column) * size;
-        const int64_t filled = i + g < k ? columns : 0;
-        if (copy && kGroup == 1 && column == 1) {
-          __builtin_memcpy(out, from, filled * kOperandSize);
-        } else if (copy) {
-          for (int64_t j = 0; j < filled; ++j) {
-            __builtin_memcpy(out + j * kStep, from + j * column * size, kOperandSize);
-          }
-        } else {
-          for (int64_t j = 0; j < filled; ++j) {
-            write_operand(out + j * kStep, 0, read_one(from, j * column, dtype));
-          }
-        }
-        for (int64_t j = filled; j < lanes; ++j) __builtin_memset(out + j * kStep, 0, kOperandSize);
-      }
-      at += lanes * kGroup;
-    }
   }
 }

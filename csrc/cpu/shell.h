@@ -120,7 +120,7 @@ class Scratch {
 
 // Rows per block: whole steps, about so many rows that a block's middles stay in the L2 cache, and as
 // many blocks as the threads divide evenly.
-constexpr int64_t kRowsPerBlock = 144;
+constexpr int64_t kRowsPerBlock = 400;
 
 inline int64_t block_rows(const Engine& engine, int64_t rows) {
   const int64_t steps = ceil_div(rows, engine.row_step), threads = at::get_num_threads();

@@ -49,11 +49,22 @@ inline MultiplyTile find_tile(int64_t rows, int64_t vectors) {
   return vectors == kPanel ? tile_of<kPanel, S>(rows, Tiles{}) : tile_of<1, S>(rows, Tiles{});
 }
 
-// Tiles of any size that fits, in vector registers.
-struct TileUnit {
-  template <int64_t S>
-  void multiply(int64_t rows, int64_t vectors, int64_t steps, const char* a, int64_t a_stride,
-                const float* b, float* c, int64_t c_stride, bool add, Prefetch ahead) const {
-    find_tile<S>(rows, vectors)(steps, a, a_stride, b, c, c_stride, add, ahead);
+// Tiles of any size that fits, in vector registers. hold() takes the left side, `steps` lanes of each
+// row; multiply() gives c (rows, `vectors` vectors) = or += that times b.
+class TileUnit {
+ public:
+  void hold(int64_t rows, int64_t steps, const char* a, int64_t a_stride) {
+    rows_ = rows, steps_ = steps, a_ = a, a_stride_ = a_stride;
   }
+
+  template <int64_t S>
+  void multiply(int64_t vectors, const float* b, float* c, int64_t c_stride, bool add,
+                Prefetch ahead, Work& meanwhile) const {
+    meanwhile.all();
+    find_tile<S>(rows_, vectors)(steps_, a_, a_stride_, b, c, c_stride, add, ahead);
+  }
+
+ private:
+  int64_t rows_, steps_, a_stride_;
+  const char* a_;
 };

@@ -88,6 +88,10 @@ inline Vector load_some(const void* p, int64_t i, Dtype dtype, int64_t count) {
   return load(lanes, 0, dtype);
 }
 
+inline float read_one(const void* p, int64_t i, Dtype dtype) {
+  return load_some(p, i, dtype, 1)[0];
+}
+
 inline void store_some(void* p, int64_t i, Dtype dtype, Vector x, int64_t count) {
   if (count >= kLanes) return store(p, i, dtype, x);
   float lanes[kLanes];

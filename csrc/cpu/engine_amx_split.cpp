@@ -1,0 +1,25 @@
+// AMX for float32, split into parts of bfloat16; all else is AVX-512.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <c10/util/Half.h>
+#include <immintrin.h>
+
+#include "engine.h"
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma,f16c,prefer-vector-width=512")
+#define ADACOMCAT_AVX512
+#define ADACOMCAT_AMX
+#define ADACOMCAT_AMX_SPLIT
+
+namespace adacomcat {
+namespace amx_split {
+namespace {
+constexpr int kLanes = 16, kTileRows = 32, kPanel = 2;
+#include "engine_body.h"
+}  // namespace
+
+extern const Engine kEngine;
+const Engine kEngine{"amx", kOperand, kTileRows, 16, kLanes, kGroup, kDepth,
+                     kPackedSize, pack, multiply, accumulate, load_rows, normalize_rows, softmax_rows};
+}  // namespace amx_split
+}  // namespace adacomcat
+#endif
