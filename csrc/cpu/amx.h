@@ -9,7 +9,10 @@ class Amx {
   static constexpr int64_t kSide = 16;  // rows of a tile register, and lanes of one of its rows
   static constexpr int64_t kRowBytes = 64;
 
-  ~Amx() { _tile_release(); }
+  ~Amx() {
+    store_last();
+    _tile_release();
+  }
 
   static __mmask16 lanes_of(int64_t count) {
     return static_cast<__mmask16>(count >= kSide ? 0xffff : (1u << greatest(count, 0)) - 1);
@@ -18,6 +21,7 @@ class Amx {
   // For tiles of so many rows; one configuration serves all of them.
   void configure(int64_t rows) {
     if (rows == rows_) return;
+    store_last();
     const int64_t upper = least(rows, kSide), lower = rows - upper;
     const int64_t sizes[8] = {upper, upper, lower, lower, upper, lower, kSide, kSide};
     Configuration wanted;
@@ -32,41 +36,58 @@ class Amx {
 
   int64_t rows() const { return rows_; }
 
-  // C from memory, or zeros; R times sixteen rows by P vectors.
+  // Where C of a tile is or will be.
+  struct Place {
+    float* data;
+    int64_t stride;  // bytes
+    int64_t vectors;
+  };
+
+  // C = or += A · B of what the registers hold, R times sixteen rows by P vectors: the first product of
+  // a tile. Only now C of the tile before goes to memory, each register where the next product needs
+  // it: stored together, the multiplier would stand still for as long as for five products.
   template <int R, int P>
-  static void open(const float* c, int64_t c_stride, bool add) {
+  void multiply_first(float* c, int64_t c_stride, bool add) {
+    if (last_.data && last_.vectors != P) store_last();
+    const Place next{c, c_stride * 4, P};
     memory_barrier();
-    if (!add) {
-      _tile_zero(0);
-      if (P == 2) _tile_zero(1);
-      if (R == 2) _tile_zero(2);
-      if (R == 2 && P == 2) _tile_zero(3);
-      return;
-    }
-    const float* const lower = c + kSide * c_stride;
-    _tile_loadd(0, c, c_stride * 4);
-    if (P == 2) _tile_loadd(1, c + kLanes, c_stride * 4);
-    if (R == 2) _tile_loadd(2, lower, c_stride * 4);
-    if (R == 2 && P == 2) _tile_loadd(3, lower + kLanes, c_stride * 4);
+    exchange<0>(next, add);
+    _tile_dpbf16ps(0, 4, 6);
+    if (P == 2) exchange<1>(next, add);
+    if (P == 2) _tile_dpbf16ps(1, 4, 7);
+    if (R == 2) exchange<2>(next, add);
+    if (R == 2) _tile_dpbf16ps(2, 5, 6);
+    if (R == 2 && P == 2) exchange<3>(next, add);
+    if (R == 2 && P == 2) _tile_dpbf16ps(3, 5, 7);
+    memory_barrier();
+    last_ = next;
   }
 
-  template <int R, int P>
-  static void close(float* c, int64_t c_stride) {
-    float* const lower = c + kSide * c_stride;
-    _tile_stored(0, c, c_stride * 4);
-    if (P == 2) _tile_stored(1, c + kLanes, c_stride * 4);
-    if (R == 2) _tile_stored(2, lower, c_stride * 4);
-    if (R == 2 && P == 2) _tile_stored(3, lower + kLanes, c_stride * 4);
-    memory_barrier();
-  }
-
-  // C += A · B of what the registers hold.
   template <int R, int P>
   static void multiply_registers() {
     _tile_dpbf16ps(0, 4, 6);
     if (P == 2) _tile_dpbf16ps(1, 4, 7);
     if (R == 2) _tile_dpbf16ps(2, 5, 6);
     if (R == 2 && P == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+
+  // What a product of no steps gives.
+  void clear(float* c, int64_t c_stride, int64_t vectors) {
+    store_last();
+    for (int64_t i = 0; i < rows_; ++i) {
+      for (int64_t v = 0; v < vectors; ++v) *reinterpret_cast<LooseVector*>(c + i * c_stride + v * kLanes) = Vector{};
+    }
+  }
+
+  // C of the last tile to memory.
+  void store_last() {
+    if (!last_.data) return;
+    store<0>(last_);
+    if (last_.vectors == 2) store<1>(last_);
+    if (rows_ > kSide) store<2>(last_);
+    if (rows_ > kSide && last_.vectors == 2) store<3>(last_);
+    memory_barrier();
+    last_.data = nullptr;
   }
 
   static void fetch(Prefetch& ahead, int64_t lanes) {
@@ -81,5 +102,31 @@ class Amx {
     uint8_t rows[16] = {};
   };
 
+  template <int Register>
+  static float* part_of(const Place& c) {
+    return c.data + Register / 2 * kSide * (c.stride / 4) + Register % 2 * kLanes;
+  }
+
+  // The intrinsics want a literal for a register.
+  template <int Register>
+  static void store(const Place& c) {
+    __asm__ volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(Register), "r"(part_of<Register>(c)),
+                     "r"(c.stride)
+                     : "memory");
+  }
+
+  template <int Register>
+  void exchange(const Place& next, bool add) const {
+    if (last_.data) store<Register>(last_);
+    if (add) {
+      __asm__ volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(Register),
+                       "r"(part_of<Register>(next)), "r"(next.stride)
+                       : "memory");
+    } else {
+      __asm__ volatile("tilezero %%tmm%c0" ::"i"(Register));
+    }
+  }
+
   int64_t rows_ = 0;
+  Place last_{};
 };

@@ -18,7 +18,7 @@ constexpr int kLanes = 16, kTileRows = 32, kPanel = 2;
 }  // namespace
 
 extern const Engine kEngine;
-const Engine kEngine{"amx", kOperand, kTileRows, 16, kLanes, kGroup, kDepth,
+const Engine kEngine{"amx", kOperand, kTileRows, 16, kBlockRows, kLanes, kGroup, kDepth,
                      kPackedSize, pack, multiply, accumulate, load_rows, normalize_rows, softmax_rows};
 }  // namespace amx
 }  // namespace adacomcat

@@ -16,7 +16,7 @@ constexpr int kLanes = 8, kTileRows = 6, kPanel = 2;
 }  // namespace
 
 extern const Engine kEngine;
-const Engine kEngine{"avx2", kOperand, kTileRows, kTileRows, kLanes, kGroup, kDepth,
+const Engine kEngine{"avx2", kOperand, kTileRows, kTileRows, kBlockRows, kLanes, kGroup, kDepth,
                      kPackedSize, pack, multiply, accumulate, load_rows, normalize_rows, softmax_rows};
 }  // namespace avx2
 }  // namespace adacomcat

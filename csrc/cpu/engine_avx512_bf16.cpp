@@ -17,7 +17,7 @@ constexpr int kLanes = 16, kTileRows = 12, kPanel = 2;
 }  // namespace
 
 extern const Engine kEngine;
-const Engine kEngine{"avx512_bf16", kOperand, kTileRows, kTileRows, kLanes, kGroup, kDepth,
+const Engine kEngine{"avx512_bf16", kOperand, kTileRows, kTileRows, kBlockRows, kLanes, kGroup, kDepth,
                      kPackedSize, pack, multiply, accumulate, load_rows, normalize_rows, softmax_rows};
 }  // namespace avx512_bf16
 }  // namespace adacomcat

@@ -11,7 +11,7 @@ constexpr int kLanes = 4, kTileRows = 6, kPanel = 2;
 }  // namespace
 
 extern const Engine kEngine;
-const Engine kEngine{"generic", kOperand, kTileRows, kTileRows, kLanes, kGroup, kDepth,
+const Engine kEngine{"generic", kOperand, kTileRows, kTileRows, kBlockRows, kLanes, kGroup, kDepth,
                      kPackedSize, pack, multiply, accumulate, load_rows, normalize_rows, softmax_rows};
 }  // namespace generic
 }  // namespace adacomcat

@@ -28,8 +28,10 @@ constexpr int kDepth = kGroup;
 #endif
 #ifdef ADACOMCAT_AMX_SPLIT
 constexpr int kPackedSize = 6;  // of a float in three parts
+constexpr int64_t kBlockRows = 400;  // the fewer, the more often all weights come from the third cache
 #else
 constexpr int kPackedSize = kOperandSize;
+constexpr int64_t kBlockRows = 144;
 #endif
 
 // What one tile prefetches: `step` bytes further with every lane of k.
@@ -318,8 +320,8 @@ void multiply_with(const Product& p, const Finish& f) {
   const int64_t places = order.parts > 1 ? Order::kMostPanels + 1 : 2;
   int64_t place = 0;
   Prefetches ahead(p, order.parts);
-  TileUnit unit;
   Waiting<A, D> waiting(f);
+  TileUnit unit;  // goes first, and stores its last tile
   for (int64_t first = 0; first < p.n; first += order.span) {
     const int64_t last = least(p.n, first + order.span);
     for (int64_t row = 0; row < p.m; row += kTileRows) {

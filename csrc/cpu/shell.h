@@ -118,13 +118,11 @@ class Scratch {
   char* next_;
 };
 
-// Rows per block: whole steps, about so many rows that a block's middles stay in the L2 cache, and as
-// many blocks as the threads divide evenly.
-constexpr int64_t kRowsPerBlock = 400;
-
+// Rows per block: whole steps, no more than the engine wants, and as many blocks as the threads divide
+// evenly.
 inline int64_t block_rows(const Engine& engine, int64_t rows) {
   const int64_t steps = ceil_div(rows, engine.row_step), threads = at::get_num_threads();
-  const int64_t per_block = kRowsPerBlock / engine.row_step;
+  const int64_t per_block = engine.block_rows / engine.row_step;
   const int64_t rounds = std::max<int64_t>(ceil_div(steps, threads * per_block), 1);
   return std::max<int64_t>(ceil_div(steps, threads * rounds), 1) * engine.row_step;
 }

@@ -12,6 +12,10 @@ class TileUnit : Amx {
   template <int64_t S>
   void multiply(int64_t vectors, const float* b, float* c, int64_t c_stride, bool add,
                 Prefetch ahead, Work& meanwhile) {
+    if (!steps_) {
+      if (!add) clear(c, S ? S : c_stride, vectors);
+      return meanwhile.all();
+    }
     const bool wide = vectors == kPanel;
     const auto run = rows() > kSide ? (wide ? &TileUnit::run<2, 2> : &TileUnit::run<2, 1>)
                                     : (wide ? &TileUnit::run<1, 2> : &TileUnit::run<1, 1>);
@@ -24,37 +28,47 @@ class TileUnit : Amx {
     const char* a = a_;
     const int64_t whole = steps_ / kSide, rest = steps_ % kSide;
     meanwhile.begin(whole);
-    open<R, P>(c, c_stride, add);
     for (int64_t step = 0; step < whole; ++step) {
       fetch(ahead, kSide);
-      add_product<R, P>(a, a_stride_, b);
+      load_sides<R, P>(a, a_stride_, b);
+      if (step) {
+        multiply_registers<R, P>();
+      } else {
+        multiply_first<R, P>(c, c_stride, add);
+      }
       meanwhile.next();
       a += kSide * kStep;
       b += kSide * P * kLanes;
     }
-    if (rest) add_rest<R, P>(rest, a, b);
-    close<R, P>(c, c_stride);
+    if (rest) {
+      load_rest<R, P>(rest, a, b);
+      if (whole) {
+        multiply_registers<R, P>();
+      } else {
+        multiply_first<R, P>(c, c_stride, add);
+      }
+    }
     meanwhile.all();
   }
 
   template <int R, int P>
-  static void add_product(const void* a, int64_t a_stride, const float* b) {
+  static void load_sides(const void* a, int64_t a_stride, const float* b) {
     _tile_loadd(6, b, P * kRowBytes);
     _tile_loadd(4, a, a_stride);
     if (P == 2) _tile_loadd(7, b + kLanes, P * kRowBytes);
     if (R == 2) _tile_loadd(5, static_cast<const char*>(a) + kSide * a_stride, a_stride);
-    multiply_registers<R, P>();
   }
 
   // Fewer steps than a register holds: of A nothing beyond them is read, B ends in zeros.
   template <int R, int P>
-  void add_rest(int64_t steps, const char* a, const float* b) const {
+  void load_rest(int64_t steps, const char* a, const float* b) const {
     alignas(64) uint32_t left[R * kSide][kSide];
     for (int64_t i = 0; i < rows(); ++i) {
       _mm512_store_si512(left[i], _mm512_maskz_loadu_epi32(lanes_of(steps), a + i * a_stride_));
     }
     memory_barrier();
-    add_product<R, P>(left, kRowBytes, b);
+    load_sides<R, P>(left, kRowBytes, b);
+    memory_barrier();
   }
 
   int64_t steps_ = 0, a_stride_ = 0;

@@ -38,6 +38,10 @@ class TileUnit : Amx {
   template <int64_t S>
   void multiply(int64_t vectors, const float* b, float* c, int64_t c_stride, bool add,
                 Prefetch ahead, Work& meanwhile) {
+    if (!steps_) {
+      if (!add) clear(c, S ? S : c_stride, vectors);
+      return meanwhile.all();
+    }
     const bool wide = vectors == kPanel;
     const auto run = rows() > kSide ? (wide ? &TileUnit::run<2, 2> : &TileUnit::run<2, 1>)
                                     : (wide ? &TileUnit::run<1, 2> : &TileUnit::run<1, 1>);
@@ -76,12 +80,16 @@ class TileUnit : Amx {
       meanwhile.next();
     };
     meanwhile.begin(kProducts * steps_);
-    open<R, P>(c, c_stride, add);
     for (int64_t step = 0; step < steps_; ++step) {
       fetch(ahead, kDepth);
       load_left<R>(a);
       load_right<P>(b + 2 * kRight);
-      multiply_held();
+      if (step) {
+        multiply_registers<R, P>();
+      } else {
+        multiply_first<R, P>(c, c_stride, add);
+      }
+      meanwhile.next();
       load_right<P>(b + kRight);
       multiply_held();
       load_left<R>(a + kPartBytes);
@@ -95,7 +103,6 @@ class TileUnit : Amx {
       a += kParts * kPartBytes;
       b += kParts * kRight;
     }
-    close<R, P>(c, c_stride);
     meanwhile.all();
   }
 
