@@ -12,6 +12,13 @@ namespace adacomcat {
 enum class Dtype { f32, bf16, f16 };
 enum class Activation { none, gelu, gelu_tanh, silu, relu };
 
+// The size of shares of `total`, as many as shares of `most` and about equal, in whole steps.
+inline int64_t even_share(int64_t total, int64_t most, int64_t step) {
+  const int64_t shares = (total + most - 1) / most;
+  const int64_t share = shares ? (total + shares - 1) / shares : most;
+  return (share + step - 1) / step * step;
+}
+
 inline int64_t dtype_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 // Rows of any dtype; `stride` in elements.

@@ -13,12 +13,12 @@
 namespace adacomcat {
 namespace amx {
 namespace {
-constexpr int kLanes = 16, kTileRows = 32, kPanel = 2;
+constexpr int kLanes = 16, kTileRows = 32, kRowStep = 1, kPanel = 2;
 #include "engine_body.h"
 }  // namespace
 
 extern const Engine kEngine;
-const Engine kEngine{"amx", kOperand, kTileRows, 16, kBlockRows, kLanes, kGroup, kDepth,
+const Engine kEngine{"amx", kOperand, kTileRows, kRowStep, kBlockRows, kLanes, kGroup, kDepth,
                      kPackedSize, pack, multiply, accumulate, load_rows, normalize_rows, softmax_rows};
 }  // namespace amx
 }  // namespace adacomcat

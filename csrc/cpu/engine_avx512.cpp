@@ -11,12 +11,12 @@
 namespace adacomcat {
 namespace avx512 {
 namespace {
-constexpr int kLanes = 16, kTileRows = 12, kPanel = 2;
+constexpr int kLanes = 16, kTileRows = 12, kRowStep = kTileRows, kPanel = 2;
 #include "engine_body.h"
 }  // namespace
 
 extern const Engine kEngine;
-const Engine kEngine{"avx512", kOperand, kTileRows, kTileRows, kBlockRows, kLanes, kGroup, kDepth,
+const Engine kEngine{"avx512", kOperand, kTileRows, kRowStep, kBlockRows, kLanes, kGroup, kDepth,
                      kPackedSize, pack, multiply, accumulate, load_rows, normalize_rows, softmax_rows};
 }  // namespace avx512
 }  // namespace adacomcat

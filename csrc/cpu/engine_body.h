@@ -1,6 +1,6 @@
 // One engine. Before including this, an engine_*.cpp includes <c10/util/Half.h> and "engine.h",
 // selects its target and defines ADACOMCAT_AVX2 or ADACOMCAT_AVX512 (after a pragma some compilers do
-// not define __AVX512F__), kLanes, kTileRows and kPanel.
+// not define __AVX512F__), kLanes, kTileRows, kRowStep and kPanel.
 
 // std::integer_sequence would be shared between instruction sets; this is not.
 template <int... I>

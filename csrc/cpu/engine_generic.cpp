@@ -6,12 +6,12 @@
 namespace adacomcat {
 namespace generic {
 namespace {
-constexpr int kLanes = 4, kTileRows = 6, kPanel = 2;
+constexpr int kLanes = 4, kTileRows = 6, kRowStep = kTileRows, kPanel = 2;
 #include "engine_body.h"
 }  // namespace
 
 extern const Engine kEngine;
-const Engine kEngine{"generic", kOperand, kTileRows, kTileRows, kBlockRows, kLanes, kGroup, kDepth,
+const Engine kEngine{"generic", kOperand, kTileRows, kRowStep, kBlockRows, kLanes, kGroup, kDepth,
                      kPackedSize, pack, multiply, accumulate, load_rows, normalize_rows, softmax_rows};
 }  // namespace generic
 }  // namespace adacomcat

@@ -82,7 +82,7 @@ void attend_head(const Engine& e, const Heads& s, int64_t image, int64_t head, i
   const int64_t size = e.operand_size(), n = s.tokens, width = e.padded_n(n);
   const int64_t kq = e.padded_k(s.rank_qk);
   const int64_t tiles = std::max<int64_t>(kLogitBytes / 4 / width / e.tile_rows, 1);
-  const int64_t block = std::min(tiles * e.tile_rows, ceil_div(end - begin, e.tile_rows) * e.tile_rows);
+  const int64_t block = even_share(end - begin, tiles * e.tile_rows, e.row_step);
   const int64_t key_bytes = e.packed_bytes(s.rank_qk, n), value_bytes = e.packed_bytes(n, s.rank_vo);
   Scratch scratch(Scratch::aligned(key_bytes) + Scratch::aligned(value_bytes) +
                   Scratch::aligned(block * kq * size) + Scratch::aligned(block * width * 4) +

@@ -78,8 +78,9 @@ struct Order {
   static constexpr int64_t kRowBytes = 16 << 10, kMostRowBytes = 24 << 10;  // of a tile's rows
 
   int64_t parts = 1, chunk, span;
+  int64_t rows;  // of a tile
 
-  explicit Order(const Product& p) : chunk(greatest(p.k, 1)) {
+  explicit Order(const Product& p) : chunk(greatest(p.k, 1)), rows(even_share(p.m, kTileRows, kRowStep)) {
     const int64_t row_bytes = kTileRows * p.k * kPackedSize, columns = kPanel * kLanes;
     const int64_t panel_bytes = p.k * columns * kPackedSize + 1;
     int64_t panels = greatest(kSpanBytes / panel_bytes, 1);
@@ -127,19 +128,19 @@ inline int64_t steps_of(int64_t k) { return (k + kGroup - 1) / kGroup; }
 
 // Gives a tile unit the left side of its next tiles: some rows, from element `k` a chunk of them.
 inline void hold(TileUnit& unit, const Product& p, const Order& order, int64_t row, int64_t k) {
-  unit.hold(least(kTileRows, p.m - row), steps_of(least(order.chunk, p.k - k)),
+  unit.hold(least(order.rows, p.m - row), steps_of(least(order.chunk, p.k - k)),
             left_of(p, row) + k * kOperandSize, p.a_stride * kOperandSize);
 }
 
 // The part of p.ahead that each of a tile's `parts` prefetches, in turn.
 class Prefetches {
  public:
-  explicit Prefetches(const Product& p, int64_t parts = 1)
+  Prefetches(const Product& p, const Order& order)
       : ahead_(p.ahead), none_{static_cast<const char*>(p.b), 0} {
     if (!ahead_.data) ahead_.bytes = 0;  // nothing known, or gone
     if (!ahead_.bytes) return;
-    const int64_t columns = kPanel * kLanes;
-    const int64_t tiles = (p.m + kTileRows - 1) / kTileRows * ((p.n + columns - 1) / columns);
+    const int64_t columns = kPanel * kLanes, parts = order.parts;
+    const int64_t tiles = (p.m + order.rows - 1) / order.rows * ((p.n + columns - 1) / columns);
     share_ = (ahead_.bytes + tiles * parts - 1) / (tiles * parts);
     const int64_t steps = greatest(steps_of(p.k) / parts, 1);
     step_ = (share_ + steps - 1) / steps;
@@ -161,10 +162,10 @@ class Prefetches {
 
 void accumulate(const Product& p, float* sum, int64_t stride, bool add) {
   const Order order(p);
-  Prefetches ahead(p, order.parts);
+  Prefetches ahead(p, order);
   TileUnit unit;
   Work none;
-  for (int64_t row = 0; row < p.m; row += kTileRows) {
+  for (int64_t row = 0; row < p.m; row += order.rows) {
     for (int64_t k = 0; k == 0 || k < p.k; k += order.chunk) {
       hold(unit, p, order, row, k);
       for_each_panel(0, p.n, [&](int64_t column, int64_t vectors) {
@@ -319,12 +320,12 @@ void multiply_with(const Product& p, const Finish& f) {
   alignas(64) float tiles[(Order::kMostPanels + 1) * kTileRows * kTileStride];
   const int64_t places = order.parts > 1 ? Order::kMostPanels + 1 : 2;
   int64_t place = 0;
-  Prefetches ahead(p, order.parts);
+  Prefetches ahead(p, order);
   Waiting<A, D> waiting(f);
   TileUnit unit;  // goes first, and stores its last tile
   for (int64_t first = 0; first < p.n; first += order.span) {
     const int64_t last = least(p.n, first + order.span);
-    for (int64_t row = 0; row < p.m; row += kTileRows) {
+    for (int64_t row = 0; row < p.m; row += order.rows) {
       const int64_t start = place;
       for (int64_t k = 0; k == 0 || k < p.k; k += order.chunk) {
         hold(unit, p, order, row, k);
@@ -334,7 +335,7 @@ void multiply_with(const Product& p, const Finish& f) {
           unit.multiply<kTileStride>(vectors, right_of(p, k, column, vectors), tile, kTileStride,
                                      k > 0, ahead.next(), waiting);
           if (k + order.chunk >= p.k) {
-            waiting.take(tile, row, least(kTileRows, p.m - row), column,
+            waiting.take(tile, row, least(order.rows, p.m - row), column,
                          least(vectors * kLanes, p.n - column));
           }
           place = (place + 1) % places;
