@@ -3,16 +3,19 @@
 Left to itself it computes on the bit patterns of bfloat16 as if they were integers, truncates
 where the hardware rounds, takes tf32 products exactly, and accepts tiles that no tensor core has.
 Here bfloat16 is decoded, computed in float32 and rounded to the nearest even; tf32 operands lose
-their low bits; small tiles are refused. TRITON_INTERPRET=1 must be set before kernels are imported.
+their low bits; small tiles and integers that overflow are refused. TRITON_INTERPRET=1 must be set
+before kernels are imported.
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import triton.language as tl
 from number_formats import bf16_to_f32, f32_to_bf16, truncate_to_tf32
 from scipy.special import erf
 from triton._C.libtriton import ir
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
@@ -20,6 +23,8 @@ from triton.runtime.interpreter import TensorHandle
 ELEMENTWISE = (
     "binary_op", "unary_op", "create_fma", "create_rsqrt", "create_erf", "create_clampf",
 )  # fmt: skip
+# In place of a function, the modules of whose builtins it sees are patched.
+LANGUAGE = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 # The least (m, n, k) of a product by bits of its operands.
 LEAST_K = {8: 32, 16: 16, 32: 8, 64: 4}
 
@@ -37,6 +42,11 @@ def install() -> None:
     # One call for the whole tile instead of one for each element.
     interpreter.np_erf_fp32 = lambda x: erf(x).astype(np.float32)
     interpreter.ReduceOps.sum = _sum(interpreter.ReduceOps.sum)
+    # The launch patches all of triton.language, instead of every function called from there.
+    patch = interpreter._patch_lang
+    interpreter._patch_lang = lambda function: patch(LANGUAGE)
+    interpreter.InterpretedFunction.__call__ = _call
+    TritonSemantic.binary_op_sanitize_overflow_impl = _refuse_overflow
 
 
 def _is_bf16(handle: TensorHandle) -> bool:
@@ -112,3 +122,21 @@ def _sum(operation: Callable) -> Callable:
         return self.to_tensor(f32_to_bf16(np.asarray(total)), value.dtype)
 
     return wrapped
+
+
+def _call(self, *args, **options):
+    try:
+        return self.rewrite()(*args, **options)
+    except Exception as error:
+        raise interpreter.InterpreterError(repr(error)) from error
+
+
+def _refuse_overflow(self, left: tl.tensor, right: tl.tensor, operation: Callable) -> None:
+    """Of sums, differences and products; Triton's own check takes ten steps, and then is off."""
+    kind = left.type.scalar
+    if kind.int_bitwidth >= 64:
+        return
+    exactly = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation.__name__]
+    exact = exactly(left.handle.data, right.handle.data, dtype=np.int64)
+    if exact.min() < kind.get_int_min_value() or exact.max() > kind.get_int_max_value():
+        raise OverflowError(f"{kind} in {operation.__name__}")

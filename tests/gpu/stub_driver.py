@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 TARGETS = {
@@ -45,3 +46,18 @@ def compiling_for(name: str) -> Iterator[None]:
         yield
     finally:
         driver.set_active(before)
+
+
+@contextmanager
+def without_machine_code() -> Iterator[None]:
+    """NVIDIA's kernels are compiled as far as PTX; what ptxas makes of it takes longest."""
+
+    def leave_out(*arguments: object) -> tuple[str, str]:
+        if arguments:
+            _, stages, *_ = arguments
+            stages["cubin"] = lambda ptx, metadata: b""
+        return "without machine code", ""  # part of the key of Triton's cache
+
+    with knobs.runtime.scope():
+        knobs.runtime.add_stages_inspection_hook = leave_out
+        yield

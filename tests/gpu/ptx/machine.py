@@ -9,9 +9,20 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ptx.memory import UNSIGNED, Fault, GlobalUse, Memory, SharedUse, Traffic
+from ptx.memory import (
+    EPOCH,
+    UNSIGNED,
+    Access,
+    Fault,
+    GlobalUse,
+    Memory,
+    SharedUse,
+    Traffic,
+    put,
+    take,
+)
 from ptx.parser import Instruction, Kernel, narrowest_access
-from ptx.trace import SEVERAL, Trace
+from ptx.trace import Trace
 
 Lanes = np.ndarray
 Mask = np.ndarray | None  # None: every thread
@@ -72,9 +83,11 @@ class Machine:
         nx, ny, nz = (*grid, 1, 1)[:3]
         self.blocks, self.block_size = nx * ny * nz, threads
         self.lanes = self.blocks * threads
-        self.thread = np.arange(self.lanes, dtype=np.int32)
+        self.thread = np.arange(self.lanes)
         self.block = self.thread // threads
         self.warp = self.thread // WARP
+        self.first_of_block = self.block * threads
+        self.of_block = (self.thread - self.first_of_block).astype(np.int32)
         self._set_registers(nx, ny, nz)
         self._set_parameters(arguments)
         # Swizzles follow absolute addresses, so each block's memory starts at a multiple of 1 KiB.
@@ -92,7 +105,7 @@ class Machine:
                 any(ins.opcode.startswith("bar.warp.sync") for ins in kernel.code),
             ),
         }
-        self.block_barriers = np.zeros(self.blocks, np.int32)
+        self.barriers = 0  # of blocks, which all pass them together
         self.warp_barriers = np.zeros(self.lanes // WARP, np.int32)
         self.fences, self.last_fence = np.zeros(self.lanes, np.int32), np.zeros(self.blocks, int)
         self.copies: list = []  # cp.async in flight
@@ -204,7 +217,9 @@ class Machine:
         if (waiting & np.repeat(done.reshape(self.blocks, -1).any(1), self.block_size)).any():
             raise Fault("a barrier that not all threads of the block reach")
         waiting[:] = False
-        self.block_barriers += 1
+        self.barriers += 1
+        if self.barriers * EPOCH >= 2**31:
+            raise NotImplementedError("a million barriers")
         if self.trace:
             self.trace.barrier(latest[:, 0] - 1)
 
@@ -284,19 +299,29 @@ class Machine:
     # Memory ---------------------------------------------------------------------------------------
 
     def access(
-        self, memory: Memory, offsets: Lanes, width: int, mask: Mask, kind: str,
+        self, memory: Memory, offsets: Lanes, width: int, mask: Mask, kind: str
+    ) -> tuple[Lanes, Lanes]:
+        """Check an access of `width` bytes a thread; the threads that make it and their offsets."""
+        if mask is None:
+            threads = self.thread
+        else:
+            threads = np.flatnonzero(mask)
+            offsets = offsets[threads]
+        self.check(memory, threads, offsets, width, kind)
+        return threads, offsets
+
+    def check(
+        self, memory: Memory, threads: Lanes, offsets: Lanes, width: int, kind: str,
         collective: bool = False,
-    ) -> tuple[Lanes, Lanes]:  # fmt: skip
-        """Check an access of `width` bytes a thread; the threads that make it and their offsets.
+    ) -> None:  # fmt: skip
+        """That `threads`, in ascending order, may access `width` bytes each.
 
         `kind` is load, store, or copy: a store whose data arrives later. What is `collective` is
         for other threads too, whoever names the address.
         """
-        threads = self.thread if mask is None else np.flatnonzero(mask).astype(np.int32)
-        offsets = offsets if mask is None else offsets[mask]
         if threads.size == 0:
-            return threads, offsets
-        if (offsets % width).any():
+            return
+        if (offsets & (width - 1)).any():
             raise Fault(f"misaligned {kind} of {width} bytes, {memory.name}")
         outside = memory.refuse_outside(offsets, width)
         if memory is self.shared:
@@ -305,43 +330,39 @@ class Machine:
             raise Fault(
                 f"out of bounds: {memory.name} {kind} of {width} bytes by {outside.sum()} threads"
             )
-        if kind == "load":
-            ready = memory.initialised[offsets] & memory.initialised[offsets + width - 1]
-            if not ready.all():
-                raise Fault(f"{memory.name} memory is read before it is written")
-        order = "load" if kind == "load" else "store"
-        self._order(memory, threads, offsets, width, order, collective)
+        if kind == "load" and not take(memory.initialised, offsets // width, width).all():
+            raise Fault(f"{memory.name} memory is read before it is written")
+        self.order(memory, threads, offsets, width, "load" if kind == "load" else "store",
+                   collective)
         if kind != "load":
-            for byte in range(width):
-                memory.initialised[offsets + byte] = kind == "store"
+            put(memory.initialised, offsets // width, width, kind == "store")
         if self.traffic and memory is self.memory:
             buffers = np.array(self.buffers)
             self.traffic.count(kind, offsets, width, self.warp[threads].astype(np.int64), buffers)
-        return threads, offsets
 
-    def _order(
+    def order(
         self, memory: Memory, threads: Lanes, offsets: Lanes, width: int, kind: str,
         collective: bool = False,
     ) -> None:  # fmt: skip
-        size = self.granules[memory.name]
-        granules = offsets[:, None] // size + np.arange(width // size)
-        lanes = np.broadcast_to(threads[:, None], granules.shape)
+        """Check that a load or a store does not race with another access."""
+        runs, count = offsets // width, width // self.granules[memory.name]
         if memory is self.memory:
-            complaint = getattr(self.uses["global"], kind)(granules, lanes)
+            complaint = getattr(self.uses["global"], kind)(runs, count, threads)
         else:
-            block = self.block_barriers[self.block[threads]][:, None]
-            warp = self.warp_barriers[self.warp[threads]][:, None]
-            if collective:
-                lanes = np.full(granules.shape, SEVERAL, np.int32)
-            if self.trace:
-                self.trace.touch(kind == "store", granules, lanes, self.block[threads][:, None])
             use = self.uses["shared"]
-            complaint = getattr(use, kind)(granules, lanes, block, warp)
+            passed = self.warp_barriers[self.warp[threads]] if use.of_warps else None
+            access = Access(runs, count, self.of_block[threads], self.barriers, passed, collective)
+            if self.trace:
+                lanes = access.threads if collective else threads
+                self.trace.touch(kind == "store", access.granules, lanes[:, None],
+                                 self.block[threads][:, None])
             if kind == "store":
-                use.written_fence[granules] = self.fences[lanes]
-            elif collective and not complaint:
-                last = self.last_fence[self.block[threads]][:, None]
-                complaint = use.fenced(granules, self.fences, last)
+                complaint = use.store(access, self.fences[threads])
+            else:
+                complaint = use.load(access)
+            if collective and not complaint:
+                complaint = use.fenced(access, self.first_of_block[threads], self.fences,
+                                       self.last_fence[self.block[threads]])
         if complaint:
             raise Fault(f"race: a {memory.name} {kind} {complaint}")
 
@@ -349,8 +370,7 @@ class Machine:
         """fence.proxy.async: what was stored before is seen by wgmma after."""
         active = slice(None) if mask is None else mask
         self.fences[active] += 1
-        blocks = self.block[active]
-        self.last_fence[blocks] = self.block_barriers[blocks]
+        self.last_fence[self.block[active]] = self.barriers
         if self.trace:
             self.trace.fence(self.at)
 

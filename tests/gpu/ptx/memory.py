@@ -1,12 +1,45 @@
 """Device memory that knows what may be touched: allocated, initialised, and by whom."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from ptx.trace import SEVERAL
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+# numpy moves one element of 16 bytes by its index far faster than its parts one by one.
+WHOLE = {**UNSIGNED, 16: np.complex128}
 NOBODY = -1
 SECTOR = 32  # bytes; the unit in which a GPU moves global memory
+# A barrier count and a thread of a block are one number, barriers * EPOCH + thread.
+EPOCH = 2048
+
+
+def _whole(table: np.ndarray, runs: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The table in as few elements for a run as can be, and the indices of these."""
+    size = table.itemsize * count
+    if size > 16:
+        pieces = size // 16
+        return table.view(WHOLE[16]), runs[:, None] * pieces + np.arange(pieces)
+    return table.view(WHOLE[size]), runs
+
+
+def take(table: np.ndarray, runs: np.ndarray, count: int) -> np.ndarray:
+    """(runs, count): of each run i the elements from i * count on."""
+    whole, at = _whole(table, runs, count)
+    return whole[at].view(table.dtype).reshape(-1, count)
+
+
+def put(table: np.ndarray, runs: np.ndarray, count: int, values: np.ndarray | int) -> None:
+    """Store what `take` gives; of runs that are named several times the last one stays."""
+    whole, at = _whole(table, runs, count)
+    if isinstance(values, int):
+        whole[at] = np.full(count, values, table.dtype).view(whole.dtype)
+        return
+    if values.shape[1] != count:
+        values = np.broadcast_to(values, (len(runs), count))
+    values = np.ascontiguousarray(values, table.dtype)
+    whole[at] = values.view(whole.dtype).reshape(at.shape)
 
 
 class Fault(AssertionError):
@@ -17,7 +50,7 @@ class Memory:
     """Bytes, and for each of them whether it is allocated and initialised."""
 
     def __init__(self, size: int, name: str) -> None:
-        size = -(-size // 8) * 8
+        size = -(-size // 16) * 16
         self.name = name
         self.bytes = np.full(size, 0xFF, np.uint8)
         self.allocated = np.zeros(size, bool)
@@ -26,7 +59,9 @@ class Memory:
 
     def refuse_outside(self, offsets: np.ndarray, width: int) -> np.ndarray:
         """Which accesses of `width` bytes touch what is not allocated."""
-        outside = (offsets < 0) | (offsets + width > self.bytes.size)
+        outside = (offsets < 0) | (offsets > self.bytes.size - width)
+        if not outside.any() and take(self.allocated, offsets // width, width).all():
+            return outside
         inside = np.where(outside, 0, offsets)
         return outside | ~(self.allocated[inside] & self.allocated[inside + width - 1])
 
@@ -42,21 +77,55 @@ class GlobalUse:
         self.writer = np.full(granules, NOBODY, np.int32)
         self.loaded = np.zeros(granules, bool)
 
-    def load(self, granules: np.ndarray, threads: np.ndarray) -> str | None:
-        writer = self.writer[granules]
-        if ((writer != NOBODY) & (writer != threads)).any():
+    def load(self, runs: np.ndarray, count: int, threads: np.ndarray) -> str | None:
+        """Each thread loads one run of `count` granules."""
+        if self._stored_by_others(runs, count, threads):
             return "loads what another thread stored"
-        self.loaded[granules] = True
+        put(self.loaded, runs, count, True)
         return None
 
-    def store(self, granules: np.ndarray, threads: np.ndarray) -> str | None:
-        writer = self.writer[granules]
-        if ((writer != NOBODY) & (writer != threads)).any():
+    def store(self, runs: np.ndarray, count: int, threads: np.ndarray) -> str | None:
+        if self._stored_by_others(runs, count, threads):
             return "stores what another thread stored"
-        if self.loaded[granules].any():
+        if take(self.loaded, runs, count).any():
             return "stores over what was loaded"
-        self.writer[granules] = threads
+        put(self.writer, runs, count, threads[:, None])
         return None
+
+    def _stored_by_others(self, runs: np.ndarray, count: int, threads: np.ndarray) -> bool:
+        writer = take(self.writer, runs, count)
+        stored = writer != NOBODY
+        return bool(stored.any() and (stored & (writer != threads[:, None])).any())
+
+
+@dataclass
+class Access:
+    """What one instruction does to shared memory: each thread touches one run of `count` granules.
+
+    Threads are numbered in their block, and in ascending order; SEVERAL is none of those that
+    store: it needs a barrier of the block. Barriers are counted that all blocks have passed, or
+    each thread's warp, where any warp passes one.
+    """
+
+    runs: np.ndarray
+    count: int
+    threads: np.ndarray
+    barriers: int
+    warp_barriers: np.ndarray | None
+    collective: bool = False
+
+    def __post_init__(self) -> None:
+        self.start = self.barriers * EPOCH
+        if self.collective:
+            self.threads = np.full(len(self.runs), SEVERAL)
+            self.rising = self.falling = np.full((len(self.runs), 1), self.start + EPOCH - 1)
+        else:
+            self.rising = self.threads[:, None] + self.start
+            self.falling = self.start + EPOCH - 2 - self.threads[:, None]
+
+    @property
+    def granules(self) -> np.ndarray:
+        return self.runs[:, None] * self.count + np.arange(self.count)
 
 
 class SharedUse:
@@ -65,92 +134,95 @@ class SharedUse:
     Two accesses are ordered if one thread made both, or a barrier of the block lies between them,
     or a barrier of the warp if one warp made both. Most kernels have none of the latter, and half
     of this is left out for them.
+
+    When and who are one number, larger for a later one. Of those that have read since the last
+    barrier the highest and the lowest are known, the latter by a number that falls with the
+    thread's: a thread above neither was the only one.
     """
 
     def __init__(self, granules: int, warp_barriers: bool = True) -> None:
         self.of_warps = warp_barriers
-        self.writer, self.reader, self.reader_warp = (
+        self.written, self.highest, self.lowest = (
             np.full(granules, NOBODY, np.int32) for _ in range(3)
         )
-        # When: barriers passed by the block, before all of which is -1, and by the warp.
-        self.written_block, self.read_block = (np.full(granules, -1, np.int32) for _ in range(2))
-        self.written_warp, self.read_warp = (np.zeros(granules, np.int32) for _ in range(2))
         self.written_fence = np.zeros(granules, np.int32)  # proxy fences that the writer had passed
+        if warp_barriers:
+            self.written_warp, self.read_warp = (np.zeros(granules, np.int32) for _ in range(2))
+            self.reader_warp = np.full(granules, NOBODY, np.int32)
 
-    def load(
-        self, granules: np.ndarray, threads: np.ndarray, block: np.ndarray, warp: np.ndarray
-    ) -> str | None:
-        """`block` and `warp` are the barriers that the threads' block and warp have passed.
-
-        SEVERAL as a thread is none of those that store: it needs a barrier of the block.
-        """
-        if not self._after_writer(granules, threads, block, warp).all():
+    def load(self, access: Access) -> str | None:
+        runs, count = access.runs, access.count
+        if not self._after_writer(access).all():
             return "loads what another thread stored without a barrier between"
-        outdated = self.read_block[granules] < block
+        highest, lowest = take(self.highest, runs, count), take(self.lowest, runs, count)
         if self.of_warps:
-            outdated |= self._warp_has_read(granules, threads, warp)
-            self._keep_warp(granules, threads // 32, outdated)
-            self.read_warp[granules] = warp
-        reader = self.reader[granules]
-        self.reader[granules] = np.where(outdated | (reader == threads), threads, SEVERAL)
-        # Several lanes may read one granule in this instruction; the last of them was kept.
-        shared = self.reader[granules] != threads
-        if shared.any():
-            self.reader[granules[shared]] = SEVERAL
-        self.read_block[granules] = block
+            outdated = self._warp_has_read(access)
+            highest[outdated] = lowest[outdated] = NOBODY
+            self._keep_warp(access, highest < access.start)
+        # Several lanes may read one granule in this instruction: the highest comes last.
+        put(self.highest, runs, count, np.maximum(highest, access.rising))
+        put(self.lowest, runs[::-1], count, np.maximum(lowest, access.falling)[::-1])
         return None
 
-    def store(
-        self, granules: np.ndarray, threads: np.ndarray, block: np.ndarray, warp: np.ndarray
-    ) -> str | None:
-        if not self._after_writer(granules, threads, block, warp).all():
+    def store(self, access: Access, fences: np.ndarray) -> str | None:
+        """`fences` are the proxy fences that each thread has passed."""
+        runs, count = access.runs, access.count
+        if not self._after_writer(access).all():
             return "stores over what another thread stored without a barrier between"
-        ordered = (self.read_block[granules] < block) | (self.reader[granules] == threads)
+        ordered = take(self.highest, runs, count) <= access.rising
+        ordered &= take(self.lowest, runs, count) <= access.falling
         if self.of_warps:
-            ordered |= self._warp_has_read(granules, threads, warp)
+            ordered |= self._warp_has_read(access)
         if not ordered.all():
             return "stores over what another thread loaded without a barrier between"
-        self.writer[granules] = threads
-        self.written_block[granules], self.written_warp[granules] = block, warp
-        self.read_block[granules] = -1
+        put(self.written, runs, count, access.rising)
+        put(self.written_fence, runs, count, fences[:, None])
+        if self.of_warps:
+            put(self.written_warp, runs, count, access.warp_barriers[:, None])
         return None
 
     def fenced(
-        self, granules: np.ndarray, fences: np.ndarray, last_fence: np.ndarray
+        self, access: Access, first: np.ndarray, fences: np.ndarray, last_fence: np.ndarray
     ) -> str | None:
         """What wgmma reads was stored before a proxy fence: the writer's own, or a reader's.
 
-        `fences` counts those of each thread; at the last one the block had passed `last_fence`
-        barriers.
+        `fences` counts those of each thread of the grid, of which the blocks' `first` ones are
+        given; at the last one the block had passed `last_fence` barriers.
         """
-        seen = self.written_block[granules] < last_fence
-        if not (seen | (fences[self.writer[granules]] > self.written_fence[granules])).all():
+        written = take(self.written, access.runs, access.count)
+        seen = written < last_fence[:, None] * EPOCH
+        if seen.all():
+            return None
+        passed = fences[written % EPOCH + first[:, None]]
+        if not (seen | (passed > take(self.written_fence, access.runs, access.count))).all():
             return "by wgmma of what was stored without fence.proxy.async since"
         return None
 
-    def _after_writer(
-        self, granules: np.ndarray, threads: np.ndarray, block: np.ndarray, warp: np.ndarray
-    ) -> np.ndarray:
-        ordered = self.written_block[granules] < block
+    def _after_writer(self, access: Access) -> np.ndarray:
+        written = take(self.written, access.runs, access.count)
+        ordered = written < access.start
         if ordered.all():
             return ordered
-        writer = self.writer[granules]
-        ordered |= writer == threads
+        ordered |= written == access.rising
         if self.of_warps:
-            ordered |= (writer // 32 == threads // 32) & (self.written_warp[granules] < warp)
+            same_warp = written % EPOCH // 32 == access.threads[:, None] // 32
+            ordered |= same_warp & (self.written_warp[access.granules]
+                                    < access.warp_barriers[:, None])
         return ordered
 
-    def _warp_has_read(
-        self, granules: np.ndarray, threads: np.ndarray, warp: np.ndarray
-    ) -> np.ndarray:
+    def _warp_has_read(self, access: Access) -> np.ndarray:
         """Only the threads' own warp has read, and passed a barrier of its own since."""
-        return (self.reader_warp[granules] == threads // 32) & (self.read_warp[granules] < warp)
+        granules, own = access.granules, access.threads[:, None] // 32
+        passed = self.read_warp[granules] < access.warp_barriers[:, None]
+        return (self.reader_warp[granules] == own) & passed
 
-    def _keep_warp(self, granules: np.ndarray, own: np.ndarray, outdated: np.ndarray) -> None:
+    def _keep_warp(self, access: Access, outdated: np.ndarray) -> None:
+        granules, own = access.granules, access.threads[:, None] // 32
         warps = self.reader_warp[granules]
         self.reader_warp[granules] = np.where(outdated | (warps == own), own, SEVERAL)
         across = self.reader_warp[granules] != own
         self.reader_warp[granules[across]] = SEVERAL
+        self.read_warp[granules] = access.warp_barriers[:, None]
 
 
 class Traffic:

@@ -7,7 +7,7 @@ import numpy as np
 from number_formats import bf16_to_f32, truncate_to_tf32
 
 from ptx.machine import WARP, Lanes, Machine, Mask, Step
-from ptx.memory import Fault
+from ptx.memory import Fault, take
 from ptx.parser import Instruction, registers_of
 
 GROUP = 128  # threads of a warpgroup
@@ -42,34 +42,35 @@ def mma(machine: Machine, instruction: Instruction) -> Step:
     half = 4 * per
     result, a_names, b_names, c_names = (registers_of(o) for o in instruction.operands)
     addends = [machine.source(name, "f32") for name in c_names]
-    group, lane = np.arange(WARP) >> 2, np.arange(WARP) & 3
+
+    def half_of(register: int) -> slice:
+        """The rows of a sum that a register belongs to."""
+        return slice(8, 16) if register >> 1 else slice(0, 8)
 
     def step(mask: Mask) -> None:
         warps = machine.whole_warps(mask, "mma")
         count = machine.lanes // WARP if mask is None else len(warps)
 
         def fragment(name: str) -> Lanes:
+            """Of each warp that runs 8 rows, and in each what four lanes hold of it."""
             lanes = np.ascontiguousarray(machine.registers[name]).view(bits)
-            return DECODE[kind](lanes).reshape(-1, WARP, per)[warps]
+            return DECODE[kind](lanes).reshape(-1, 8, half)[warps]
 
-        a = np.zeros((count, 16, depth), np.float32)
-        b = np.zeros((count, depth, 8), np.float32)
-        c = np.zeros((count, 16, 8), np.float32)
+        a = np.empty((count, 16, depth), np.float32)
+        b = np.empty((count, 8, depth), np.float32)  # transposed
+        c = np.empty((count, 16, 8), np.float32)
         for i, name in enumerate(a_names):
-            values = fragment(name)
-            for e in range(per):
-                a[:, group + 8 * (i & 1), per * lane + e + half * (i >> 1)] = values[:, :, e]
+            row, column = 8 * (i & 1), half * (i >> 1)
+            a[:, row : row + 8, column : column + half] = fragment(name)
         for i, name in enumerate(b_names):
-            values = fragment(name)
-            for e in range(per):
-                b[:, per * lane + e + half * i, group] = values[:, :, e]
+            b[:, :, half * i : half * (i + 1)] = fragment(name)
         for i, addend in enumerate(addends):
-            lanes = np.broadcast_to(addend(), (machine.lanes,)).reshape(-1, WARP)[warps]
-            c[:, group + 8 * (i >> 1), 2 * lane + (i & 1)] = lanes
-        d = np.matmul(a, b) + c
+            lanes = np.broadcast_to(addend(), (machine.lanes,)).reshape(-1, 8, 4)[warps]
+            c[:, half_of(i), i & 1 :: 2] = lanes
+        d = np.matmul(a, b.swapaxes(1, 2)) + c
         for i, name in enumerate(result):
             value = machine.registers[name].copy().view(np.float32)
-            value.reshape(-1, WARP)[warps] = d[:, group + 8 * (i >> 1), 2 * lane + (i & 1)]
+            value.reshape(-1, 8, 4)[warps] = d[:, half_of(i), i & 1 :: 2]
             machine.registers[name] = value.view(np.uint32)
 
     return step
@@ -133,64 +134,61 @@ class Product:
         transposed = [False] * (2 - len(flags[2:])) + [flag == 1 for flag in flags[2:]]
         self.a_transposed, self.b_transposed = transposed
         self.keep = machine.source(scale, "pred")
-        thread = np.arange(GROUP)
-        self.group, self.lane, self.warp = thread % WARP >> 2, thread & 3, thread >> 5
 
     def issue(self) -> Callable[[], None]:
         """Read descriptors now; the returned function reads registers, and computes."""
         machine = self.machine
         keep = np.broadcast_to(self.keep(), (machine.lanes,)).copy()
-        b = np.broadcast_to(self.b_descriptor(), (machine.lanes,)).copy()
-        self.tile(b, self.columns, self.b_transposed)
+        b = self.chunks(self.b_descriptor(), self.columns, self.b_transposed)
         if self.a_names:
             return lambda: self.compute(self._from_registers(), b, keep)
-        a = np.broadcast_to(self.a_descriptor(), (machine.lanes,)).copy()
-        self.tile(a, 64, self.a_transposed)
-        return lambda: self.compute(self.tile(a, 64, self.a_transposed), b, keep)
+        a = self.chunks(self.a_descriptor(), 64, self.a_transposed)
+        return lambda: self.compute(self.tile(a, self.a_transposed), b, keep)
 
-    def compute(self, a: Lanes, b_descriptor: Lanes, keep: Lanes) -> None:
-        b = self.tile(b_descriptor, self.columns, self.b_transposed)
+    def compute(self, a: Lanes, b_chunks: Lanes, keep: Lanes) -> None:
+        """Lane 4 g + t of a warp has elements 2 t, 2 t + 1 of every 8 columns of rows g, g + 8."""
+        b = self.tile(b_chunks, self.b_transposed)
         d = np.matmul(a, b.swapaxes(1, 2))
-        registers = self.machine.registers
-        for i, name in enumerate(self.result):
-            rows = 16 * self.warp + self.group + 8 * (i >> 1 & 1)
-            columns = 8 * (i >> 2) + 2 * self.lane + (i & 1)
-            before = np.where(keep, registers[name].view(np.float32), np.float32(0))
-            after = before.reshape(-1, GROUP) + d[:, rows, columns]
-            registers[name] = after.astype(np.float32).reshape(-1).view(np.uint32)
+        parts = d.reshape(-1, 4, 2, 8, self.columns // 8, 4, 2)
+        lanes = parts.transpose(4, 2, 6, 0, 1, 3, 5).reshape(len(self.result), -1)
+        registers, kept = self.machine.registers, keep.all()
+        for name, sums in zip(self.result, lanes, strict=True):
+            before = registers[name].view(np.float32)
+            before = before if kept else np.where(keep, before, np.float32(0))
+            registers[name] = (before + sums).view(np.uint32)
 
     def _from_registers(self) -> Lanes:
-        a = np.zeros((self.machine.lanes // GROUP, 64, self.depth), np.float32)
         half = 4 * self.per
+        a = np.empty((self.machine.lanes // GROUP, 4, 16, self.depth), np.float32)
         for i, name in enumerate(self.a_names):
-            lanes = self.machine.registers[name]
-            values = DECODE[self.kind](lanes.view(self.bits)).reshape(-1, GROUP, self.per)
-            rows = 16 * self.warp + self.group + 8 * (i & 1)
-            for e in range(self.per):
-                a[:, rows, self.per * self.lane + e + half * (i >> 1)] = values[:, :, e]
-        return a
+            values = DECODE[self.kind](self.machine.registers[name].view(self.bits))
+            row, column = 8 * (i & 1), half * (i >> 1)
+            a[:, :, row : row + 8, column : column + half] = values.reshape(-1, 4, 8, half)
+        return a.reshape(-1, 64, self.depth)
 
-    def tile(self, descriptor: Lanes, rows: int, transposed: bool) -> Lanes:
-        """The operand (groups, rows, depth) that a descriptor points to; its reads are checked.
-
-        All warps of the group read it, so only barriers of the block come before and after.
-        """
-        machine, size = self.machine, self.bits.itemsize
-        groups = descriptor.reshape(-1, GROUP)
+    def chunks(self, descriptor: Lanes, rows: int, transposed: bool) -> Lanes:
+        """Where the 16-byte chunks are of the operand that a descriptor points to, checked."""
+        machine = self.machine
+        groups = np.broadcast_to(descriptor, (machine.lanes,)).reshape(-1, GROUP)
         if (groups != groups[:, :1]).any():
             raise Fault("a wgmma descriptor differs inside a warpgroup")
         chunks = self._chunks(groups[:, 0], rows, transposed)
-        chunks = chunks + machine.shared_base.reshape(-1, GROUP)[:, :1, None]
-        flat = chunks.reshape(len(chunks), -1)
-        for start in range(0, flat.shape[1], GROUP):  # each thread stands for one chunk of 16 bytes
-            part = flat[:, start : start + GROUP]
-            offsets = np.full((len(flat), GROUP), -1, np.int64)
-            offsets[:, : part.shape[1]] = part
-            offsets = offsets.reshape(-1)
-            machine.access(machine.shared, offsets, 16, offsets >= 0, "load", collective=True)
-        at = chunks[..., None] // size + np.arange(16 // size)
-        values = DECODE[self.kind](machine.shared.views[size][at])
-        values = values.reshape(*chunks.shape[:2], -1)
+        chunks += machine.shared_base[::GROUP, None, None]
+        self._check(chunks)
+        return chunks
+
+    def _check(self, chunks: Lanes) -> None:
+        """All warps of the group read it, so only barriers of the block come before and after."""
+        machine = self.machine
+        threads = np.repeat(machine.thread[::GROUP], chunks[0].size)
+        machine.check(machine.shared, threads, chunks.reshape(-1), 16, "load", collective=True)
+
+    def tile(self, chunks: Lanes, transposed: bool) -> Lanes:
+        """The operand (groups, rows, depth); its reads are checked once more."""
+        self._check(chunks)
+        size = self.bits.itemsize
+        values = take(self.machine.shared.views[size], chunks.reshape(-1) // 16, 16 // size)
+        values = DECODE[self.kind](values).reshape(*chunks.shape[:2], -1)
         return values.swapaxes(1, 2) if transposed else values
 
     def _chunks(self, descriptor: Lanes, rows: int, transposed: bool) -> Lanes:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ptx.machine import TYPES, WARP, Lanes, Machine, Mask, Step
-from ptx.memory import UNSIGNED, Fault, Memory
+from ptx.memory import UNSIGNED, Fault, Memory, put, take
 from ptx.parser import Instruction, registers_of
 
 
@@ -38,9 +38,10 @@ def load(machine: Machine, instruction: Instruction) -> Step:
         memory = machine.shared if space == "shared" else machine.memory
         width = kind.itemsize * len(targets)
         threads, offsets = machine.access(memory, address(), width, mask, "load")
+        found = take(memory.views[kind.itemsize], offsets // width, len(targets))
         for i, target in enumerate(targets):
             value = np.zeros(machine.lanes, UNSIGNED[kind.itemsize])
-            value[threads] = memory.views[kind.itemsize][offsets // kind.itemsize + i]
+            value[threads] = found[:, i]
             machine.write(target, value.view(kind), mask)
 
     return from_parameters if space == "param" else from_memory
@@ -56,27 +57,28 @@ def store(machine: Machine, instruction: Instruction) -> Step:
     def step(mask: Mask) -> None:
         memory = machine.shared if space == "shared" else machine.memory
         threads, offsets = machine.access(memory, address(), size * len(values), mask, "store")
-        for i, value in enumerate(values):
-            lanes = np.broadcast_to(value(), (machine.lanes,)).view(UNSIGNED[size])
-            _put(memory, size, offsets // size + i, lanes[threads])
+        lanes = [np.broadcast_to(value(), (machine.lanes,)).view(UNSIGNED[size])[threads]
+                 for value in values]
+        _put(memory, size, offsets // (size * len(values)), np.stack(lanes, 1))
 
     return step
 
 
-def _put(memory: Memory, width: int, at: Lanes, values: Lanes) -> None:
-    """Write; several threads may write one place, but only if they agree."""
-    memory.views[width][at] = values
-    if (memory.views[width][at] != values).any():
+def _put(memory: Memory, width: int, runs: Lanes, values: Lanes) -> None:
+    """Write rows of numbers; several threads may write one place, but only if they agree."""
+    count = values.shape[1]
+    put(memory.views[width], runs, count, values)
+    if (take(memory.views[width], runs, count) != values).any():
         raise Fault(f"race: threads store different values to one {memory.name} address")
 
 
 def _matrix_rows(machine: Machine, offsets: Lanes, count: int, mask: Mask, kind: str):
-    """The warps that run, and the offsets of the 8 rows of each of their `count` matrices."""
+    """The warps that run, and which 16 bytes the 8 rows are of each of their `count` matrices."""
     warps = machine.whole_warps(mask, kind)
-    lanes = np.zeros((machine.lanes // WARP, WARP), bool)
-    lanes[warps, : 8 * count] = True
-    machine.access(machine.shared, offsets, 16, lanes.reshape(-1), kind)
-    return warps, offsets.reshape(-1, WARP)[warps][:, : 8 * count]
+    threads, rows = (lanes.reshape(-1, WARP)[warps][:, : 8 * count].reshape(-1)
+                     for lanes in (machine.thread, offsets))
+    machine.check(machine.shared, threads, rows, 16, kind)
+    return warps, rows // 16
 
 
 def load_matrix(machine: Machine, instruction: Instruction) -> Step:
@@ -87,8 +89,7 @@ def load_matrix(machine: Machine, instruction: Instruction) -> Step:
 
     def step(mask: Mask) -> None:
         warps, rows = _matrix_rows(machine, address(), count, mask, "load")
-        matrices = machine.shared.views[2][rows[:, :, None] // 2 + np.arange(8)]
-        matrices = matrices.reshape(-1, count, 8, 8)
+        matrices = take(machine.shared.views[2], rows, 8).reshape(-1, count, 8, 8)
         if transposed:
             matrices = matrices.swapaxes(2, 3)
         words = np.ascontiguousarray(matrices).view(np.uint32).reshape(-1, count, WARP)
@@ -111,8 +112,7 @@ def store_matrix(machine: Machine, instruction: Instruction) -> Step:
         matrices = np.stack(lanes, 1).view(np.uint16).reshape(-1, count, 8, 8)
         if transposed:
             matrices = matrices.swapaxes(2, 3)
-        at = rows[:, :, None] // 2 + np.arange(8)
-        _put(machine.shared, 2, at, matrices.reshape(-1, 8 * count, 8))
+        _put(machine.shared, 2, rows, matrices.reshape(-1, 8))
 
     return step
 
@@ -183,19 +183,18 @@ def _wait(machine: Machine, in_flight: int | None, mask: Mask) -> None:
             arriving &= mask
         if not arriving.any():
             continue
-        offsets, sources, size = copy.to[arriving], copy.source[arriving], copy.size[arriving]
+        threads, width = np.flatnonzero(arriving), copy.width
+        offsets, sources, size = (lanes[threads] for lanes in (copy.to, copy.source, copy.size))
         # What was issued is not initialised until it arrives, or until somebody else stores.
-        if machine.shared.initialised[offsets].any():
+        if take(machine.shared.initialised, offsets // width, width).any():
             raise Fault("race: cp.async arrives over what was stored since it was issued")
-        for byte in range(copy.width):
-            inside = byte < size
-            value = machine.memory.bytes[np.where(inside, sources + byte, 0)]
-            machine.shared.bytes[offsets + byte] = np.where(inside, value, 0)
-            machine.shared.initialised[offsets + byte] = True
+        data = take(machine.memory.bytes, np.where(size > 0, sources, 0) // width, width)
+        if (size < width).any():
+            data[np.arange(width) >= size[:, None]] = 0
+        put(machine.shared.bytes, offsets // width, width, data)
+        put(machine.shared.initialised, offsets // width, width, True)
         # Other threads see the data after the next barrier, so it counts as stored now.
-        machine._order(
-            machine.shared, np.flatnonzero(arriving).astype(np.int32), offsets, copy.width, "store"
-        )
+        machine.order(machine.shared, threads, offsets, width, "store")
         copy.waiting &= ~arriving
     machine.copies = [copy for copy in machine.copies if copy.waiting.any()]
 
