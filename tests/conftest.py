@@ -1,5 +1,6 @@
 """Fixtures and the tolerance that all tests share."""
 
+import gc
 import importlib
 import json
 import zlib
@@ -30,6 +31,12 @@ def assert_close_to_float64(actual: Tensor, exact: Tensor, plain: Tensor, what: 
         return
     error, allowed = relative_error(actual, exact), 2 * relative_error(plain, exact) + FLOOR
     assert error <= allowed, f"{what}: relative error {error:.2e} exceeds {allowed:.2e}"
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the collector of garbage need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

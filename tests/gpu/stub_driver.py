@@ -36,28 +36,27 @@ class StubDriver:
         return torch.device("cpu")
 
 
+def _without_machine_code(*arguments: object) -> tuple[str, str]:
+    """A hook of Triton's: leave out what ptxas makes of PTX. Without arguments, a part of keys."""
+    if arguments:
+        _, stages, *_ = arguments
+        if "cubin" in stages:
+            stages["cubin"] = lambda ptx, metadata: b""
+    return "without machine code", ""
+
+
 @contextmanager
 def compiling_for(name: str) -> Iterator[None]:
-    """Triton believes that the device is one of TARGETS."""
+    """Triton believes that the device is one of TARGETS, and compiles NVIDIA's as far as PTX.
+
+    Most tests run that; those that want machine code make it (`resources.measure`).
+    """
     driver = triton.runtime.driver
     before = driver._active
     driver.set_active(StubDriver(TARGETS[name]))
     try:
-        yield
+        with knobs.runtime.scope():
+            knobs.runtime.add_stages_inspection_hook = _without_machine_code
+            yield
     finally:
         driver.set_active(before)
-
-
-@contextmanager
-def without_machine_code() -> Iterator[None]:
-    """NVIDIA's kernels are compiled as far as PTX; what ptxas makes of it takes longest."""
-
-    def leave_out(*arguments: object) -> tuple[str, str]:
-        if arguments:
-            _, stages, *_ = arguments
-            stages["cubin"] = lambda ptx, metadata: b""
-        return "without machine code", ""  # part of the key of Triton's cache
-
-    with knobs.runtime.scope():
-        knobs.runtime.add_stages_inspection_hook = leave_out
-        yield

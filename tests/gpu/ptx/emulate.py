@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from stub_driver import compiling_for, without_machine_code
+from stub_driver import compiling_for
 from triton.runtime.jit import JITFunction
 
 from ptx.machine import GLOBAL_BASE, RED_ZONE, Machine, room
@@ -57,7 +57,7 @@ def emulated(architecture: str, traffic: bool = False) -> Iterator[list[Launch]]
 
     JITFunction.run = run
     try:
-        with compiling_for(architecture), without_machine_code():
+        with compiling_for(architecture):
             yield launches
     finally:
         JITFunction.run = run_on_gpu

@@ -6,7 +6,7 @@ import numpy as np
 
 from ptx import tensor_cores, transfers
 from ptx.arithmetic import arithmetic
-from ptx.machine import Machine, Mask, Step, guarded
+from ptx.machine import Machine, Mask, Step
 from ptx.parser import Instruction
 
 # Ordering of memory that a machine without caches has anyway; not checked (see README of tests).
@@ -40,7 +40,26 @@ def compile_instruction(
         if condition is not None:
             raise NotImplementedError("a guarded barrier")
         return "barrier", None, 0
-    return "compute", guarded(machine, instruction, _step(machine, instruction)), 0
+    return "compute", _guarded(machine, instruction, _step(machine, instruction)), 0
+
+
+def _guarded(machine: Machine, instruction: Instruction, step: Step) -> Step:
+    """The step, for the threads whose guard holds."""
+    if instruction.guard is None:
+        return step
+    guard = machine.source(instruction.guard, "pred")
+
+    def when_true(mask: Mask) -> None:
+        active = guard() if mask is None else guard() & mask
+        if active.all():
+            step(None)
+            return
+        if mask is None or (active != mask).any():
+            machine.held_back.add(machine.at)
+        if active.any():
+            step(active)
+
+    return when_true
 
 
 def _step(machine: Machine, instruction: Instruction) -> Step:

@@ -21,7 +21,7 @@ from ptx.memory import (
     put,
     take,
 )
-from ptx.parser import Instruction, Kernel, narrowest_access
+from ptx.parser import Kernel, narrowest_access
 from ptx.trace import Trace
 
 Lanes = np.ndarray
@@ -77,8 +77,6 @@ class Machine:
         self, kernel: Kernel, grid: tuple[int, ...], threads: int, arguments: list, shared: int
     ) -> None:
         """Run the whole grid, blocks of `threads`, `shared` bytes sized at the launch."""
-        from ptx.instructions import compile_instruction
-
         self.kernel, self.dynamic_start = kernel, kernel.static_shared
         nx, ny, nz = (*grid, 1, 1)[:3]
         self.blocks, self.block_size = nx * ny * nz, threads
@@ -112,14 +110,12 @@ class Machine:
         self.copy_groups = np.zeros(self.lanes, np.int32)
         self.products: list = []  # wgmma in flight
         self.product_groups = 0
-        steps = [compile_instruction(self, instruction) for instruction in kernel.code]
         if self.trace:
             self.trace.begin(kernel, threads)
-            steps = [(kind, self.trace.recorded(ins, step) if kind == "compute" else step, target)
-                     for ins, (kind, step, target) in zip(kernel.code, steps, strict=True)]
+        self.steps: list[tuple[str, Step | Callable | None, int] | None] = [None] * len(kernel.code)
         with np.errstate(all="ignore"):
             try:
-                self._run(steps)
+                self._run()
             except Fault as fault:
                 raise Fault(f"{fault} at {kernel.code[self.at]}") from None
         if self.products:
@@ -158,7 +154,18 @@ class Machine:
 
     # Execution ------------------------------------------------------------------------------------
 
-    def _run(self, steps: list[tuple[str, Step | Callable | None, int]]) -> None:
+    def _compile(self, at: int) -> tuple[str, Step | Callable | None, int]:
+        """One instruction, when it is first executed."""
+        from ptx.instructions import compile_instruction
+
+        instruction = self.kernel.code[at]
+        kind, step, target = compile_instruction(self, instruction)
+        if self.trace and kind == "compute":
+            step = self.trace.recorded(instruction, step)
+        self.steps[at] = found = kind, step, target
+        return found
+
+    def _run(self) -> None:
         pc = np.zeros(self.lanes, np.int64)
         done, waiting = np.zeros(self.lanes, bool), np.zeros(self.lanes, bool)
         while not done.all():
@@ -169,17 +176,18 @@ class Machine:
             at = int(pc[ready].min())
             mask = ready & (pc == at)
             others = pc[ready & ~mask]
-            self._run_together(steps, pc, done, waiting, mask, others.min(initial=len(steps)), at)
+            limit = others.min(initial=len(self.steps))
+            self._run_together(pc, done, waiting, mask, limit, at)
 
-    def _run_together(self, steps, pc, done, waiting, mask, limit, at) -> None:
+    def _run_together(self, pc, done, waiting, mask, limit, at) -> None:
         """Run the threads in `mask` until they part, wait, end, or reach those ahead."""
         everyone = None if mask.all() else mask
         while True:
-            if at >= len(steps):
+            if at >= len(self.steps):
                 done |= mask
                 return
             self.at = at
-            kind, step, target = steps[at]
+            kind, step, target = self.steps[at] or self._compile(at)
             if kind == "compute":
                 step(everyone)
                 at += 1
@@ -302,11 +310,8 @@ class Machine:
         self, memory: Memory, offsets: Lanes, width: int, mask: Mask, kind: str
     ) -> tuple[Lanes, Lanes]:
         """Check an access of `width` bytes a thread; the threads that make it and their offsets."""
-        if mask is None:
-            threads = self.thread
-        else:
-            threads = np.flatnonzero(mask)
-            offsets = offsets[threads]
+        threads = self.thread if mask is None else np.flatnonzero(mask)
+        offsets = offsets if mask is None else offsets[threads]
         self.check(memory, threads, offsets, width, kind)
         return threads, offsets
 
@@ -332,8 +337,8 @@ class Machine:
             )
         if kind == "load" and not take(memory.initialised, offsets // width, width).all():
             raise Fault(f"{memory.name} memory is read before it is written")
-        self.order(memory, threads, offsets, width, "load" if kind == "load" else "store",
-                   collective)
+        access = "load" if kind == "load" else "store"
+        self.order(memory, threads, offsets, width, access, collective)
         if kind != "load":
             put(memory.initialised, offsets // width, width, kind == "store")
         if self.traffic and memory is self.memory:
@@ -383,22 +388,3 @@ class Machine:
         if (active & ~lanes.all(1)).any():
             raise Fault(f"{what} by part of a warp")
         return np.flatnonzero(active)
-
-
-def guarded(machine: Machine, instruction: Instruction, step: Step) -> Step:
-    """The step, for the threads whose guard holds."""
-    if instruction.guard is None:
-        return step
-    guard = machine.source(instruction.guard, "pred")
-
-    def when_true(mask: Mask) -> None:
-        active = guard() if mask is None else guard() & mask
-        if active.all():
-            step(None)
-            return
-        if mask is None or (active != mask).any():
-            machine.held_back.add(machine.at)
-        if active.any():
-            step(active)
-
-    return when_true

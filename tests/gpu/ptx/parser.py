@@ -101,11 +101,11 @@ def narrowest_access(kernel: Kernel, space: str) -> int:
 
 
 def _body(text: str, start: int) -> str:
-    depth, end = 1, start
+    depth, brackets = 1, re.compile("[{}]").finditer(text, start)
     while depth:
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        end += 1
-    return text[start : end - 1]
+        bracket = next(brackets)
+        depth += 1 if bracket[0] == "{" else -1
+    return text[start : bracket.start()]
 
 
 def _strip_labels(kernel: Kernel, statement: str) -> str:

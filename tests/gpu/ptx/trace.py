@@ -133,8 +133,13 @@ class Trace:
         Pairs are counted that only that barrier separates, of different threads, one of which
         stores. Copies and products in flight count where they are issued and where they land.
         """
-        granules, threads, blocks, epochs, stores, *_ = self.table
         others = np.array(self.passed) != place
+        # Only what lies right before or after that barrier can be in such a pair.
+        near = np.zeros((len(others) + 1, others.shape[1]), bool)
+        near[:-1] |= ~others
+        near[1:] |= ~others
+        near = near[self.table[3], self.table[2]]
+        granules, threads, blocks, epochs, stores = (column[near] for column in self.table[:5])
         merged = np.concatenate([np.zeros((1, others.shape[1]), int), np.cumsum(others, 0)])
         together = _numbered(granules, merged[epochs, blocks])
         by_epoch, by_thread = _numbered(together, epochs), _numbered(together, threads)
@@ -206,6 +211,8 @@ class Trace:
 def _numbered(*columns: np.ndarray) -> np.ndarray:
     """Equal rows get equal numbers, from 0."""
     key = columns[0].astype(np.int64)
+    if key.size == 0:
+        return key
     for column in columns[1:]:
         key = key * (int(column.max()) + 3) + column + 2  # threads begin with SEVERAL
     return np.unique(key, return_inverse=True)[1]
