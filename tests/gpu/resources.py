@@ -104,8 +104,9 @@ def _measure(name: str, compiled: object, architecture: str, dtype: str) -> Reso
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(make_cubin(compiled.asm["ptx"], {}, metadata, metadata.target.arch))
-        usage, sass = (_cuobjdump(option, path) for option in
-                       ("--dump-resource-usage", "--dump-sass"))
+        usage = _output("cuobjdump", "--dump-resource-usage", path)
+        # cuobjdump would have it analyse the flow of data too, which takes as long again.
+        sass = _output("nvdisasm", "--print-code", "--no-dataflow", path)
     registers, stack, local = map(int, re.search(
         r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
     matrix = len(re.findall(r"\s(?:HMMA|HGMMA|UTC\w*MMA)\b", sass))
@@ -116,10 +117,10 @@ def _measure(name: str, compiled: object, architecture: str, dtype: str) -> Reso
     )  # fmt: skip
 
 
-def _cuobjdump(option: str, path: Path) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    run = subprocess.run([tool, option, path], check=True, capture_output=True, text=True)
-    return run.stdout
+def _output(tool: str, *arguments: str | Path) -> str:
+    """What one of the tools says that come with Triton."""
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def _blocks(architecture: int, registers: int, shared: int, warps: int) -> int:
