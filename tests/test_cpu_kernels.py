@@ -208,6 +208,31 @@ def test_values_that_are_not_numbers_stay_visible(instruction_set: str) -> None:
             assert y[1].isnan().all() and y[[0, 2, 3]].isfinite().all(), activation
 
 
+def test_infinity_stays_visible(instruction_set: str) -> None:
+    """As itself or, where a float is a sum of parts, as NaN."""
+    x, v, u = torch.randn(4, 8), torch.randn(8, 3), torch.randn(5, 3)
+    x[1, 2] = float("inf")
+    y = ops.low_rank_linear(x, v, u)
+    assert not y[1].isfinite().any() and y[[0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_float32_on_tensor_units_is_no_less_exact(scale: float) -> None:
+    """Six products of bfloat16 parts: the error shows if one of them is missing."""
+    if "amx" in LACKING:
+        pytest.skip("this CPU has no amx")
+    generator = torch.Generator().manual_seed(7)
+    x, v, u = (torch.randn(shape, generator=generator, dtype=torch.float64).float()
+               for shape in ((70, 1536), (1536, 40), (50, 40)))
+    x *= scale * torch.logspace(-3, 3, 1536)  # columns of unlike size, as activations have them
+    exact = x.double() @ v.double() @ u.double().t()
+    with backends.use_backend("cpp"):
+        error = (ops.low_rank_linear(x, v, u) - exact).norm()
+    assert EXTENSION.use_instruction_set(HERE)
+    plain = (x @ v @ u.t() - exact).norm()
+    assert error <= 1.2 * plain and plain <= 1e-6 * exact.norm()
+
+
 def test_rows_masked_entirely_give_the_bias(instruction_set: str) -> None:
     case = attention_case(1, 37, 8, 2, 3, 4, "bool", (37, 37))
     tensors = convert(case.draw(), torch.float32)
