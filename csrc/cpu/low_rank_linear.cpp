@@ -28,18 +28,19 @@ std::tuple<at::Tensor, at::Tensor> low_rank_linear(
   const Bias b(bias);
   const Activation act = parse_activation(activation);
   const int64_t kx = e.padded_k(in), kr = e.padded_k(rank), size = e.operand_size();
-  const int64_t block = block_rows(e, rows);
+  const int64_t block = block_rows(e, rows), columns = sum_columns(e, in, rank);
   char* result = static_cast<char*>(y.mutable_data_ptr());
   const Dtype dtype = dtype_of(y);
 
   for_each_block(e, rows, [&](int64_t row, int64_t m, bool) {
-    Scratch scratch(Scratch::aligned(block * kx * size) + Scratch::aligned(block * kr * size));
+    Scratch scratch(Scratch::aligned(block * kx * size) + Scratch::aligned(block * kr * size) +
+                    Scratch::aligned(block * columns * 4));
     const Left left = left_operand(e, m, in, rows_from(xs.rows, row), {},
                                    scratch.take(block * kx * size));
     void* t = scratch.take(block * kr * size);
     if (kr != rank) std::memset(t, 0, m * kr * size);
-    e.multiply({m, rank, in, left.data, left.stride, pv.data.get(), pv.rows, 0},
-               {t, kr, e.operand});
+    multiply_long(e, {m, rank, in, left.data, left.stride, pv.data.get(), pv.rows, 0},
+                  {t, kr, e.operand}, scratch.take<float>(block * columns * 4));
     if (keep) keep_rows(m, rank, t, kr, e.operand, middle, row);
     Finish finish{result + row * out * dtype_size(dtype), out, dtype, b.rows, act};
     if (residual) finish.residual = rows_from(rs.rows, row);

@@ -29,9 +29,11 @@ constexpr int kDepth = kGroup;
 #ifdef ADACOMCAT_AMX_SPLIT
 constexpr int kPackedSize = 6;  // of a float in three parts
 constexpr int64_t kBlockRows = 400;  // the fewer, the more often all weights come from the third cache
+constexpr int64_t kSpanBytes = 3 << 19;  // the less, the more often rows are split
 #else
 constexpr int kPackedSize = kOperandSize;
 constexpr int64_t kBlockRows = 144;
+constexpr int64_t kSpanBytes = 1 << 20;
 #endif
 
 // What one tile prefetches: `step` bytes further with every lane of k.
@@ -74,13 +76,14 @@ constexpr int64_t kTileStride = kPanel * kLanes;
 // rows pass. And where the rows of a tile are long, only `chunk` elements of them at a time, so that
 // they and a panel share the first cache; the span's tiles wait in memory meanwhile.
 struct Order {
-  static constexpr int64_t kMostPanels = 8, kSpanBytes = 1 << 20;
+  static constexpr int64_t kMostPanels = 8;
   static constexpr int64_t kRowBytes = 16 << 10, kMostRowBytes = 24 << 10;  // of a tile's rows
 
   int64_t parts = 1, chunk, span;
   int64_t rows;  // of a tile
 
-  explicit Order(const Product& p) : chunk(greatest(p.k, 1)), rows(even_share(p.m, kTileRows, kRowStep)) {
+  explicit Order(const Product& p)
+      : chunk(greatest(p.k, 1)), rows(even_share(p.m, kTileRows, kRowStep)) {
     const int64_t row_bytes = kTileRows * p.k * kPackedSize, columns = kPanel * kLanes;
     const int64_t panel_bytes = p.k * columns * kPackedSize + 1;
     int64_t panels = greatest(kSpanBytes / panel_bytes, 1);
@@ -90,7 +93,7 @@ struct Order {
       chunk = ((p.k + parts - 1) / parts + kUnit - 1) / kUnit * kUnit;
       panels = least(panels, kMostPanels);
     }
-    span = panels * columns;
+    span = even_share((p.n + columns - 1) / columns, panels, 1) * columns;
   }
 };
 

@@ -157,6 +157,35 @@ inline Left left_operand(const Engine& engine, int64_t m, int64_t k, const Rows&
   return {scratch, stride};
 }
 
+// What a weight may have of the second cache while all rows of a block meet it.
+constexpr int64_t kWeightBytes = 1 << 20;
+
+// Floats per row that multiply_long() needs to add up.
+inline int64_t sum_columns(const Engine& engine, int64_t k, int64_t n) {
+  return engine.packed_bytes(k, n) > kWeightBytes ? engine.padded_n(n) : 0;
+}
+
+// C, of a B that is larger, some rows of B after the others; `sum` has sum_columns() a row.
+inline void multiply_long(const Engine& engine, const Product& p, Finish finish, float* sum) {
+  constexpr int64_t kUnit = 32;  // rows of B that no engine packs apart
+  const int64_t parts = std::max<int64_t>(ceil_div(engine.packed_bytes(p.k, p.n), kWeightBytes), 1);
+  const int64_t depth = std::max<int64_t>(ceil_div(ceil_div(p.k, parts), kUnit) * kUnit, 1);
+  const int64_t stride = engine.padded_n(p.n);
+  for (int64_t first = 0;; first += depth) {
+    Product part = p;
+    part.k = std::min(depth, p.k - first);
+    part.a = static_cast<const char*>(p.a) + first * engine.operand_size();
+    part.b_first = p.b_first + first;
+    if (first) part.ahead = {};
+    if (first + depth < p.k) {
+      engine.accumulate(part, sum, stride, first > 0);
+      continue;
+    }
+    if (first) finish.sum = sum, finish.sum_stride = stride;
+    return engine.multiply(part, finish);
+  }
+}
+
 // Rows (m, k) from operand format into a contiguous tensor's memory.
 inline void keep_rows(int64_t m, int64_t k, const void* from, int64_t stride, Dtype operand,
                       const at::Tensor& to, int64_t row) {
