@@ -6,6 +6,7 @@ there; weights are read tile by tile. Matrices have adjacent elements in each ro
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 from adacomcat.kernels.activations import activate
 
@@ -15,6 +16,31 @@ def load_tile(ptr, stride, rows, columns, ROWS, COLUMNS):
     """ptr[rows, columns] of a (ROWS, COLUMNS) matrix, zero outside."""
     mask = (rows[:, None] < ROWS) & (columns[None, :] < COLUMNS)
     return tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.constexpr_function
+def is_shared(precision: str, rows: int) -> bool:
+    """Whether tensor cores read the right operand of a tf32 product of that many rows themselves.
+
+    From shared memory, where it has to lie transposed; others get it from the registers.
+    """
+    asynchronous = cuda_capability_geq(9, 0) and not cuda_capability_geq(12, 0)
+    return precision == "tf32" and rows >= 64 and asynchronous
+
+
+@triton.jit
+def load_transposed(ptr, stride, rows, columns, ROWS, COLUMNS, IS_TF32: tl.constexpr):
+    """load_tile for an operand over whose rows a product sums.
+
+    Tensor cores transpose 16-bit elements only. A tile that goes straight from memory into a
+    product with tf32, triton transposes on the way to shared memory, 32 bits at a time: a left one
+    always, a right one where `is_shared`. One that is computed with in between is copied as it
+    lies, 128 bits at a time and no later, and transposed from there: so zeros are filled in twice.
+    """
+    tile = load_tile(ptr, stride, rows, columns, ROWS, COLUMNS)
+    if IS_TF32:
+        tile = tl.where((rows[:, None] < ROWS) & (columns[None, :] < COLUMNS), tile, 0.0)
+    return tile
 
 
 @triton.jit
@@ -42,7 +68,7 @@ def contract(
     for start in range(0, K, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
         x = load_tile(x_ptr, stride_x, rows, inner, ROWS, K)
-        w = load_tile(w_ptr, stride_w, inner, ranks, K, R)
+        w = load_transposed(w_ptr, stride_w, inner, ranks, K, R, is_shared(PRECISION, BLOCK_M))
         middle = tl.dot(x, w, middle, input_precision=PRECISION)
     return middle
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adacomcat.kernels import tiles
-from adacomcat.kernels.blocks import load_tile, store_tile
+from adacomcat.kernels.blocks import is_shared, load_tile, load_transposed, store_tile
 from adacomcat.kernels.launching import launch
 from adacomcat.kernels.products import gather, project
 from adacomcat.kernels.reductions import row_sum, weight_grad
@@ -70,10 +70,11 @@ def attention_kernel(
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     context = tl.zeros((BLOCK_M, BLOCK_VO), tl.float32)
+    shared: tl.constexpr = is_shared(PRECISION, BLOCK_M)
     for start in range(0, N, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k = load_tile(k_ptr + at_qk, stride_qk, keys, ranks_qk, N, RANK_QK)
-        v = load_tile(v_ptr + at_vo, stride_vo, keys, ranks_vo, N, RANK_VO)
+        v = load_transposed(v_ptr + at_vo, stride_vo, keys, ranks_vo, N, RANK_VO, shared)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
         logits = masked_logits(
             logits, mask_ptr, stride_mask_q, stride_mask_k, queries, keys, N, IS_BOOL

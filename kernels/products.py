@@ -6,7 +6,7 @@ from torch import Tensor
 
 from adacomcat.kernels import tiles
 from adacomcat.kernels.activations import activate, slope
-from adacomcat.kernels.blocks import load_row, load_tile, store_tile
+from adacomcat.kernels.blocks import is_shared, load_row, load_tile, load_transposed, store_tile
 from adacomcat.kernels.launching import adjacent, launch, rows, stride
 
 
@@ -60,10 +60,11 @@ def add_product(
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y + x W for one tile."""
+    shared: tl.constexpr = is_shared(PRECISION, y.shape[0])
     for start in range(0, K, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
         x = load_tile(x_ptr, stride_x, rows, inner, ROWS, K)
-        w = load_tile(w_ptr, stride_w, inner, columns, K, N)
+        w = load_transposed(w_ptr, stride_w, inner, columns, K, N, shared)
         y = tl.dot(x, w, y, input_precision=PRECISION)
     return y
 

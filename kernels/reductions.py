@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adacomcat.kernels import tiles
 from adacomcat.kernels.activations import slope
-from adacomcat.kernels.blocks import load_row, load_tile, store_tile
+from adacomcat.kernels.blocks import is_shared, load_row, load_tile, load_transposed, store_tile
 from adacomcat.kernels.launching import adjacent, launch, rows, stride
 
 Gradient = Tensor | None
@@ -66,8 +66,8 @@ def weight_grad_kernel(
     total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for start in range(0, left, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        a = load_tile(a_ptr, stride_a, rows, columns, left, N)
-        b = load_tile(b_ptr, stride_b, rows, ranks, left, R)
+        a = load_transposed(a_ptr, stride_a, rows, columns, left, N, PRECISION == "tf32")
+        b = load_transposed(b_ptr, stride_b, rows, ranks, left, R, is_shared(PRECISION, BLOCK_N))
         total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
     if scale_ptr is not None:
         total *= load_row(scale_ptr, ranks, R)[None, :]

@@ -68,6 +68,17 @@ def test_large_tiles_on_sm_90(case: Case, dtype: str, monkeypatch: pytest.Monkey
     run(case, "sm_90", dtype)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("op", ["low_rank_linear", "low_rank_attention"])
+def test_tf32_products_of_large_tiles(
+    op: str, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose operands are copied well ahead, and transposed after that."""
+    monkeypatch.setattr(tiles, "multiprocessors", lambda: 1)
+    case = next(case for case in VISION if case.id == f"{op}-deit_s-197")
+    run(case, architecture, "tf32")
+
+
 @pytest.mark.parametrize("case", VISION, ids=lambda case: case.id)
 def test_vision_transformer_on_sm_80(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """One image as it is, two with the tiles of many, as if there were few processors."""

@@ -43,6 +43,12 @@ def test_tiles_move_128_bits_at_a_time(kernels: list[Resources]) -> None:
     assert not [k for k in kernels if k.narrow]
 
 
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_tiles_of_tf32_products_move_128_bits_at_a_time(architecture: str) -> None:
+    """Also those that are transposed, which tensor cores do not do: of 64 images all ways occur."""
+    assert not [k for k in measured(architecture, "tf32", images=64) if k.narrow]
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_on_amd_products_are_stored_four_elements_at_a_time(dtype: str) -> None:
     """The exception that `narrow` makes, no wider than it has to be."""
