@@ -22,7 +22,15 @@ from torch import Tensor
 
 from adacomcat.kernels import low_rank_linear, tiles
 from adacomcat.kernels.activations import activate, slope
-from adacomcat.kernels.blocks import contract, expand, load_row, load_tile, store_tile
+from adacomcat.kernels.blocks import (
+    contract,
+    expand,
+    is_shared,
+    load_row,
+    load_tile,
+    load_transposed,
+    store_tile,
+)
 from adacomcat.kernels.launching import adjacent, launch, rows, staged_alike
 from adacomcat.kernels.products import gather, project
 from adacomcat.kernels.reductions import part_rows, parts_of, row_sum, sum_parts, weight_grad
@@ -66,7 +74,8 @@ def low_rank_mlp_kernel(
         if b1_ptr is not None:
             h += load_row(b1_ptr, hidden, H)[None, :]
         h = activate(h, ACTIVATION).to(dtype)
-        v2 = load_tile(v2_ptr, stride_v2, hidden, ranks2, H, R2)
+        shared: tl.constexpr = is_shared(PRECISION, BLOCK_M)
+        v2 = load_transposed(v2_ptr, stride_v2, hidden, ranks2, H, R2, shared)
         middle2 = tl.dot(h, v2, middle2, input_precision=PRECISION)
     if parts_ptr is not None:
         parts_ptr += (tl.program_id(1).to(tl.int64) * M + first) * R2
@@ -380,6 +389,7 @@ def _hidden_grads(
     # Two sums are alive at once, hence half the size that one would get.
     tile = tiles.reduction_tile(m, 2 * max(r1, r2), a, reads_columns=False)
     tile = staged_alike(tile, a, b)
+    single = tiles.operand_bytes(a) == 4
     columns = triton.cdiv(h, tile.BLOCK_N)
     parts = tiles.splits(m, tile.BLOCK_M, columns)
     du1 = parts_of(a, parts, h, r1) if need_u1 else None
@@ -392,6 +402,6 @@ def _hidden_grads(
         part_rows(m, parts, tile.BLOCK_M), ACTIVATION=activation,
         BLOCK_R1=tiles.padded(r1), BLOCK_R2=tiles.padded(r2), PRECISION=tiles.precision(a),
         **tile.arguments(without="BLOCK_K"),
-        **tiles.registers(tile, blocks=1 if tiles.operand_bytes(a) == 4 else 2),
+        **tiles.registers(tile, blocks=1 if single else 2, always=single),
     )  # fmt: skip
     return tuple(sum_parts(parts, a.dtype) for parts in (du1, db1, dv2))

@@ -86,9 +86,12 @@ def warps(large: bool) -> int:
     return (8 if large else 4) // (2 if on_amd() else 1)
 
 
-def registers(tile: Tile, blocks: int = 2) -> dict[str, int]:
-    """What leaves room for `blocks`; left to itself ptxas for sm_100 aims at more, and spills."""
-    if target().arch != 100:
+def registers(tile: Tile, blocks: int = 2, always: bool = False) -> dict[str, int]:
+    """What leaves room for `blocks`; left to itself ptxas for sm_100 aims at more, and spills.
+
+    `always`: where it does so for other NVIDIA architectures too.
+    """
+    if on_amd() or not (always or target().arch == 100):
         return {}
     return {"maxnreg": min(255, 65536 // (blocks * 32 * tile.num_warps))}
 
@@ -128,8 +131,9 @@ def row_tile(
     depth = max(16, min(64, (32768 if room > 100 and not wide else 16384) // (width * size)))
     large = rows_at_once * width > (4096 if on_amd() else 8192)
     row = x.element_size() * (factors * width + rows_at_once)  # of a stage
-    # With no load in flight operands stay in registers, of which rank 256 leaves too few on sm_90.
-    if large and width > 128 and stages(depth * row) == 1:
+    # With no load in flight operands stay in registers, of which rank 256 leaves too few on sm_90,
+    # and with tf32 rank 128 does.
+    if (large and width > 128 or precision(x) == "tf32") and stages(depth * row) == 1:
         depth = max(16, depth // 2)
     # Half as many warps where the tiles of x and y would have less than 16 bytes a thread.
     small = rows_at_once * depth * x.element_size() < 512 * warps(large) * (2 if on_amd() else 1)

@@ -247,7 +247,7 @@ tile (vectors, as biases, are none). One exception: on gfx942 stores move four e
 16-bit types, as the compiler stores products from the registers in which the matrix instruction
 leaves four elements side by side, and not through local memory. With tf32 (single, not in these two
 tables) no kernel is narrow either. The limits are those that `tests/gpu/test_resources.py` holds:
-in `fp16`, `bf16` and `fp32` nothing is spilled.
+nothing is spilled, in any type.
 
 ## Two images
 

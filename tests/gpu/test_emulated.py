@@ -69,7 +69,7 @@ def test_large_tiles_on_sm_90(case: Case, dtype: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("op", ["low_rank_linear", "low_rank_attention"])
+@pytest.mark.parametrize("op", ["low_rank_linear", "low_rank_mlp", "low_rank_attention"])
 def test_tf32_products_of_large_tiles(
     op: str, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

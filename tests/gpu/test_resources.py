@@ -44,9 +44,9 @@ def test_tiles_move_128_bits_at_a_time(kernels: list[Resources]) -> None:
 
 
 @pytest.mark.parametrize("architecture", TARGETS)
-def test_tiles_of_tf32_products_move_128_bits_at_a_time(architecture: str) -> None:
+def test_tf32_products_move_128_bits_at_a_time_and_spill_nothing(architecture: str) -> None:
     """Also those that are transposed, which tensor cores do not do: of 64 images all ways occur."""
-    assert not [k for k in measured(architecture, "tf32", images=64) if k.narrow]
+    assert not [k for k in measured(architecture, "tf32", images=64) if k.narrow or k.spilled]
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
