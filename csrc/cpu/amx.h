@@ -75,17 +75,18 @@ class Amx {
   void clear(float* c, int64_t c_stride, int64_t vectors) {
     store_last();
     for (int64_t i = 0; i < rows_; ++i) {
-      for (int64_t v = 0; v < vectors; ++v) *reinterpret_cast<LooseVector*>(c + i * c_stride + v * kLanes) = Vector{};
+      float* const row = c + i * c_stride;
+      for (int64_t v = 0; v < vectors; ++v) store(row + v * kLanes, Vector{});
     }
   }
 
   // C of the last tile to memory.
   void store_last() {
     if (!last_.data) return;
-    store<0>(last_);
-    if (last_.vectors == 2) store<1>(last_);
-    if (rows_ > kSide) store<2>(last_);
-    if (rows_ > kSide && last_.vectors == 2) store<3>(last_);
+    store_register<0>(last_);
+    if (last_.vectors == 2) store_register<1>(last_);
+    if (rows_ > kSide) store_register<2>(last_);
+    if (rows_ > kSide && last_.vectors == 2) store_register<3>(last_);
     memory_barrier();
     last_.data = nullptr;
   }
@@ -109,7 +110,7 @@ class Amx {
 
   // The intrinsics want a literal for a register.
   template <int Register>
-  static void store(const Place& c) {
+  static void store_register(const Place& c) {
     __asm__ volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(Register), "r"(part_of<Register>(c)),
                      "r"(c.stride)
                      : "memory");
@@ -117,7 +118,7 @@ class Amx {
 
   template <int Register>
   void exchange(const Place& next, bool add) const {
-    if (last_.data) store<Register>(last_);
+    if (last_.data) store_register<Register>(last_);
     if (add) {
       __asm__ volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(Register),
                        "r"(part_of<Register>(next)), "r"(next.stride)
