@@ -1,6 +1,6 @@
 // A tile of C in float32 by AMX. A float is the sum of three bfloat16, of eight bits each, exactly;
-// of the nine products of such parts six are computed, and the other three are less than what
-// rounding one float32 product loses. AMX does them 2.6 times as fast as AVX-512 multiplies floats.
+// of the nine products of such parts six are computed, and each of the other three is less than what
+// rounding a float32 product may lose. AMX does them 2.6 times as fast as AVX-512 multiplies floats.
 // Infinity has no parts: what it meets becomes NaN.
 
 constexpr int64_t kParts = 3, kProducts = 6;
