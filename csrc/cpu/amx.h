@@ -71,19 +71,6 @@ class Amx {
     if (R == 2 && P == 2) _tile_dpbf16ps(3, 5, 7);
   }
 
-  template <int R, int P>
-  struct Size {
-    static constexpr int kRows = R, kVectors = P;
-  };
-
-  // Calls `run` with the size of a tile: kRows times sixteen rows, kVectors vectors.
-  template <typename Run>
-  void with_size(int64_t vectors, Run run) const {
-    const bool wide = vectors == kPanel;
-    if (rows_ > kSide) return wide ? run(Size<2, 2>{}) : run(Size<2, 1>{});
-    wide ? run(Size<1, 2>{}) : run(Size<1, 1>{});
-  }
-
   // What a product of no steps gives.
   void clear(float* c, int64_t c_stride, int64_t vectors) {
     store_last();

@@ -42,9 +42,10 @@ class TileUnit : Amx {
       if (!add) clear(c, S ? S : c_stride, vectors);
       return meanwhile.all();
     }
-    with_size(vectors, [&](auto size) {
-      run<size.kRows, size.kVectors>(b, c, S ? S : c_stride, add, ahead, meanwhile);
-    });
+    const bool wide = vectors == kPanel;
+    const auto run = rows() > kSide ? (wide ? &TileUnit::run<2, 2> : &TileUnit::run<2, 1>)
+                                    : (wide ? &TileUnit::run<1, 2> : &TileUnit::run<1, 1>);
+    (this->*run)(b, c, S ? S : c_stride, add, ahead, meanwhile);
   }
 
  private:
