@@ -17,6 +17,7 @@ class TileUnit : Amx {
       return meanwhile.all();
     }
     const bool wide = vectors == kPanel;
+    // By a pointer, so that each is compiled apart: inlined, tiles with GELU take 13 % longer.
     const auto run = rows() > kSide ? (wide ? &TileUnit::run<2, 2> : &TileUnit::run<2, 1>)
                                     : (wide ? &TileUnit::run<1, 2> : &TileUnit::run<1, 1>);
     (this->*run)(b, c, S ? S : c_stride, add, ahead, meanwhile);
