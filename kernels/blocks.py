@@ -6,7 +6,7 @@ there; weights are read tile by tile. Matrices have adjacent elements in each ro
 
 import triton
 import triton.language as tl
-from triton.language.target_info import cuda_capability_geq
+from triton.language.target_info import cuda_capability_geq, is_hip
 
 from adacomcat.kernels.activations import activate
 
@@ -43,12 +43,34 @@ def load_transposed(ptr, stride, rows, columns, ROWS, COLUMNS, IS_TF32: tl.const
     return tile
 
 
+@triton.constexpr_function
+def is_stored_by_eights(element: tl.dtype) -> bool:
+    """Whether a tile of that type is stored as (rows, columns / 8, 8).
+
+    On AMD the matrix instruction leaves a thread four elements of a row, from where triton would
+    store them, 64 bits of 16-bit types. In this shape it brings eight together first.
+    """
+    return is_hip() and element.primitive_bitwidth == 16
+
+
 @triton.jit
 def store_tile(ptr, stride, rows, columns, ROWS, COLUMNS, value):
-    """ptr[rows, columns] = value, rounded to the matrix's type, nothing outside."""
-    mask = (rows[:, None] < ROWS) & (columns[None, :] < COLUMNS)
-    ptrs = ptr + rows[:, None] * stride + columns[None, :]
-    tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=mask)
+    """ptr[rows, columns] = value, rounded to the matrix's type, nothing outside.
+
+    Columns are adjacent, from a multiple of eight.
+    """
+    value = value.to(ptr.dtype.element_ty)
+    if is_stored_by_eights(ptr.dtype.element_ty):
+        EIGHTS: tl.constexpr = value.shape[1] // 8
+        value = tl.reshape(value, (value.shape[0], EIGHTS, 8))
+        columns = tl.reshape(columns, (EIGHTS, 8))
+        # Triton knew that, and forgets it with the shape.
+        columns = tl.multiple_of(tl.max_contiguous(columns, (1, 8)), (1, 8))[None, :, :]
+        rows = rows[:, None, None]
+    else:
+        rows, columns = rows[:, None], columns[None, :]
+    mask = (rows < ROWS) & (columns < COLUMNS)
+    tl.store(ptr + rows * stride + columns, value, mask=mask)
 
 
 @triton.jit

@@ -175,9 +175,9 @@ def product_tile(rows: int, columns: int, x: Tensor, widest: int = 128) -> Tile:
     """Plain products (rows, columns): the largest tile that still keeps enough processors busy."""
     size = operand_bytes(x)
     depth = 128 // size
-    for rows_at_once, columns_at_once in (
-        (128, widest), (128, 64), (64, 64), (32, 64), (32, 32), (16, 32)
-    ):  # fmt: skip
+    sizes = [(128, widest), (128, 64), (64, 64), (32, 64), (32, 32), (16, 32)]
+    # Of the smallest, AMD's 128 threads would have less than 16 bytes each.
+    for rows_at_once, columns_at_once in sizes[:-1] if on_amd() else sizes:
         programs = triton.cdiv(rows, rows_at_once) * triton.cdiv(columns, columns_at_once)
         if programs >= enough_programs():
             break

@@ -30,6 +30,8 @@ from shapes import ragged  # noqa: E402
 from stub_driver import compiling_for  # noqa: E402
 
 Results = dict[str, torch.Tensor]
+# 16-bit tiles are stored in another shape there.
+ON_AMD = ("tokens", "odd", "aligned")
 
 
 def prepared(case: Case | parts.Parts, dtype_name: str) -> tuple[Callable, Results, Results]:
@@ -48,15 +50,17 @@ def findings(part: int, count: int) -> dict[str, list[str]]:
     """Case and type → what is wrong with it; "KERNEL PART" → the cases that it ran in."""
     found: dict[str, list[str]] = {}
     for i, case in enumerate([*ragged(), *parts.RAGGED]):
+        if i % count != part:
+            continue
         kernels: set[str] = set()
-        for dtype_name, (_, setting) in DTYPES.items():
-            if i % count != part:
-                continue
+        types = [(dtype_name, "sm_80") for dtype_name in DTYPES]
+        types += [("fp16", "gfx942")] if case.id.endswith(ON_AMD) else []
+        for dtype_name, architecture in types:
             run, exact, plain = prepared(case, dtype_name)
             try:
                 with (
-                    precision(setting),
-                    compiling_for("sm_80"),
+                    precision(DTYPES[dtype_name][1]),
+                    compiling_for(architecture),
                     access_checks.checked(seed=i) as launches,
                 ):
                     actual = run()
@@ -65,7 +69,7 @@ def findings(part: int, count: int) -> dict[str, list[str]]:
                 kernels |= launches.kernels
             except Exception as error:  # reported as this case's finding
                 complaints = [f"{type(error).__name__}: {error} {error.__cause__ or ''}"]
-            found[f"{case.id}-{dtype_name}"] = complaints
+            found[f"{case.id}-{dtype_name}-{architecture}"] = complaints
         for kernel in kernels:
             found.setdefault(f"{kernel} {part}", []).append(case.id)
     return found

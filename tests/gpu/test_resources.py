@@ -5,15 +5,7 @@ from functools import partial
 import pytest
 import torch
 from cases import DTYPES, draw, incoming, precision, run_kernels
-from resources import (
-    MULTIPROCESSOR,
-    STORED_ON_AMD,
-    Resources,
-    compile_all,
-    measure,
-    measured,
-    widths_on_amd,
-)
+from resources import MULTIPROCESSOR, Resources, compile_all, measure, measured
 from shapes import DEIT, vision
 from stub_driver import TARGETS
 
@@ -51,17 +43,6 @@ def assert_room(k: Resources) -> None:
 def test_tf32_products_move_128_bits_at_a_time_and_spill_nothing(architecture: str) -> None:
     """Also those that are transposed, which tensor cores do not do: of 64 images all ways occur."""
     assert not [k for k in measured(architecture, "tf32", images=64) if k.narrow or k.spilled]
-
-
-@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-def test_on_amd_products_are_stored_four_elements_at_a_time(dtype: str) -> None:
-    """The exception that `narrow` makes, no wider than it has to be."""
-    case = vision("deit_s", 394)[0]
-    arguments = draw(case, DTYPES[dtype][0])
-    for _, compiled in compile_all("gfx942", lambda: load(case.op).forward(*arguments)):
-        stores = widths_on_amd(compiled.asm["amdgcn"], "store")
-        assert set(stores) == {STORED_ON_AMD * arguments[0].element_size()}
-        assert set(widths_on_amd(compiled.asm["amdgcn"], "load")) == {16}
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
