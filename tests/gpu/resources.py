@@ -3,11 +3,11 @@
 `python tests/gpu/resources.py` writes bench/gpu/BUDGETS.md and kernels/known.json.
 """
 
+import contextlib
+import io
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from ptx.parser import parse
 from shapes import vision
 from stub_driver import TARGETS, compiling_for
 from traffic import moved_table
+from triton import knobs
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
@@ -76,7 +77,7 @@ _measured: dict[tuple[str, str], Resources] = {}
 
 
 def measure(name: str, compiled: object, architecture: str, dtype: str) -> Resources:
-    """Once for kernels that are the same: to start a disassembler takes a third of a second."""
+    """Once for kernels that are the same."""
     key = compiled.hash, dtype
     if key not in _measured:
         _measured[key] = _measure(name, compiled, architecture, dtype)
@@ -96,27 +97,24 @@ def _measure(name: str, compiled: object, architecture: str, dtype: str) -> Reso
         narrow = _narrow_on_amd(text)
         return Resources(name, architecture, dtype, metadata.num_warps, value("vgpr_count"),
                          spilled, metadata.shared, None, matrix, narrow)
-    make_cubin = make_backend(metadata.target).make_cubin
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(make_cubin(compiled.asm["ptx"], {}, metadata, metadata.target.arch))
-        usage = _output("cuobjdump", "--dump-resource-usage", path)
-        # cuobjdump would have it analyse the flow of data too, which takes as long again.
-        sass = _output("nvdisasm", "--print-code", "--no-dataflow", path)
-    registers, stack, local = map(int, re.search(
-        r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
-    matrix = len(re.findall(r"\s(?:HMMA|HGMMA|UTC\w*MMA)\b", sass))
+    ptx, arch = compiled.asm["ptx"], metadata.target.arch
+    log = _ptxas_log(ptx, metadata)
+    registers = int(re.search(r"Used (\d+) registers", log)[1])
+    local = int(re.search(r"(\d+) bytes stack frame", log)[1])  # where spilled registers go too
     return Resources(
-        name, architecture, dtype, metadata.num_warps, registers, stack + local, metadata.shared,
-        _blocks(metadata.target.arch, registers, metadata.shared, metadata.num_warps), matrix,
-        _narrow(compiled.asm["ptx"]),
+        name, architecture, dtype, metadata.num_warps, registers, local, metadata.shared,
+        _blocks(arch, registers, metadata.shared, metadata.num_warps),
+        *_tensor_core_and_narrow(ptx),
     )  # fmt: skip
 
 
-def _output(tool: str, *arguments: str | Path) -> str:
-    """What one of the tools says that come with Triton."""
-    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+def _ptxas_log(ptx: str, metadata: object) -> str:
+    """What ptxas tells, called as Triton calls it."""
+    make_cubin = make_backend(metadata.target).make_cubin
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
+        knobs.nvidia.dump_ptxas_log = True
+        make_cubin(ptx, {}, metadata, metadata.target.arch)
+    return log.getvalue()
 
 
 def _blocks(architecture: int, registers: int, shared: int, warps: int) -> int:
@@ -139,19 +137,20 @@ def _tile_lines() -> set[str]:
     return found
 
 
-def _narrow(ptx: str) -> int:
-    tile_lines, count = _tile_lines(), 0
+def _tensor_core_and_narrow(ptx: str) -> tuple[int, int]:
+    tile_lines, matrix, narrow = _tile_lines(), 0, 0
     for instruction in parse(ptx).code:
         name, parts = instruction.parts[0], instruction.parts
+        matrix += "mma" in parts or name == "wgmma" and "mma_async" in parts
         if instruction.where not in tile_lines or name not in ("ld", "st", "cp"):
             continue
         if name == "cp":
-            count += len(instruction.operands) > 2 and int(instruction.operands[2], 0) < 16
+            narrow += len(instruction.operands) > 2 and int(instruction.operands[2], 0) < 16
         elif "global" in parts:
             vector = re.search(r"\.v(\d)", instruction.opcode)
             width = int(parts[-1][1:]) // 8 * int(vector[1] if vector else 1)
-            count += width < 16
-    return count
+            narrow += width < 16
+    return matrix, narrow
 
 
 def _narrow_on_amd(assembly: str) -> int:

@@ -7,6 +7,8 @@ their low bits; small tiles and integers that overflow are refused. TRITON_INTER
 before kernels are imported.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -47,6 +49,48 @@ def install() -> None:
     interpreter._patch_lang = lambda function: patch(LANGUAGE)
     interpreter.InterpretedFunction.__call__ = _call
     TritonSemantic.binary_op_sanitize_overflow_impl = _refuse_overflow
+    # Made anew for each operation, types and shapes take longer than the arithmetic.
+    interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
+    tl.block_type.__init__ = _as_before(tl.block_type.__init__, ("shape", "numel", "name"))
+    tl.tensor.__init__ = _tensor
+
+
+def _by_name(function: Callable) -> Callable:
+    """A function of a type, asked once: types of pointers cannot be keys."""
+    known = {}
+
+    def wrapped(kind: tl.dtype) -> np.dtype:
+        name = str(kind)
+        if name not in known:
+            known[name] = function(kind)
+        return known[name]
+
+    return wrapped
+
+
+def _as_before(initialise: Callable, attributes: tuple[str, ...]) -> Callable:
+    """The same, with these attributes taken over from the first with such an element and shape."""
+    known: dict[tuple, dict] = {}
+
+    def wrapped(self, element_ty: tl.dtype, shape: list) -> None:
+        key = str(element_ty), *(getattr(size, "value", size) for size in shape)
+        self.element_ty = element_ty
+        if key not in known:
+            initialise(self, element_ty, shape)
+            known[key] = {name: getattr(self, name) for name in attributes}
+        vars(self).update(known[key])
+
+    return wrapped
+
+
+@functools.cache
+def _shape(*sizes: int) -> tuple[tl.constexpr, tl.tuple]:
+    return tl.constexpr(math.prod(sizes)), tl.tuple([tl.constexpr(size) for size in sizes])
+
+
+def _tensor(self, handle: TensorHandle, kind: tl.dtype) -> None:
+    self.handle, self.type, self.dtype = handle, kind, kind.scalar
+    self.numel, self.shape = _shape(*(kind.shape if kind.is_block() else ()))
 
 
 def _is_bf16(handle: TensorHandle) -> bool:
