@@ -8,12 +8,11 @@ import copy
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from timm.layers import Attention, LayerNorm, LayerScale, Mlp
+from timm.layers import Attention, LayerNorm, LayerScale, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from adacomcat import ops
+from adacomcat import inference, ops
 from adacomcat.attention import LowRankAttention, attention_weights, causal_mask
 from adacomcat.layers import LowRankLinear, LowRankMlp, activation_name
 from adacomcat.sites import attention_tier
@@ -63,20 +62,10 @@ class FusedAttention(nn.Module):
             causal_mask(attn_mask, x, is_causal), epsilon=self.epsilon, residual=x)
 
     def first_token(self, x: Tensor) -> Tensor:
-        """The first token of the result, (B, 1, d), without any key or value.
-
-        Its logits are x̂ (wk_hᵀ q_h), and its values wv_h (x̂ᵀ p_h): of the products with a weight,
-        only those with single vectors remain.
-        """
-        def per_head(weight: Tensor) -> Tensor:
-            return weight.unflatten(0, (self.num_heads, -1))  # (H, r, d)
-
-        normed = F.layer_norm(x, x.shape[-1:], eps=self.epsilon)
-        q = F.linear(normed[:, 0], self.wq, self.bq).unflatten(-1, (self.num_heads, -1))
-        directions = torch.einsum("bhr,hrd->bhd", q, per_head(self.wk))
-        p = (directions @ normed.mT * self.scale).softmax(-1)  # (B, H, N)
-        heads = torch.einsum("bhd,hrd->bhr", p @ normed, per_head(self.wv))
-        return x[:, :1] + F.linear(heads.flatten(1), self.wo, self.bo).unsqueeze(1)
+        """The first token of the result, (B, 1, d)."""
+        return inference.first_token_attention(
+            x, self.wq, self.bq, self.wk, self.wv, self.wo, self.bo, self.num_heads, self.scale,
+            self.epsilon)
 
 
 class FusedMlp(nn.Module):
@@ -136,6 +125,19 @@ class FusedBlock(nn.Module):
         return self.mlp(self.attn(x, attn_mask=attn_mask, is_causal=is_causal))
 
 
+class FusedPatches(nn.Module):
+    """A convolution whose kernel is as large as its stride."""
+
+    def __init__(self, proj: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = proj.weight, proj.bias
+
+    def forward(self, image: Tensor) -> Tensor:
+        rows = image.shape[2] // self.weight.shape[2]
+        # (B, out, rows, columns), laid out patch after patch: timm's flatten copies nothing.
+        return inference.patch_embedding(image, self.weight, self.bias).mT.unflatten(2, (rows, -1))
+
+
 class FirstTokenVisionTransformer(VisionTransformer):
     """A timm ``VisionTransformer`` whose head reads the class token only: of the last block
     nothing else is computed. ``forward_features`` still returns all tokens."""
@@ -162,6 +164,8 @@ def optimize(model: nn.Module) -> nn.Module:
     for name, module in list(optimized.named_modules()):
         if type(module) is Block:
             optimized.set_submodule(name, FusedBlock(module).eval())
+        elif type(module) is PatchEmbed and _takes_patches(module.proj):
+            module.proj = FusedPatches(module.proj)
     if _head_reads_first_token(optimized):
         optimized.__class__ = FirstTokenVisionTransformer  # its parts, names and API stay
     return optimized
@@ -193,6 +197,11 @@ def _mlp_class(block: Block) -> type[nn.Module]:
         return FusedMlp
     dense = type(mlp.fc1) is type(mlp.fc2) is nn.Linear and type(mlp.norm) is nn.Identity
     return FusedDenseMlp if dense else Sublayer
+
+
+def _takes_patches(proj: nn.Module) -> bool:
+    return (type(proj) is nn.Conv2d and proj.stride == proj.kernel_size and proj.groups == 1
+            and proj.padding == (0, 0) and proj.dilation == (1, 1) and proj.weight.is_cpu)
 
 
 def _head_reads_first_token(model: nn.Module) -> bool:

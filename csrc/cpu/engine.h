@@ -96,6 +96,12 @@ struct Engine {
   // rows that are masked entirely give zeros. `out` may be the logits themselves.
   void (*softmax)(int64_t m, int64_t n, float* logits, int64_t stride, float scale, Mask mask,
                   void* out, int64_t out_stride, float* inverse_sum);
+  // Of rows x_i (m, k) of any dtype with `count` vectors: out (count, m) = vectors · xᵀ, and
+  // out (count, k) = weights · x for weights (count, m). One weight of 1 copies a row to floats.
+  void (*inner_products)(int64_t m, int64_t k, Rows x, int64_t count, const float* vectors,
+                         int64_t stride, float* out, int64_t out_stride);
+  void (*weighted_sums)(int64_t m, int64_t k, Rows x, int64_t count, const float* weights,
+                        int64_t stride, float* out, int64_t out_stride);
 
   int64_t operand_size() const { return dtype_size(operand); }
   int64_t padded_k(int64_t k) const { return (k + group - 1) / group * group; }

@@ -13,13 +13,14 @@
 namespace adacomcat {
 namespace amx {
 namespace {
-constexpr int kLanes = 16, kTileRows = 32, kRowStep = 16, kPanel = 2;
+constexpr int kLanes = 16, kTileRows = 32, kRowStep = 4, kPanel = 2;
 #include "engine_body.h"
 }  // namespace
 
 extern const Engine kEngine;
 const Engine kEngine{"amx", kOperand, kTileRows, kRowStep, kBlockRows, kLanes, kGroup, kDepth,
-                     kPackedSize, pack, multiply, accumulate, load_rows, normalize_rows, softmax_rows};
+                     kPackedSize, pack, multiply, accumulate, load_rows, normalize_rows, softmax_rows,
+                     inner_products, weighted_sums};
 }  // namespace amx
 }  // namespace adacomcat
 #endif

@@ -1,4 +1,5 @@
-// Operations on rows: conversion to the operand format, layer norm without affine, softmax.
+// Operations on rows: conversion to the operand format, layer norm without affine, softmax, and products
+// with single vectors.
 
 inline void pad_row(char* out, int64_t k) {
   for (int64_t j = k; j % kGroup; ++j) __builtin_memset(out + j * kOperandSize, 0, kOperandSize);
@@ -30,40 +31,70 @@ inline Vector sum_terms(int64_t whole, Term term) {
   return (a + b) + (c + d);
 }
 
-// `held`: the row fits into `values` and is converted once.
-template <Dtype D, bool held>
-void normalize_row(int64_t k, const void* x, int64_t from, float epsilon, Integers first, char* out,
-                   float* values) {
+// `count` rows from `x` on, together: alone each would wait for its own sums. `held`: they fit into
+// `values` and are converted once.
+template <Dtype D, bool held, int count>
+void normalize_together(int64_t k, const void* x, int64_t x_stride, float epsilon, char* out,
+                        int64_t stride, float* values) {
   const int64_t whole = k / kLanes * kLanes, tail = k - whole;
-  const auto value = [=](int64_t j) { return held ? load(values + j) : load(x, from + j, D); };
-  const Vector last = tail ? load_some(x, from + whole, D, tail) : Vector{};
-  const Vector sums = sum_terms(whole, [=](int64_t j) {
-    const Vector loaded = load(x, from + j, D);
-    if (held) store(values + j, loaded);
-    return loaded;
-  });
-  const float mean = sum_of(sums + last) / k;
-  const Vector centred = tail ? select(first, last - mean, Vector{}) : Vector{};
-  const Vector squares = sum_terms(whole, [=](int64_t j) {
-    const Vector apart = value(j) - mean;
-    return apart * apart;
-  });
-  const float scale = 1.0f / __builtin_sqrtf(sum_of(squares + centred * centred) / k + epsilon);
-  for (int64_t j = 0; j < whole; j += kLanes) store(out, j, kOperand, (value(j) - mean) * scale);
-  if (tail) store_some(out, whole, kOperand, centred * scale, tail);
-  pad_row(out, k);
+  const Integers first = first_lanes(tail);
+  const auto loaded = [=](int r, int64_t j) {
+    return load(x, r * x_stride + j, D);
+  };
+  const auto value = [=](int r, int64_t j) {
+    return held ? load(values + r * whole + j) : loaded(r, j);
+  };
+  Vector last[count], sums[count], squares[count] = {};
+  float mean[count], scale[count];
+  for (int r = 0; r < count; ++r) {
+    sums[r] = last[r] = tail ? load_some(x, r * x_stride + whole, D, tail) : Vector{};
+  }
+  for (int64_t j = 0; j < whole; j += kLanes) {
+    for (int r = 0; r < count; ++r) {
+      const Vector one = loaded(r, j);
+      if (held) store(values + r * whole + j, one);
+      sums[r] += one;
+    }
+  }
+  for (int r = 0; r < count; ++r) {
+    mean[r] = sum_of(sums[r]) / k;
+    last[r] = select(first, last[r] - mean[r], Vector{});
+  }
+  for (int64_t j = 0; j < whole; j += kLanes) {
+    for (int r = 0; r < count; ++r) {
+      const Vector apart = value(r, j) - mean[r];
+      squares[r] += apart * apart;
+    }
+  }
+  for (int r = 0; r < count; ++r) {
+    const float variance = sum_of(squares[r] + last[r] * last[r]) / k;
+    scale[r] = 1.0f / __builtin_sqrtf(variance + epsilon);
+  }
+  for (int r = 0; r < count; ++r) {
+    char* row = out + r * stride * kOperandSize;
+    for (int64_t j = 0; j < whole; j += kLanes) {
+      store(row, j, kOperand, (value(r, j) - mean[r]) * scale[r]);
+    }
+    if (tail) store_some(row, whole, kOperand, last[r] * scale[r], tail);
+    pad_row(row, k);
+  }
 }
 
 template <Dtype D>
 void normalize_rows_of(int64_t m, int64_t k, Rows x, float epsilon, void* out, int64_t stride) {
+  constexpr int kTogether = 4;
   constexpr int64_t kMost = 2048;
-  alignas(64) float values[kMost];
+  alignas(64) float values[kTogether * kMost];
   const bool held = D != Dtype::f32 && k <= kMost;
-  const Integers first = first_lanes(k % kLanes);
-  for (int64_t i = 0; i < m; ++i) {
-    char* row = static_cast<char*>(out) + i * stride * kOperandSize;
-    (held ? normalize_row<D, true> : normalize_row<D, false>)(k, x.data, i * x.stride, epsilon,
-                                                              first, row, values);
+  const auto together = held ? &normalize_together<D, true, kTogether>
+                             : &normalize_together<D, false, kTogether>;
+  const auto alone = held ? &normalize_together<D, true, 1> : &normalize_together<D, false, 1>;
+  for (int64_t i = 0; i < m;) {
+    const bool four = i + kTogether <= m;
+    (four ? together : alone)(k, static_cast<const char*>(x.data) + i * x.stride * dtype_size(D),
+                              x.stride, epsilon, static_cast<char*>(out) + i * stride * kOperandSize,
+                              stride, values);
+    i += four ? kTogether : 1;
   }
 }
 
@@ -98,42 +129,118 @@ inline void prepare_row(int64_t i, int64_t n, float* row, float scale, const Mas
   }
 }
 
-void softmax_rows(int64_t m, int64_t n, float* logits, int64_t stride, float scale, Mask mask,
-                  void* out, int64_t out_stride, float* inverse_sum) {
+// `count` rows together: alone each would wait for its own maximum and sum. `scale` is positive, and
+// waits for the exponential.
+template <int count>
+void softmax_together(int64_t n, const float* logits, int64_t stride, float scale, char* out,
+                      int64_t out_stride, float* inverse_sum) {
   const float infinity = __builtin_inff();
-  // Without a mask and with a positive scale the scale waits for the exponential.
-  const bool prepared = mask.data || scale <= 0;
-  const float rest = prepared ? 1.0f : scale;
   const int64_t whole = n / kLanes * kLanes;  // there is room for one vector more
   const Integers first = first_lanes(n - whole);
+  Vector last[count], peaks[count], sums[count] = {};
+  float peak[count];
+  for (int r = 0; r < count; ++r) {
+    last[r] = whole < n ? select(first, load(logits + r * stride + whole), broadcast(-infinity))
+                        : broadcast(-infinity);
+    peaks[r] = last[r];
+  }
+  for (int64_t j = 0; j < whole; j += kLanes) {
+    for (int r = 0; r < count; ++r) peaks[r] = maximum(peaks[r], load(logits + r * stride + j));
+  }
+  for (int r = 0; r < count; ++r) {
+    peak[r] = maximum_of(peaks[r]) * scale;
+    if (peak[r] == -infinity) peak[r] = 0;  // masked entirely: every exponential is zero
+  }
+  const auto decayed = [&](int r, int64_t j, Vector logit) {
+    const Vector x = decay(logit * scale - peak[r]);
+    sums[r] += x;
+    store(out + r * out_stride * kOperandSize, j, kOperand, x);
+  };
+  for (int64_t j = 0; j < whole; j += kLanes) {
+    for (int r = 0; r < count; ++r) decayed(r, j, load(logits + r * stride + j));
+  }
+  for (int r = 0; r < count; ++r) {
+    if (whole < n) decayed(r, whole, last[r]);
+    const float sum = sum_of(sums[r]);
+    inverse_sum[r] = sum == 0 ? 0 : 1.0f / sum;
+  }
+}
+
+void softmax_rows(int64_t m, int64_t n, float* logits, int64_t stride, float scale, Mask mask,
+                  void* out, int64_t out_stride, float* inverse_sum) {
+  constexpr int kTogether = 2;
+  const bool prepared = mask.data || scale <= 0;
+  for (int64_t i = 0; prepared && i < m; ++i) prepare_row(i, n, logits + i * stride, scale, mask);
+  for (int64_t i = 0; i < m;) {
+    const int64_t count = i + kTogether <= m ? kTogether : 1;
+    (count == 1 ? &softmax_together<1> : &softmax_together<kTogether>)(
+        n, logits + i * stride, stride, prepared ? 1.0f : scale,
+        static_cast<char*>(out) + i * out_stride * kOperandSize, out_stride, inverse_sum + i);
+    i += count;
+  }
+}
+
+template <Dtype D>
+void inner_products_of(int64_t m, int64_t k, Rows x, int64_t count, const float* vectors,
+                       int64_t stride, float* out, int64_t out_stride) {
+  const int64_t whole = k / kLanes * kLanes, tail = k - whole;
   for (int64_t i = 0; i < m; ++i) {
-    float* row = logits + i * stride;
-    if (prepared) prepare_row(i, n, row, scale, mask);
-    const Vector last = whole < n ? select(first, load(row + whole), broadcast(-infinity))
-                                  : broadcast(-infinity);
-    // Two at a time: each waits for itself only.
-    Vector even = last, odd = last;
-    int64_t place = 0;
-    for (; place + kLanes < whole; place += 2 * kLanes) {
-      even = maximum(even, load(row + place));
-      odd = maximum(odd, load(row + place + kLanes));
+    const int64_t row = i * x.stride;
+    for (int64_t v = 0; v < count; ++v) {
+      const float* vector = vectors + v * stride;
+      Vector sums = sum_terms(whole, [=](int64_t j) {
+        return load(x.data, row + j, D) * load(vector + j);
+      });
+      if (tail) {
+        sums += load_some(x.data, row + whole, D, tail) *
+                load_some(vector, whole, Dtype::f32, tail);
+      }
+      out[v * out_stride + i] = sum_of(sums);
     }
-    if (place < whole) even = maximum(even, load(row + place));
-    float peak = maximum_of(maximum(even, odd)) * rest;
-    if (peak == -infinity) peak = 0;  // masked entirely: every exponential is zero
-    char* to = static_cast<char*>(out) + i * out_stride * kOperandSize;
-    Vector sums{};
-    for (int64_t j = 0; j < whole; j += kLanes) {
-      const Vector x = decay(load(row + j) * rest - peak);
-      sums += x;
-      store(to, j, kOperand, x);
+  }
+}
+
+void inner_products(int64_t m, int64_t k, Rows x, int64_t count, const float* vectors, int64_t stride,
+                    float* out, int64_t out_stride) {
+  const auto run = x.dtype == Dtype::f32    ? &inner_products_of<Dtype::f32>
+                   : x.dtype == Dtype::bf16 ? &inner_products_of<Dtype::bf16>
+                                            : &inner_products_of<Dtype::f16>;
+  run(m, k, x, count, vectors, stride, out, out_stride);
+}
+
+template <Dtype D, int count>
+void weighted_sums_of(int64_t m, int64_t k, Rows x, const float* weights, int64_t stride, float* out,
+                      int64_t out_stride) {
+  for (int64_t j = 0; j < k; j += kLanes) {
+    const int64_t lanes = least(kLanes, k - j);
+    Vector sums[count] = {};
+    for (int64_t i = 0; i < m; ++i) {
+      const Vector row = load_some(x.data, i * x.stride + j, D, lanes);
+      for (int v = 0; v < count; ++v) sums[v] += row * weights[v * stride + i];
     }
-    if (whole < n) {
-      const Vector x = decay(last * rest - peak);
-      sums += x;
-      store(to, whole, kOperand, x);
-    }
-    const float sum = sum_of(sums);
-    inverse_sum[i] = sum == 0 ? 0 : 1.0f / sum;
+    for (int v = 0; v < count; ++v) store_some(out, v * out_stride + j, Dtype::f32, sums[v], lanes);
+  }
+}
+
+template <Dtype D>
+void weighted_sums_of(int64_t m, int64_t k, Rows x, int64_t count, const float* weights,
+                      int64_t stride, float* out, int64_t out_stride) {
+  int64_t v = 0;
+  for (; v + 4 <= count; v += 4) {
+    weighted_sums_of<D, 4>(m, k, x, weights + v * stride, stride, out + v * out_stride, out_stride);
+  }
+  for (; v < count; ++v) {
+    weighted_sums_of<D, 1>(m, k, x, weights + v * stride, stride, out + v * out_stride, out_stride);
+  }
+}
+
+void weighted_sums(int64_t m, int64_t k, Rows x, int64_t count, const float* weights, int64_t stride,
+                   float* out, int64_t out_stride) {
+  if (x.dtype == Dtype::f32) {
+    weighted_sums_of<Dtype::f32>(m, k, x, count, weights, stride, out, out_stride);
+  } else if (x.dtype == Dtype::bf16) {
+    weighted_sums_of<Dtype::bf16>(m, k, x, count, weights, stride, out, out_stride);
+  } else {
+    weighted_sums_of<Dtype::f16>(m, k, x, count, weights, stride, out, out_stride);
   }
 }

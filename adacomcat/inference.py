@@ -1,0 +1,111 @@
+"""Two ops that only `optimize` uses, for inference: C++ kernels on CPUs, else the formula.
+
+The formula serves too where a gradient, autocast or a trace wants what it consists of.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from adacomcat import backends
+
+_LIBRARY = torch.library.Library("adacomcat", "FRAGMENT")
+
+
+def first_token_attention(
+    x: Tensor,
+    wq: Tensor,
+    bq: Tensor | None,
+    wk: Tensor,
+    wv: Tensor,
+    wo: Tensor,
+    bo: Tensor | None,
+    num_heads: int,
+    scale: float,
+    epsilon: float,
+) -> Tensor:
+    """The first token of x + low_rank_attention(x, ..., epsilon=epsilon): (B, 1, d).
+
+    No token has a key or a value: logits are x̂ (wk_hᵀ q_h), and values wv_h (x̂ᵀ p_h), so a weight
+    is multiplied by single vectors only. Arguments as of ``low_rank_attention``.
+    """
+    arguments = (x, wq, bq, wk, wv, wo, bo, num_heads, scale, epsilon)
+    kernel = _kernel("first_token_attention", *arguments) or _first_token_attention
+    return kernel(*arguments)
+
+
+def patch_embedding(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.conv2d(image, weight, bias, stride=(h, w)).flatten(2).mT, for patches that do not overlap.
+
+    image (B, C, H, W), weight (out, C, h, w) → (B, patches, out).
+    """
+    kernel = _kernel("patch_embedding", image, weight, bias)
+    if kernel is None or weight.shape[-1] % 2:
+        kernel = _patch_embedding
+    return kernel(image, weight, bias)
+
+
+def _kernel(op: str, x: Tensor, *others: Any) -> Callable[..., Tensor] | None:
+    wants_grad = torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in (x, *others))
+    if wants_grad or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return None
+    return backends.direct_kernel(op, x)
+
+
+def _first_token_attention(x, wq, bq, wk, wv, wo, bo, num_heads, scale, epsilon) -> Tensor:
+    def per_head(weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (num_heads, -1))  # (H, r, d)
+
+    normed = F.layer_norm(x, x.shape[-1:], eps=epsilon)
+    q = F.linear(normed[:, 0], wq, bq).unflatten(-1, (num_heads, -1))
+    directions = torch.einsum("bhr,hrd->bhd", q, per_head(wk))
+    p = (directions @ normed.mT * scale).softmax(-1)  # (B, H, N)
+    heads = torch.einsum("bhd,hrd->bhr", p @ normed, per_head(wv))
+    return x[:, :1] + F.linear(heads.flatten(1), wo, bo).unsqueeze(1)
+
+
+def _patch_embedding(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(image, weight, bias, stride=weight.shape[2:]).flatten(2).mT
+
+
+def _flops_first_token_attention(x, wq, bq, wk, wv, wo, bo, num_heads, *_, **__) -> int:
+    projections = wq[0] * x[2] + wk[0] * x[2] + wv[0] * x[2] + wo[0] * wo[1]
+    return 2 * x[0] * (projections + 2 * num_heads * x[1] * x[2])
+
+
+def _flops_patch_embedding(image, weight, bias, **_) -> int:
+    out, channels, height, width = weight
+    patches = image[2] // height * (image[3] // width)
+    return 2 * image[0] * patches * out * channels * height * width
+
+
+def _register(name: str, arguments: str, shape: Callable[..., tuple[int, ...]],
+              flops: Callable[..., int]) -> None:
+    _LIBRARY.define(f"{name}({arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"adacomcat::{name}", lambda x, *a: x.new_empty(shape(x, *a)),
+                                lib=_LIBRARY)
+    register_flop_formula(getattr(torch.ops.adacomcat, name))(flops)
+
+
+_register(
+    "first_token_attention_cpu",
+    "Tensor x, Tensor wq, Tensor? bq, Tensor wk, Tensor wv, Tensor wo, Tensor? bo, "
+    "int num_heads, float scale, float epsilon",
+    lambda x, *_: (x.shape[0], 1, x.shape[2]),
+    _flops_first_token_attention,
+)
+_register(
+    "patch_embedding_cpu",
+    "Tensor image, Tensor weight, Tensor? bias",
+    lambda image, weight, bias: (
+        image.shape[0],
+        image.shape[2] // weight.shape[2] * (image.shape[3] // weight.shape[3]),
+        weight.shape[0],
+    ),
+    _flops_patch_embedding,
+)
