@@ -53,6 +53,7 @@ SHAPES = {
     "mlp-identity": mlp_case((9,), 16, 5, 24, 7, None),
     "attention-197": attention_case(2, 197, 64, 4, 16, 24),
     "attention-long": attention_case(1, 523, 32, 2, 8, 33, "float", (1, 2, 523, 523)),
+    "attention-wide": attention_case(1, 70, 200, 5, 9, 17),  # panels that end in one vector
     "attention-causal": attention_case(2, 65, 48, 3, 17, 7, "bool", (65, 65)),
 }
 ALL = {name: case for name, case in {**CASES, **SHAPES}.items()
@@ -240,16 +241,47 @@ def test_rows_masked_entirely_give_the_bias(instruction_set: str) -> None:
     torch.testing.assert_close(case.call(tensors)[0, 5], tensors["bo"])
 
 
-def test_one_thread_and_several_agree(instruction_set: str) -> None:
-    threads = torch.get_num_threads()
-    for name in ("linear-197", "mlp-197", "dense-197", "attention-197"):
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_one_thread_and_several_agree(instruction_set: str, threads: None) -> None:
+    """To the last bit, but where threads share out a hidden layer: they add up its parts."""
+    for name in ("linear-197", "mlp-197", "dense-197", "attention-197", "attention-wide"):
         tensors = convert(ALL[name].draw(), torch.float32)
         results = []
         for count in (1, 2, 7):
             torch.set_num_threads(count)
             results.append(ALL[name].call(tensors))
-        torch.set_num_threads(threads)
-        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+            assert torch.equal(results[-1], ALL[name].call(tensors))
+        for other in results[1:]:
+            exactly = {} if ALL[name].op.endswith("mlp") else {"rtol": 0, "atol": 0}
+            torch.testing.assert_close(other, results[0], **exactly)
+
+
+@each_dtype
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", ["mlp-197", "mlp-hidden", "mlp-relu", "mlp-rank0", "dense-197",
+                                  "dense-hidden", "dense-256", "attention-197", "attention-wide",
+                                  "attention-causal"])
+def test_few_rows_on_several_threads(name: str, count: int, dtype: torch.dtype,
+                                     instruction_set: str, threads: None,
+                                     poisoned_memory: None) -> None:
+    """Which share out columns of the weights, in which every one of these has panels enough."""
+    case = ALL[name]
+    base = convert(case.draw(), dtype)
+    exact = case.plain(**convert(base, torch.float64), **case.options)
+    plain = case.plain(**base, **case.options)
+    torch.set_num_threads(count)
+    assert_close_to_float64(case.call(base), exact, plain)
+    kernel = getattr(torch.ops.adacomcat, f"{case.op}_cpu")
+    out, *kept = kernel(**base, **case.options, keep=True) if "dense" not in name else [None]
+    expected = getattr(backends.reference, case.op)(**base, **case.options)
+    for found, middle in zip(kept, expected[1:], strict=False):
+        torch.testing.assert_close(found, middle, rtol=0.05, atol=0.05)
 
 
 # Packed weights: every change must be seen.

@@ -39,7 +39,7 @@ struct Masks {
   }
 };
 
-// (rows, columns) in the operand format, rows back to back: a part of the calling thread's memory.
+// (rows, columns) in the operand format, rows back to back.
 struct Operand {
   char* data;
   int64_t rows, columns, size;
@@ -47,27 +47,6 @@ struct Operand {
   char* at_row(int64_t row, int64_t column = 0) const {
     return data + (row * columns + column) * size;
   }
-};
-
-// q, k, v and the context between two sweeps, reused from call to call: fresh memory of this size
-// would come from the system page by page.
-class Workspace {
- public:
-  Workspace(const Engine& e, int64_t rows, int64_t columns) : size_(e.operand_size()) {
-    thread_local std::vector<char> memory;
-    grow(memory, rows * columns * size_ + 5 * 64);
-    next_ = memory.data();
-  }
-
-  Operand take(int64_t rows, int64_t columns) {
-    const Operand operand{next_, rows, columns, size_};
-    next_ += Scratch::aligned(rows * columns * size_);
-    return operand;
-  }
-
- private:
-  char* next_;
-  int64_t size_;
 };
 
 struct Heads {
@@ -107,6 +86,49 @@ void attend_head(const Engine& e, const Heads& s, int64_t image, int64_t head, i
     Finish finish{context.at_row(first + row, head * s.rank_vo), context.columns, e.operand};
     finish.row_scale = inverse_sum;
     e.multiply({m, s.rank_vo, n, weights, width, values, e.packed_k(n), 0}, finish);
+  }
+}
+
+// x̂ Wᵀ + b to be.
+struct Projection {
+  const Packed& weight;
+  const Bias& bias;
+  const Operand& to;
+};
+
+int64_t panels_of(const Engine& e, const std::array<Projection, 3>& projections) {
+  int64_t sum = 0;
+  for (const Projection& p : projections) sum += panels(e, p.to.columns);
+  return sum;
+}
+
+// As large a part of `weight` as `part` is of `total` panels: what its thread reads of it, or nearly.
+Ahead share_of(const Engine& e, const Packed& weight, const Part& part, int64_t total) {
+  const int64_t all = panels(e, weight.n), first = part.panel * all / total;
+  const int64_t columns = std::min(part.panels * all / total * panel_width(e),
+                                   weight.n - first * panel_width(e));
+  return {weight.from(e, first * panel_width(e)), e.packed_bytes(weight.k, columns)};
+}
+
+// A part of the projections, their panels counted through; `then` is the weight that comes after them.
+void project(const Engine& e, const std::array<Projection, 3>& projections, const Part& part, int64_t in,
+             const Left& left, bool fresh, const Packed& then) {
+  int64_t begin = part.panel, end = part.panel + part.panels;
+  for (size_t i = 0; i < projections.size(); ++i) {
+    const Projection& p = projections[i];
+    const int64_t count = panels(e, p.to.columns), first = std::max<int64_t>(begin, 0);
+    const int64_t column = first * panel_width(e);
+    const int64_t columns = std::min(end * panel_width(e), p.to.columns) - column;
+    begin -= count, end -= count;
+    if (columns <= 0) continue;
+    Ahead ahead = share_of(e, then, part, panels_of(e, projections));
+    if (end > 0 && i + 1 < projections.size()) {
+      const Packed& next = projections[i + 1].weight;
+      ahead = {next.data.get(), e.packed_bytes(in, std::min(end * panel_width(e), next.n))};
+    }
+    e.multiply({part.rows, columns, in, left.data, left.stride, p.weight.from(e, column),
+                p.weight.rows, 0, fresh ? ahead : Ahead{}},
+               {p.to.at_row(part.row, column), p.to.columns, e.operand, p.bias.from(column)});
   }
 }
 
@@ -166,41 +188,43 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
   const Packed pq = packed(e, wq, true), pk = packed(e, wk, true), pv = packed(e, wv, true);
   const Packed po = packed(e, wo, true);
   const RowsOf xs(x), rs(residual ? *residual : x);
-  const Bias bias_q(bq), bias_o(bo);
+  const Bias bias_q(bq), bias_o(bo), no_bias({});
   const int64_t kx = e.padded_k(in), kc = e.padded_k(columns_vo);
   const Dtype dtype = dtype_of(y);
   char* result = static_cast<char*>(y.mutable_data_ptr());
 
   // `fresh`: this thread's first.
   const auto sweep = [&](int64_t image, int64_t images, bool fresh) {
-    const int64_t first = image * tokens, count = images * tokens, block = block_rows(e, count);
-    Workspace workspace(e, count, 2 * (columns_qk + columns_vo));
-    const Operand q = workspace.take(count, columns_qk), k = workspace.take(count, columns_qk);
-    const Operand v = workspace.take(count, columns_vo), z = workspace.take(count, columns_vo);
+    const int64_t first = image * tokens, count = images * tokens;
+    Workspace workspace(count * 2 * (columns_qk + columns_vo) * size);
+    const auto operand = [&](int64_t columns) {
+      return Operand{workspace.take(count * columns * size), count, columns, size};
+    };
+    const Operand q = operand(columns_qk), k = operand(columns_qk);
+    const Operand v = operand(columns_vo), z = operand(columns_vo);
 
-    for_each_block(e, count, [&](int64_t row, int64_t m, bool fresh_rows) {
-      Scratch scratch(Scratch::aligned(block * kx * size));
-      const Left left = left_operand(e, m, in, rows_from(xs.rows, first + row), epsilon,
-                                     scratch.take(block * kx * size));
-      const auto project = [&](const Packed& weight, const Operand& to, Rows bias, Ahead ahead) {
-        e.multiply({m, to.columns, in, left.data, left.stride, weight.data.get(), weight.rows, 0,
-                    fresh && fresh_rows ? ahead : Ahead{}},
-                   {to.at_row(row), to.columns, e.operand, bias});
-      };
-      project(pq, q, bias_q.rows, pk.all());
-      project(pk, k, {nullptr, 0, Dtype::f32}, pv.all());
-      project(pv, v, {nullptr, 0, Dtype::f32}, po.all());
+    const std::array<Projection, 3> projections{
+        {{pq, bias_q, q}, {pk, no_bias, k}, {pv, no_bias, v}}};
+    for_each_part(e, count, panels_of(e, projections), [&](const Part& part) {
+      Scratch scratch(Scratch::aligned(part.rows * kx * size));
+      const Left left = left_operand(e, part.rows, in, rows_from(xs.rows, first + part.row), epsilon,
+                                     scratch.take(part.rows * kx * size));
+      project(e, projections, part, in, left, fresh && part.fresh, po);
     });
     attend(e, {image, images, tokens, num_heads, columns_qk / num_heads, columns_vo / num_heads,
                static_cast<float>(scale)}, q, k, v, z, masks);
-    for_each_block(e, count, [&](int64_t row, int64_t m, bool fresh_rows) {
-      Scratch scratch(Scratch::aligned(block * kc * size));
-      const Rows from{z.at_row(row), z.columns, e.operand};
-      const Left left = left_operand(e, m, columns_vo, from, {}, scratch.take(block * kc * size));
-      Finish finish{result + (first + row) * out * dtype_size(dtype), out, dtype, bias_o.rows};
-      if (residual) finish.residual = rows_from(rs.rows, first + row);
-      const Ahead ahead = fresh && fresh_rows ? po.follower() : Ahead{};
-      e.multiply({m, out, columns_vo, left.data, left.stride, po.data.get(), po.rows, 0, ahead}, finish);
+    for_each_part(e, count, panels(e, out), [&](const Part& part) {
+      Scratch scratch(Scratch::aligned(part.rows * kc * size));
+      const Rows from{z.at_row(part.row), z.columns, e.operand};
+      const Left left = left_operand(e, part.rows, columns_vo, from, {},
+                                     scratch.take(part.rows * kc * size));
+      const int64_t column = part.panel * panel_width(e), row = first + part.row;
+      Finish finish{result + (row * out + column) * dtype_size(dtype), out, dtype,
+                    bias_o.from(column)};
+      if (residual) finish.residual = rows_from(rs.rows, row, column);
+      const Ahead ahead = fresh && part.fresh ? po.follower() : Ahead{};
+      e.multiply({part.rows, std::min(out - column, part.panels * panel_width(e)), columns_vo,
+                  left.data, left.stride, po.from(e, column), po.rows, 0, ahead}, finish);
     });
     if (!keep) return;
     const Operand* operands[] = {&q, &k, &v, &z};

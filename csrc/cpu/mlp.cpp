@@ -25,80 +25,197 @@ struct Options {
   const OptionalTensor& residual;
 };
 
-// Into y, and what lies between `in` and `up`, `down` and `out` into the middles that have elements.
-void run(const Engine& e, const at::Tensor& x, const Weights& w, const Options& options,
-         const at::Tensor& y, const at::Tensor& middle1 = {}, const at::Tensor& middle2 = {}) {
-  const int64_t in = x.size(-1), out = y.size(-1), hidden = w.up.n, rows = row_count(x);
-  const int64_t inner1 = w.up.k, inner2 = w.down.n;
-  const RowsOf xs(x), rs(options.residual ? *options.residual : x);
-  const Bias bias1(options.b1), bias2(options.b2);
-  const Activation act = parse_activation(options.activation);
-  const int64_t size = e.operand_size(), block = block_rows(e, rows);
-  const int64_t kx = e.padded_k(in), k1 = e.padded_k(inner1), k2 = e.padded_k(inner2);
-  const int64_t n2 = e.padded_n(inner2);
-  const int64_t chunk = kHiddenPanels * 2 * e.width;
-  const Dtype dtype = dtype_of(y);
-  char* result = static_cast<char*>(y.mutable_data_ptr());
-  const int64_t bytes1 = w.low_rank() ? block * k1 * size : 0;
-  const int64_t bytes2 = w.low_rank() ? block * k2 * size : 0;
-  const int64_t bytes = Scratch::aligned(block * kx * size) + Scratch::aligned(bytes1) +
-                        Scratch::aligned(block * chunk * size) + Scratch::aligned(block * n2 * 4) +
-                        Scratch::aligned(bytes2);
+// One call: what all its rows have in common.
+class Call {
+ public:
+  Call(const Engine& engine, const at::Tensor& x, const Weights& weights, const Options& options,
+       const at::Tensor& y)
+      : e(engine), w(weights), xs(x), rs(options.residual ? *options.residual : x),
+        bias1(options.b1), bias2(options.b2), act(parse_activation(options.activation)),
+        epsilon(options.epsilon), has_residual(options.residual.has_value()), in(x.size(-1)),
+        out(y.size(-1)), rows(row_count(x)), dtype(dtype_of(y)),
+        result(static_cast<char*>(y.mutable_data_ptr())) {}
 
-  for_each_block(e, rows, [&](int64_t row, int64_t m, bool fresh) {
-    Scratch scratch(bytes);
-    Left left = left_operand(e, m, in, rows_from(xs.rows, row), options.epsilon,
-                             scratch.take(block * kx * size));
-    void* t1 = scratch.take(bytes1);
-    char* h = scratch.take<char>(block * chunk * size);
-    float* sum = scratch.take<float>(block * n2 * 4);
-    void* t2 = scratch.take(bytes2);
-    // A thread's first rows see every weight for the first time: each product fetches what the next
-    // needs.
+  // The last product's finish, for rows from `row` on.
+  Finish last(int64_t row) const {
+    Finish finish{result + row * out * dtype_size(dtype), out, dtype, bias2.rows};
+    if (has_residual) finish.residual = rows_from(rs.rows, row);
+    return finish;
+  }
+
+  // x̂ of some rows, or x̂ V1 in `middle`: what `up` multiplies. `ahead`: what comes next.
+  Left enter(int64_t row, int64_t m, void* normed, void* middle, Ahead ahead) const {
+    const Left left = left_operand(e, m, in, rows_from(xs.rows, row), epsilon, normed);
+    if (!w.low_rank()) return left;
+    const int64_t inner = w.up.k, stride = e.padded_k(inner);
+    if (stride != inner) std::memset(middle, 0, m * stride * e.operand_size());
+    e.multiply({m, inner, in, left.data, left.stride, w.in.data.get(), w.in.rows, 0, ahead},
+               {middle, stride, e.operand});
+    return {middle, stride};
+  }
+
+  // Some rows through the hidden columns from `begin` to `end`, a chunk at a time in `h`: their part of
+  // act(...) down in `sum`, or as `finish` says if there is one. Each product fetches what the next
+  // needs where rows are `fresh`, a thread's first: they see every weight for the first time.
+  void through(int64_t m, const Left& left, int64_t begin, int64_t end, char* h, float* sum,
+               const Finish* finish, bool fresh, Ahead then) const {
     const auto ahead = [&](Ahead memory) { return fresh ? memory : Ahead{}; };
-    const auto part_of_up = [&](int64_t first) {
-      const int64_t columns = std::min(chunk, hidden - first);
-      return Ahead{w.up.from(e, first), e.packed_bytes(inner1, columns)};
-    };
-    const auto part_of_down = [&](int64_t first, int64_t columns) {
-      const int64_t lanes = std::min(2 * e.width, n2) * e.packed_size;
-      const int64_t panels = lanes ? ceil_div(n2 * e.packed_size, lanes) : 0;
-      return Ahead{static_cast<const char*>(w.down.data.get()) + first * lanes,
-                   panels * columns * lanes, columns * lanes, w.down.rows * lanes};
-    };
-    Finish last{result + row * out * dtype_size(dtype), out, dtype, bias2.rows};
-    if (options.residual) last.residual = rows_from(rs.rows, row);
-
-    if (w.low_rank()) {
-      if (k1 != inner1) std::memset(t1, 0, m * k1 * size);
-      if (k2 != inner2) std::memset(t2, 0, m * k2 * size);
-      e.multiply({m, inner1, in, left.data, left.stride, w.in.data.get(), w.in.rows, 0,
-                  ahead(part_of_up(0))},
-                 {t1, k1, e.operand});
-      left = {t1, k1};
-    }
-    for (int64_t first = 0; first == 0 || first < hidden; first += chunk) {
-      const int64_t columns = std::min(chunk, hidden - first), following = first + columns;
-      if (columns % e.group) std::memset(h, 0, m * chunk * size);
-      e.multiply({m, columns, inner1, left.data, left.stride, part_of_up(first).data, w.up.rows, 0,
+    const int64_t inner = w.up.k, size = chunk();
+    for (int64_t first = begin; first == begin || first < end; first += size) {
+      const int64_t columns = std::min(size, end - first), following = first + columns;
+      if (columns % e.group) std::memset(h, 0, m * size * e.operand_size());
+      e.multiply({m, columns, inner, left.data, left.stride, w.up.from(e, first), w.up.rows, 0,
                   ahead(part_of_down(first, columns))},
-                 {h, chunk, e.operand, bias1.from(first), act});
-      Product down{m, inner2, columns, h, chunk, w.down.data.get(), w.down.rows, first};
-      if (following < hidden) {
-        down.ahead = ahead(part_of_up(following));
-        e.accumulate(down, sum, n2, first > 0);
+                 {h, size, e.operand, bias1.from(first), act});
+      Product down{m, w.down.n, columns, h, size, w.down.data.get(), w.down.rows, first};
+      down.ahead = ahead(following < end ? part_of_up(following, end) : then);
+      if (following < end || !finish) {
+        e.accumulate(down, sum, sum_stride(), first > begin);
         continue;
       }
-      down.ahead = ahead(w.low_rank() ? w.out.all() : w.down.follower());
-      Finish finish = w.low_rank() ? Finish{t2, k2, e.operand} : last;
-      if (first) finish.sum = sum, finish.sum_stride = n2;
-      e.multiply(down, finish);
+      Finish whole = *finish;
+      if (first > begin) whole.sum = sum, whole.sum_stride = sum_stride();
+      e.multiply(down, whole);
     }
-    if (!w.low_rank()) return;
-    if (middle1.numel()) keep_rows(m, inner1, t1, k1, e.operand, middle1, row);
-    if (middle2.numel()) keep_rows(m, inner2, t2, k2, e.operand, middle2, row);
-    e.multiply({m, out, inner2, t2, k2, w.out.data.get(), w.out.rows, 0, ahead(w.out.follower())}, last);
+  }
+
+  // Out of the second middle into y.
+  void leave(int64_t row, int64_t m, const void* middle, Ahead ahead) const {
+    e.multiply({m, out, w.down.n, middle, e.padded_k(w.down.n), w.out.data.get(), w.out.rows, 0, ahead},
+               last(row));
+  }
+
+  Ahead part_of_up(int64_t first, int64_t end) const {
+    return {w.up.from(e, first), e.packed_bytes(w.up.k, std::min(chunk(), end - first))};
+  }
+
+  int64_t chunk() const { return kHiddenPanels * panel_width(e); }
+  int64_t sum_stride() const { return e.padded_n(w.down.n); }
+  // Bytes of a row of what lies between, in the operand format.
+  int64_t normed_bytes() const { return e.padded_k(in) * e.operand_size(); }
+  int64_t middle1_bytes() const { return w.low_rank() ? e.padded_k(w.up.k) * e.operand_size() : 0; }
+  int64_t middle2_bytes() const { return w.low_rank() ? e.padded_k(w.down.n) * e.operand_size() : 0; }
+  int64_t hidden_bytes() const { return chunk() * e.operand_size(); }
+  int64_t sum_bytes() const { return sum_stride() * 4; }
+
+  const Engine& e;
+  const Weights& w;
+  const RowsOf xs, rs;
+  const Bias bias1, bias2;
+  const Activation act;
+  const std::optional<double> epsilon;
+  const bool has_residual;
+  const int64_t in, out, rows;
+  const Dtype dtype;
+  char* const result;
+
+ private:
+  Ahead part_of_down(int64_t first, int64_t columns) const {
+    const int64_t n = sum_stride(), lanes = std::min(panel_width(e), n) * e.packed_size;
+    const int64_t panels = lanes ? ceil_div(n * e.packed_size, lanes) : 0;
+    return {static_cast<const char*>(w.down.data.get()) + first * lanes, panels * columns * lanes,
+            columns * lanes, w.down.rows * lanes};
+  }
+};
+
+// What lies between `in` and `up`, `down` and `out`, of some rows, into the middles that have elements.
+void keep_middles(const Call& c, int64_t row, int64_t m, const void* t1, const void* t2,
+                  const at::Tensor& middle1, const at::Tensor& middle2) {
+  const Engine& e = c.e;
+  if (middle1.numel()) keep_rows(m, c.w.up.k, t1, e.padded_k(c.w.up.k), e.operand, middle1, row);
+  if (middle2.numel()) keep_rows(m, c.w.down.n, t2, e.padded_k(c.w.down.n), e.operand, middle2, row);
+}
+
+// Every thread takes rows through all of it.
+void by_rows(const Call& c, const at::Tensor& middle1, const at::Tensor& middle2) {
+  const Engine& e = c.e;
+  const int64_t block = block_rows(e, c.rows), hidden = c.w.up.n;
+  const int64_t bytes = Scratch::aligned(block * c.normed_bytes()) +
+                        Scratch::aligned(block * c.middle1_bytes()) +
+                        Scratch::aligned(block * c.hidden_bytes()) +
+                        Scratch::aligned(block * c.sum_bytes()) +
+                        Scratch::aligned(block * c.middle2_bytes());
+
+  for_each_block(e, c.rows, [&](int64_t row, int64_t m, bool fresh) {
+    Scratch scratch(bytes);
+    void* normed = scratch.take(block * c.normed_bytes());
+    void* t1 = scratch.take(block * c.middle1_bytes());
+    char* h = scratch.take<char>(block * c.hidden_bytes());
+    float* sum = scratch.take<float>(block * c.sum_bytes());
+    void* t2 = scratch.take(block * c.middle2_bytes());
+    const auto ahead = [&](Ahead memory) { return fresh ? memory : Ahead{}; };
+
+    const Left left = c.enter(row, m, normed, t1, ahead(c.part_of_up(0, hidden)));
+    if (!c.w.low_rank()) {
+      const Finish last = c.last(row);
+      return c.through(m, left, 0, hidden, h, sum, &last, fresh, c.w.down.follower());
+    }
+    if (c.middle2_bytes() != c.w.down.n * e.operand_size()) {
+      std::memset(t2, 0, m * c.middle2_bytes());
+    }
+    const Finish inner{t2, e.padded_k(c.w.down.n), e.operand};
+    c.through(m, left, 0, hidden, h, sum, &inner, fresh, c.w.out.all());
+    keep_middles(c, row, m, t1, t2, middle1, middle2);
+    c.leave(row, m, t2, ahead(c.w.out.follower()));
   });
+}
+
+// Of few rows: every thread takes all of them through its part of the hidden layer, so that it reads
+// only that part of its weights.
+void by_hidden(const Call& c, const at::Tensor& middle1, const at::Tensor& middle2) {
+  const Engine& e = c.e;
+  const int64_t all = panels(e, c.w.up.n), share = ceil_div(all, at::get_num_threads());
+  const int64_t parts = ceil_div(all, share), hidden = c.w.up.n, width = panel_width(e);
+  const int64_t left_bytes = c.w.low_rank() ? c.middle1_bytes() : c.normed_bytes();
+  const int64_t left_stride = e.padded_k(c.w.up.k);
+  Workspace workspace(c.rows * (left_bytes + parts * c.sum_bytes()));
+  char* left = workspace.take(c.rows * left_bytes);
+  float* sums = reinterpret_cast<float*>(workspace.take(c.rows * parts * c.sum_bytes()));
+
+  for_each_block(e, c.rows, [&](int64_t row, int64_t m, bool) {
+    char* here = left + row * left_bytes;
+    Scratch scratch(c.w.low_rank() ? m * c.normed_bytes() : 0);
+    void* normed = c.w.low_rank() ? scratch.take(m * c.normed_bytes()) : here;
+    const Left found = c.enter(row, m, normed, here, {});
+    if (found.data != here) e.load(m, c.w.up.k, {found.data, found.stride, e.operand}, here, left_stride);
+  });
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      Scratch scratch(c.rows * c.hidden_bytes());
+      c.through(c.rows, {left, left_stride}, i * share * width,
+                std::min((i + 1) * share * width, hidden), scratch.take<char>(c.rows * c.hidden_bytes()),
+                sums + i * c.rows * c.sum_stride(), nullptr, i == begin,
+                c.w.low_rank() ? c.w.out.all() : c.w.down.follower());
+    }
+  });
+  for_each_block(e, c.rows, [&](int64_t row, int64_t m, bool fresh) {
+    const int64_t count = m * c.sum_stride();
+    float* sum = sums + row * c.sum_stride();
+    for (int64_t i = 1; i < parts; ++i) {
+      const float* other = sum + i * c.rows * c.sum_stride();
+      for (int64_t j = 0; j < count; ++j) sum[j] += other[j];
+    }
+    // A product of no terms, for its finish.
+    const Product none{m, c.w.down.n, 0, left, left_stride, c.w.down.data.get(), c.w.down.rows, 0};
+    Scratch scratch(m * c.middle2_bytes());
+    void* t2 = scratch.take(m * c.middle2_bytes());
+    Finish finish = c.last(row);
+    if (c.w.low_rank()) {
+      std::memset(t2, 0, m * c.middle2_bytes());
+      finish = {t2, e.padded_k(c.w.down.n), e.operand};
+    }
+    finish.sum = sum, finish.sum_stride = c.sum_stride();
+    e.multiply(none, finish);
+    if (!c.w.low_rank()) return;
+    keep_middles(c, row, m, left + row * left_bytes, t2, middle1, middle2);
+    c.leave(row, m, t2, fresh ? c.w.out.follower() : Ahead{});
+  });
+}
+
+void run(const Engine& e, const at::Tensor& x, const Weights& w, const Options& options,
+         const at::Tensor& y, const at::Tensor& middle1 = {}, const at::Tensor& middle2 = {}) {
+  const Call call(e, x, w, options, y);
+  (by_columns(e, call.rows, panels(e, w.up.n)) ? by_hidden : by_rows)(call, middle1, middle2);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> low_rank_mlp(

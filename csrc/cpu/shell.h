@@ -63,10 +63,10 @@ struct RowsOf {
   }
 };
 
-inline Rows rows_from(const Rows& x, int64_t row) {
+inline Rows rows_from(const Rows& x, int64_t row, int64_t column = 0) {
   if (!x.data) return x;
-  return {static_cast<const char*>(x.data) + row * x.stride * dtype_size(x.dtype), x.stride,
-          x.dtype};
+  return {static_cast<const char*>(x.data) + (row * x.stride + column) * dtype_size(x.dtype),
+          x.stride, x.dtype};
 }
 
 // A bias, contiguous.
@@ -118,6 +118,26 @@ class Scratch {
   char* next_;
 };
 
+// What threads hand over to each other between two sweeps, in the calling one's memory, reused from call
+// to call: fresh memory of this size would come from the system page by page.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) {
+    thread_local std::vector<char> memory;
+    grow(memory, bytes + 5 * 64);
+    next_ = memory.data();
+  }
+
+  char* take(int64_t bytes) {
+    char* here = next_;
+    next_ += Scratch::aligned(bytes);
+    return here;
+  }
+
+ private:
+  char* next_;
+};
+
 // Rows per block: whole steps, no more than the engine wants, and as many blocks as the threads divide
 // evenly.
 inline int64_t block_rows(const Engine& engine, int64_t rows) {
@@ -134,6 +154,43 @@ inline void for_each_block(const Engine& engine, int64_t rows, Body body) {
   at::parallel_for(0, ceil_div(rows, block), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       body(i * block, std::min(block, rows - i * block), i == begin);
+    }
+  });
+}
+
+// A part of a product: rows, and of the columns whole panels. `fresh`: its thread's first.
+struct Part {
+  int64_t row, rows, panel, panels;
+  bool fresh;
+};
+
+inline int64_t panel_width(const Engine& engine) { return 2 * engine.width; }
+
+inline int64_t panels(const Engine& engine, int64_t columns) {
+  return ceil_div(columns, panel_width(engine));
+}
+
+// Whether threads share out columns, not rows. Each then reads a part of the weights and all rows; of
+// few rows weights are most of what there is to read.
+inline bool by_columns(const Engine& engine, int64_t rows, int64_t panels) {
+  const int64_t threads = at::get_num_threads();
+  return threads > 1 && !at::in_parallel_region() && rows <= 2 * engine.block_rows &&
+         panels >= 2 * threads;
+}
+
+// body(part) for every part of a product (rows, panels).
+template <typename Body>
+inline void for_each_part(const Engine& engine, int64_t rows, int64_t panels, Body body) {
+  if (!by_columns(engine, rows, panels)) {
+    for_each_block(engine, rows, [&](int64_t row, int64_t m, bool fresh) {
+      body(Part{row, m, 0, panels, fresh});
+    });
+    return;
+  }
+  const int64_t share = ceil_div(panels, at::get_num_threads());
+  at::parallel_for(0, ceil_div(panels, share), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      body(Part{0, rows, i * share, std::min(share, panels - i * share), i == begin});
     }
   });
 }
