@@ -75,7 +75,7 @@ struct Engine {
   const char* name;
   Dtype operand;
   int64_t tile_rows;  // rows of one tile of C
-  int64_t row_step;   // rows are shared out by so many: fewer cost about as much
+  int64_t row_step;   // fewer rows than this cost as much
   int64_t block_rows;  // so many go through an op together: their middles stay in the second cache
   int64_t width;      // lanes: packed columns are padded to a multiple
   int64_t group;      // columns of A come in multiples of it, odd tails padded with zeros

@@ -13,7 +13,7 @@
 namespace adacomcat {
 namespace amx_split {
 namespace {
-constexpr int kLanes = 16, kTileRows = 32, kRowStep = 4, kPanel = 2;
+constexpr int kLanes = 16, kTileRows = 32, kRowStep = 16, kPanel = 2;
 #include "engine_body.h"
 }  // namespace
 
