@@ -125,15 +125,11 @@ class FusedBlock(nn.Module):
         return self.mlp(self.attn(x, attn_mask=attn_mask, is_causal=is_causal))
 
 
-class FusedPatches(nn.Module):
+class FusedPatches(nn.Conv2d):
     """A convolution whose kernel is as large as its stride."""
 
-    def __init__(self, proj: nn.Conv2d) -> None:
-        super().__init__()
-        self.weight, self.bias = proj.weight, proj.bias
-
     def forward(self, image: Tensor) -> Tensor:
-        rows = image.shape[2] // self.weight.shape[2]
+        rows = image.shape[2] // self.kernel_size[0]
         # (B, out, rows, columns), laid out patch after patch: timm's flatten copies nothing.
         return inference.patch_embedding(image, self.weight, self.bias).mT.unflatten(2, (rows, -1))
 
@@ -165,7 +161,7 @@ def optimize(model: nn.Module) -> nn.Module:
         if type(module) is Block:
             optimized.set_submodule(name, FusedBlock(module).eval())
         elif type(module) is PatchEmbed and _takes_patches(module.proj):
-            module.proj = FusedPatches(module.proj)
+            module.proj.__class__ = FusedPatches  # what asks it for its channels finds them
     if _head_reads_first_token(optimized):
         optimized.__class__ = FirstTokenVisionTransformer  # its parts, names and API stay
     return optimized

@@ -151,6 +151,7 @@ def test_optimize_takes_patches_that_do_not_overlap(change: dict, fused: bool) -
     optimized = adacomcat.optimize(model)
     assert (type(optimized.patch_embed.proj) is FusedPatches) == fused
     assert type(proj) is nn.Conv2d and type(model.patch_embed.proj) is nn.Conv2d
+    assert optimized.patch_embed.proj.in_channels == 3
     for size in ((32, 32), (48, 40)) if fused else ((32, 32),):
         if fused or change == {"padding": (1, 1)}:
             image = torch.randn(2, 3, *size)
