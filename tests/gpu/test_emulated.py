@@ -46,13 +46,8 @@ def run(
     return launches
 
 
-@pytest.mark.parametrize(
-    "case, dtype, architecture",
-    # tf32 on sm_90 runs with larger tiles below.
-    [(case, dtype, architecture) for case, dtype in RAGGED for architecture in ARCHITECTURES
-     if (dtype, architecture) != ("tf32", "sm_90")],
-    ids=lambda v: getattr(v, "id", v),
-)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case, dtype", RAGGED, ids=lambda v: getattr(v, "id", v))
 def test_ragged(case: Case, dtype: str, architecture: str) -> None:
     run(case, architecture, dtype)
 
