@@ -138,15 +138,33 @@ class FirstTokenVisionTransformer(VisionTransformer):
     """A timm ``VisionTransformer`` whose head reads the class token only: of the last block
     nothing else is computed. ``forward_features`` still returns all tokens."""
 
+    embedding: nn.Parameter | None  # (1, tokens, d): what every image has before its patches
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
             return super().forward(x, attn_mask, is_causal)
         *first, last = self.blocks
-        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        x = self.norm_pre(self.patch_drop(self._tokens(x)))
         for block in first:
             x = block(x)
-        return self.forward_head(self.norm(last.mlp(last.attn.first_token(x))))
+        return self._classify(last.mlp(last.attn.first_token(x)))
+
+    def _tokens(self, image: Tensor) -> Tensor:
+        if self.embedding is None or image.shape[-2:] != self.patch_embed.img_size:
+            return self._pos_embed(self.patch_embed(image))
+        proj, own = self.patch_embed.proj, self.embedding[0]
+        prefix, positions = own[:self.num_prefix_tokens], own[self.num_prefix_tokens:]
+        return inference.patch_embedding(image, proj.weight, proj.bias, prefix, positions)
+
+    def _classify(self, token: Tensor) -> Tensor:
+        """token (B, 1, d)."""
+        norm, head = self.norm, self.head
+        plain = type(self.fc_norm) is nn.Identity and type(head) is nn.Linear
+        if _affine(norm) is None or not plain:
+            return self.forward_head(norm(token))
+        return inference.normed_linear(token.flatten(1), norm.weight, norm.bias, head.weight,
+                                       head.bias, norm.eps)
 
 
 def optimize(model: nn.Module) -> nn.Module:
@@ -164,6 +182,7 @@ def optimize(model: nn.Module) -> nn.Module:
             module.proj.__class__ = FusedPatches  # what asks it for its channels finds them
     if _head_reads_first_token(optimized):
         optimized.__class__ = FirstTokenVisionTransformer  # its parts, names and API stay
+        optimized.embedding = _embedding(optimized)
     return optimized
 
 
@@ -205,6 +224,19 @@ def _head_reads_first_token(model: nn.Module) -> bool:
             and model.attn_pool is None and len(model.blocks) > 0
             and type(model.blocks[-1]) is FusedBlock
             and type(model.blocks[-1].attn) is FusedAttention)
+
+
+@torch.no_grad()
+def _embedding(model: VisionTransformer) -> nn.Parameter | None:
+    """What the model adds to empty patches, and its prefix; None where that is not all it does."""
+    patches = model.patch_embed
+    if not (type(patches) is PatchEmbed and type(patches.proj) is FusedPatches
+            and patches.grid_size is not None and type(patches.norm) is nn.Identity):
+        return None
+    zeros = patches.proj.weight.new_zeros(1, *patches.grid_size, patches.proj.out_channels)
+    if not model.dynamic_img_size:
+        zeros = zeros.flatten(1, 2)
+    return nn.Parameter(model._pos_embed(zeros), requires_grad=False)
 
 
 def _affine(norm: nn.Module) -> Norm | None:

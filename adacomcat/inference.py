@@ -1,4 +1,4 @@
-"""Two ops that only `optimize` uses, for inference: C++ kernels on CPUs, else the formula.
+"""Three ops that only `optimize` uses, for inference: C++ kernels on CPUs, else the formula.
 
 The formula serves too where a gradient, autocast or a trace wants what it consists of.
 """
@@ -14,6 +14,8 @@ from torch.utils.flop_counter import register_flop_formula
 from adacomcat import backends
 
 _LIBRARY = torch.library.Library("adacomcat", "FRAGMENT")
+# Of more rows the library's own products are as fast.
+MOST_VECTORS = 4
 
 
 def first_token_attention(
@@ -38,15 +40,26 @@ def first_token_attention(
     return kernel(*arguments)
 
 
-def patch_embedding(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.conv2d(image, weight, bias, stride=(h, w)).flatten(2).mT, for patches that do not overlap.
+def patch_embedding(image: Tensor, weight: Tensor, bias: Tensor | None,
+                    prefix: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    """F.conv2d(image, weight, bias, stride=(h, w)).flatten(2).mT + positions, after a prefix.
 
-    image (B, C, H, W), weight (out, C, h, w) → (B, patches, out).
+    image (B, C, H, W), weight (out, C, h, w) for patches that do not overlap, prefix (n, out),
+    positions (patches, out) → (B, n + patches, out).
     """
-    kernel = _kernel("patch_embedding", image, weight, bias)
+    kernel = _kernel("patch_embedding", image, weight, bias, prefix, positions)
     if kernel is None or weight.shape[-1] % 2:
         kernel = _patch_embedding
-    return kernel(image, weight, bias)
+    return kernel(image, weight, bias, prefix, positions)
+
+
+def normed_linear(x: Tensor, gamma: Tensor | None, beta: Tensor | None, weight: Tensor,
+                  bias: Tensor | None, epsilon: float) -> Tensor:
+    """F.linear(F.layer_norm(x, (d,), gamma, beta, epsilon), weight, bias), x (rows, d)."""
+    kernel = _kernel("normed_linear", x, gamma, beta, weight, bias)
+    if kernel is None or x.shape[0] > MOST_VECTORS:
+        kernel = _normed_linear
+    return kernel(x, gamma, beta, weight, bias, epsilon)
 
 
 def _kernel(op: str, x: Tensor, *others: Any) -> Callable[..., Tensor] | None:
@@ -69,8 +82,16 @@ def _first_token_attention(x, wq, bq, wk, wv, wo, bo, num_heads, scale, epsilon)
     return x[:, :1] + F.linear(heads.flatten(1), wo, bo).unsqueeze(1)
 
 
-def _patch_embedding(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv2d(image, weight, bias, stride=weight.shape[2:]).flatten(2).mT
+def _patch_embedding(image, weight, bias, prefix, positions) -> Tensor:
+    tokens = F.conv2d(image, weight, bias, stride=weight.shape[2:]).flatten(2).mT
+    if positions is not None:
+        tokens = tokens + positions
+    return tokens if prefix is None else torch.cat(
+        [prefix.to(tokens).expand(len(tokens), -1, -1), tokens], 1)
+
+
+def _normed_linear(x, gamma, beta, weight, bias, epsilon) -> Tensor:
+    return F.linear(F.layer_norm(x, x.shape[-1:], gamma, beta, epsilon), weight, bias)
 
 
 def _flops_first_token_attention(x, wq, bq, wk, wv, wo, bo, num_heads, *_, **__) -> int:
@@ -78,10 +99,14 @@ def _flops_first_token_attention(x, wq, bq, wk, wv, wo, bo, num_heads, *_, **__)
     return 2 * x[0] * (projections + 2 * num_heads * x[1] * x[2])
 
 
-def _flops_patch_embedding(image, weight, bias, **_) -> int:
+def _flops_patch_embedding(image, weight, *_, **__) -> int:
     out, channels, height, width = weight
     patches = image[2] // height * (image[3] // width)
     return 2 * image[0] * patches * out * channels * height * width
+
+
+def _flops_normed_linear(x, gamma, beta, weight, *_, **__) -> int:
+    return 2 * x[0] * weight[0] * weight[1]
 
 
 def _register(name: str, arguments: str, shape: Callable[..., tuple[int, ...]],
@@ -101,11 +126,18 @@ _register(
 )
 _register(
     "patch_embedding_cpu",
-    "Tensor image, Tensor weight, Tensor? bias",
-    lambda image, weight, bias: (
+    "Tensor image, Tensor weight, Tensor? bias, Tensor? prefix, Tensor? positions",
+    lambda image, weight, bias, prefix, positions: (
         image.shape[0],
-        image.shape[2] // weight.shape[2] * (image.shape[3] // weight.shape[3]),
+        (0 if prefix is None else prefix.shape[0])
+        + image.shape[2] // weight.shape[2] * (image.shape[3] // weight.shape[3]),
         weight.shape[0],
     ),
     _flops_patch_embedding,
+)
+_register(
+    "normed_linear_cpu",
+    "Tensor x, Tensor? gamma, Tensor? beta, Tensor weight, Tensor? bias, float epsilon",
+    lambda x, gamma, beta, weight, *_: (x.shape[0], weight.shape[0]),
+    _flops_normed_linear,
 )

@@ -262,28 +262,6 @@ def test_one_thread_and_several_agree(instruction_set: str, threads: None) -> No
             torch.testing.assert_close(other, results[0], **exactly)
 
 
-@each_dtype
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("name", ["mlp-197", "mlp-hidden", "mlp-relu", "mlp-rank0", "dense-197",
-                                  "dense-hidden", "dense-256", "attention-197", "attention-wide",
-                                  "attention-causal"])
-def test_few_rows_on_several_threads(name: str, count: int, dtype: torch.dtype,
-                                     instruction_set: str, threads: None,
-                                     poisoned_memory: None) -> None:
-    """Which share out columns of the weights, in which every one of these has panels enough."""
-    case = ALL[name]
-    base = convert(case.draw(), dtype)
-    exact = case.plain(**convert(base, torch.float64), **case.options)
-    plain = case.plain(**base, **case.options)
-    torch.set_num_threads(count)
-    assert_close_to_float64(case.call(base), exact, plain)
-    kernel = getattr(torch.ops.adacomcat, f"{case.op}_cpu")
-    out, *kept = kernel(**base, **case.options, keep=True) if "dense" not in name else [None]
-    expected = getattr(backends.reference, case.op)(**base, **case.options)
-    for found, middle in zip(kept, expected[1:], strict=False):
-        torch.testing.assert_close(found, middle, rtol=0.05, atol=0.05)
-
-
 # Packed weights: every change must be seen.
 
 

@@ -71,13 +71,17 @@ def test_what_is_fused() -> None:
     ({}, True), ({"reg_tokens": 2}, True), ({"init_values": 0.3}, True),
     ({"class_token": False, "global_pool": "avg"}, False), ({"global_pool": "avg"}, False),
     ({"global_pool": "map"}, False), ({"qk_norm": True}, False),
+    ({"no_embed_class": True, "reg_tokens": 1}, True), ({"pos_embed": "none"}, True),
+    ({"pre_norm": True}, True), ({"num_classes": 0}, True), ({"fc_norm": True}, True),
+    ({"patch_size": 7, "img_size": 35}, True),
 ], ids=str)
 @torch.no_grad()
 def test_a_head_that_reads_the_class_token_gets_no_other(kwargs: dict, shortcut: bool) -> None:
     model = compressed(**kwargs)
-    optimized, x = adacomcat.optimize(model), torch.randn(3, 3, 32, 32)
+    optimized, x = adacomcat.optimize(model), torch.randn(6, 3, *model.patch_embed.img_size)
     assert (type(optimized) is FirstTokenVisionTransformer) == shortcut
-    assert relative(optimized(x), model(x)) < 1e-5
+    for images in (x, x[:3], x[:1]):
+        assert relative(optimized(images), model(images)) < 1e-5
     assert relative(optimized.forward_features(x), model.forward_features(x)) < 1e-5
     assert relative(optimized(x, is_causal=True), model(x, is_causal=True)) < 1e-5
 

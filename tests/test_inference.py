@@ -1,4 +1,4 @@
-"""What only `optimize` uses: attention for one token, and patches as rows of a product."""
+"""What only `optimize` uses: attention for one token, the head, patches as rows of a product."""
 
 import pytest
 import timm
@@ -62,24 +62,61 @@ def test_first_token_attention(sizes: tuple, bias: bool, dtype: torch.dtype,
     torch.testing.assert_close(again, actual)
 
 
+def plain_patches(image: Tensor, weight: Tensor, bias: Tensor | None, prefix: Tensor | None,
+                  positions: Tensor | None) -> Tensor:
+    tokens = F.conv2d(image, weight, bias, stride=weight.shape[2:]).flatten(2).mT
+    tokens = tokens if positions is None else tokens + positions
+    if prefix is None:
+        return tokens
+    return torch.stack([torch.cat([prefix, one]) for one in tokens]) if len(tokens) else (
+        tokens.new_zeros(0, len(prefix) + tokens.shape[1], tokens.shape[2]))
+
+
 @each_dtype
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("prefix, positioned", [(None, False), (0, True), (1, False), (5, True)])
 @pytest.mark.parametrize("sizes", IMAGES, ids=str)
-def test_patch_embedding(sizes: tuple, bias: bool, dtype: torch.dtype,
-                         instruction_set: str, poisoned_memory: None) -> None:  # noqa: F811
+def test_patch_embedding(sizes: tuple, prefix: int | None, positioned: bool, bias: bool,
+                         dtype: torch.dtype, instruction_set: str,  # noqa: F811
+                         poisoned_memory: None) -> None:
     images, channels, height, width, patch, out = sizes
     image = torch.randn(images, channels, height, width).to(dtype)
     weight = (torch.randn(out, channels, patch, patch) / (channels**0.5 * patch)).to(dtype)
     b = torch.randn(out).to(dtype) if bias else None
-    actual = inference.patch_embedding(image, weight, b)
+    leading = None if prefix is None else torch.randn(prefix, out).to(dtype)
+    patches = height // patch * (width // patch)
+    positions = torch.randn(patches, out).to(dtype) if positioned else None
+    rest = (weight, b, leading, positions)
+    actual = inference.patch_embedding(image, *rest)
     if height < patch:
-        assert actual.shape == (images, 0, out)  # F.conv2d refuses
+        assert actual.shape == (images, prefix or 0, out)  # F.conv2d refuses
         return
-    exact = F.conv2d(*doubled((image, weight, b)), stride=patch).flatten(2).mT
-    plain = F.conv2d(image, weight, b, stride=patch).flatten(2).mT
+    exact, plain = plain_patches(*doubled((image, *rest))), plain_patches(image, *rest)
     assert_close_to_float64(actual, exact, plain)
     for layout in (image.contiguous(memory_format=torch.channels_last), strided(image)):
-        torch.testing.assert_close(inference.patch_embedding(layout, weight, b), actual)
+        again = inference.patch_embedding(layout, weight, *map(strided, rest[1:]))
+        torch.testing.assert_close(again, actual)
+
+
+# rows, width, out
+@each_dtype
+@pytest.mark.parametrize("affine, bias", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("sizes", [(1, 384, 1000), (4, 33, 17), (5, 48, 20), (3, 1, 2), (0, 8, 3),
+                                   (2, 16, 0)], ids=str)
+def test_normed_linear(sizes: tuple, affine: bool, bias: bool, dtype: torch.dtype,
+                       instruction_set: str, poisoned_memory: None) -> None:  # noqa: F811
+    rows, d, out = sizes
+    x, weight = torch.randn(rows, d).to(dtype) * 3 + 5, (torch.randn(out, d) / d**0.5).to(dtype)
+    gamma, beta = (torch.randn(2, d).to(dtype) if affine else (None, None))
+    tensors = (x, gamma, beta, weight, torch.randn(out).to(dtype) if bias else None)
+
+    def plain(x, gamma, beta, weight, bias) -> Tensor:
+        return F.linear(F.layer_norm(x, (d,), gamma, beta, EPSILON), weight, bias)
+
+    actual = inference.normed_linear(*tensors, EPSILON)
+    assert_close_to_float64(actual, plain(*doubled(tensors)), plain(*tensors))
+    again = inference.normed_linear(*map(strided, tensors), EPSILON)
+    torch.testing.assert_close(again, actual)
 
 
 def test_patches_of_an_odd_width_are_convolved() -> None:
@@ -114,7 +151,11 @@ class TestKernels:
                               (*tensors, 2, 0.37, EPSILON))
         torch.library.opcheck(
             torch.ops.adacomcat.patch_embedding_cpu.default,
-            (torch.randn(2, 3, 16, 24), torch.randn(5, 3, 8, 8), torch.randn(5)))
+            (torch.randn(2, 3, 16, 24), torch.randn(5, 3, 8, 8), torch.randn(5),
+             torch.randn(2, 5), torch.randn(6, 5)))
+        torch.library.opcheck(
+            torch.ops.adacomcat.normed_linear_cpu.default,
+            (torch.randn(2, 8), torch.randn(8), torch.randn(8), torch.randn(5, 8), None, EPSILON))
 
     def test_wrong_weights_are_named(self) -> None:
         x, wq, *others = draw_attention(ATTENTION[0], torch.float32)
@@ -122,6 +163,14 @@ class TestKernels:
             inference.first_token_attention(x, wq[:, :-1], *others, 6, 0.37, EPSILON)
         with pytest.raises(RuntimeError, match="weight is .*Half"):
             inference.patch_embedding(torch.randn(1, 3, 8, 8), torch.randn(4, 3, 4, 4).half(), None)
+        image, weight = torch.randn(1, 3, 16, 8), torch.randn(4, 3, 8, 8)
+        with pytest.raises(RuntimeError, match="positions must have shape .2, 4., got .3, 4."):
+            inference.patch_embedding(image, weight, None, None, torch.randn(3, 4))
+        with pytest.raises(RuntimeError, match="prefix must have shape"):
+            inference.patch_embedding(image, weight, None, torch.randn(1, 5))
+        with pytest.raises(RuntimeError, match="gamma must have shape"):
+            inference.normed_linear(torch.randn(1, 8), torch.randn(7), None, torch.randn(2, 8),
+                                    None, EPSILON)
         with pytest.raises(RuntimeError, match="split into 4 heads"):
             inference.first_token_attention(x, wq[:-1], *others, 4, 0.37, EPSILON)
 
@@ -133,6 +182,7 @@ class TestKernels:
             with backends.use_backend(backend), FlopCounterMode(display=False) as counter:
                 inference.first_token_attention(*tensors, 6, 0.37, EPSILON)
                 inference.patch_embedding(image, weight, None)
+                inference.normed_linear(torch.randn(3, 8), None, None, torch.randn(5, 8), None, 1)
             counts.append(counter.get_total_flops())
         assert counts[0] == counts[1] > 0
 

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "shell.h"
+#include "vectors.h"
 
 namespace adacomcat {
 namespace {
@@ -15,12 +15,6 @@ void softmax(float* row, int64_t n, float scale) {
   for (int64_t i = 0; i < n; ++i) most = std::max(most, row[i] *= scale);
   for (int64_t i = 0; i < n; ++i) sum += row[i] = std::exp(row[i] - most);
   for (int64_t i = 0; i < n; ++i) row[i] /= sum;
-}
-
-// A row as floats; zeros where there is none.
-void floats_of(const Engine& e, const Rows& row, int64_t k, float* out) {
-  const float one = 1;
-  e.weighted_sums(row.data ? 1 : 0, k, row, 1, &one, 1, out, k);
 }
 
 template <typename T>

@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "shell.h"
+#include "vectors.h"
 
 namespace adacomcat {
 namespace {
@@ -218,6 +218,74 @@ void run(const Engine& e, const at::Tensor& x, const Weights& w, const Options& 
   (by_columns(e, call.rows, panels(e, w.up.n)) ? by_hidden : by_rows)(call, middle1, middle2);
 }
 
+// The weights of an MLP, not packed; dense ones need neither `in` nor `out`.
+struct Matrices {
+  std::optional<Matrix> in;
+  Matrix up, down;
+  std::optional<Matrix> out;
+  int64_t inner, hidden, middle;  // columns of in, up, down
+};
+
+// Of single rows: every thread takes them through its part of the hidden layer.
+void by_vectors(const Engine& e, const at::Tensor& x, const Matrices& w, const Options& options,
+                const at::Tensor& y) {
+  const int64_t rows = row_count(x), in = x.size(-1), out = y.size(-1);
+  const int64_t middle_stride = e.padded_n(w.middle), out_stride = e.padded_n(out);
+  const RowsOf xs(x), rs(options.residual ? *options.residual : x);
+  const Bias bias1(options.b1), bias2(options.b2);
+  const Activation act = parse_activation(options.activation);
+  const int64_t step = worthwhile_columns(w.inner + w.middle), units = ceil_div(w.hidden, step);
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t share = std::max<int64_t>(ceil_div(units, threads), 1) * step;
+  const int64_t parts = std::max<int64_t>(ceil_div(w.hidden, share), 1);
+  const int64_t left_bytes = rows * std::max(in, w.inner) * 4, sum_bytes = rows * middle_stride * 4;
+  Workspace workspace(2 * Scratch::aligned(left_bytes) + Scratch::aligned(parts * sum_bytes) +
+                      Scratch::aligned(std::max(e.padded_k(in) * e.operand_size(),
+                                                rows * out_stride * 4)));
+  float* left = reinterpret_cast<float*>(workspace.take(left_bytes));
+  float* inner = reinterpret_cast<float*>(workspace.take(left_bytes));
+  float* sums = reinterpret_cast<float*>(workspace.take(parts * sum_bytes));
+  char* last = workspace.take(0);
+
+  vectors_of(e, rows, in, xs.rows, options.epsilon, last, left);
+  if (w.in) {
+    for_each_column(in, w.inner, [&](int64_t n, int64_t columns) {
+      w.in->multiply(e, rows, left, in, 0, in, n, columns, inner + n, w.inner);
+    });
+    left = inner;
+  }
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    const int64_t bytes = Scratch::aligned(rows * share * 4);
+    Scratch scratch(2 * bytes);
+    float* before = scratch.take<float>(bytes);
+    float* h = scratch.take<float>(bytes);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * share, columns = std::min(share, w.hidden - first);
+      w.up.multiply(e, rows, left, w.inner, 0, w.inner, first, columns, before, share);
+      finish_sums(e, rows, columns, before, share,
+                  {h, share, Dtype::f32, bias1.from(first), act});
+      w.down.multiply(e, rows, h, share, first, columns, 0, w.middle,
+                      sums + i * rows * middle_stride, middle_stride);
+    }
+  });
+  for (int64_t i = 1; i < parts; ++i) {
+    const float* other = sums + i * rows * middle_stride;
+    for (int64_t j = 0; j < rows * middle_stride; ++j) sums[j] += other[j];
+  }
+  float* result = sums;
+  if (w.out) {
+    result = reinterpret_cast<float*>(last);
+    for_each_column(w.middle, out, [&](int64_t n, int64_t columns) {
+      w.out->multiply(e, rows, sums, middle_stride, 0, w.middle, n, columns, result + n, out_stride);
+    });
+  }
+  Finish finish{y.mutable_data_ptr(), out, dtype_of(y), bias2.rows};
+  if (options.residual) finish.residual = rs.rows;
+  finish_sums(e, rows, out, result, out_stride, finish);
+}
+
+bool are_vectors(const at::Tensor& x) { return row_count(x) <= kMostVectors; }
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> low_rank_mlp(
     const at::Tensor& x, const at::Tensor& v1, const at::Tensor& u1, const OptionalTensor& b1,
     const at::Tensor& v2, const at::Tensor& u2, const OptionalTensor& b2,
@@ -242,9 +310,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> low_rank_mlp(
   if (!row_count(x) || !out) return {y, middle1, middle2};
 
   const Engine& e = engine(dtype_of(x));
+  const Options options{b1, b2, activation, epsilon, residual};
+  if (are_vectors(x) && !keep) {
+    by_vectors(e, x, {Matrix(v1, false), Matrix(u1, true), Matrix(v2, false), Matrix(u2, true), rank1,
+                      hidden, rank2}, options, y);
+    return {y, middle1, middle2};
+  }
   const Weights weights{packed(e, v1, false), packed(e, u1, true), packed(e, v2, false),
                         packed(e, u2, true)};
-  run(e, x, weights, {b1, b2, activation, epsilon, residual}, y, middle1, middle2);
+  run(e, x, weights, options, y, middle1, middle2);
   return {y, middle1, middle2};
 }
 
@@ -266,8 +340,12 @@ at::Tensor dense_mlp(const at::Tensor& x, const at::Tensor& w1, const OptionalTe
   if (!row_count(x) || !out) return y;
 
   const Engine& e = engine(dtype_of(x));
-  run(e, x, {{}, packed(e, w1, true), packed(e, w2, true), {}},
-      {b1, b2, activation, epsilon, residual}, y);
+  const Options options{b1, b2, activation, epsilon, residual};
+  if (are_vectors(x)) {
+    by_vectors(e, x, {{}, Matrix(w1, true), Matrix(w2, true), {}, x.size(-1), hidden, out}, options, y);
+  } else {
+    run(e, x, {{}, packed(e, w1, true), packed(e, w2, true), {}}, options, y);
+  }
   return y;
 }
 

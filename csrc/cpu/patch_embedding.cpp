@@ -25,26 +25,33 @@ struct Patches {
   }
 };
 
-// image (B, C, H, W), weight (out, C, height, width), bias (out) → (B, patches, out).
+// image (B, C, H, W), weight (out, C, height, width), bias (out), prefix (n, out), positions
+// (patches, out) → (B, n + patches, out).
 at::Tensor patch_embedding(const at::Tensor& image, const at::Tensor& weight,
-                           const OptionalTensor& bias) {
+                           const OptionalTensor& bias, const OptionalTensor& prefix,
+                           const OptionalTensor& positions) {
   TORCH_CHECK(image.dim() == 4 && weight.dim() == 4, "image (B, C, H, W) and weight "
               "(out, C, height, width) expected, got ", image.sizes(), " and ", weight.sizes());
   const int64_t out = weight.size(0), height = weight.size(2), width = weight.size(3);
   check(image, weight, "weight", {out, image.size(1), height, width});
   if (bias) check(image, *bias, "bias", {out});
+  if (prefix) check(image, *prefix, "prefix", {prefix->size(0), out});
   const Engine& e = engine(dtype_of(image));
   TORCH_CHECK(height > 0 && width > 0 && width % e.group == 0, "patches of ", height, " x ", width,
               " pixels: the kernel takes an even width");
   const at::Tensor held = image.stride(3) == 1 ? image : image.contiguous();
   const int64_t across = image.size(3) / width, count = image.size(2) / height * across;
   const int64_t rows = image.size(0) * count, k = image.size(1) * height * width;
-  at::Tensor y = at::empty({image.size(0), count, out}, image.options());
+  const int64_t leading = prefix ? prefix->size(0) : 0, tokens = leading + count;
+  if (positions) check(image, *positions, "positions", {count, out});
+  at::Tensor y = at::empty({image.size(0), tokens, out}, image.options());
+  if (leading) y.narrow(1, 0, leading).copy_(prefix->expand({image.size(0), leading, out}));
   if (!rows || !out) return y;
 
   const Patches patches{held, height, width, across, count};
   const Packed packed_weight = packed(e, weight.reshape({out, k}), true);
   const Bias b(bias);
+  const RowsOf added(positions ? *positions : weight.view({1, -1}));
   const Dtype dtype = dtype_of(y);
   char* result = static_cast<char*>(y.mutable_data_ptr());
   const int64_t block = block_rows(e, rows), size = e.operand_size();
@@ -53,11 +60,17 @@ at::Tensor patch_embedding(const at::Tensor& image, const at::Tensor& weight,
   for_each_block(e, rows, [&](int64_t row, int64_t m, bool fresh) {
     Scratch scratch(Scratch::aligned(block * k * size) + Scratch::aligned(block * columns * 4));
     char* left = scratch.take<char>(block * k * size);
+    float* sums = scratch.take<float>(block * columns * 4);
     for (int64_t i = 0; i < m; ++i) patches.load(e, row + i, left + i * k * size);
-    multiply_long(e, {m, out, k, left, k, packed_weight.data.get(), packed_weight.rows, 0,
-                      fresh ? packed_weight.follower() : Ahead{}},
-                  {result + row * out * dtype_size(dtype), out, dtype, b.rows},
-                  scratch.take<float>(block * columns * 4));
+    for (int64_t done = 0, some; done < m; done += some) {  // of one image after the other
+      const int64_t token = (row + done) / count * tokens + leading, patch = (row + done) % count;
+      some = std::min(m - done, count - patch);
+      Finish finish{result + (token + patch) * out * dtype_size(dtype), out, dtype, b.rows};
+      if (positions) finish.residual = rows_from(added.rows, patch);
+      multiply_long(e, {some, out, k, left + done * k * size, k, packed_weight.data.get(),
+                        packed_weight.rows, 0, fresh && !done ? packed_weight.follower() : Ahead{}},
+                    finish, sums);
+    }
   });
   return y;
 }

@@ -28,12 +28,16 @@ constexpr int kDepth = kGroup;
 #endif
 #ifdef ADACOMCAT_AMX_SPLIT
 constexpr int kPackedSize = 6;  // of a float in three parts
-constexpr int64_t kBlockRows = 400;  // the fewer, the more often all weights come from the third cache
-constexpr int64_t kSpanBytes = 3 << 19;  // the less, the more often rows are split
+constexpr int64_t kSpanBytes = 5 << 17;  // the less, the more often rows are split
 #else
 constexpr int kPackedSize = kOperandSize;
-constexpr int64_t kBlockRows = 144;
 constexpr int64_t kSpanBytes = 1 << 20;
+#endif
+
+#ifdef ADACOMCAT_AMX
+constexpr int64_t kBlockRows = 400;  // the fewer, the more often all weights come from the third cache
+#else
+constexpr int64_t kBlockRows = 144;
 #endif
 
 // What one tile prefetches: `step` bytes further with every lane of k.
@@ -135,15 +139,34 @@ inline void hold(TileUnit& unit, const Product& p, const Order& order, int64_t r
             left_of(p, row) + k * kOperandSize, p.a_stride * kOperandSize);
 }
 
-// The part of p.ahead that each of a tile's `parts` prefetches, in turn.
+// So many columns are fetched for together: all, where the second cache holds a product's B and what
+// follows it.
+inline int64_t fetched_together(const Product& p, const Order& order) {
+  const bool whole = p.b_first == 0 && p.k + kDepth > p.b_rows;
+  return whole && p.b_rows * p.n * kPackedSize > kSpanBytes ? order.span : greatest(p.n, 1);
+}
+
+// What comes after the columns before `last`: the next ones of B, or what follows it. Of that only as
+// much as there is place for.
+inline Ahead after(const Product& p, int64_t last, int64_t together) {
+  if (!p.ahead.data) return {};  // nothing known, or gone
+  if (last < p.n) {
+    return {right_of(p, 0, last, kPanel), p.b_rows * least(together, p.n - last) * kPackedSize};
+  }
+  Ahead next = p.ahead;
+  if (!next.piece) next.bytes = least(next.bytes, kSpanBytes);
+  return next;
+}
+
+// The part of what comes next that each tile of some columns, in `parts`, prefetches in turn.
 class Prefetches {
  public:
-  Prefetches(const Product& p, const Order& order)
-      : ahead_(p.ahead), none_{static_cast<const char*>(p.b), 0} {
-    if (!ahead_.data) ahead_.bytes = 0;  // nothing known, or gone
+  Prefetches(const Product& p, const Order& order, int64_t first, int64_t together)
+      : ahead_(after(p, first + together, together)), none_{static_cast<const char*>(p.b), 0} {
     if (!ahead_.bytes) return;
     const int64_t columns = kPanel * kLanes, parts = order.parts;
-    const int64_t tiles = (p.m + order.rows - 1) / order.rows * ((p.n + columns - 1) / columns);
+    const int64_t panels = (least(together, p.n - first) + columns - 1) / columns;
+    const int64_t tiles = (p.m + order.rows - 1) / order.rows * panels;
     share_ = (ahead_.bytes + tiles * parts - 1) / (tiles * parts);
     const int64_t steps = greatest(steps_of(p.k) / parts, 1);
     step_ = (share_ + steps - 1) / steps;
@@ -165,7 +188,7 @@ class Prefetches {
 
 void accumulate(const Product& p, float* sum, int64_t stride, bool add) {
   const Order order(p);
-  Prefetches ahead(p, order);
+  Prefetches ahead(p, order, 0, p.n);
   TileUnit unit;
   Work none;
   for (int64_t row = 0; row < p.m; row += order.rows) {
@@ -323,11 +346,13 @@ void multiply_with(const Product& p, const Finish& f) {
   alignas(64) float tiles[(Order::kMostPanels + 1) * kTileRows * kTileStride];
   const int64_t places = order.parts > 1 ? Order::kMostPanels + 1 : 2;
   int64_t place = 0;
-  Prefetches ahead(p, order);
+  const int64_t together = fetched_together(p, order);
+  Prefetches ahead(p, order, 0, together);
   Waiting<A, D> waiting(f);
   TileUnit unit;  // goes first, and stores its last tile
   for (int64_t first = 0; first < p.n; first += order.span) {
     const int64_t last = least(p.n, first + order.span);
+    if (first && first % together == 0) ahead = Prefetches(p, order, first, together);
     for (int64_t row = 0; row < p.m; row += order.rows) {
       const int64_t start = place;
       for (int64_t k = 0; k == 0 || k < p.k; k += order.chunk) {

@@ -208,15 +208,30 @@ void inner_products(int64_t m, int64_t k, Rows x, int64_t count, const float* ve
   run(m, k, x, count, vectors, stride, out, out_stride);
 }
 
+// So many columns at a time as have sums in registers: a row's are read together.
 template <Dtype D, int count>
 void weighted_sums_of(int64_t m, int64_t k, Rows x, const float* weights, int64_t stride, float* out,
                       int64_t out_stride) {
-  for (int64_t j = 0; j < k; j += kLanes) {
+  constexpr int kTogether = (count == 1 ? 8 : 4) * kLanes / 16;
+  int64_t j = 0;
+  for (; j + kTogether * kLanes <= k; j += kTogether * kLanes) {
+    Vector sums[count][kTogether] = {};
+    for (int64_t i = 0; i < m; ++i) {
+      for (int c = 0; c < kTogether; ++c) {
+        const Vector part = load(x.data, i * x.stride + j + c * kLanes, D);
+        for (int v = 0; v < count; ++v) sums[v][c] += part * weights[v * stride + i];
+      }
+    }
+    for (int v = 0; v < count; ++v) {
+      for (int c = 0; c < kTogether; ++c) store(out + v * out_stride + j + c * kLanes, sums[v][c]);
+    }
+  }
+  for (; j < k; j += kLanes) {
     const int64_t lanes = least(kLanes, k - j);
     Vector sums[count] = {};
     for (int64_t i = 0; i < m; ++i) {
-      const Vector row = load_some(x.data, i * x.stride + j, D, lanes);
-      for (int v = 0; v < count; ++v) sums[v] += row * weights[v * stride + i];
+      const Vector part = load_some(x.data, i * x.stride + j, D, lanes);
+      for (int v = 0; v < count; ++v) sums[v] += part * weights[v * stride + i];
     }
     for (int v = 0; v < count; ++v) store_some(out, v * out_stride + j, Dtype::f32, sums[v], lanes);
   }

@@ -1,0 +1,96 @@
+"""Few rows: threads share out columns of the weights, and single rows meet weights as they lie."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_close_to_float64
+from test_cpu_kernels import ALL, each_dtype, instruction_set, threads  # noqa: F401
+from test_ops import Case, convert, dense_case, mlp_case, strided
+
+from adacomcat import backends, ops
+
+SINGLE = {
+    "mlp-1": mlp_case((1,), 64, 24, 300, 40, "gelu"),
+    "mlp-2": mlp_case((2, 1), 33, 15, 129, 65, "silu"),
+    "mlp-4": mlp_case((4,), 130, 200, 1536, 130, "relu"),
+    "mlp-rank0": mlp_case((3,), 16, 0, 20, 5, "gelu_tanh"),
+    "mlp-identity": mlp_case((1, 2), 9, 3, 7, 1, None),
+    "dense-1": dense_case((1,), 96, 1536, 96, "gelu"),
+    "dense-3": dense_case((3,), 47, 1027, 65, "gelu_tanh"),
+    "dense-no-bias": dense_case((1, 4), 33, 256, 16, "relu", bias=False),
+    "dense-hidden1": dense_case((2,), 31, 1, 3, "silu"),
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", ["mlp-197", "mlp-hidden", "mlp-relu", "mlp-rank0", "dense-197",
+                                  "dense-hidden", "dense-256", "attention-197", "attention-wide",
+                                  "attention-causal"])
+def test_few_rows_on_several_threads(name: str, count: int, dtype: torch.dtype,
+                                     instruction_set: str, threads: None,  # noqa: F811
+                                     poisoned_memory: None) -> None:
+    """Which share out columns of the weights, in which every one of these has panels enough."""
+    case = ALL[name]
+    base = convert(case.draw(), dtype)
+    exact = case.plain(**convert(base, torch.float64), **case.options)
+    plain = case.plain(**base, **case.options)
+    torch.set_num_threads(count)
+    assert_close_to_float64(case.call(base), exact, plain)
+    kernel = getattr(torch.ops.adacomcat, f"{case.op}_cpu")
+    out, *kept = kernel(**base, **case.options, keep=True) if "dense" not in name else [None]
+    expected = getattr(backends.reference, case.op)(**base, **case.options)
+    for found, middle in zip(kept, expected[1:], strict=False):
+        torch.testing.assert_close(found, middle, rtol=0.05, atol=0.05)
+
+
+@each_dtype
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("case", SINGLE.values(), ids=SINGLE.keys())
+def test_single_rows(case: Case, count: int, dtype: torch.dtype, instruction_set: str,  # noqa: F811
+                     threads: None, poisoned_memory: None) -> None:  # noqa: F811
+    torch.set_num_threads(count)
+    base = convert(case.draw(), dtype)
+    exact = case.plain(**convert(base, torch.float64), **case.options)
+    actual = case.call(base)
+    assert_close_to_float64(actual, exact, case.plain(**base, **case.options))
+    for layout in (strided, transposed):
+        other = case.call({name: layout(t) for name, t in base.items()})
+        torch.testing.assert_close(other, actual)
+
+
+def transposed(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A matrix whose columns are contiguous."""
+    return tensor if tensor is None or tensor.ndim != 2 else tensor.mT.contiguous().mT
+
+
+@each_dtype
+@pytest.mark.parametrize("name", ["mlp-4", "dense-1", "dense-3"])
+def test_single_rows_with_norm_and_residual(name: str, dtype: torch.dtype,
+                                            instruction_set: str,  # noqa: F811
+                                            poisoned_memory: None) -> None:
+    case = SINGLE[name]
+    base = convert(case.draw(), dtype)
+    base["x"] = base["x"] * 3 + 20
+    residual = torch.randn_like(case.plain(**base, **case.options))
+
+    def plain(tensors: dict, residual: torch.Tensor) -> torch.Tensor:
+        x = F.layer_norm(tensors["x"], tensors["x"].shape[-1:], eps=1e-6)
+        return case.plain(**{**tensors, "x": x}, **case.options) + residual
+
+    actual = getattr(ops, case.op)(**base, **case.options, epsilon=1e-6, residual=residual)
+    exact = plain(convert(base, torch.float64), residual.double())
+    assert_close_to_float64(actual, exact, plain(base, residual))
+
+
+@pytest.mark.parametrize("name", ["mlp-1", "dense-1"])
+def test_single_rows_read_the_weights_themselves(name: str) -> None:
+    """What is packed notices changes through ``.data`` by a sample; here each one counts."""
+    case = SINGLE[name]
+    tensors = convert(case.draw(), torch.float32)
+    weight = next(t for key, t in tensors.items() if key in ("u2", "w2"))
+    with backends.use_backend("cpp"):
+        for row in range(len(weight)):
+            before = case.call(tensors)
+            weight.data[row] += 1
+            assert not torch.equal(case.call(tensors)[..., row], before[..., row])
