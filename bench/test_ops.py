@@ -21,7 +21,7 @@ from machine import gemm_peak, machine
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from adacomcat import backends, ops, reference
+from adacomcat import backends, inference, ops, reference
 from adacomcat.cost import interleaved
 from adacomcat.report import print_table
 
@@ -33,17 +33,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Problem(NamedTuple):
-    """An op, the same in plain PyTorch, and what both take after x, which is ``width`` wide."""
+    """An op, the same in plain PyTorch, and what both take after x, for each image of ``shape``."""
 
     op: Callable[..., Tensor]
     plain: Callable[..., Tensor]
     weights: list[Tensor]
     options: tuple
-    width: int = CHANNELS
+    shape: tuple[int, ...] = (TOKENS, CHANNELS)
+    trains: bool = True
 
     def tensors(self, batch: int, dtype: torch.dtype) -> list[Tensor]:
-        x = torch.randn(batch, TOKENS, self.width)
-        return [t.to(dtype) for t in (x, *self.weights)]
+        return [t.to(dtype) for t in (torch.randn(batch, *self.shape), *self.weights)]
 
 
 def weight(rows: int, columns: int) -> Tensor:
@@ -57,7 +57,7 @@ def linear(width: int, rank: int, out: int, activation: str | None = None) -> Pr
     # Vᵀ contiguous: the layout that F.linear likes, for both.
     return Problem(ops.low_rank_linear, plain,
                    [weight(rank, width).t(), weight(out, rank), torch.randn(out)],
-                   (activation,), width)
+                   (activation,), (TOKENS, width))
 
 
 def mlp() -> Problem:
@@ -91,6 +91,38 @@ def attention(rank_qk: int, rank_vo: int) -> Problem:
                     weight(384, vo), torch.randn(384)], (6, 64**-0.5))
 
 
+def first_token() -> Problem:
+    def plain(x, wq, bq, wk, wv, wo, bo, heads, scale, epsilon) -> Tensor:
+        normed = F.layer_norm(x, x.shape[-1:], eps=epsilon)
+        q, k, v = (F.linear(t, w, b).unflatten(-1, (heads, -1)).transpose(1, 2)
+                   for t, w, b in ((normed[:, :1], wq, bq), (normed, wk, None), (normed, wv, None)))
+        y = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        return x[:, :1] + F.linear(y.transpose(1, 2).flatten(2), wo, bo)
+
+    return Problem(inference.first_token_attention, plain,
+                   [weight(192, 384), torch.randn(192), weight(192, 384), weight(192, 384),
+                    weight(384, 192), torch.randn(384)], (6, 64**-0.5, 1e-6), trains=False)
+
+
+def patches() -> Problem:
+    def plain(image, w, bias, prefix, positions) -> Tensor:
+        tokens = F.conv2d(image, w, bias, stride=16).flatten(2).mT + positions
+        return torch.cat([prefix.expand(len(image), -1, -1), tokens], 1)
+
+    return Problem(inference.patch_embedding, plain,
+                   [weight(384, 768).unflatten(1, (3, 16, 16)), torch.randn(384),
+                    torch.randn(1, 384), torch.randn(196, 384)], (), (3, 224, 224), trains=False)
+
+
+def head() -> Problem:
+    def plain(x, gamma, beta, w, bias, epsilon) -> Tensor:
+        return F.linear(F.layer_norm(x, x.shape[-1:], gamma, beta, epsilon), w, bias)
+
+    return Problem(inference.normed_linear, plain,
+                   [torch.randn(384), torch.randn(384), weight(1000, 384), torch.randn(1000)],
+                   (1e-6,), (384,), trains=False)
+
+
 OPS: dict[str, Callable[[], Problem]] = {
     "low_rank_linear": lambda: linear(384, 128, 1536),
     "low_rank_linear_gelu": lambda: linear(384, 128, 1536, "gelu"),
@@ -101,6 +133,9 @@ OPS: dict[str, Callable[[], Problem]] = {
     "dense_mlp_half": lambda: dense_mlp(768),
     "low_rank_attention": lambda: attention(32, 32),
     "low_rank_attention_unequal": lambda: attention(24, 40),
+    "first_token_attention": first_token,
+    "patch_embedding": patches,
+    "normed_linear": head,
 }
 
 
@@ -134,6 +169,8 @@ def test_op(benchmark: Callable, name: str, shape: str, dtype: str, backend: str
     device = "cuda" if backend in ("triton", "cuda") else "cpu"
     tensors = [t.to(device) for t in problem.tensors(BATCHES[shape], DTYPES[dtype])]
     train = direction == "backward"
+    if train and not problem.trains:
+        pytest.skip("for inference only")
     for tensor in tensors:
         tensor.requires_grad_(train)
     function = problem.plain if backend == "plain" else op
