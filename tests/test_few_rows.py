@@ -2,12 +2,17 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import assert_close_to_float64
-from test_cpu_kernels import ALL, each_dtype, instruction_set, threads  # noqa: F401
+from test_cpu_kernels import (  # noqa: F401
+    ALL,
+    check_norm_and_residual,
+    each_dtype,
+    instruction_set,
+    threads,
+)
 from test_ops import Case, convert, dense_case, mlp_case, strided
 
-from adacomcat import backends, ops
+from adacomcat import backends
 
 SINGLE = {
     "mlp-1": mlp_case((1,), 64, 24, 300, 40, "gelu"),
@@ -69,18 +74,7 @@ def transposed(tensor: torch.Tensor | None) -> torch.Tensor | None:
 def test_single_rows_with_norm_and_residual(name: str, dtype: torch.dtype,
                                             instruction_set: str,  # noqa: F811
                                             poisoned_memory: None) -> None:
-    case = SINGLE[name]
-    base = convert(case.draw(), dtype)
-    base["x"] = base["x"] * 3 + 20
-    residual = torch.randn_like(case.plain(**base, **case.options))
-
-    def plain(tensors: dict, residual: torch.Tensor) -> torch.Tensor:
-        x = F.layer_norm(tensors["x"], tensors["x"].shape[-1:], eps=1e-6)
-        return case.plain(**{**tensors, "x": x}, **case.options) + residual
-
-    actual = getattr(ops, case.op)(**base, **case.options, epsilon=1e-6, residual=residual)
-    exact = plain(convert(base, torch.float64), residual.double())
-    assert_close_to_float64(actual, exact, plain(base, residual))
+    check_norm_and_residual(SINGLE[name], dtype)
 
 
 @pytest.mark.parametrize("name", ["mlp-1", "dense-1"])
