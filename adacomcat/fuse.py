@@ -148,7 +148,7 @@ class FirstTokenVisionTransformer(VisionTransformer):
         x = self.norm_pre(self.patch_drop(self._tokens(x)))
         for block in first:
             x = block(x)
-        return self._classify(last.mlp(last.attn.first_token(x)))
+        return self.forward_head(self.norm(last.mlp(last.attn.first_token(x))))
 
     def _tokens(self, image: Tensor) -> Tensor:
         if self.embedding is None or image.shape[-2:] != self.patch_embed.img_size:
@@ -156,15 +156,6 @@ class FirstTokenVisionTransformer(VisionTransformer):
         proj, own = self.patch_embed.proj, self.embedding[0]
         prefix, positions = own[:self.num_prefix_tokens], own[self.num_prefix_tokens:]
         return inference.patch_embedding(image, proj.weight, proj.bias, prefix, positions)
-
-    def _classify(self, token: Tensor) -> Tensor:
-        """token (B, 1, d)."""
-        norm, head = self.norm, self.head
-        plain = type(self.fc_norm) is nn.Identity and type(head) is nn.Linear
-        if _affine(norm) is None or not plain:
-            return self.forward_head(norm(token))
-        return inference.normed_linear(token.flatten(1), norm.weight, norm.bias, head.weight,
-                                       head.bias, norm.eps)
 
 
 def optimize(model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Three ops that only `optimize` uses, for inference: C++ kernels on CPUs, else the formula.
+"""Two ops that only `optimize` uses, for inference: C++ kernels on CPUs, else the formula.
 
 The formula serves too where a gradient, autocast or a trace wants what it consists of.
 """
@@ -14,8 +14,6 @@ from torch.utils.flop_counter import register_flop_formula
 from adacomcat import backends
 
 _LIBRARY = torch.library.Library("adacomcat", "FRAGMENT")
-# Of more rows the library's own products are as fast.
-MOST_VECTORS = 4
 
 
 def first_token_attention(
@@ -53,15 +51,6 @@ def patch_embedding(image: Tensor, weight: Tensor, bias: Tensor | None,
     return kernel(image, weight, bias, prefix, positions)
 
 
-def normed_linear(x: Tensor, gamma: Tensor | None, beta: Tensor | None, weight: Tensor,
-                  bias: Tensor | None, epsilon: float) -> Tensor:
-    """F.linear(F.layer_norm(x, (d,), gamma, beta, epsilon), weight, bias), x (rows, d)."""
-    kernel = _kernel("normed_linear", x, gamma, beta, weight, bias)
-    if kernel is None or x.shape[0] > MOST_VECTORS:
-        kernel = _normed_linear
-    return kernel(x, gamma, beta, weight, bias, epsilon)
-
-
 def _kernel(op: str, x: Tensor, *others: Any) -> Callable[..., Tensor] | None:
     wants_grad = torch.is_grad_enabled() and any(
         isinstance(t, Tensor) and t.requires_grad for t in (x, *others))
@@ -90,10 +79,6 @@ def _patch_embedding(image, weight, bias, prefix, positions) -> Tensor:
         [prefix.to(tokens).expand(len(tokens), -1, -1), tokens], 1)
 
 
-def _normed_linear(x, gamma, beta, weight, bias, epsilon) -> Tensor:
-    return F.linear(F.layer_norm(x, x.shape[-1:], gamma, beta, epsilon), weight, bias)
-
-
 def _flops_first_token_attention(x, wq, bq, wk, wv, wo, bo, num_heads, *_, **__) -> int:
     projections = wq[0] * x[2] + wk[0] * x[2] + wv[0] * x[2] + wo[0] * wo[1]
     return 2 * x[0] * (projections + 2 * num_heads * x[1] * x[2])
@@ -103,10 +88,6 @@ def _flops_patch_embedding(image, weight, *_, **__) -> int:
     out, channels, height, width = weight
     patches = image[2] // height * (image[3] // width)
     return 2 * image[0] * patches * out * channels * height * width
-
-
-def _flops_normed_linear(x, gamma, beta, weight, *_, **__) -> int:
-    return 2 * x[0] * weight[0] * weight[1]
 
 
 def _register(name: str, arguments: str, shape: Callable[..., tuple[int, ...]],
@@ -134,10 +115,4 @@ _register(
         weight.shape[0],
     ),
     _flops_patch_embedding,
-)
-_register(
-    "normed_linear_cpu",
-    "Tensor x, Tensor? gamma, Tensor? beta, Tensor weight, Tensor? bias, float epsilon",
-    lambda x, gamma, beta, weight, *_: (x.shape[0], weight.shape[0]),
-    _flops_normed_linear,
 )

@@ -114,15 +114,6 @@ def patches() -> Problem:
                     torch.randn(1, 384), torch.randn(196, 384)], (), (3, 224, 224), trains=False)
 
 
-def head() -> Problem:
-    def plain(x, gamma, beta, w, bias, epsilon) -> Tensor:
-        return F.linear(F.layer_norm(x, x.shape[-1:], gamma, beta, epsilon), w, bias)
-
-    return Problem(inference.normed_linear, plain,
-                   [torch.randn(384), torch.randn(384), weight(1000, 384), torch.randn(1000)],
-                   (1e-6,), (384,), trains=False)
-
-
 OPS: dict[str, Callable[[], Problem]] = {
     "low_rank_linear": lambda: linear(384, 128, 1536),
     "low_rank_linear_gelu": lambda: linear(384, 128, 1536, "gelu"),
@@ -135,7 +126,6 @@ OPS: dict[str, Callable[[], Problem]] = {
     "low_rank_attention_unequal": lambda: attention(24, 40),
     "first_token_attention": first_token,
     "patch_embedding": patches,
-    "normed_linear": head,
 }
 
 

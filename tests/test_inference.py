@@ -1,4 +1,4 @@
-"""What only `optimize` uses: attention for one token, the head, patches as rows of a product."""
+"""What only `optimize` uses: attention for one token, and patches as rows of a product."""
 
 import pytest
 import timm
@@ -98,27 +98,6 @@ def test_patch_embedding(sizes: tuple, prefix: int | None, positioned: bool, bia
         torch.testing.assert_close(again, actual)
 
 
-# rows, width, out
-@each_dtype
-@pytest.mark.parametrize("affine, bias", [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("sizes", [(1, 384, 1000), (4, 33, 17), (5, 48, 20), (3, 1, 2), (0, 8, 3),
-                                   (2, 16, 0)], ids=str)
-def test_normed_linear(sizes: tuple, affine: bool, bias: bool, dtype: torch.dtype,
-                       instruction_set: str, poisoned_memory: None) -> None:  # noqa: F811
-    rows, d, out = sizes
-    x, weight = torch.randn(rows, d).to(dtype) * 3 + 5, (torch.randn(out, d) / d**0.5).to(dtype)
-    gamma, beta = (torch.randn(2, d).to(dtype) if affine else (None, None))
-    tensors = (x, gamma, beta, weight, torch.randn(out).to(dtype) if bias else None)
-
-    def plain(x, gamma, beta, weight, bias) -> Tensor:
-        return F.linear(F.layer_norm(x, (d,), gamma, beta, EPSILON), weight, bias)
-
-    actual = inference.normed_linear(*tensors, EPSILON)
-    assert_close_to_float64(actual, plain(*doubled(tensors)), plain(*tensors))
-    again = inference.normed_linear(*map(strided, tensors), EPSILON)
-    torch.testing.assert_close(again, actual)
-
-
 def test_patches_of_an_odd_width_are_convolved() -> None:
     image, weight = torch.randn(2, 3, 21, 35).bfloat16(), torch.randn(8, 3, 7, 7).bfloat16()
     expected = F.conv2d(image, weight, stride=7).flatten(2).mT
@@ -153,9 +132,6 @@ class TestKernels:
             torch.ops.adacomcat.patch_embedding_cpu.default,
             (torch.randn(2, 3, 16, 24), torch.randn(5, 3, 8, 8), torch.randn(5),
              torch.randn(2, 5), torch.randn(6, 5)))
-        torch.library.opcheck(
-            torch.ops.adacomcat.normed_linear_cpu.default,
-            (torch.randn(2, 8), torch.randn(8), torch.randn(8), torch.randn(5, 8), None, EPSILON))
 
     def test_wrong_weights_are_named(self) -> None:
         x, wq, *others = draw_attention(ATTENTION[0], torch.float32)
@@ -168,9 +144,6 @@ class TestKernels:
             inference.patch_embedding(image, weight, None, None, torch.randn(3, 4))
         with pytest.raises(RuntimeError, match="prefix must have shape"):
             inference.patch_embedding(image, weight, None, torch.randn(1, 5))
-        with pytest.raises(RuntimeError, match="gamma must have shape"):
-            inference.normed_linear(torch.randn(1, 8), torch.randn(7), None, torch.randn(2, 8),
-                                    None, EPSILON)
         with pytest.raises(RuntimeError, match="split into 4 heads"):
             inference.first_token_attention(x, wq[:-1], *others, 4, 0.37, EPSILON)
 
@@ -182,7 +155,6 @@ class TestKernels:
             with backends.use_backend(backend), FlopCounterMode(display=False) as counter:
                 inference.first_token_attention(*tensors, 6, 0.37, EPSILON)
                 inference.patch_embedding(image, weight, None)
-                inference.normed_linear(torch.randn(3, 8), None, None, torch.randn(5, 8), None, 1)
             counts.append(counter.get_total_flops())
         assert counts[0] == counts[1] > 0
 

@@ -17,11 +17,6 @@ void softmax(float* row, int64_t n, float scale) {
   for (int64_t i = 0; i < n; ++i) row[i] /= sum;
 }
 
-template <typename T>
-void store(const float* from, int64_t k, void* to) {
-  for (int64_t j = 0; j < k; ++j) static_cast<T*>(to)[j] = from[j];
-}
-
 at::Tensor first_token_attention(const at::Tensor& x, const at::Tensor& wq, const OptionalTensor& bq,
                                  const at::Tensor& wk, const at::Tensor& wv, const at::Tensor& wo,
                                  const OptionalTensor& bo, int64_t num_heads, double scale,
@@ -43,53 +38,64 @@ at::Tensor first_token_attention(const at::Tensor& x, const at::Tensor& wq, cons
   const RowsOf xs(x), qs(wq), ks(wk), vs(wv), os(wo);
   const Bias bias_q(bq), bias_o(bo);
   const int64_t rank_qk = columns_qk / num_heads, rank_vo = columns_vo / num_heads;
-  const int64_t stride = e.padded_k(d), row_bytes = d * 4, head_bytes = num_heads * row_bytes;
+  const int64_t stride = e.padded_k(d), normed_row = stride * e.operand_size();
+  const int64_t row_stride = e.padded_n(d);  // of floats
   const Dtype dtype = dtype_of(y);
-  const int64_t bytes = Scratch::aligned(tokens * stride * e.operand_size()) +
-                        2 * Scratch::aligned(row_bytes) + 2 * Scratch::aligned(head_bytes) +
-                        2 * Scratch::aligned(columns_qk * 4) + Scratch::aligned(columns_vo * 4) +
-                        Scratch::aligned(num_heads * tokens * 4);
 
-  at::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t image = begin; image < end; ++image) {
-      Scratch scratch(bytes);
-      const Rows normed{scratch.take(tokens * stride * e.operand_size()), stride, e.operand};
-      float* first = scratch.take<float>(row_bytes);
-      float* added = scratch.take<float>(row_bytes);
+  // Threads share out the rows, then the heads, then the columns of the result.
+  const auto attend = [&](int64_t image) {
+    Workspace workspace(Scratch::aligned(tokens * normed_row) + 2 * Scratch::aligned(row_stride * 4) +
+                        Scratch::aligned(columns_vo * 4));
+    char* rows = workspace.take(tokens * normed_row);
+    float* first = reinterpret_cast<float*>(workspace.take(row_stride * 4));
+    float* sums = reinterpret_cast<float*>(workspace.take(row_stride * 4));
+    float* heads = reinterpret_cast<float*>(workspace.take(columns_vo * 4));
+    const Rows normed{rows, stride, e.operand}, from = rows_from(xs.rows, image * tokens);
+
+    at::parallel_for(0, tokens, worthwhile_columns(d), [&](int64_t begin, int64_t end) {
+      e.normalize(end - begin, d, rows_from(from, begin), static_cast<float>(epsilon),
+                  rows + begin * normed_row, stride);
+    });
+    floats_of(e, normed, d, first);
+    at::parallel_for(0, num_heads, 1, [&](int64_t begin, int64_t end) {
+      const int64_t count = end - begin, head_bytes = Scratch::aligned(count * d * 4);
+      const int64_t query_bytes = Scratch::aligned(count * rank_qk * 4);
+      Scratch scratch(2 * head_bytes + 2 * query_bytes + Scratch::aligned(count * tokens * 4));
       float* directions = scratch.take<float>(head_bytes);
       float* averages = scratch.take<float>(head_bytes);
-      float* query = scratch.take<float>(columns_qk * 4);
-      float* bias = scratch.take<float>(columns_qk * 4);
-      float* heads = scratch.take<float>(columns_vo * 4);
-      float* p = scratch.take<float>(num_heads * tokens * 4);
-      const Rows from = rows_from(xs.rows, image * tokens);
+      float* query = scratch.take<float>(query_bytes);
+      float* bias = scratch.take<float>(query_bytes);
+      float* p = scratch.take<float>(count * tokens * 4);
 
-      e.normalize(tokens, d, from, static_cast<float>(epsilon), const_cast<void*>(normed.data), stride);
-      floats_of(e, normed, d, first);
-      e.inner_products(columns_qk, d, qs.rows, 1, first, d, query, columns_qk);
-      floats_of(e, bias_q.rows, columns_qk, bias);
-      for (int64_t j = 0; j < columns_qk; ++j) query[j] += bias[j];
-      for (int64_t h = 0; h < num_heads; ++h) {
-        e.weighted_sums(rank_qk, d, rows_from(ks.rows, h * rank_qk), 1, query + h * rank_qk, rank_qk,
-                        directions + h * d, d);
+      e.inner_products(count * rank_qk, d, rows_from(qs.rows, begin * rank_qk), 1, first, d, query, 0);
+      floats_of(e, bias_q.from(begin * rank_qk), count * rank_qk, bias);
+      for (int64_t j = 0; j < count * rank_qk; ++j) query[j] += bias[j];
+      for (int64_t h = 0; h < count; ++h) {
+        e.weighted_sums(rank_qk, d, rows_from(ks.rows, (begin + h) * rank_qk), 1, query + h * rank_qk,
+                        rank_qk, directions + h * d, d);
       }
-      e.inner_products(tokens, d, normed, num_heads, directions, d, p, tokens);
-      for (int64_t h = 0; h < num_heads; ++h) softmax(p + h * tokens, tokens, scale);
-      e.weighted_sums(tokens, d, normed, num_heads, p, tokens, averages, d);
-      for (int64_t h = 0; h < num_heads; ++h) {
-        e.inner_products(rank_vo, d, rows_from(vs.rows, h * rank_vo), 1, averages + h * d, d,
-                         heads + h * rank_vo, rank_vo);
+      e.inner_products(tokens, d, normed, count, directions, d, p, tokens);
+      for (int64_t h = 0; h < count; ++h) softmax(p + h * tokens, tokens, scale);
+      e.weighted_sums(tokens, d, normed, count, p, tokens, averages, d);
+      for (int64_t h = 0; h < count; ++h) {
+        e.inner_products(rank_vo, d, rows_from(vs.rows, (begin + h) * rank_vo), 1, averages + h * d, d,
+                         heads + (begin + h) * rank_vo, rank_vo);
       }
-      e.inner_products(d, columns_vo, os.rows, 1, heads, columns_vo, first, d);
-      for (const Rows& row : {bias_o.rows, from}) {
-        floats_of(e, row, d, added);
-        for (int64_t j = 0; j < d; ++j) first[j] += added[j];
-      }
-      void* to = static_cast<char*>(y.mutable_data_ptr()) + image * d * dtype_size(dtype);
-      if (dtype == Dtype::f32) store<float>(first, d, to);
-      if (dtype == Dtype::bf16) store<at::BFloat16>(first, d, to);
-      if (dtype == Dtype::f16) store<at::Half>(first, d, to);
-    }
+    });
+    for_each_column(columns_vo, d, [&](int64_t n, int64_t columns) {
+      e.inner_products(columns, columns_vo, rows_from(os.rows, n), 1, heads, columns_vo, sums + n, 0);
+    });
+    Finish finish{static_cast<char*>(y.mutable_data_ptr()) + image * d * dtype_size(dtype), d, dtype,
+                  bias_o.rows};
+    finish.residual = from;
+    finish_sums(e, 1, d, sums, row_stride, finish);
+  };
+  if (x.size(0) < at::get_num_threads()) {
+    for (int64_t image = 0; image < x.size(0); ++image) attend(image);
+    return y;
+  }
+  at::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; ++image) attend(image);
   });
   return y;
 }
