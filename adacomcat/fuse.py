@@ -150,6 +150,10 @@ class FirstTokenVisionTransformer(VisionTransformer):
             x = block(x)
         return self.forward_head(self.norm(last.mlp(last.attn.first_token(x))))
 
+    def set_input_size(self, *args: object, **kwargs: object) -> None:
+        super().set_input_size(*args, **kwargs)
+        self.embedding = _embedding(self)
+
     def _tokens(self, image: Tensor) -> Tensor:
         if self.embedding is None or image.shape[-2:] != self.patch_embed.img_size:
             return self._pos_embed(self.patch_embed(image))

@@ -86,6 +86,17 @@ def test_a_head_that_reads_the_class_token_gets_no_other(kwargs: dict, shortcut:
     assert relative(optimized(x, is_causal=True), model(x, is_causal=True)) < 1e-5
 
 
+@pytest.mark.parametrize("size", [(40, 24), (16, 64)], ids=str)  # the second: as many patches
+@torch.no_grad()
+def test_another_input_size(size: tuple[int, int]) -> None:
+    model = compressed()
+    optimized = adacomcat.optimize(model)
+    for changed in (model, optimized):
+        changed.set_input_size(size)
+    x = torch.randn(2, 3, *size)
+    assert relative(optimized(x), model(x)) < 1e-5
+
+
 @torch.no_grad()
 def test_bfloat16_is_as_near_as_the_model_that_went_in() -> None:
     model = compressed(init_values=0.5).double()

@@ -96,6 +96,8 @@ def test_patch_embedding(sizes: tuple, prefix: int | None, positioned: bool, bia
     for layout in (image.contiguous(memory_format=torch.channels_last), strided(image)):
         again = inference.patch_embedding(layout, weight, *map(strided, rest[1:]))
         torch.testing.assert_close(again, actual)
+    other = weight.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(inference.patch_embedding(image, other, *rest[1:]), actual)
 
 
 def test_patches_of_an_odd_width_are_convolved() -> None:

@@ -51,7 +51,8 @@ at::Tensor patch_embedding(const at::Tensor& image, const at::Tensor& weight,
   const Patches patches{held, height, width, across, count};
   const Packed packed_weight = packed(e, weight.reshape({out, k}), true);
   const Bias b(bias);
-  const RowsOf added(positions ? *positions : weight.view({1, -1}));
+  std::optional<RowsOf> added;
+  if (positions) added.emplace(*positions);
   const Dtype dtype = dtype_of(y);
   char* result = static_cast<char*>(y.mutable_data_ptr());
   const int64_t block = block_rows(e, rows), size = e.operand_size();
@@ -66,7 +67,7 @@ at::Tensor patch_embedding(const at::Tensor& image, const at::Tensor& weight,
       const int64_t token = (row + done) / count * tokens + leading, patch = (row + done) % count;
       some = std::min(m - done, count - patch);
       Finish finish{result + (token + patch) * out * dtype_size(dtype), out, dtype, b.rows};
-      if (positions) finish.residual = rows_from(added.rows, patch);
+      if (added) finish.residual = rows_from(added->rows, patch);
       multiply_long(e, {some, out, k, left + done * k * size, k, packed_weight.data.get(),
                         packed_weight.rows, 0, fresh && !done ? packed_weight.follower() : Ahead{}},
                     finish, sums);
