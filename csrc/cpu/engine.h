@@ -103,6 +103,10 @@ struct Engine {
   void (*weighted_sums)(int64_t m, int64_t k, Rows x, int64_t count, const float* weights,
                         int64_t stride, float* out, int64_t out_stride);
 
+  // Between the two a thread's products may leave tile registers set up for the next one.
+  void (*begin)();
+  void (*end)();
+
   int64_t operand_size() const { return dtype_size(operand); }
   int64_t padded_k(int64_t k) const { return (k + group - 1) / group * group; }
   int64_t packed_k(int64_t k) const { return (k + depth - 1) / depth * depth; }

@@ -65,14 +65,14 @@ void attend_head(const Engine& e, const Heads& s, int64_t image, int64_t head, i
   const int64_t key_bytes = e.packed_bytes(s.rank_qk, n), value_bytes = e.packed_bytes(n, s.rank_vo);
   Scratch scratch(Scratch::aligned(key_bytes) + Scratch::aligned(value_bytes) +
                   Scratch::aligned(block * kq * size) + Scratch::aligned(block * width * 4) +
-                  Scratch::aligned(block * width * size) + Scratch::aligned(block * 4));
+                  Scratch::aligned(block * 4));
   void* keys = scratch.take(key_bytes);
   void* values = scratch.take(value_bytes);
   void* queries = scratch.take(block * kq * size);
   float* logits = scratch.take<float>(block * width * 4);
-  void* weights = e.operand == Dtype::f32 ? logits : scratch.take(block * width * size);
   float* inverse_sum = scratch.take<float>(block * 4);
 
+  const int64_t weights_stride = width * 4 / size;  // in place of the logits, in the first cache
   const int64_t first = image * n;
   e.pack(s.rank_qk, n, k.at_row(first, head * s.rank_qk), 1, k.columns, e.operand, keys);
   e.pack(n, s.rank_vo, v.at_row(first, head * s.rank_vo), v.columns, 1, e.operand, values);
@@ -81,11 +81,11 @@ void attend_head(const Engine& e, const Heads& s, int64_t image, int64_t head, i
     const Rows rows{q.at_row(first + row, head * s.rank_qk), q.columns, e.operand};
     const Left left = left_operand(e, m, s.rank_qk, rows, {}, queries);
     e.accumulate({m, n, s.rank_qk, left.data, left.stride, keys, e.packed_k(s.rank_qk), 0}, logits, width, false);
-    e.softmax(m, n, logits, width, s.scale, masks.of(s.first_image + image, head, row), weights, width,
-              inverse_sum);
+    e.softmax(m, n, logits, width, s.scale, masks.of(s.first_image + image, head, row), logits,
+              weights_stride, inverse_sum);
     Finish finish{context.at_row(first + row, head * s.rank_vo), context.columns, e.operand};
     finish.row_scale = inverse_sum;
-    e.multiply({m, s.rank_vo, n, weights, width, values, e.packed_k(n), 0}, finish);
+    e.multiply({m, s.rank_vo, n, logits, weights_stride, values, e.packed_k(n), 0}, finish);
   }
 }
 
@@ -140,6 +140,7 @@ void attend(const Engine& e, const Heads& s, const Operand& q, const Operand& k,
   const int64_t rows = ceil_div(ceil_div(s.tokens, shares), e.tile_rows) * e.tile_rows;
   const int64_t parts = ceil_div(s.tokens, rows);
   at::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
+    const Session session(e);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i / parts, first = i % parts * rows;
       attend_head(e, s, head / s.heads, head % s.heads, first, std::min(first + rows, s.tokens),
@@ -238,6 +239,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
     return results;
   }
   at::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
+    const Session session(e);
     for (int64_t image = begin; image < end; ++image) sweep(image, 1, image == begin);
   });
   return results;

@@ -180,6 +180,7 @@ void by_hidden(const Call& c, const at::Tensor& middle1, const at::Tensor& middl
     if (found.data != here) e.load(m, c.w.up.k, {found.data, found.stride, e.operand}, here, left_stride);
   });
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    const Session session(e);
     for (int64_t i = begin; i < end; ++i) {
       Scratch scratch(c.rows * c.hidden_bytes());
       c.through(c.rows, {left, left_stride}, i * share * width,

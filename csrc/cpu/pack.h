@@ -5,6 +5,27 @@ inline void write_operand(void* out, int64_t i, float x) {
   store_some(out, i, kOperand, broadcast(x), 1);
 }
 
+// Of a panel whose rows lie side by side in B, the lanes of `k` rows and `columns` columns: squares of them
+// are transposed. Returns the rows that are done; what is left is less than a square high.
+inline int64_t pack_columns(int64_t k, int64_t columns, const char* b, int64_t column, int64_t lanes,
+                            char* out) {
+  constexpr int64_t kRows = kLanes * kGroup;
+  const int64_t whole = k / kRows * kRows;
+  for (int64_t i = 0; i < whole; i += kRows) {
+    for (int64_t first = 0; first < lanes; first += kLanes) {
+      Vector square[kLanes] = {};
+      for (int64_t j = 0; j < least(kLanes, columns - first); ++j) {
+        const char* from = b + ((first + j) * column + i) * kOperandSize;
+        square[j] = load(reinterpret_cast<const float*>(from));
+      }
+      transpose(square);
+      float* to = reinterpret_cast<float*>(out + (i / kGroup * lanes + first) * kStep);
+      for (int64_t j = 0; j < kLanes; ++j) store(to + j * lanes, square[j]);
+    }
+  }
+  return whole;
+}
+
 void pack(int64_t k, int64_t n, const void* b, int64_t row, int64_t column, Dtype dtype,
           void* packed) {
   const int64_t size = dtype_size(dtype), padded = (k + kDepth - 1) / kDepth * kDepth;
@@ -13,7 +34,13 @@ void pack(int64_t k, int64_t n, const void* b, int64_t row, int64_t column, Dtyp
   for (int64_t first = 0; first < n; first += kPanel * kLanes) {
     const int64_t lanes = n - first <= kLanes ? kLanes : kPanel * kLanes;
     const int64_t columns = least(lanes, n - first);
-    for (int64_t i = 0; i < padded; i += kGroup) {
+    int64_t done = 0;
+    if (copy && row == 1) {
+      done = pack_columns(k, columns, static_cast<const char*>(b) + first * column * size, column, lanes,
+                          static_cast<char*>(packed) + at * kOperandSize);
+      at += done * lanes;
+    }
+    for (int64_t i = done; i < padded; i += kGroup) {
       if (copy && row == 1 && i + kGroup <= k) {  // a lane's rows lie side by side
         char* out = static_cast<char*>(packed) + at * kOperandSize;
         const char* from = static_cast<const char*>(b) + (i + first * column) * size;

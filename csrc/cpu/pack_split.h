@@ -1,25 +1,6 @@
 // Right operands for tile_amx_split.h: panel after panel; in a panel, 32 rows after 32; in those, part
 // after part; in a part, a register for each vector.
 
-// A square of floats becomes its transpose: rows exchange halves of halves.
-template <int Distance = kLanes / 2>
-inline void transpose(Vector* rows) {
-  Integers low, high;
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i & Distance ? kLanes + i - Distance : i;
-    high[i] = i & Distance ? kLanes + i : i + Distance;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    if (i & Distance) continue;
-    const Vector upper = rows[i], lower = rows[i + Distance];
-    rows[i] = __builtin_shuffle(upper, lower, low);
-    rows[i + Distance] = __builtin_shuffle(upper, lower, high);
-  }
-  if constexpr (Distance > 1) transpose<Distance / 2>(rows);
-}
-
 // Up to 32 rows and one vector of columns of B, closed with zeros.
 inline void read_block(int64_t rows, int64_t columns, const char* b, int64_t row, int64_t column,
                        Dtype dtype, Vector* block) {

@@ -97,7 +97,8 @@ struct Order {
       chunk = ((p.k + parts - 1) / parts + kUnit - 1) / kUnit * kUnit;
       panels = least(panels, kMostPanels);
     }
-    span = even_share((p.n + columns - 1) / columns, panels, 1) * columns;
+    const int64_t all = (p.n + columns - 1) / columns;
+    span = (all <= panels ? all : even_share(all, panels, 1)) * columns;
   }
 };
 
@@ -222,12 +223,16 @@ void finish_whole(const Whole& w, int64_t first, int64_t last) {
   char* out = w.out + first * w.stride;
   const char* added = residual ? w.added + first * w.added_stride : nullptr;
   for (int64_t i = first; i < last; ++i) {
-    for (int64_t v = 0; v < w.vectors; ++v) {
+    const auto finished = [&](int v) {
       Vector x = load(tile + v * kLanes);
       if (scaled) x *= w.scales[i];
       x = activate(x + bias[v], A);
-      if (residual) x += load(added, v * kLanes, D);
-      store(out, v * kLanes, D, x);
+      return residual ? x + load(added, v * kLanes, D) : x;
+    };
+    if (w.vectors == 2) {
+      store_two(out, 0, D, finished(0), finished(1));
+    } else {
+      store(out, 0, D, finished(0));
     }
     tile += kTileStride;
     out += w.stride;

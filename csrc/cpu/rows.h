@@ -72,9 +72,12 @@ void normalize_together(int64_t k, const void* x, int64_t x_stride, float epsilo
   }
   for (int r = 0; r < count; ++r) {
     char* row = out + r * stride * kOperandSize;
-    for (int64_t j = 0; j < whole; j += kLanes) {
-      store(row, j, kOperand, (value(r, j) - mean[r]) * scale[r]);
+    const auto normalized = [&](int64_t j) { return (value(r, j) - mean[r]) * scale[r]; };
+    int64_t j = 0;
+    for (; j + 2 * kLanes <= whole; j += 2 * kLanes) {
+      store_two(row, j, kOperand, normalized(j), normalized(j + kLanes));
     }
+    if (j < whole) store(row, j, kOperand, normalized(j));
     if (tail) store_some(row, whole, kOperand, last[r] * scale[r], tail);
     pad_row(row, k);
   }
@@ -130,11 +133,12 @@ inline void prepare_row(int64_t i, int64_t n, float* row, float scale, const Mas
 }
 
 // `count` rows together: alone each would wait for its own maximum and sum. `scale` is positive, and
-// waits for the exponential.
+// waits for the exponential, which is one of two.
 template <int count>
 void softmax_together(int64_t n, const float* logits, int64_t stride, float scale, char* out,
                       int64_t out_stride, float* inverse_sum) {
   const float infinity = __builtin_inff();
+  scale *= 1.44269504088896f;
   const int64_t whole = n / kLanes * kLanes;  // there is room for one vector more
   const Integers first = first_lanes(n - whole);
   Vector last[count], peaks[count], sums[count] = {};
@@ -149,18 +153,25 @@ void softmax_together(int64_t n, const float* logits, int64_t stride, float scal
   }
   for (int r = 0; r < count; ++r) {
     peak[r] = maximum_of(peaks[r]) * scale;
-    if (peak[r] == -infinity) peak[r] = 0;  // masked entirely: every exponential is zero
+    if (peak[r] == -infinity) peak[r] = 0;  // masked entirely: every power is zero
   }
-  const auto decayed = [&](int r, int64_t j, Vector logit) {
-    const Vector x = decay(logit * scale - peak[r]);
+  const auto power = [&](int r, Vector logit) {
+    const Vector x = power_of_two(logit * scale - peak[r]);
     sums[r] += x;
-    store(out + r * out_stride * kOperandSize, j, kOperand, x);
+    return x;
   };
-  for (int64_t j = 0; j < whole; j += kLanes) {
-    for (int r = 0; r < count; ++r) decayed(r, j, load(logits + r * stride + j));
+  int64_t j = 0;
+  for (; j + 2 * kLanes <= whole; j += 2 * kLanes) {
+    for (int r = 0; r < count; ++r) {
+      const float* row = logits + r * stride + j;
+      const Vector first_power = power(r, load(row));
+      store_two(out + r * out_stride * kOperandSize, j, kOperand, first_power, power(r, load(row + kLanes)));
+    }
   }
   for (int r = 0; r < count; ++r) {
-    if (whole < n) decayed(r, whole, last[r]);
+    char* row = out + r * out_stride * kOperandSize;
+    if (j < whole) store(row, j, kOperand, power(r, load(logits + r * stride + j)));
+    if (whole < n) store(row, whole, kOperand, power(r, last[r]));
     const float sum = sum_of(sums[r]);
     inverse_sum[r] = sum == 0 ? 0 : 1.0f / sum;
   }
@@ -168,11 +179,14 @@ void softmax_together(int64_t n, const float* logits, int64_t stride, float scal
 
 void softmax_rows(int64_t m, int64_t n, float* logits, int64_t stride, float scale, Mask mask,
                   void* out, int64_t out_stride, float* inverse_sum) {
-  constexpr int kTogether = 2;
+  constexpr int kTogether = kLanes == 16 ? 4 : 2;  // as registers allow
   const bool prepared = mask.data || scale <= 0;
   for (int64_t i = 0; prepared && i < m; ++i) prepare_row(i, n, logits + i * stride, scale, mask);
   for (int64_t i = 0; i < m;) {
     const int64_t count = i + kTogether <= m ? kTogether : 1;
+#ifdef ADACOMCAT_AMX
+    if (i % 8 == 0) stay_awake();
+#endif
     (count == 1 ? &softmax_together<1> : &softmax_together<kTogether>)(
         n, logits + i * stride, stride, prepared ? 1.0f : scale,
         static_cast<char*>(out) + i * out_stride * kOperandSize, out_stride, inverse_sum + i);

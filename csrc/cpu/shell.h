@@ -147,11 +147,23 @@ inline int64_t block_rows(const Engine& engine, int64_t rows) {
   return std::max<int64_t>(ceil_div(steps, threads * rounds), 1) * engine.row_step;
 }
 
+// A thread's part of an op.
+class Session {
+ public:
+  explicit Session(const Engine& engine) : engine_(engine) { engine_.begin(); }
+  ~Session() { engine_.end(); }
+  Session(const Session&) = delete;
+
+ private:
+  const Engine& engine_;
+};
+
 // body(first row, rows, whether it is its thread's first).
 template <typename Body>
 inline void for_each_block(const Engine& engine, int64_t rows, Body body) {
   const int64_t block = block_rows(engine, rows);
   at::parallel_for(0, ceil_div(rows, block), 1, [&](int64_t begin, int64_t end) {
+    const Session session(engine);
     for (int64_t i = begin; i < end; ++i) {
       body(i * block, std::min(block, rows - i * block), i == begin);
     }
@@ -189,6 +201,7 @@ inline void for_each_part(const Engine& engine, int64_t rows, int64_t panels, Bo
   }
   const int64_t share = ceil_div(panels, at::get_num_threads());
   at::parallel_for(0, ceil_div(panels, share), 1, [&](int64_t begin, int64_t end) {
+    const Session session(engine);
     for (int64_t i = begin; i < end; ++i) {
       body(Part{0, rows, i * share, std::min(share, panels - i * share), i == begin});
     }

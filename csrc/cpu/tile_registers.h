@@ -49,6 +49,9 @@ inline MultiplyTile find_tile(int64_t rows, int64_t vectors) {
   return vectors == kPanel ? tile_of<kPanel, S>(rows, Tiles{}) : tile_of<1, S>(rows, Tiles{});
 }
 
+void begin() {}
+void end() {}
+
 // Tiles of any size that fits, in vector registers. hold() takes the left side, `steps` lanes of each
 // row; multiply() gives c (rows, `vectors` vectors) = or += that times b.
 class TileUnit {
