@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -118,9 +118,14 @@ def backward_kernel(
 
 def direct_kernel(op: str, x: Tensor) -> Callable[..., tuple[Tensor, ...]] | None:
     """The C++ kernel where `pick` would take it and nothing is traced: no Python in between."""
-    if (torch.compiler.is_compiling() or x.device.type != "cpu"
-            or _FORCED.get() not in (None, "cpp") or refusal("cpp", op, x) is not None):
+    if (not x.is_cpu or torch.compiler.is_compiling() or _FORCED.get() not in (None, "cpp")
+            or refusal("cpp", op, x) is not None):
         return None
+    return _cpu_kernel(op)
+
+
+@cache  # of a small model these look-ups would be a part of its time
+def _cpu_kernel(op: str) -> Callable[..., tuple[Tensor, ...]]:
     return getattr(torch.ops.adacomcat, f"{op}_cpu").default
 
 
@@ -142,7 +147,7 @@ def use_backend(name: str) -> Iterator[None]:
 def _no_cpp_kernel(op: str, x: Tensor) -> str | None:
     if op not in CPP_OPS:
         return f"it has no C++ kernel; those with one are {', '.join(CPP_OPS)}"
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"the kernel runs on the CPU and the input is on {x.device}"
     if op not in DECOMPOSITIONS:
         return _no_dtype(x, KERNEL_DTYPES)

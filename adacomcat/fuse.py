@@ -57,8 +57,9 @@ class FusedAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
+        w = self._parameters  # an attribute of a module that is a parameter takes ten times as long
         return ops.low_rank_attention(
-            x, self.wq, self.bq, self.wk, self.wv, self.wo, self.bo, self.num_heads, self.scale,
+            x, w["wq"], w["bq"], w["wk"], w["wv"], w["wo"], w["bo"], self.num_heads, self.scale,
             causal_mask(attn_mask, x, is_causal), epsilon=self.epsilon, residual=x)
 
     def first_token(self, x: Tensor) -> Tensor:
@@ -81,7 +82,8 @@ class FusedMlp(nn.Module):
                      u2=gamma.unsqueeze(1) * u2, b2=gamma * _bias(mlp.fc2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.low_rank_mlp(x, self.v1, self.u1, self.b1, self.v2, self.u2, self.b2,
+        w = self._parameters
+        return ops.low_rank_mlp(x, w["v1"], w["u1"], w["b1"], w["v2"], w["u2"], w["b2"],
                                 self.activation, epsilon=self.epsilon, residual=x)
 
 
@@ -98,7 +100,8 @@ class FusedDenseMlp(nn.Module):
                      w2=gamma.unsqueeze(1) * w2, b2=gamma * _bias(mlp.fc2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.dense_mlp(x, self.w1, self.b1, self.w2, self.b2, self.activation,
+        w = self._parameters
+        return ops.dense_mlp(x, w["w1"], w["b1"], w["w2"], w["b2"], self.activation,
                              epsilon=self.epsilon, residual=x)
 
 

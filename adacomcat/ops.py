@@ -159,6 +159,8 @@ def _check_activation(activation: str | None) -> None:
 
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where it is on for their device; float64 stays."""
+    if tensors[0].is_cpu and not torch.is_autocast_enabled("cpu"):
+        return tensors  # at once: it is asked at every call
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors

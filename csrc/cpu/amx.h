@@ -43,10 +43,6 @@ class Amx {
     release(setup_);
   }
 
-  static __mmask16 lanes_of(int64_t count) {
-    return static_cast<__mmask16>(count >= kSide ? 0xffff : (1u << greatest(count, 0)) - 1);
-  }
-
   // For tiles of so many rows; one configuration serves all of them.
   void configure(int64_t rows) {
     if (rows == rows_) return;

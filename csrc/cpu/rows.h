@@ -5,12 +5,24 @@ inline void pad_row(char* out, int64_t k) {
   for (int64_t j = k; j % kGroup; ++j) __builtin_memset(out + j * kOperandSize, 0, kOperandSize);
 }
 
+inline void copy_row(char* to, const char* from, int64_t bytes) {
+  constexpr int64_t kPiece = sizeof(Halves);
+  for (; bytes >= kPiece; bytes -= kPiece, to += kPiece, from += kPiece) {
+    *reinterpret_cast<LooseHalves*>(to) = *reinterpret_cast<const LooseHalves*>(from);
+  }
+  if (bytes) __builtin_memcpy(to, from, bytes);
+}
+
 void load_rows(int64_t m, int64_t k, Rows x, void* out, int64_t stride) {
   for (int64_t i = 0; i < m; ++i) {
     char* row = static_cast<char*>(out) + i * stride * kOperandSize;
-    for (int64_t j = 0; j < k; j += kLanes) {
-      const int64_t count = least(kLanes, k - j);
-      store_some(row, j, kOperand, load_some(x.data, i * x.stride + j, x.dtype, count), count);
+    if (x.dtype == kOperand) {
+      copy_row(row, static_cast<const char*>(x.data) + i * x.stride * kOperandSize, k * kOperandSize);
+    } else {
+      for (int64_t j = 0; j < k; j += kLanes) {
+        const int64_t count = least(kLanes, k - j);
+        store_some(row, j, kOperand, load_some(x.data, i * x.stride + j, x.dtype, count), count);
+      }
     }
     pad_row(row, k);
   }

@@ -16,8 +16,16 @@ inline void store(float* p, Vector x) { *reinterpret_cast<LooseVector*>(p) = x; 
 inline Vector select(Integers mask, Vector yes, Vector no) {
   return (Vector)((mask & (Integers)yes) | (~mask & (Integers)no));
 }
+#ifdef ADACOMCAT_AVX512
+inline __mmask16 lanes_of(int64_t count) {
+  return static_cast<__mmask16>(count >= kLanes ? 0xffff : (1u << greatest(count, 0)) - 1);
+}
+#endif
 // All bits of the first `count` lanes.
 inline Integers first_lanes(int64_t count) {
+#ifdef ADACOMCAT_AVX512
+  return (Integers)_mm512_movm_epi32(lanes_of(count));
+#endif
   Integers lanes;
   for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? -1 : 0;
   return lanes;
@@ -31,8 +39,16 @@ inline Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
 inline Vector minimum(Vector a, Vector b) { return a < b ? a : b; }
 #endif
 
+// Of a conversion of vectors g++ 12 makes two of halves and puts them together.
 inline Vector from_bf16(Halves x) {
-  return (Vector)(__builtin_convertvector(x, Words) << 16);
+#if defined(ADACOMCAT_AVX512)
+  const Words words = (Words)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(ADACOMCAT_AVX2)
+  const Words words = (Words)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  const Words words = __builtin_convertvector(x, Words);
+#endif
+  return (Vector)(words << 16);
 }
 
 // Round to nearest even; NaN stays NaN.
@@ -95,10 +111,17 @@ inline void store_two(void* p, int64_t i, Dtype dtype, Vector first, Vector seco
 // The first `count` lanes; the others read as zero, or stay unwritten.
 inline Vector load_some(const void* p, int64_t i, Dtype dtype, int64_t count) {
   if (count >= kLanes) return load(p, i, dtype);
+#ifdef ADACOMCAT_AVX512
+  const __mmask16 lanes = lanes_of(count);
+  if (dtype == Dtype::f32) return (Vector)_mm512_maskz_loadu_ps(lanes, static_cast<const float*>(p) + i);
+  const Halves x = (Halves)_mm256_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(p) + i);
+  return dtype == Dtype::bf16 ? from_bf16(x) : from_f16(x);
+#else
   float lanes[kLanes] = {};
   const int64_t size = dtype_size(dtype);
   __builtin_memcpy(lanes, static_cast<const char*>(p) + i * size, count * size);
   return load(lanes, 0, dtype);
+#endif
 }
 
 inline float read_one(const void* p, int64_t i, Dtype dtype) {
@@ -107,10 +130,17 @@ inline float read_one(const void* p, int64_t i, Dtype dtype) {
 
 inline void store_some(void* p, int64_t i, Dtype dtype, Vector x, int64_t count) {
   if (count >= kLanes) return store(p, i, dtype, x);
+#ifdef ADACOMCAT_AVX512
+  const __mmask16 lanes = lanes_of(count);
+  if (dtype == Dtype::f32) return _mm512_mask_storeu_ps(static_cast<float*>(p) + i, lanes, (__m512)x);
+  const Halves halves = dtype == Dtype::bf16 ? to_bf16(x) : to_f16(x);
+  _mm256_mask_storeu_epi16(static_cast<uint16_t*>(p) + i, lanes, (__m256i)halves);
+#else
   float lanes[kLanes];
   store(lanes, 0, dtype, x);
   const int64_t size = dtype_size(dtype);
   __builtin_memcpy(static_cast<char*>(p) + i * size, lanes, count * size);
+#endif
 }
 
 // Lane i becomes lane i + Distance, around.
