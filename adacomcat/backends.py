@@ -33,7 +33,7 @@ _FORCED: ContextVar[str | None] = ContextVar("adacomcat_backend", default=None)
 PREFERENCE = ("cpp", "reference")
 SPECTRA = ("gram", "eigenvalues", "singular_values")  # what only the CPU has kernels for
 CPP_OPS = ("low_rank_linear", "low_rank_mlp", "dense_mlp", "low_rank_attention",
-           "first_token_attention", "patch_embedding", "batched_svd", *SPECTRA)
+           "first_token_attention", "few_rows_linear", "patch_embedding", "batched_svd", *SPECTRA)
 CUDA_OPS = ("low_rank_linear", "batched_svd", "truncation_errors")
 CUDA_CAPABILITY = (8, 0)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -137,6 +137,13 @@ class FusedPatches(nn.Conv2d):
         return inference.patch_embedding(image, self.weight, self.bias).mT.unflatten(2, (rows, -1))
 
 
+class FewRowsLinear(nn.Linear):
+    """A linear layer that mostly meets a few rows: a head, in small batches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return inference.few_rows_linear(x, self.weight, self.bias)
+
+
 class FirstTokenVisionTransformer(VisionTransformer):
     """A timm ``VisionTransformer`` whose head reads the class token only: of the last block
     nothing else is computed. ``forward_features`` still returns all tokens."""
@@ -181,7 +188,14 @@ def optimize(model: nn.Module) -> nn.Module:
     if _head_reads_first_token(optimized):
         optimized.__class__ = FirstTokenVisionTransformer  # its parts, names and API stay
         optimized.embedding = _embedding(optimized)
+        meet_few_rows_(optimized.head)
     return optimized
+
+
+def meet_few_rows_(head: nn.Module) -> None:
+    """Makes a linear layer one for few rows, in place; anything else stays what it is."""
+    if type(head) is nn.Linear:
+        head.__class__ = FewRowsLinear
 
 
 def sublayer(block: Block, part: str) -> nn.Module:

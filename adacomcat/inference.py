@@ -1,9 +1,10 @@
-"""Two ops that only `optimize` uses, for inference: C++ kernels on CPUs, else the formula.
+"""Ops that only `optimize` uses, for inference: C++ kernels on CPUs, else the formula.
 
 The formula serves too where a gradient, autocast or a trace wants what it consists of.
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from adacomcat import backends
 
+FEW_ROWS = 4  # what the kernel takes: of more rows a product is faster
 _LIBRARY = torch.library.Library("adacomcat", "FRAGMENT")
 
 
@@ -36,6 +38,17 @@ def first_token_attention(
     arguments = (x, wq, bq, wk, wv, wo, bo, num_heads, scale, epsilon)
     kernel = _kernel("first_token_attention", *arguments) or _first_token_attention
     return kernel(*arguments)
+
+
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear(x, weight, bias), on threads that share out the weight's rows.
+
+    x (..., in), of at most four rows for the kernel, weight (out, in), bias (out,).
+    """
+    kernel = None
+    if x.numel() <= FEW_ROWS * x.shape[-1]:
+        kernel = _kernel("few_rows_linear", x, weight, bias)
+    return (kernel or F.linear)(x, weight, bias)
 
 
 def patch_embedding(image: Tensor, weight: Tensor, bias: Tensor | None,
@@ -84,6 +97,10 @@ def _flops_first_token_attention(x, wq, bq, wk, wv, wo, bo, num_heads, *_, **__)
     return 2 * x[0] * (projections + 2 * num_heads * x[1] * x[2])
 
 
+def _flops_few_rows_linear(x, weight, *_, **__) -> int:
+    return 2 * prod(x) * weight[0]
+
+
 def _flops_patch_embedding(image, weight, *_, **__) -> int:
     out, channels, height, width = weight
     patches = image[2] // height * (image[3] // width)
@@ -104,6 +121,12 @@ _register(
     "int num_heads, float scale, float epsilon",
     lambda x, *_: (x.shape[0], 1, x.shape[2]),
     _flops_first_token_attention,
+)
+_register(
+    "few_rows_linear_cpu",
+    "Tensor x, Tensor weight, Tensor? bias",
+    lambda x, weight, _: (*x.shape[:-1], weight.shape[0]),
+    _flops_few_rows_linear,
 )
 _register(
     "patch_embedding_cpu",

@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from adacomcat import backends
 from adacomcat.convert import build_skeleton, join_mlps_, skeleton_module
 from adacomcat.cost import input_size, interleaved
-from adacomcat.fuse import FirstTokenVisionTransformer, FusedBlock, optimize, sublayer
+from adacomcat.fuse import (
+    FewRowsLinear,
+    FirstTokenVisionTransformer,
+    FusedBlock,
+    meet_few_rows_,
+    optimize,
+    sublayer,
+)
 from adacomcat.latency_cache import LatencyCache, machine
 from adacomcat.plan import RankPlan
 from adacomcat.progress import progress
@@ -88,6 +95,7 @@ class Unit:
     owner: str  # of what is rebuilt at other ranks: a block that is fused, or the module itself
     module: str  # of the dense module
     sites: tuple[Site, ...]
+    few_rows: bool = False  # of a linear layer: whether it runs as one for few rows
 
     def built(self, model: nn.Module, ranks: Sequence[Rank]) -> nn.Module:
         """What would be called at these ranks, one for each site; weights are arbitrary."""
@@ -104,6 +112,8 @@ class Unit:
                 made = skeleton_module(model.get_submodule(name), sites, plan)
                 root.set_submodule(relative(name), made)
         join_mlps_(root)
+        if self.few_rows:
+            meet_few_rows_(root.owner)
         if self.owner == self.module:
             return root.owner.eval()
         part = self.module.removeprefix(self.owner + ".")
@@ -145,7 +155,8 @@ def _unit(model: nn.Module, runs: nn.Module, site: Site) -> Unit:
         block, part = ".".join(parts[:depth]), parts[depth]
         if type(runs.get_submodule(block)) is FusedBlock:
             return _unit_of_block(runs, block, part, module, site)
-    return Unit(module, "forward", module, module, (site,))
+    few_rows = type(runs.get_submodule(module)) is FewRowsLinear
+    return Unit(module, "forward", module, module, (site,), few_rows)
 
 
 def _unit_of_block(runs: nn.Module, block: str, part: str, module: str, site: Site) -> Unit:

@@ -104,6 +104,11 @@ def first_token() -> Problem:
                     weight(384, 192), torch.randn(384)], (6, 64**-0.5, 1e-6), trains=False)
 
 
+def head() -> Problem:
+    return Problem(inference.few_rows_linear, F.linear, [weight(1000, 384), torch.randn(1000)], (),
+                   (384,), trains=False)
+
+
 def patches() -> Problem:
     def plain(image, w, bias, prefix, positions) -> Tensor:
         tokens = F.conv2d(image, w, bias, stride=16).flatten(2).mT + positions
@@ -125,6 +130,7 @@ OPS: dict[str, Callable[[], Problem]] = {
     "low_rank_attention": lambda: attention(32, 32),
     "low_rank_attention_unequal": lambda: attention(24, 40),
     "first_token_attention": first_token,
+    "few_rows_linear": head,
     "patch_embedding": patches,
 }
 

@@ -54,6 +54,7 @@ SHAPES = {
     "attention-197": attention_case(2, 197, 64, 4, 16, 24),
     "attention-long": attention_case(1, 523, 32, 2, 8, 33, "float", (1, 2, 523, 523)),
     "attention-wide": attention_case(1, 70, 200, 5, 9, 17),  # panels that end in one vector
+    "attention-ranks": attention_case(1, 69, 48, 2, 70, 33),  # squares of keys, and what is left
     "attention-causal": attention_case(2, 65, 48, 3, 17, 7, "bool", (65, 65)),
 }
 ALL = {name: case for name, case in {**CASES, **SHAPES}.items()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import assert_close_to_float64
 from test_cpu_kernels import (  # noqa: F401
     ALL,
@@ -12,7 +13,7 @@ from test_cpu_kernels import (  # noqa: F401
 )
 from test_ops import Case, convert, dense_case, mlp_case, strided
 
-from adacomcat import backends
+from adacomcat import backends, inference
 
 SINGLE = {
     "mlp-1": mlp_case((1,), 64, 24, 300, 40, "gelu"),
@@ -62,6 +63,42 @@ def test_single_rows(case: Case, count: int, dtype: torch.dtype, instruction_set
     for layout in (strided, transposed):
         other = case.call({name: layout(t) for name, t in base.items()})
         torch.testing.assert_close(other, actual)
+
+
+@each_dtype
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 384, 1000), (4, 33, 70), (3, 1, 1), (2, 130, 5), (0, 8, 3),
+                                   (2, 8, 0), (5, 64, 40)], ids=str)
+def test_linear_layer_of_few_rows(shape: tuple[int, int, int], bias: bool, count: int,
+                                  dtype: torch.dtype, instruction_set: str,  # noqa: F811
+                                  threads: None, poisoned_memory: None) -> None:  # noqa: F811
+    """Five rows are PyTorch's."""
+    torch.set_num_threads(count)
+    rows, width, out = shape
+    x, weight = ((torch.randn(n, width) / width**0.5).to(dtype) for n in (rows, out))
+    b = torch.randn(out).to(dtype) if bias else None
+    exact = F.linear(x.double(), weight.double(), b if b is None else b.double())
+    actual = inference.few_rows_linear(x, weight, b)
+    assert actual.shape == (rows, out) and actual.dtype == dtype
+    if actual.numel():
+        assert_close_to_float64(actual, exact, F.linear(x, weight, b))
+    for layout in (strided, transposed):
+        other = inference.few_rows_linear(layout(x), layout(weight), b)
+        torch.testing.assert_close(other, actual)
+
+
+def test_linear_layer_of_few_rows_elsewhere() -> None:
+    """With a gradient, under autocast and of float64 it is PyTorch's."""
+    x, weight, bias = torch.randn(2, 8), torch.randn(3, 8, requires_grad=True), torch.randn(3)
+    assert inference.few_rows_linear(x, weight, bias).requires_grad
+    weight = weight.detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert inference.few_rows_linear(x, weight, bias).dtype == torch.bfloat16
+    double = [t.double() for t in (x, weight, bias)]
+    assert torch.equal(inference.few_rows_linear(*double), F.linear(*double))
+    with pytest.raises(RuntimeError, match="weight must have shape"):
+        inference.few_rows_linear(x, weight[:, :5], bias)
 
 
 def transposed(tensor: torch.Tensor | None) -> torch.Tensor | None:

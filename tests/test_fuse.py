@@ -9,6 +9,7 @@ from torch import nn
 
 import adacomcat
 from adacomcat.fuse import (
+    FewRowsLinear,
     FirstTokenVisionTransformer,
     FusedAttention,
     FusedBlock,
@@ -80,6 +81,8 @@ def test_a_head_that_reads_the_class_token_gets_no_other(kwargs: dict, shortcut:
     model = compressed(**kwargs)
     optimized, x = adacomcat.optimize(model), torch.randn(6, 3, *model.patch_embed.img_size)
     assert (type(optimized) is FirstTokenVisionTransformer) == shortcut
+    if shortcut and model.num_classes:
+        assert type(model.head) is torch.nn.Linear and type(optimized.head) is FewRowsLinear
     for images in (x, x[:3], x[:1]):
         assert relative(optimized(images), model(images)) < 1e-5
     assert relative(optimized.forward_features(x), model.forward_features(x)) < 1e-5

@@ -1,0 +1,91 @@
+"""What the CPU kernels approximate, activations and softmax, on every instruction set."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_close_to_float64
+from test_cpu_kernels import ALL, each_dtype, instruction_set  # noqa: F401
+from test_ops import DTYPES, attention_case, convert, plain_attention
+from torch import Tensor
+
+from adacomcat import ops
+
+# Absolute error where the result is near zero; elsewhere a unit in the last place comes on top.
+TAILS = {"gelu": 2.5e-4, "gelu_tanh": 1e-6, "silu": 1e-6, "relu": 0.0}
+
+
+def all_numbers(dtype: torch.dtype) -> Tensor:
+    """Both zeros and every number of 16 bits up to 1e4, but denormals: bfloat16 units know none."""
+    numbers = torch.arange(-2**15, 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    sizes = numbers.abs()
+    normal = (sizes >= torch.finfo(dtype).tiny) & (sizes <= 1e4)  # NaN is neither
+    return numbers[normal | (numbers == 0)]
+
+
+def exact_activation(activation: str, x: Tensor) -> Tensor:
+    options = {"approximate": "tanh"} if activation == "gelu_tanh" else {}
+    return getattr(F, activation.removesuffix("_tanh"))(x, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", TAILS)
+def test_activations_of_all_numbers_of_16_bits(activation: str, dtype: torch.dtype,
+                                               instruction_set: str) -> None:  # noqa: F811
+    x = all_numbers(dtype)
+    one = torch.ones(1, 1, dtype=dtype)
+    y = ops.low_rank_linear(x.unsqueeze(1), one, one, activation=activation).squeeze(1)
+    exact = exact_activation(activation, x.double())
+    torch.testing.assert_close(y.double(), exact, rtol=torch.finfo(dtype).eps,
+                               atol=TAILS[activation])
+    assert (y[x == 0] == 0).all()
+
+
+@pytest.mark.parametrize("activation", TAILS)
+def test_slopes_of_all_numbers_of_16_bits(activation: str, instruction_set: str) -> None:  # noqa: F811
+    x = all_numbers(torch.bfloat16).unsqueeze(1)
+    x = x[x != 0].unsqueeze(1).requires_grad_()  # where ReLU has one
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    slope, = torch.autograd.grad(
+        ops.low_rank_linear(x, one, one, activation=activation).sum(), x)
+    exact = x.detach().double().requires_grad_()
+    expected, = torch.autograd.grad(exact_activation(activation, exact).sum(), exact)
+    torch.testing.assert_close(slope.double(), expected, rtol=torch.finfo(torch.bfloat16).eps,
+                               atol=1e-5)
+
+
+@each_dtype
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 300.0])
+def test_softmax_of_any_size(scale: float, dtype: torch.dtype, instruction_set: str,  # noqa: F811
+                             poisoned_memory: None) -> None:
+    """Up to logits that leave nothing of all keys but one."""
+    case = attention_case(1, 75, 48, 2, 70, 33)
+    base = convert(case.draw(), dtype)
+    call = {**case.options, "scale": scale}
+    exact = plain_attention(**convert(base, torch.float64), **call)
+    actual = ops.low_rank_attention(**base, **call)
+    # Of bfloat16 logits of hundreds the last place decides: PyTorch's own error is the measure.
+    assert_close_to_float64(actual, exact, plain_attention(**base, **call))
+
+
+@each_dtype
+def test_masked_tokens_do_not_count_at_all(dtype: torch.dtype, instruction_set: str) -> None:  # noqa: F811
+    case = attention_case(1, 37, 16, 2, 3, 4)
+    tensors = convert(case.draw(), dtype)
+    tensors["attn_mask"] = torch.ones(37, 37, dtype=torch.bool)
+    tensors["attn_mask"][:20, 20:] = False
+    before = case.call(tensors)
+    tensors["x"][0, 20:] *= 1e4 if dtype == torch.float16 else 1e30
+    after = case.call(tensors)
+    assert torch.equal(after[0, :20], before[0, :20])
+
+
+def test_tile_registers_are_left_to_others(instruction_set: str) -> None:  # noqa: F811
+    """PyTorch multiplies on the same ones, and in between."""
+    a, b = (torch.randn(256, 256).bfloat16() for _ in range(2))
+    expected = a @ b
+    for name in ("linear-197", "attention-197", "mlp-197"):
+        for dtype in DTYPES:
+            tensors = convert(ALL[name].draw(), dtype)
+            first = ALL[name].call(tensors)
+            assert torch.equal(a @ b, expected)
+            assert torch.equal(ALL[name].call(tensors), first)
