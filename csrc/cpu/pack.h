@@ -15,8 +15,7 @@ inline int64_t pack_columns(int64_t k, int64_t columns, const char* b, int64_t c
     for (int64_t first = 0; first < lanes; first += kLanes) {
       Vector square[kLanes] = {};
       for (int64_t j = 0; j < least(kLanes, columns - first); ++j) {
-        const char* from = b + ((first + j) * column + i) * kOperandSize;
-        square[j] = load(reinterpret_cast<const float*>(from));
+        __builtin_memcpy(&square[j], b + ((first + j) * column + i) * kOperandSize, sizeof(Vector));
       }
       transpose(square);
       float* to = reinterpret_cast<float*>(out + (i / kGroup * lanes + first) * kStep);
