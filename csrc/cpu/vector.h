@@ -242,8 +242,8 @@ inline Vector power_of_two(Vector x) {
   const float round = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer
   const Vector shifted = (x - 0.5f) + round;
   const Vector p = horner(kPower, x - (shifted - round));
-  const Integers power = (Integers)p + ((Integers)shifted << 23);  // the floor in the low bits
-  return (Vector)(power & ~(x <= least_exponent));
+  const Words power = (Words)p + ((Words)shifted << 23);  // the floor in the low bits
+  return (Vector)(power & (Words)~(x <= least_exponent));
 #endif
 }
 
