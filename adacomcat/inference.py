@@ -46,7 +46,7 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x (..., in), of at most four rows for the kernel, weight (out, in), bias (out,).
     """
     kernel = None
-    if x.numel() <= FEW_ROWS * x.shape[-1]:
+    if x.shape[:-1].numel() <= FEW_ROWS:
         kernel = _kernel("few_rows_linear", x, weight, bias)
     return (kernel or F.linear)(x, weight, bias)
 

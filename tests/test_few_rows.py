@@ -69,14 +69,14 @@ def test_single_rows(case: Case, count: int, dtype: torch.dtype, instruction_set
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 384, 1000), (4, 33, 70), (3, 1, 1), (2, 130, 5), (0, 8, 3),
-                                   (2, 8, 0), (5, 64, 40)], ids=str)
+                                   (2, 8, 0), (5, 64, 40), (2, 0, 3), (6, 0, 3)], ids=str)
 def test_linear_layer_of_few_rows(shape: tuple[int, int, int], bias: bool, count: int,
                                   dtype: torch.dtype, instruction_set: str,  # noqa: F811
                                   threads: None, poisoned_memory: None) -> None:  # noqa: F811
     """Five rows are PyTorch's."""
     torch.set_num_threads(count)
     rows, width, out = shape
-    x, weight = ((torch.randn(n, width) / width**0.5).to(dtype) for n in (rows, out))
+    x, weight = ((torch.randn(n, width) / max(width, 1)**0.5).to(dtype) for n in (rows, out))
     b = torch.randn(out).to(dtype) if bias else None
     exact = F.linear(x.double(), weight.double(), b if b is None else b.double())
     actual = inference.few_rows_linear(x, weight, b)
