@@ -25,10 +25,11 @@ inline __mmask16 lanes_of(int64_t count) {
 inline Integers first_lanes(int64_t count) {
 #ifdef ADACOMCAT_AVX512
   return (Integers)_mm512_movm_epi32(lanes_of(count));
-#endif
+#else
   Integers lanes;
   for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? -1 : 0;
   return lanes;
+#endif
 }
 // Where one is NaN, b.
 #if defined(ADACOMCAT_AVX512)
