@@ -33,7 +33,7 @@ if backends.available()["cpp"] is not None:
 
 EXTENSION = importlib.import_module("adacomcat._C")
 HERE = backends.build_info()["instruction_set"]
-NAMES = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
+NAMES = ("generic", "avx2", "avx512", "avx512_bf16", "avx512_vnni", "amx")
 LACKING = [name for name in NAMES if not EXTENSION.use_instruction_set(name)]
 EXTENSION.use_instruction_set(HERE)
 
@@ -114,7 +114,8 @@ def test_each_gradient_alone_is_the_same(name: str, instruction_set: str) -> Non
         alone = {n: t if t is None else t.detach().requires_grad_(n == wanted)
                  for n, t in tensors.items()}
         result = value_and_gradients(getattr(ops, case.op), alone, grad_out, **case.options)
-        torch.testing.assert_close(result[wanted], together[wanted])
+        torch.testing.assert_close(result[wanted], together[wanted], rtol=1.3e-6,
+                                   atol=1e-4)  # hundreds of terms of both signs in another order
 
 
 @pytest.mark.parametrize("name", ["attention", "attention-bool", "attention-float"])

@@ -32,6 +32,9 @@ extern const Engine kEngine;
 namespace avx512_bf16 {
 extern const Engine kEngine;
 }
+namespace avx512_vnni {
+extern const Engine kEngine;
+}
 namespace amx {
 extern const Engine kEngine;
 }
@@ -47,6 +50,7 @@ struct InstructionSet {
   bool present;
   const Engine* full;  // float32, and what has no engine of its own
   const Engine* bf16;
+  const Engine* bf16_activations;
 };
 
 #ifdef ADACOMCAT_X86
@@ -73,15 +77,24 @@ const InstructionSet* instruction_sets(size_t& count) {
                              __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  static const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  const InstructionSet with_bf16{"avx512_bf16", bf16, &avx512::kEngine, &avx512_bf16::kEngine,
+                                 &avx512_bf16::kEngine};
+  const InstructionSet with_vnni{"avx512_vnni", vnni, &avx512::kEngine, &avx512_vnni::kEngine,
+                                 &avx512::kEngine};
+  // Intel's multiply bfloat16 outside AMX at half the rate of floats, AMD's at twice.
+  static const bool slow_bf16 = __builtin_cpu_is("intel");
   static const InstructionSet sets[] = {
-      {"amx", bf16 && amx_allowed(), &amx_split::kEngine, &amx::kEngine},
-      {"avx512_bf16", bf16, &avx512::kEngine, &avx512_bf16::kEngine},
-      {"avx512", avx512, &avx512::kEngine, &avx512::kEngine},
-      {"avx2", avx2, &avx2::kEngine, &avx2::kEngine},
-      {"generic", true, &generic::kEngine, &generic::kEngine},
+      {"amx", bf16 && amx_allowed(), &amx_split::kEngine, &amx::kEngine, &amx::kEngine},
+      slow_bf16 ? with_vnni : with_bf16,
+      slow_bf16 ? with_bf16 : with_vnni,
+      {"avx512", avx512, &avx512::kEngine, &avx512::kEngine, &avx512::kEngine},
+      {"avx2", avx2, &avx2::kEngine, &avx2::kEngine, &avx2::kEngine},
+      {"generic", true, &generic::kEngine, &generic::kEngine, &generic::kEngine},
   };
 #else
-  static const InstructionSet sets[] = {{"generic", true, &generic::kEngine, &generic::kEngine}};
+  static const InstructionSet sets[] = {
+      {"generic", true, &generic::kEngine, &generic::kEngine, &generic::kEngine}};
 #endif
   count = sizeof sets / sizeof sets[0];
   return sets;
@@ -101,7 +114,7 @@ std::atomic<const InstructionSet*>& chosen() {
     const char* wish = std::getenv("ADACOMCAT_CPU");
     const InstructionSet* found = find(wish && *wish ? wish : nullptr);
     TORCH_CHECK(found, "ADACOMCAT_CPU=", wish, " is not an instruction set of this CPU; it has ",
-                find(nullptr)->name, " and what comes before: amx, avx512_bf16, avx512, avx2, generic");
+                find(nullptr)->name, " and what comes before: amx, avx512_vnni, avx512_bf16, avx512, avx2, generic");
     return found;
   }();
   return set;
@@ -112,6 +125,11 @@ std::atomic<const InstructionSet*>& chosen() {
 const Engine& engine(Dtype dtype) {
   const InstructionSet* set = chosen().load(std::memory_order_relaxed);
   return dtype == Dtype::bf16 ? *set->bf16 : *set->full;
+}
+
+const Engine& activation_engine(Dtype dtype) {
+  const InstructionSet* set = chosen().load(std::memory_order_relaxed);
+  return dtype == Dtype::bf16 ? *set->bf16_activations : *set->full;
 }
 
 const char* instruction_set() { return chosen().load()->name; }

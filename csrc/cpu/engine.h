@@ -81,6 +81,7 @@ struct Engine {
   int64_t group;      // columns of A come in multiples of it, odd tails padded with zeros
   int64_t depth;      // as rows of packed B do
   int64_t packed_size;  // bytes of an element of packed B
+  int64_t scale_rows;   // rows of packed B that are not its own: they hold the scales of its columns
 
   // Packed element (i, j) comes from b + i * row + j * column.
   void (*pack)(int64_t k, int64_t n, const void* b, int64_t row, int64_t column, Dtype dtype,
@@ -109,17 +110,20 @@ struct Engine {
 
   int64_t operand_size() const { return dtype_size(operand); }
   int64_t padded_k(int64_t k) const { return (k + group - 1) / group * group; }
-  int64_t packed_k(int64_t k) const { return (k + depth - 1) / depth * depth; }
+  int64_t packed_k(int64_t k) const { return (k + depth - 1) / depth * depth + scale_rows; }
   int64_t packed_bytes(int64_t k, int64_t n) const {
     return packed_k(k) * padded_n(n) * packed_size;
   }
   int64_t padded_n(int64_t n) const { return (n + width - 1) / width * width; }
 };
 
-// The engine of this CPU for tensors of this dtype.
+// The engine of this CPU for tensors of this dtype, and one of the same operand format for products of
+// activations with activations.
 const Engine& engine(Dtype dtype);
+const Engine& activation_engine(Dtype dtype);
 
-// What engine() chooses from: "generic", "avx2", "avx512", "avx512_bf16", "amx", as far as this CPU goes.
+// What engine() chooses from, as far as this CPU goes: "generic", "avx2", "avx512", "avx512_bf16",
+// "avx512_vnni", "amx".
 const char* instruction_set();
 // Whether it has AVX-512.
 bool has_avx512();

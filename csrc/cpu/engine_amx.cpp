@@ -8,6 +8,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma,f16c,prefer-vector-width=512")
 #define ADACOMCAT_AVX512
 #define ADACOMCAT_BF16_DOT
+#define ADACOMCAT_16_BITS
 #define ADACOMCAT_AMX
 
 namespace adacomcat {
@@ -19,7 +20,7 @@ constexpr int kLanes = 16, kTileRows = 32, kRowStep = 16, kPanel = 2;
 
 extern const Engine kEngine;
 const Engine kEngine{"amx", kOperand, kTileRows, kRowStep, kBlockRows, kLanes, kGroup, kDepth,
-                     kPackedSize, pack, multiply, accumulate, load_rows, normalize_rows, softmax_rows,
+                     kPackedSize, kScaleRows, pack, multiply, accumulate, load_rows, normalize_rows, softmax_rows,
                      inner_products, weighted_sums, begin, end};
 }  // namespace amx
 }  // namespace adacomcat

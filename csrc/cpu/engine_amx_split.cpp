@@ -19,7 +19,7 @@ constexpr int kLanes = 16, kTileRows = 32, kRowStep = 16, kPanel = 2;
 
 extern const Engine kEngine;
 const Engine kEngine{"amx", kOperand, kTileRows, kRowStep, kBlockRows, kLanes, kGroup, kDepth,
-                     kPackedSize, pack, multiply, accumulate, load_rows, normalize_rows, softmax_rows,
+                     kPackedSize, kScaleRows, pack, multiply, accumulate, load_rows, normalize_rows, softmax_rows,
                      inner_products, weighted_sums, begin, end};
 }  // namespace amx_split
 }  // namespace adacomcat

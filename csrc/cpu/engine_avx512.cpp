@@ -17,7 +17,7 @@ constexpr int kLanes = 16, kTileRows = 12, kRowStep = kTileRows, kPanel = 2;
 
 extern const Engine kEngine;
 const Engine kEngine{"avx512", kOperand, kTileRows, kRowStep, kBlockRows, kLanes, kGroup, kDepth,
-                     kPackedSize, pack, multiply, accumulate, load_rows, normalize_rows, softmax_rows,
+                     kPackedSize, kScaleRows, pack, multiply, accumulate, load_rows, normalize_rows, softmax_rows,
                      inner_products, weighted_sums, begin, end};
 }  // namespace avx512
 }  // namespace adacomcat

@@ -8,6 +8,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c,prefer-vector-width=512")
 #define ADACOMCAT_AVX512
 #define ADACOMCAT_BF16_DOT
+#define ADACOMCAT_16_BITS
 
 namespace adacomcat {
 namespace avx512_bf16 {
@@ -18,7 +19,7 @@ constexpr int kLanes = 16, kTileRows = 12, kRowStep = kTileRows, kPanel = 2;
 
 extern const Engine kEngine;
 const Engine kEngine{"avx512_bf16", kOperand, kTileRows, kRowStep, kBlockRows, kLanes, kGroup, kDepth,
-                     kPackedSize, pack, multiply, accumulate, load_rows, normalize_rows, softmax_rows,
+                     kPackedSize, kScaleRows, pack, multiply, accumulate, load_rows, normalize_rows, softmax_rows,
                      inner_products, weighted_sums, begin, end};
 }  // namespace avx512_bf16
 }  // namespace adacomcat

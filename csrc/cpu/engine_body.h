@@ -14,8 +14,10 @@ struct MakeSequence<0, I...> {
 
 #include "vector.h"
 #include "product.h"
-#ifdef ADACOMCAT_AMX_SPLIT
+#if defined(ADACOMCAT_AMX_SPLIT)
 #include "pack_split.h"
+#elif defined(ADACOMCAT_INTEGERS)
+#include "pack_integers.h"
 #else
 #include "pack.h"
 #endif

@@ -12,7 +12,7 @@ constexpr int kLanes = 4, kTileRows = 6, kRowStep = kTileRows, kPanel = 2;
 
 extern const Engine kEngine;
 const Engine kEngine{"generic", kOperand, kTileRows, kRowStep, kBlockRows, kLanes, kGroup, kDepth,
-                     kPackedSize, pack, multiply, accumulate, load_rows, normalize_rows, softmax_rows,
+                     kPackedSize, kScaleRows, pack, multiply, accumulate, load_rows, normalize_rows, softmax_rows,
                      inner_products, weighted_sums, begin, end};
 }  // namespace generic
 }  // namespace adacomcat

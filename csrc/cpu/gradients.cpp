@@ -56,7 +56,7 @@ std::vector<char> transposed(const Engine& e, const Rows& x, int64_t rows, int64
 
 // [narrow, 1]ᵀ wide, (n + 1, m), for narrow (rows, n) and wide (rows, m).
 at::Tensor product_of_rows(const at::Tensor& narrow, const at::Tensor& wide) {
-  const Engine& e = engine(dtype_of(wide));
+  const Engine& e = activation_engine(dtype_of(wide));
   const int64_t rows = row_count(wide), n = narrow.size(-1) + 1, m = wide.size(-1);
   const RowsOf ns(narrow), ws(wide);
   at::Tensor result = at::empty({n, m}, wide.options());
@@ -109,7 +109,7 @@ at::Tensor row_product(const at::Tensor& a, const at::Tensor& b, const OptionalT
   if (c) check(a, *c, "c", with_last(a, n));
   at::Tensor y = at::empty(with_last(a, n), a.options());
   if (!rows || !n) return y;
-  const Engine& e = engine(dtype_of(a));
+  const Engine& e = activation_engine(dtype_of(a));
   const Packed weight = packed(e, b, false);
   const RowsOf as(a), cs(c ? *c : a);
   const int64_t ka = e.padded_k(k), block = block_rows(e, rows);
@@ -154,7 +154,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> hidden_gr
   const auto results = std::make_tuple(grad_pre, h, grad_middle2, grad_middle, grad_x);
   if (!rows) return results;
 
-  const Engine& e = engine(dtype_of(middle));
+  const Engine& e = activation_engine(dtype_of(middle));
   Packed into2, out_of2, into_x;
   if (u2) into2 = packed(e, *u2, false);
   if (v2) out_of2 = packed(e, *v2, true);

@@ -212,7 +212,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
                                      scratch.take(part.rows * kx * size));
       project(e, projections, part, in, left, fresh && part.fresh, po);
     });
-    attend(e, {image, images, tokens, num_heads, columns_qk / num_heads, columns_vo / num_heads,
+    attend(activation_engine(dtype), {image, images, tokens, num_heads, columns_qk / num_heads, columns_vo / num_heads,
                static_cast<float>(scale)}, q, k, v, z, masks);
     for_each_part(e, count, panels(e, out), [&](const Part& part) {
       Scratch scratch(Scratch::aligned(part.rows * kc * size));

@@ -2,36 +2,35 @@
 
 #ifdef ADACOMCAT_BF16_DOT
 constexpr int kGroup = 2;
-typedef uint32_t Lane;  // two consecutive k
-inline Lane read_lane(const void* a) {
-  Lane lane;
-  __builtin_memcpy(&lane, a, sizeof lane);
-  return lane;
-}
-inline Vector multiply_add(Vector sum, Lane a, Vector b) {
-  return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
-}
 constexpr Dtype kOperand = Dtype::bf16;
 constexpr int kOperandSize = 2;
 #else
 constexpr int kGroup = 1;
-inline float read_lane(const void* a) { return *static_cast<const float*>(a); }
-inline Vector multiply_add(Vector sum, float a, Vector b) { return sum + a * b; }
 constexpr Dtype kOperand = Dtype::f32;
 constexpr int kOperandSize = 4;
 #endif
 constexpr int kStep = kGroup * kOperandSize;  // bytes of one lane of A
-#ifdef ADACOMCAT_AMX
+#if defined(ADACOMCAT_AMX)
 constexpr int kDepth = 32;  // rows of B that a tile register holds: their number is padded to it
+#elif defined(ADACOMCAT_INTEGERS)
+constexpr int kDepth = 2;
 #else
 constexpr int kDepth = kGroup;
 #endif
-#ifdef ADACOMCAT_AMX_SPLIT
+#if defined(ADACOMCAT_AMX_SPLIT)
 constexpr int kPackedSize = 6;  // of a float in three parts
 constexpr int64_t kSpanBytes = 5 << 17;  // the less, the more often rows are split
+#elif defined(ADACOMCAT_INTEGERS)
+constexpr int kPackedSize = 2;
+constexpr int64_t kSpanBytes = 1 << 20;
 #else
 constexpr int kPackedSize = kOperandSize;
 constexpr int64_t kSpanBytes = 1 << 20;
+#endif
+#ifdef ADACOMCAT_INTEGERS
+constexpr int kScaleRows = 2;  // of 16 bits: a float for each column
+#else
+constexpr int kScaleRows = 0;
 #endif
 
 #ifdef ADACOMCAT_AMX
@@ -102,6 +101,12 @@ struct Order {
   }
 };
 
+// Packed rows of a panel, and the scales of its columns if the engine has such.
+struct Right {
+  const float* rows;
+  const float* scales;
+};
+
 #ifdef ADACOMCAT_AMX
 #include "amx.h"
 #endif
@@ -126,10 +131,18 @@ inline const char* left_of(const Product& p, int64_t row) {
   return static_cast<const char*>(p.a) + row * p.a_stride * kOperandSize;
 }
 
-// Row `k` of a product's B in the panel that starts at `column`.
-inline const float* right_of(const Product& p, int64_t k, int64_t column, int64_t vectors) {
-  const int64_t lanes = column * p.b_rows + (p.b_first + k) * vectors * kLanes;
+// Row `k` of packed B in the panel that starts at `column`.
+inline const float* packed_row(const Product& p, int64_t k, int64_t column, int64_t vectors) {
+  const int64_t lanes = column * p.b_rows + k * vectors * kLanes;
   return reinterpret_cast<const float*>(static_cast<const char*>(p.b) + lanes * kPackedSize);
+}
+
+// The same from row `k` of a product's B on. A product of no steps may have no B.
+inline Right right_of(const Product& p, int64_t k, int64_t column, int64_t vectors) {
+  static constexpr float kNone[kPanel * kLanes] = {};
+  const bool scaled = kScaleRows && p.k;
+  return {packed_row(p, p.b_first + k, column, vectors),
+          scaled ? packed_row(p, p.b_rows - kScaleRows, column, vectors) : kNone};
 }
 
 inline int64_t steps_of(int64_t k) { return (k + kGroup - 1) / kGroup; }
@@ -143,7 +156,7 @@ inline void hold(TileUnit& unit, const Product& p, const Order& order, int64_t r
 // So many columns are fetched for together: all, where the second cache holds a product's B and what
 // follows it.
 inline int64_t fetched_together(const Product& p, const Order& order) {
-  const bool whole = p.b_first == 0 && p.k + kDepth > p.b_rows;
+  const bool whole = p.b_first == 0 && p.k + kDepth > p.b_rows - kScaleRows;
   return whole && p.b_rows * p.n * kPackedSize > kSpanBytes ? order.span : greatest(p.n, 1);
 }
 
@@ -152,7 +165,7 @@ inline int64_t fetched_together(const Product& p, const Order& order) {
 inline Ahead after(const Product& p, int64_t last, int64_t together) {
   if (!p.ahead.data) return {};  // nothing known, or gone
   if (last < p.n) {
-    return {right_of(p, 0, last, kPanel), p.b_rows * least(together, p.n - last) * kPackedSize};
+    return {packed_row(p, p.b_first, last, kPanel), p.b_rows * least(together, p.n - last) * kPackedSize};
   }
   Ahead next = p.ahead;
   if (!next.piece) next.bytes = least(next.bytes, kSpanBytes);

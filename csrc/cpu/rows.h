@@ -28,21 +28,6 @@ void load_rows(int64_t m, int64_t k, Rows x, void* out, int64_t stride) {
   }
 }
 
-// Σ term(j) over whole vectors: four sums, so that each addition waits for the fourth before it.
-template <class Term>
-inline Vector sum_terms(int64_t whole, Term term) {
-  Vector a{}, b{}, c{}, d{};
-  int64_t j = 0;
-  for (; j + 4 * kLanes <= whole; j += 4 * kLanes) {
-    a += term(j);
-    b += term(j + kLanes);
-    c += term(j + 2 * kLanes);
-    d += term(j + 3 * kLanes);
-  }
-  for (; j < whole; j += kLanes) a += term(j);
-  return (a + b) + (c + d);
-}
-
 // `count` rows from `x` on, together: alone each would wait for its own sums. `held`: they fit into
 // `values` and are converted once.
 template <Dtype D, bool held, int count>

@@ -36,7 +36,7 @@ class TileUnit : Amx {
 
   // As that of tile_registers.h.
   template <int64_t S>
-  void multiply(int64_t vectors, const float* b, float* c, int64_t c_stride, bool add,
+  void multiply(int64_t vectors, Right b, float* c, int64_t c_stride, bool add,
                 Prefetch ahead, Work& meanwhile) {
     if (!steps_) {
       if (!add) clear(c, S ? S : c_stride, vectors);
@@ -46,7 +46,7 @@ class TileUnit : Amx {
     // By a pointer, so that each is compiled apart: inlined, tiles with GELU take 13 % longer.
     const auto run = rows() > kSide ? (wide ? &TileUnit::run<2, 2> : &TileUnit::run<2, 1>)
                                     : (wide ? &TileUnit::run<1, 2> : &TileUnit::run<1, 1>);
-    (this->*run)(b, c, S ? S : c_stride, add, ahead, meanwhile);
+    (this->*run)(b.rows, c, S ? S : c_stride, add, ahead, meanwhile);
   }
 
  private:

@@ -1,41 +1,72 @@
 // A tile of C in vector registers, each size a function of its own.
 
-// c (R, P vectors) = or += a · b over `steps` lanes of k; the packed rows of b are P vectors apart.
-// Rows of c are S elements apart, or `c_stride` where S is 0.
+// Rows of the left side: `steps` lanes of each, and the scales of integers.
+struct Held {
+  int64_t rows, steps;
+  const char* data;
+  int64_t stride;  // bytes
+  const float* scales;
+};
+
+#if defined(ADACOMCAT_INTEGERS)
+#include "integers.h"
+#elif defined(ADACOMCAT_BF16_DOT)
+typedef uint32_t Lane;  // two consecutive k
+typedef Vector Sum;
+inline Sum multiply_add(Sum sum, Lane a, Vector b) {
+  return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+}
+#else
+typedef float Lane;
+typedef Vector Sum;
+inline Sum multiply_add(Sum sum, Lane a, Vector b) { return sum + a * b; }
+#endif
+#ifndef ADACOMCAT_INTEGERS
+inline Vector value_of(Sum sum, const float*, int, const float*, int) { return sum; }
+#endif
+
+inline Lane read_lane(const void* a) {
+  Lane lane;
+  __builtin_memcpy(&lane, a, sizeof lane);
+  return lane;
+}
+
+// c (R, P vectors) = or += a · b; the packed rows of b are P vectors apart. Rows of c are S elements
+// apart, or `c_stride` where S is 0.
 template <int R, int P, int64_t S>
-void multiply_tile(int64_t steps, const char* a, int64_t a_stride, const float* b, float* c,
-                   int64_t c_stride, bool add, Prefetch ahead) {
+void multiply_tile(const Held& a, Right b, float* c, int64_t c_stride, bool add, Prefetch ahead) {
   if (S) c_stride = S;
-  Vector sum[R][P];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) sum[r][p] = add ? load(c + r * c_stride + p * kLanes) : Vector{};
-  }
-  for (int64_t i = 0; i < steps; ++i) {
+  const char* left = a.data;
+  const int64_t stride = a.stride;
+  const float* rows = b.rows;
+  Sum sum[R][P] = {};
+  for (int64_t i = 0; i < a.steps; ++i) {
     __builtin_prefetch(ahead.from, 0, 2);
     ahead.from += ahead.step;
     Vector right[P];
 #pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) right[p] = load(b + p * kLanes);
+    for (int p = 0; p < P; ++p) right[p] = load(rows + p * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const auto left = read_lane(a + r * a_stride);
+      const Lane lane = read_lane(left + r * stride);
 #pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) sum[r][p] = multiply_add(sum[r][p], left, right[p]);
+      for (int p = 0; p < P; ++p) sum[r][p] = multiply_add(sum[r][p], lane, right[p]);
     }
-    a += kStep;
-    b += P * kLanes;
+    left += kStep;
+    rows += P * kLanes;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) store(c + r * c_stride + p * kLanes, sum[r][p]);
+    for (int p = 0; p < P; ++p) {
+      float* const to = c + r * c_stride + p * kLanes;
+      const Vector value = value_of(sum[r][p], a.scales, r, b.scales, p);
+      store(to, add ? load(to) + value : value);
+    }
   }
 }
 
-using MultiplyTile = void (*)(int64_t, const char*, int64_t, const float*, float*, int64_t, bool,
-                              Prefetch);
+using MultiplyTile = void (*)(const Held&, Right, float*, int64_t, bool, Prefetch);
 
 template <int P, int64_t S, int... R>
 inline MultiplyTile tile_of(int64_t rows, Sequence<R...>) {
@@ -57,17 +88,23 @@ void end() {}
 class TileUnit {
  public:
   void hold(int64_t rows, int64_t steps, const char* a, int64_t a_stride) {
-    rows_ = rows, steps_ = steps, a_ = a, a_stride_ = a_stride;
+#ifdef ADACOMCAT_INTEGERS
+    held_ = integers_.of(rows, steps, a, a_stride);
+#else
+    held_ = {rows, steps, a, a_stride, nullptr};
+#endif
   }
 
   template <int64_t S>
-  void multiply(int64_t vectors, const float* b, float* c, int64_t c_stride, bool add,
-                Prefetch ahead, Work& meanwhile) const {
+  void multiply(int64_t vectors, Right b, float* c, int64_t c_stride, bool add, Prefetch ahead,
+                Work& meanwhile) const {
     meanwhile.all();
-    find_tile<S>(rows_, vectors)(steps_, a_, a_stride_, b, c, c_stride, add, ahead);
+    find_tile<S>(held_.rows, vectors)(held_, b, c, c_stride, add, ahead);
   }
 
  private:
-  int64_t rows_, steps_, a_stride_;
-  const char* a_;
+  Held held_;
+#ifdef ADACOMCAT_INTEGERS
+  LeftIntegers integers_;
+#endif
 };

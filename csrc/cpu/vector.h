@@ -163,6 +163,21 @@ template <int Half = kLanes / 2>
   }
 }
 
+// Σ term(j) over whole vectors: four sums, so that each addition waits for the fourth before it.
+template <class Term>
+inline Vector sum_terms(int64_t whole, Term term) {
+  Vector a{}, b{}, c{}, d{};
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= whole; j += 4 * kLanes) {
+    a += term(j);
+    b += term(j + kLanes);
+    c += term(j + 2 * kLanes);
+    d += term(j + 3 * kLanes);
+  }
+  for (; j < whole; j += kLanes) a += term(j);
+  return (a + b) + (c + d);
+}
+
 template <int Half = kLanes / 2>
 [[gnu::always_inline]] inline float maximum_of(Vector x) {
   if constexpr (Half == 0) {
@@ -224,7 +239,7 @@ inline Vector horner(const float (&coefficients)[N], Vector s) {
 }
 
 // Minimax polynomials of 2^r, 0 <= r <= 1: relative error 2e-7, or 8e-5 where 16 bits are asked for.
-#ifdef ADACOMCAT_BF16_DOT
+#ifdef ADACOMCAT_16_BITS
 constexpr float kPower[] = {0.999925245f, 0.695832847f, 0.226069391f, 0.0780230066f};
 #else
 constexpr float kPower[] = {0.99999994f,   0.693153083f,   0.240153611f,
@@ -267,7 +282,7 @@ inline Vector normal_distribution(Vector x) {
 
 // x Φ(x). Of 16 bits max(x, 0) - t (1 - Φ(t)), t = |x| up to a limit: absolute error 2e-4, relative to
 // the result at most 1.4e-3 for x > 0, in three operations and a polynomial of half the length.
-#ifdef ADACOMCAT_BF16_DOT
+#ifdef ADACOMCAT_16_BITS
 constexpr float kTailLimit = 3.9f;
 constexpr float kTail[] = {0.499329448f,   -0.385195136f, -0.0521836765f,  0.147275239f,
                            -0.0604671128f, 0.0104904855f, -0.000686554878f};
