@@ -28,6 +28,15 @@ inline Vector some_of(const float* row, int64_t k, int64_t j) {
 
 inline Integers rounded(Vector x) { return (Integers)_mm512_cvtps_epi32((__m512)x); }
 
+// Of two vectors of 32 bits the lower 16.
+inline __m512i low_halves(__m512i first, __m512i second) {
+  typedef uint16_t Indices __attribute__((vector_size(64)));
+  Indices even;
+#pragma GCC unroll 32
+  for (int i = 0; i < 2 * kLanes; ++i) even[i] = 2 * i;
+  return _mm512_permutex2var_epi16(first, (__m512i)even, second);
+}
+
 inline float norm_square(const float* row, int64_t k, float lift) {
   const int64_t whole = k / kLanes * kLanes;
   const auto square = [=](Vector x) { return x * lift * (x * lift); };
@@ -44,12 +53,11 @@ inline float to_integers(const float* row, int64_t k, int16_t* out) {
   }
   const float norm = __builtin_sqrtf(square);
   const float scale = square == 0 ? 0 : kMostInteger / norm;
+  const auto integers = [=](int64_t j) {
+    return (__m512i)rounded(some_of(row, k, j) * lift * scale);
+  };
   for (int64_t j = 0; j < k; j += 2 * kLanes) {
-    const auto part = [&](int64_t from) {
-      return _mm512_cvtepi32_epi16((__m512i)rounded(some_of(row, k, from) * lift * scale));
-    };
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), part(j));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j + kLanes), part(j + kLanes));
+    _mm512_storeu_si512(out + j, low_halves(integers(j), integers(j + kLanes)));
   }
   return norm / lift;
 }

@@ -177,7 +177,7 @@ class Prefetches {
  public:
   Prefetches(const Product& p, const Order& order, int64_t first, int64_t together)
       : ahead_(after(p, first + together, together)), none_{static_cast<const char*>(p.b), 0} {
-    if (!ahead_.bytes) return;
+    if (!ahead_.bytes || first >= p.n) return;
     const int64_t columns = kPanel * kLanes, parts = order.parts;
     const int64_t panels = (least(together, p.n - first) + columns - 1) / columns;
     const int64_t tiles = (p.m + order.rows - 1) / order.rows * panels;
