@@ -89,3 +89,51 @@ def test_tile_registers_are_left_to_others(instruction_set: str) -> None:  # noq
             first = ALL[name].call(tensors)
             assert torch.equal(a @ b, expected)
             assert torch.equal(ALL[name].call(tensors), first)
+
+
+@pytest.mark.parametrize(("row", "column"), [(70, 20), (20, 70)])
+@each_dtype
+def test_powers_of_two_pass_through(row: int, column: int, dtype: torch.dtype,
+                                    instruction_set: str) -> None:  # noqa: F811
+    """Rows and columns of any size, those whose squares are no floats as well."""
+    x, v, u = torch.randn(37, 70), torch.randn(70, 33), torch.randn(50, 33)
+    expected = ops.low_rank_linear(x.to(dtype), v.to(dtype), u.to(dtype))
+    if dtype == torch.float16:
+        row, column = row // 20, column // 20
+    rows, columns = (2.0 ** torch.randint(-most, most + 1, (n, 1))
+                     for n, most in ((37, row), (50, column)))
+    actual = ops.low_rank_linear((x * rows).to(dtype), v.to(dtype), (u * columns).to(dtype))
+    assert torch.equal(actual.double() / columns.T / rows, expected.double())
+
+
+@pytest.mark.parametrize("width", [32, 1000, 4096])
+@each_dtype
+def test_sums_of_one_sign_stay_in_range(width: int, dtype: torch.dtype,
+                                        instruction_set: str) -> None:  # noqa: F811
+    """Rows that equal a weight's column give the largest sum that their norms allow."""
+    rows = torch.cat([torch.ones(1, width), torch.eye(1, width), torch.rand(3, width)]).to(dtype)
+    weight = torch.eye(5).to(dtype)
+    y = ops.low_rank_linear(rows, rows.T.contiguous(), weight)
+    exact = rows.double() @ rows.double().T
+    limit = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps  # thousands of floats in a row
+    assert ((y.double() - exact).abs() <= limit * exact.norm(dim=1, keepdim=True)).all()
+
+
+@each_dtype
+def test_one_large_feature(dtype: torch.dtype, instruction_set: str) -> None:  # noqa: F811
+    """As trained transformers have it: hundreds of times the others."""
+    base = {"x": torch.randn(40, 384), "v": torch.randn(384, 32) / 20, "u": torch.randn(96, 32) / 6}
+    base["x"][:, 17] *= 200
+    base = convert(base, dtype)
+    exact, plain = (base["x"].to(d) @ base["v"].to(d) @ base["u"].to(d).T for d in (torch.float64, dtype))
+    assert_close_to_float64(ops.low_rank_linear(**base), exact, plain)
+
+
+def test_infinity_stays_in_its_row(instruction_set: str) -> None:  # noqa: F811
+    x, v, u = (torch.randn(*shape).bfloat16() for shape in ((30, 64), (64, 16), (40, 16)))
+    expected = ops.low_rank_linear(x, v, u)
+    x[7, 3] = torch.inf
+    actual = ops.low_rank_linear(x, v, u)
+    others = torch.arange(30) != 7
+    assert torch.equal(actual[others], expected[others])
+    assert not actual[7].isfinite().any()
