@@ -1,14 +1,16 @@
 """What the CPU kernels approximate, activations and softmax, on every instruction set."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_close_to_float64
-from test_cpu_kernels import ALL, each_dtype, instruction_set  # noqa: F401
+from conftest import assert_close_to_float64, relative_error
+from test_cpu_kernels import ALL, EXTENSION, HERE, LACKING, each_dtype, instruction_set  # noqa: F401
 from test_ops import DTYPES, attention_case, convert, plain_attention
 from torch import Tensor
 
-from adacomcat import ops
+from adacomcat import backends, ops
 
 # Absolute error where the result is near zero; elsewhere a unit in the last place comes on top.
 TAILS = {"gelu": 2.5e-4, "gelu_tanh": 1e-6, "silu": 1e-6, "relu": 0.0}
@@ -115,7 +117,7 @@ def test_sums_of_one_sign_stay_in_range(width: int, dtype: torch.dtype,
     weight = torch.eye(5).to(dtype)
     y = ops.low_rank_linear(rows, rows.T.contiguous(), weight)
     exact = rows.double() @ rows.double().T
-    limit = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps  # thousands of floats in a row
+    limit = max(torch.finfo(dtype).eps, 1e-6)  # thousands of floats, one after the other
     assert ((y.double() - exact).abs() <= limit * exact.norm(dim=1, keepdim=True)).all()
 
 
@@ -125,7 +127,7 @@ def test_one_large_feature(dtype: torch.dtype, instruction_set: str) -> None:  #
     base = {"x": torch.randn(40, 384), "v": torch.randn(384, 32) / 20, "u": torch.randn(96, 32) / 6}
     base["x"][:, 17] *= 200
     base = convert(base, dtype)
-    exact, plain = (base["x"].to(d) @ base["v"].to(d) @ base["u"].to(d).T for d in (torch.float64, dtype))
+    exact, plain = (b["x"] @ b["v"] @ b["u"].T for b in (convert(base, torch.float64), base))
     assert_close_to_float64(ops.low_rank_linear(**base), exact, plain)
 
 
@@ -137,3 +139,50 @@ def test_infinity_stays_in_its_row(instruction_set: str) -> None:  # noqa: F811
     others = torch.arange(30) != 7
     assert torch.equal(actual[others], expected[others])
     assert not actual[7].isfinite().any()
+
+
+@pytest.fixture
+def reduced_precision() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def tensor_float32(x: Tensor) -> Tensor:
+    """Ten bits of mantissa, as double."""
+    return ((x.float().view(torch.int32) + 0x1000) & ~0x1fff).view(torch.float32).double()
+
+
+@pytest.mark.parametrize("width", [33, 384, 1100])
+def test_reduced_float32_is_as_good_as_tensor_float32(width: int, instruction_set: str,  # noqa: F811
+                                                      reduced_precision: None) -> None:
+    x, v, u = torch.randn(50, width), torch.randn(width, 40), torch.randn(70, 40)
+    actual = ops.low_rank_linear(x, v, u).double()
+    exact = x.double() @ v.double() @ u.double().T
+    rounded = tensor_float32(tensor_float32(x) @ tensor_float32(v)) @ tensor_float32(u).T
+    assert relative_error(actual, exact) <= 2 * relative_error(rounded, exact)
+
+
+@pytest.mark.parametrize("activation", TAILS)
+def test_reduced_float32_leaves_activations_alone(activation: str, instruction_set: str,  # noqa: F811
+                                                  reduced_precision: None) -> None:
+    x, one = torch.linspace(-9, 9, 4001).unsqueeze(1), torch.ones(1, 1)
+    y = ops.low_rank_linear(x, one, one, activation=activation)
+    torch.testing.assert_close(y.double(), exact_activation(activation, x.double()), rtol=1e-5,
+                               atol=2e-6)
+
+
+def test_precision_is_asked_at_each_call(reduced_precision: None) -> None:
+    if "avx512_vnni" in LACKING:
+        pytest.skip("this CPU has no avx512_vnni: float32 is never reduced")
+    x, v, u = torch.randn(50, 300), torch.randn(300, 40), torch.randn(70, 40)
+    with backends.use_backend("cpp"):
+        EXTENSION.use_instruction_set("avx512_vnni")
+        reduced = ops.low_rank_linear(x, v, u)
+        torch.set_float32_matmul_precision("highest")
+        full = ops.low_rank_linear(x, v, u)
+        EXTENSION.use_instruction_set("avx512")
+        assert torch.equal(ops.low_rank_linear(x, v, u), full)
+        assert not torch.equal(reduced, full)
+        EXTENSION.use_instruction_set(HERE)

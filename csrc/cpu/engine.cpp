@@ -1,7 +1,9 @@
 // Which engine serves this CPU: the widest instruction set that it has, or ADACOMCAT_CPU.
 #include "engine.h"
 
+#include <ATen/Context.h>
 #include <c10/util/Exception.h>
+#include <torch/version.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -33,7 +35,7 @@ namespace avx512_bf16 {
 extern const Engine kEngine;
 }
 namespace avx512_vnni {
-extern const Engine kEngine;
+extern const Engine kReduced, kEngine;
 }
 namespace amx {
 extern const Engine kEngine;
@@ -48,7 +50,8 @@ namespace {
 struct InstructionSet {
   const char* name;
   bool present;
-  const Engine* full;  // float32, and what has no engine of its own
+  const Engine* full;     // float32, and what has no engine of its own
+  const Engine* reduced;  // float32 where torch.set_float32_matmul_precision allows less
   const Engine* bf16;
   const Engine* bf16_activations;
 };
@@ -69,6 +72,10 @@ bool amx_allowed() {
 }
 #endif
 
+InstructionSet one_for_all(const char* name, bool present, const Engine& engine) {
+  return {name, present, &engine, &engine, &engine, &engine};
+}
+
 const InstructionSet* instruction_sets(size_t& count) {
 #ifdef ADACOMCAT_X86
   __builtin_cpu_init();
@@ -78,23 +85,24 @@ const InstructionSet* instruction_sets(size_t& count) {
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   static const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  const InstructionSet with_bf16{"avx512_bf16", bf16, &avx512::kEngine, &avx512_bf16::kEngine,
-                                 &avx512_bf16::kEngine};
-  const InstructionSet with_vnni{"avx512_vnni", vnni, &avx512::kEngine, &avx512_vnni::kEngine,
-                                 &avx512::kEngine};
+  const Engine* const reduced = vnni ? &avx512_vnni::kReduced : &avx512::kEngine;
+  const InstructionSet with_bf16{"avx512_bf16", bf16, &avx512::kEngine, reduced,
+                                 &avx512_bf16::kEngine, &avx512_bf16::kEngine};
+  const InstructionSet with_vnni{"avx512_vnni", vnni, &avx512::kEngine, reduced,
+                                 &avx512_vnni::kEngine, &avx512::kEngine};
   // Intel's multiply bfloat16 outside AMX at half the rate of floats, AMD's at twice.
   static const bool slow_bf16 = __builtin_cpu_is("intel");
   static const InstructionSet sets[] = {
-      {"amx", bf16 && amx_allowed(), &amx_split::kEngine, &amx::kEngine, &amx::kEngine},
+      {"amx", bf16 && amx_allowed(), &amx_split::kEngine, &amx_split::kEngine, &amx::kEngine,
+       &amx::kEngine},
       slow_bf16 ? with_vnni : with_bf16,
       slow_bf16 ? with_bf16 : with_vnni,
-      {"avx512", avx512, &avx512::kEngine, &avx512::kEngine, &avx512::kEngine},
-      {"avx2", avx2, &avx2::kEngine, &avx2::kEngine, &avx2::kEngine},
-      {"generic", true, &generic::kEngine, &generic::kEngine, &generic::kEngine},
+      one_for_all("avx512", avx512, avx512::kEngine),
+      one_for_all("avx2", avx2, avx2::kEngine),
+      one_for_all("generic", true, generic::kEngine),
   };
 #else
-  static const InstructionSet sets[] = {
-      {"generic", true, &generic::kEngine, &generic::kEngine, &generic::kEngine}};
+  static const InstructionSet sets[] = {one_for_all("generic", true, generic::kEngine)};
 #endif
   count = sizeof sets / sizeof sets[0];
   return sets;
@@ -120,11 +128,23 @@ std::atomic<const InstructionSet*>& chosen() {
   return set;
 }
 
+// Whether float32 products may lose precision; torch before 2.14 is not asked.
+bool precision_reduced() {
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 14
+  const auto precision = at::globalContext().float32Precision(at::Float32Backend::MKLDNN,
+                                                              at::Float32Op::MATMUL);
+  return precision == at::Float32Precision::TF32 || precision == at::Float32Precision::BF16;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 const Engine& engine(Dtype dtype) {
   const InstructionSet* set = chosen().load(std::memory_order_relaxed);
-  return dtype == Dtype::bf16 ? *set->bf16 : *set->full;
+  if (dtype == Dtype::bf16) return *set->bf16;
+  return dtype == Dtype::f32 && precision_reduced() ? *set->reduced : *set->full;
 }
 
 const Engine& activation_engine(Dtype dtype) {
