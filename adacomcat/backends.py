@@ -7,11 +7,12 @@ from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from adacomcat import cpu_gradients, kernels, reference
+from adacomcat import cpu_gradients, kernels, reference, shapes
 from adacomcat.errors import UserError
 
 
@@ -117,9 +118,16 @@ def backward_kernel(
 
 
 def direct_kernel(op: str, x: Tensor) -> Callable[..., tuple[Tensor, ...]] | None:
-    """The C++ kernel where `pick` would take it and nothing is traced: no Python in between."""
-    if (not x.is_cpu or torch.compiler.is_compiling() or _FORCED.get() not in (None, "cpp")
-            or refusal("cpp", op, x) is not None):
+    """The kernel for inference where `pick` would take C++ or Triton and nothing is traced.
+
+    C++ without any Python in between; of Triton's those that serve whole sublayers.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if not x.is_cpu:
+        sublayer = op in kernels.SUBLAYERS and type(x) is Tensor
+        return _triton_kernel(op) if sublayer and pick(op, x) == "triton" else None
+    if _FORCED.get() not in (None, "cpp") or refusal("cpp", op, x) is not None:
         return None
     return _cpu_kernel(op)
 
@@ -127,6 +135,18 @@ def direct_kernel(op: str, x: Tensor) -> Callable[..., tuple[Tensor, ...]] | Non
 @cache  # of a small model these look-ups would be a part of its time
 def _cpu_kernel(op: str) -> Callable[..., tuple[Tensor, ...]]:
     return getattr(torch.ops.adacomcat, f"{op}_cpu").default
+
+
+@cache
+def _triton_kernel(op: str) -> Callable[..., tuple[Tensor, ...]]:
+    check, forward = getattr(shapes, op), kernels.load(op).forward
+
+    def run(x: Tensor, *arguments: Any, residual: Tensor | None = None,
+            epsilon: float | None = None) -> tuple[Tensor, ...]:
+        shapes.residual(x, residual, check(x, *arguments)[0])
+        return forward(x, *arguments, keep=False, epsilon=epsilon, residual=residual)
+
+    return run
 
 
 @contextmanager

@@ -54,6 +54,8 @@ class FusedAttention(nn.Module):
         _set_weights(self, like, wq=p.wq * affine.weight, wk=p.wk * affine.weight,
                      wv=p.wv * affine.weight, bq=p.bq + p.wq @ affine.bias,
                      wo=gamma.unsqueeze(1) * p.wo, bo=gamma * bo)
+        if like.is_cuda:
+            _join_(self.wq, self.wk, self.wv)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
@@ -288,3 +290,10 @@ def _set_weights(module: nn.Module, like: Tensor, **weights: Tensor) -> None:
     for name, weight in weights.items():
         parameter = nn.Parameter(weight.to(like).contiguous(), requires_grad=False)
         module.register_parameter(name, parameter)
+
+
+def _join_(*weights: nn.Parameter) -> None:
+    """Lets the rows of all lie in one matrix, one after the other: one product serves them."""
+    parts = torch.cat([w.data for w in weights]).split([len(w) for w in weights])
+    for weight, part in zip(weights, parts, strict=True):
+        weight.data = part

@@ -42,6 +42,12 @@ def _check_input(x: Tensor) -> None:
     torch._check(x.is_floating_point(), lambda: f"x must be floating point, got {x.dtype}")
 
 
+def residual(x: Tensor, residual: Tensor | None, out: tuple[int, ...]) -> None:
+    """What is added to the result `out` of an op for x."""
+    _check_like(x, residual=residual)
+    _check_shape("residual", residual, *out)
+
+
 def low_rank_linear(x, v, u, bias, activation, residual) -> list[tuple]:
     _check_input(x)
     _check_like(x, v=v, u=u, bias=bias, residual=residual)

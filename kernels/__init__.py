@@ -13,6 +13,8 @@ KERNELS = (
     "low_rank_mlp",
     "low_rank_attention",
 )
+# Those whose forward pass takes a layer norm before and a residual after, for inference.
+SUBLAYERS = ("low_rank_mlp", "low_rank_attention")
 # Resources of each kernel by architecture, written by tests/gpu/resources.py, and the architectures
 # whose PTX the tests execute instruction by instruction; others are compiled only.
 KNOWN = Path(__file__).with_name("known.json")

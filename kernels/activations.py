@@ -1,4 +1,8 @@
-"""Activations and their derivatives, elementwise in float32, for use inside kernels."""
+"""Activations and their derivatives, elementwise in float32, for use inside kernels.
+
+GELU of a 16-bit type takes a polynomial, far cheaper than erf: at rank 128 the tensor cores need
+as long for a hidden unit as scalar units for its erf.
+"""
 
 import triton
 import triton.language as tl
@@ -11,26 +15,73 @@ CUBIC = tl.constexpr(0.044715)
 
 
 @triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
-    """act(x); ACTIVATION None is the identity."""
+def normal_tail(x, TYPE: tl.constexpr):
+    """t = min(|x|, limit) and 1 - Φ(t), 0 at the limit; minimax polynomials, NaN stays.
+
+    Absolute error of 1 - Φ(t), and of t times it: 4e-4 for bfloat16, 3e-5 for float16.
+    """
+    if TYPE == tl.bfloat16:
+        t = tl.minimum(tl.abs(x), 4.04, propagate_nan=tl.PropagateNan.ALL)
+        tail = -0.000628408918 * t + 0.00975703727
+        tail = tail * t - 0.0569022484
+        tail = tail * t + 0.138959393
+        tail = tail * t - 0.0428474285
+        tail = tail * t - 0.389427632
+        tail = tail * t + 0.499654442
+    else:
+        t = tl.minimum(tl.abs(x), 4.5, propagate_nan=tl.PropagateNan.ALL)
+        s = t * (2.0 / 4.5) - 1.0  # powers of t up to 4.5⁹ would cancel
+        tail = -0.0195002463 * s + 0.0296074655
+        tail = tail * s + 0.0500208102
+        tail = tail * s - 0.129262939
+        tail = tail * s + 0.0373090096
+        tail = tail * s + 0.156511366
+        tail = tail * s - 0.246483967
+        tail = tail * s + 0.180919319
+        tail = tail * s - 0.0713419616
+        tail = tail * s + 0.012221152
+    return t, tail
+
+
+@triton.jit
+def normal_distribution(x, TYPE: tl.constexpr):
+    """Φ(x), as exact as a value of TYPE."""
+    if TYPE == tl.float32:
+        return 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
+    t, tail = normal_tail(x, TYPE)
+    return tl.where(x > 0.0, 1.0 - tail, tail)
+
+
+@triton.jit
+def relu(x):
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr, TYPE: tl.constexpr):
+    """act(x), to be rounded to TYPE; ACTIVATION None is the identity."""
     if ACTIVATION == "gelu":
-        x = 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
+        if TYPE == tl.float32:
+            x = x * normal_distribution(x, TYPE)
+        else:
+            t, tail = normal_tail(x, TYPE)
+            x = relu(x) - t * tail
     elif ACTIVATION == "gelu_tanh":
         # 0.5 (1 + tanh z) = sigmoid(2 z): no tanh is needed.
         x = x * tl.sigmoid(x * TWO_SQRT_2_OVER_PI * (1.0 + x * x * CUBIC))
     elif ACTIVATION == "silu":
         x = x * tl.sigmoid(x)
     elif ACTIVATION == "relu":
-        x = tl.maximum(x, 0.0)
+        x = relu(x)
     return x
 
 
 @triton.jit
-def slope(x, ACTIVATION: tl.constexpr):
-    """act'(x)."""
+def slope(x, ACTIVATION: tl.constexpr, TYPE: tl.constexpr):
+    """act'(x), to be rounded to TYPE."""
     if ACTIVATION == "gelu":
-        cdf = 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
-        result = cdf + x * INVERSE_SQRT_2PI * tl.exp(-0.5 * x * x)
+        density = INVERSE_SQRT_2PI * tl.exp(-0.5 * x * x)
+        result = normal_distribution(x, TYPE) + x * density
     elif ACTIVATION == "gelu_tanh":
         square = x * x * CUBIC
         sigmoid = tl.sigmoid(x * TWO_SQRT_2_OVER_PI * (1.0 + square))

@@ -1,5 +1,7 @@
 """low_rank_attention: concat_h[softmax(q_h k_hᵀ · scale + mask) v_h] Woᵀ + bo, and its gradients.
 
+For inference x may be its layer norm, and the output gets a residual.
+
 Three launches: the projections of all heads as one product, attention over the head ranks without
 ever writing the logits, and the output projection. One kernel for all of it would be smaller in
 traffic by q, k and v, but it has no shape to be chosen for: each tile of queries needs the keys
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -51,7 +54,7 @@ def finite(maximum):
 @triton.jit
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, context_ptr, N, HEADS, scale,
-    stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
+    stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_qk, stride_v,
     IS_BOOL: tl.constexpr, RANK_QK: tl.constexpr, RANK_VO: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_VO: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -59,8 +62,9 @@ def attention_kernel(
     """softmax(q kᵀ · scale + mask) v for BLOCK_M queries of one head, online, in base 2."""
     batch = (tl.program_id(1) // HEADS).to(tl.int64)
     head = tl.program_id(1) % HEADS
-    stride_qk, stride_vo = HEADS * RANK_QK, HEADS * RANK_VO
+    stride_vo = HEADS * RANK_VO
     at_qk = batch * N * stride_qk + head * RANK_QK
+    at_v = batch * N * stride_v + head * RANK_VO
     at_vo = batch * N * stride_vo + head * RANK_VO
     if mask_ptr is not None:
         mask_ptr += batch * stride_mask_b + head * stride_mask_h
@@ -74,7 +78,7 @@ def attention_kernel(
     for start in range(0, N, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k = load_tile(k_ptr + at_qk, stride_qk, keys, ranks_qk, N, RANK_QK)
-        v = load_transposed(v_ptr + at_vo, stride_vo, keys, ranks_vo, N, RANK_VO, shared)
+        v = load_transposed(v_ptr + at_v, stride_v, keys, ranks_vo, N, RANK_VO, shared)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
         logits = masked_logits(
             logits, mask_ptr, stride_mask_q, stride_mask_k, queries, keys, N, IS_BOOL
@@ -205,21 +209,49 @@ def forward(
     attn_mask: Tensor | None = None,
     keep: bool = True,
     tile: tiles.Tile | None = None,
+    epsilon: float | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output, q, k, v and the context; all are computed anyway, `keep` changes nothing."""
-    q, k, v = project(x, bq, wq, wk, wv)
-    context = torch.empty_like(v)
+    """The output, q, k, v and the context, which gradients want as dense as they are with `keep`.
+
+    Of x's layer norm if there is an `epsilon`: a launch of its own, since each tile of the
+    projections' columns would take it again.
+    """
+    if epsilon is not None:
+        x = F.layer_norm(x, x.shape[-1:], eps=epsilon)
+    joint = None if keep else joined(wq, wk, wv)
+    if joint is None:
+        q, k, v = project(x, bq, wq, wk, wv)
+    else:
+        q, k, v = project(x, bq, joint)[0].split([w.shape[0] for w in (wq, wk, wv)], -1)
+    context = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     heads = _Heads(q, v, num_heads, scale, attn_mask)
 
     def run(tile: tiles.Tile) -> None:
         heads.launch(
-            attention_kernel, tile, q, k, v, heads.mask, context, **tiles.registers(tile)
-        )
+            attention_kernel, tile, q, k, v, heads.mask, context,
+            stride_qk=q.stride(1), stride_v=v.stride(1), **tiles.registers(tile),
+        )  # fmt: skip
 
     tile = tile or heads.tile()
     run(tiles.best(tile, ("low_rank_attention", *q.shape, *v.shape, num_heads), x, run))
-    (out,) = project(context, bo, wo)
+    (out,) = project(context, bo, wo, residual=residual)
     return out, q, k, v, context
+
+
+def joined(*weights: Tensor) -> Tensor | None:
+    """The matrix of which these are the rows, one after the other, if there is one in memory.
+
+    A product with it has tiles of any columns, one with each has tiles of its own.
+    """
+    first, storage = weights[0], weights[0].untyped_storage().data_ptr()
+    end, width = first.data_ptr(), first.shape[1]
+    for w in weights:
+        follows = w.data_ptr() == end and w.untyped_storage().data_ptr() == storage
+        if not (follows and w.is_contiguous() and w.shape[1] == width):
+            return None
+        end += w.numel() * w.element_size()
+    return first.as_strided((sum(w.shape[0] for w in weights), width), (width, 1))
 
 
 def backward(

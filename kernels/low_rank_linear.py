@@ -37,7 +37,7 @@ def low_rank_linear_kernel(
     left = (M - first).to(tl.int32)
     rows, ranks = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
     middle = contract(
-        x_ptr + first * stride_x, stride_x, v_ptr, stride_v, left, K, R,
+        x_ptr + first * stride_x, stride_x, v_ptr, stride_v, None, left, K, R,
         BLOCK_M, BLOCK_K, BLOCK_R, PRECISION,
     )  # fmt: skip
     if middle_ptr is not None:
@@ -79,7 +79,7 @@ def low_rank_linear_backward_kernel(
         if bias_ptr is not None:
             pre += load_row(bias_ptr, columns, N)[None, :]
         grad = load_tile(grad_ptr, stride_grad, rows, columns, left, N).to(tl.float32)
-        grad = (grad * slope(pre, ACTIVATION)).to(u.dtype)
+        grad = (grad * slope(pre, ACTIVATION, u.dtype)).to(u.dtype)
         dmiddle = tl.dot(grad, u, dmiddle, input_precision=PRECISION)
     if dmiddle_ptr is not None:
         store_tile(dmiddle_ptr + first * R, R, rows, ranks, left, R, dmiddle)

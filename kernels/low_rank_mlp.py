@@ -1,5 +1,7 @@
 """low_rank_mlp: (h V2) U2ᵀ + b2 with h = act((x V1) U1ᵀ + b1), and its gradients.
 
+For inference x may be its layer norm, taken on the way, and the output gets a residual.
+
 One program owns BLOCK_M rows. x V1 stays on the chip; each tile of the hidden layer is computed
 from it, used at once for h V2, and forgotten: the hidden layer, four times as wide as x, is never
 written, and neither product is computed twice. The gradient of x walks the same way back.
@@ -16,6 +18,7 @@ Exact float32 at a wide rank has no registers for all this, and is two low-rank 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,7 +34,7 @@ from adacomcat.kernels.blocks import (
     load_transposed,
     store_tile,
 )
-from adacomcat.kernels.launching import adjacent, launch, rows, staged_alike
+from adacomcat.kernels.launching import adjacent, launch, rows, staged_alike, stride
 from adacomcat.kernels.products import gather, project
 from adacomcat.kernels.reductions import part_rows, parts_of, row_sum, sum_parts, weight_grad
 
@@ -40,11 +43,12 @@ Gradient = Tensor | None
 
 @triton.jit
 def low_rank_mlp_kernel(
-    x_ptr, v1_ptr, u1_ptr, b1_ptr, v2_ptr, u2_ptr, b2_ptr, y_ptr, middle1_ptr, middle2_ptr,
-    parts_ptr, M, K, H, N, R1, R2, stride_x, stride_v1, stride_u1, stride_v2, stride_u2,
+    x_ptr, v1_ptr, u1_ptr, b1_ptr, v2_ptr, u2_ptr, b2_ptr, residual_ptr, y_ptr,
+    middle1_ptr, middle2_ptr, parts_ptr, epsilon, M, K, H, N, R1, R2,
+    stride_x, stride_v1, stride_u1, stride_v2, stride_u2, stride_residual,
     hidden_per_part, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R1: tl.constexpr, BLOCK_R2: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """y, and where pointers are given x V1 and h V2; or one part of h V2 where parts are wanted.
 
@@ -56,7 +60,7 @@ def low_rank_mlp_kernel(
     rows, ranks1, ranks2 = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R1), tl.arange(0, BLOCK_R2)
     if x_ptr is not None:
         middle = contract(
-            x_ptr + first * stride_x, stride_x, v1_ptr, stride_v1, left, K, R1,
+            x_ptr + first * stride_x, stride_x, v1_ptr, stride_v1, epsilon, left, K, R1,
             BLOCK_M, BLOCK_K, BLOCK_R1, PRECISION,
         )  # fmt: skip
         if middle1_ptr is not None:
@@ -69,13 +73,13 @@ def low_rank_mlp_kernel(
     begin = tl.program_id(1) * hidden_per_part
     for start in range(begin, tl.minimum(begin + hidden_per_part, H), BLOCK_N):
         hidden = start + tl.arange(0, BLOCK_N)
-        u1 = load_tile(u1_ptr, stride_u1, hidden, ranks1, H, R1)
+        u1 = load_tile(u1_ptr, stride_u1, hidden, ranks1, H, R1, WHOLE)
         h = tl.dot(middle1, tl.trans(u1), input_precision=PRECISION)
         if b1_ptr is not None:
             h += load_row(b1_ptr, hidden, H)[None, :]
-        h = activate(h, ACTIVATION).to(dtype)
+        h = activate(h, ACTIVATION, dtype).to(dtype)
         shared: tl.constexpr = is_shared(PRECISION, BLOCK_M)
-        v2 = load_transposed(v2_ptr, stride_v2, hidden, ranks2, H, R2, shared)
+        v2 = load_transposed(v2_ptr, stride_v2, hidden, ranks2, H, R2, shared, WHOLE)
         middle2 = tl.dot(h, v2, middle2, input_precision=PRECISION)
     if parts_ptr is not None:
         parts_ptr += (tl.program_id(1).to(tl.int64) * M + first) * R2
@@ -83,19 +87,21 @@ def low_rank_mlp_kernel(
     else:
         if middle2_ptr is not None:
             store_tile(middle2_ptr + first * R2, R2, rows, ranks2, left, R2, middle2)
+        if residual_ptr is not None:
+            residual_ptr += first * stride_residual
         expand(
-            middle2.to(dtype), u2_ptr, stride_u2, b2_ptr, None, 0, y_ptr + first * N,
-            left, N, R2, 0, N, None, BLOCK_M, BLOCK_N, BLOCK_R2, PRECISION,
+            middle2.to(dtype), u2_ptr, stride_u2, b2_ptr, residual_ptr, stride_residual,
+            y_ptr + first * N, left, N, R2, 0, N, None, BLOCK_M, BLOCK_N, BLOCK_R2, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
 def expand_parts_kernel(
-    parts_ptr, u_ptr, bias_ptr, y_ptr, middle_ptr, M, N, R, PARTS, stride_parts, stride_u,
-    columns_per_part,
+    parts_ptr, u_ptr, bias_ptr, residual_ptr, y_ptr, middle_ptr,
+    M, N, R, PARTS, stride_parts, stride_u, stride_residual, columns_per_part,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y = middle Uᵀ + b with middle = Σ parts in their order, (PARTS, M, R) in float32."""
+    """y = middle Uᵀ + b + residual with middle = Σ parts in order, (PARTS, M, R) in float32."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     left = (M - first).to(tl.int32)
     rows, ranks = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
@@ -107,10 +113,13 @@ def expand_parts_kernel(
     if middle_ptr is not None:
         kept = tl.where(tl.program_id(1) == 0, left, 0)
         store_tile(middle_ptr + first * R, R, rows, ranks, kept, R, middle)
+    if residual_ptr is not None:
+        residual_ptr += first * stride_residual
     begin = tl.program_id(1) * columns_per_part
     expand(
-        middle.to(y_ptr.dtype.element_ty), u_ptr, stride_u, bias_ptr, None, 0, y_ptr + first * N,
-        left, N, R, begin, tl.minimum(begin + columns_per_part, N), None,
+        middle.to(y_ptr.dtype.element_ty), u_ptr, stride_u, bias_ptr,
+        residual_ptr, stride_residual, y_ptr + first * N, left, N, R,
+        begin, tl.minimum(begin + columns_per_part, N), None,
         BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
     )  # fmt: skip
 
@@ -134,7 +143,7 @@ def low_rank_mlp_backward_kernel(
     rows, ranks1, ranks2 = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R1), tl.arange(0, BLOCK_R2)
     if grad_ptr is not None:
         dmiddle = contract(
-            grad_ptr + first * stride_grad, stride_grad, u2_ptr, stride_u2, left, N, R2,
+            grad_ptr + first * stride_grad, stride_grad, u2_ptr, stride_u2, None, left, N, R2,
             BLOCK_M, BLOCK_K, BLOCK_R2, PRECISION,
         )  # fmt: skip
         if dmiddle2_ptr is not None:
@@ -156,7 +165,7 @@ def low_rank_mlp_backward_kernel(
         v2 = load_tile(v2_ptr, stride_v2, hidden, ranks2, H, R2)
         dh = tl.dot(dmiddle2, tl.trans(v2), input_precision=PRECISION)
         if ACTIVATION is not None:
-            dh *= slope(pre, ACTIVATION)
+            dh *= slope(pre, ACTIVATION, dtype)
         dmiddle1 = tl.dot(dh.to(dtype), u1, dmiddle1, input_precision=PRECISION)
     if parts_ptr is not None:
         parts_ptr += (tl.program_id(1).to(tl.int64) * M + first) * R1
@@ -202,11 +211,11 @@ def hidden_grads_kernel(
         if b1_ptr is not None:
             pre += load_row(b1_ptr, hidden, H)[:, None]
         if dv2_ptr is not None:
-            h = activate(pre, ACTIVATION).to(v2.dtype)
+            h = activate(pre, ACTIVATION, v2.dtype).to(v2.dtype)
             dv2 = tl.dot(h, dmiddle2, dv2, input_precision=PRECISION)
         g = tl.dot(v2, tl.trans(dmiddle2), input_precision=PRECISION)
         if ACTIVATION is not None:
-            g *= slope(pre, ACTIVATION)
+            g *= slope(pre, ACTIVATION, u1.dtype)
         if du1_ptr is not None:
             du1 = tl.dot(g.to(u1.dtype), middle1, du1, input_precision=PRECISION)
         if db1_ptr is not None:
@@ -231,36 +240,44 @@ def forward(
     activation: str | None,
     keep: bool = True,
     tile: tiles.Tile | None = None,
+    epsilon: float | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(h V2) U2ᵀ + b2, and x V1 and h V2 if `keep`."""
-    if tiles.is_wide(max(v1.shape[1], v2.shape[1]), x):
+    """(h V2) U2ᵀ + b2 + residual, and x V1 and h V2 if `keep`; of x's layer norm if `epsilon`."""
+    rank = max(v1.shape[1], v2.shape[1])
+    tile = tile or tiles.row_tile(rows(x).shape[0], rank, x, factors=2)
+    apart = tiles.takes_two_launches(rows(x).shape[0], *v1.shape, x)
+    apart = apart or tiles.is_too_large(tile, rank)
+    if apart and epsilon is not None:
+        x, epsilon = F.layer_norm(x, x.shape[-1:], eps=epsilon), None
+    if tiles.is_wide(rank, x):
         hidden, middle1 = low_rank_linear.forward(x, v1, u1, b1, activation)
-        out, middle2 = low_rank_linear.forward(hidden, v2, u2, b2)
+        out, middle2 = low_rank_linear.forward(hidden, v2, u2, b2, None, residual)
         return out, middle1, middle2
-    flat = rows(x)
+    flat, residual = rows(x), None if residual is None else rows(residual)
     v1, u1, v2, u2 = (adjacent(t) for t in (v1, u1, v2, u2))
     b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
     (m, k), (h, r1), (n, r2) = flat.shape, u1.shape, u2.shape
     out = x.new_empty(*x.shape[:-1], n)
     middle1, middle2 = (x.new_empty(*x.shape[:-1], r) if keep else None for r in (r1, r2))
-    tile = tile or tiles.row_tile(m, max(r1, r2), x, factors=2)
-    apart = tiles.takes_two_launches(m, k, r1, x) or tiles.is_too_large(tile, max(r1, r2))
     if apart:
         middle1 = gather((x, v1))
 
     def run(tile: tiles.Tile) -> None:
         tile = staged_alike(tile, u1, v2)
         grid, share, parts = _shared_out(x, m, h, r2, tile)
+        whole = h % tile.BLOCK_N == 0 and (r1, r2) == (tiles.padded(r1), tiles.padded(r2))
         launch(
             low_rank_mlp_kernel, grid, x,
-            None if apart else flat, v1, u1, b1, v2, u2, b2, out, middle1, middle2, parts,
-            m, k, h, n, r1, r2,
-            flat.stride(0), v1.stride(0), u1.stride(0), v2.stride(0), u2.stride(0), share,
+            None if apart else flat, v1, u1, b1, v2, u2, b2, residual, out, middle1, middle2, parts,
+            epsilon, m, k, h, n, r1, r2,
+            flat.stride(0), v1.stride(0), u1.stride(0), v2.stride(0), u2.stride(0),
+            stride(residual), share,
             ACTIVATION=activation, BLOCK_R1=tiles.padded(r1), BLOCK_R2=tiles.padded(r2),
-            PRECISION=tiles.precision(x), **tile.arguments(),
+            PRECISION=tiles.precision(x), WHOLE=whole, **tile.arguments(),
         )  # fmt: skip
         if parts is not None:
-            _expand_parts(parts, u2, b2, out, middle2)
+            _expand_parts(parts, u2, b2, residual, out, middle2)
 
     run(tiles.best(tile, ("low_rank_mlp", m, k, h, n, r1, r2), x, run))
     return out, middle1, middle2
@@ -325,7 +342,7 @@ def backward(
             PRECISION=tiles.precision(grad), **tile.arguments(), **tiles.registers(tile, blocks=1),
         )  # fmt: skip
         if parts is not None:
-            _expand_parts(parts, v1, None, dx, dmiddle1)
+            _expand_parts(parts, v1, None, None, dx, dmiddle1)
     du1, db1, dv2 = _hidden_grads(
         middle1, dmiddle2, u1, b1, v2, activation, need_u1, need_b1, need_v2
     )
@@ -350,11 +367,12 @@ def _expand_parts(
     parts: Tensor,
     u: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     out: Tensor,
     middle: Tensor | None,
     tile: tiles.Tile | None = None,
 ) -> None:
-    """out = middle Uᵀ + b with middle = Σ parts.
+    """out = middle Uᵀ + b + residual with middle = Σ parts.
 
     Every program reads all parts of its rows, hence few rows.
     """
@@ -364,7 +382,8 @@ def _expand_parts(
     columns = tiles.columns_per_part(n, tile.BLOCK_N, blocks)
     launch(
         expand_parts_kernel, (blocks, triton.cdiv(n, columns)), parts,
-        parts, u, bias, out, middle, m, n, r, count, parts.stride(0), u.stride(0), columns,
+        parts, u, bias, residual, out, middle,
+        m, n, r, count, parts.stride(0), u.stride(0), stride(residual), columns,
         BLOCK_R=tiles.padded(r), PRECISION=tiles.precision(out),
         **tile.arguments(without="BLOCK_K"),
     )  # fmt: skip

@@ -13,11 +13,12 @@ from adacomcat.kernels.launching import adjacent, launch, rows, stride
 @triton.jit
 def project_kernel(
     x_ptr, w0_ptr, w1_ptr, w2_ptr, bias_ptr, residual_ptr, grad_ptr, y0_ptr, y1_ptr, y2_ptr,
-    M, K, N0, N1, N2, stride_x, stride_w0, stride_w1, stride_w2, stride_residual, stride_grad,
+    M, K, N0, N1, N2, BIASES,
+    stride_x, stride_w0, stride_w1, stride_w2, stride_residual, stride_grad,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x Wᵢᵀ for up to three matrices in one grid; the bias is that of the first.
+    """x Wᵢᵀ for up to three matrices in one grid; the bias is that of the first, or of part of it.
 
     Of a single one act(x Wᵀ + b) + residual, or with `grad_ptr` grad * act'(x Wᵀ + b).
     """
@@ -41,13 +42,13 @@ def project_kernel(
         w = load_tile(w_ptr, stride_w, columns, inner, N, K)
         y = tl.dot(x, tl.trans(w), y, input_precision=PRECISION)
     if bias_ptr is not None:
-        bias = load_row(bias_ptr, columns, N0)
+        bias = load_row(bias_ptr, columns, BIASES)
         y += tl.where(tile < tiles0, bias, 0.0)[None, :]
     if grad_ptr is not None:
         grad = load_tile(grad_ptr + first * stride_grad, stride_grad, rows, columns, left, N)
-        y = grad.to(tl.float32) * slope(y, ACTIVATION)
+        y = grad.to(tl.float32) * slope(y, ACTIVATION, y_ptr.dtype.element_ty)
     else:
-        y = activate(y, ACTIVATION)
+        y = activate(y, ACTIVATION, y_ptr.dtype.element_ty)
     if residual_ptr is not None:
         residual_ptr += first * stride_residual
         y += load_tile(residual_ptr, stride_residual, rows, columns, left, N).to(tl.float32)
@@ -106,7 +107,9 @@ def project(
     grad: Tensor | None = None,
     tile: tiles.Tile | None = None,
 ) -> tuple[Tensor, ...]:
-    """x Wᵢᵀ for one matrix or three, in one launch: x (..., k), Wᵢ (nᵢ, k); b goes to the first.
+    """x Wᵢᵀ for one matrix or three, in one launch: x (..., k), Wᵢ (nᵢ, k).
+
+    b (n,) is added to the first n ≤ n₀ columns of the first.
 
     Of a single one act(x Wᵀ + b) + residual, or if `grad` is given grad * act'(x Wᵀ + b).
     """
@@ -122,7 +125,7 @@ def project(
     launch(
         project_kernel, (triton.cdiv(m, tile.BLOCK_M), columns), x,
         flat, *weights, *absent, None if bias is None else bias.contiguous(), residual, grad,
-        *outs, *absent, m, k, *widths,
+        *outs, *absent, m, k, *widths, 0 if bias is None else bias.shape[0],
         flat.stride(0), *(w.stride(0) for w in weights), *(0 for _ in absent),
         stride(residual), stride(grad),
         ACTIVATION=activation, PRECISION=tiles.precision(x), **tile.arguments(),

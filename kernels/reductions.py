@@ -101,7 +101,7 @@ def weight_grads_kernel(
         grad = load_tile(grad_ptr, stride_grad, rows, columns, left, N)
         # The slope is transposed there and back, so that the tile of gradients keeps the layout in
         # which it is read: one that goes straight into a transposition is copied 32 bits at a time.
-        g = tl.trans(grad.to(tl.float32) * tl.trans(slope(pre, ACTIVATION)))
+        g = tl.trans(grad.to(tl.float32) * tl.trans(slope(pre, ACTIVATION, u.dtype)))
         du = tl.dot(g.to(u.dtype), middle, du, input_precision=PRECISION)
         dbias += tl.sum(g, 1)
     if du_ptr is not None:

@@ -67,16 +67,21 @@ class Launches:
     def touch(self, kind: str, pointers: np.ndarray, mask: np.ndarray) -> None:
         pointers, mask = np.broadcast_arrays(pointers, mask)
         active = pointers[mask.astype(bool)].astype(np.int64)
-        missed = np.ones(active.size, bool)
+        missed, gaps = np.ones(active.size, bool), []
         for argument in self.arguments:
             inside = missed & (active >= argument.start) & (active < argument.stop)
             if inside.any():
-                self._touch(kind, argument, active[inside] - argument.start)
-                missed &= ~inside
+                there = inside.copy()
+                there[inside] = argument.exists[(active[inside] - argument.start)
+                                                // argument.itemsize]
+                gaps += [argument.name] if (inside & ~there).any() else []
+                self._touch(kind, argument, active[there] - argument.start)
+                missed &= ~there  # what lies in a gap of one may belong to the next
         if missed.any():
             raise KernelFault(
                 f"{kind}: {int(missed.sum())} lanes out of bounds in program {_program()}; "
                 f"the first one {self._nearest(int(active[missed][0]))}"
+                + "".join(f"; in a gap of {name}" for name in gaps)
             )
 
     def _touch(self, kind: str, argument: Argument, offsets: np.ndarray) -> None:
@@ -84,8 +89,6 @@ class Launches:
         if (offsets % argument.itemsize).any():
             raise KernelFault(f"{kind}: misaligned access to {name} in program {program}")
         elements = offsets // argument.itemsize
-        if not argument.exists[elements].all():
-            raise KernelFault(f"{kind}: access to a gap of {name} in program {program}")
         writer, reader = argument.writer[elements], argument.reader[elements]
         if ((writer != NOBODY) & (writer != program)).any():
             raise KernelFault(f"race: a {kind} of {name} in program {program} after a store")

@@ -24,6 +24,7 @@ DTYPES = {
 }
 UNITS = {"fp16": 2.0**-10, "bf16": 2.0**-7, "fp32": 2.0**-22, "tf32": 2.0**-10}
 FLOOR = 1e-6
+EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,12 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
     strided: tuple[str, ...] = ()
+    # For inference: of x's layer norm, with a residual, for which the incoming gradient stands.
+    sublayer: bool = False
 
     @property
     def id(self) -> str:
-        return f"{self.op}-{self.name}"
+        return f"{self.op}-{self.name}" + ("-sublayer" if self.sublayer else "")
 
 
 def activate(x: Tensor, activation: str | None) -> Tensor:
@@ -83,6 +86,11 @@ def low_rank_attention(x, wq, bq, wk, wv, wo, bo, num_heads, scale, attn_mask) -
     p = logits.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
     y = (p @ heads(x @ wv.t())).transpose(1, 2).flatten(2) @ wo.t()
     return y if bo is None else y + bo
+
+
+def normalized(x: Tensor) -> Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True) + EPSILON).sqrt()
 
 
 FORMULAS: dict[str, Callable[..., Tensor]] = {
@@ -195,6 +203,9 @@ def precision(name: str) -> Iterator[None]:
 
 def differentiate(case: Case, arguments: list[Any], grad: Tensor) -> dict[str, Tensor]:
     """The formula's result and its gradients, at the precision of the arguments."""
+    if case.sublayer:
+        x, *others = arguments
+        return {"out": FORMULAS[case.op](normalized(x), *others) + grad.to(x.dtype)}
     leaves = {
         name: value.detach().clone().requires_grad_()
         for name, value in zip(ARGUMENTS[case.op], arguments, strict=True)
@@ -236,6 +247,11 @@ def run_kernels(
     from adacomcat.kernels import load
 
     module, names = load(case.op), ARGUMENTS[case.op]
+    if case.sublayer:
+        if case.op == "low_rank_attention":
+            arguments = in_one_matrix(arguments)
+        fused = dict(keep=False, tile=tile, epsilon=EPSILON, residual=grad)
+        return {"out": module.forward(*arguments, **fused)[0]}
     out, *kept = module.forward(*arguments, tile=tile)
     needed = [name for name in DIFFERENTIATED[case.op]]
     present = dict(zip(names, arguments, strict=True))
@@ -244,6 +260,13 @@ def run_kernels(
     grads = module.backward(grad, *passed, *kept, needs=needs, tile=tile)
     found = {f"d{n}": g for n, g in zip(needed, grads, strict=True) if g is not None}
     return {"out": out} | found
+
+
+def in_one_matrix(arguments: list[Any]) -> list[Any]:
+    """An attention's, whose wq, wk and wv lie one after the other in memory."""
+    x, wq, bq, wk, wv, *others = arguments
+    joint = torch.cat([wq, wk, wv]).split([len(w) for w in (wq, wk, wv)])
+    return [x, joint[0], bq, *joint[1:], *others]
 
 
 def incoming(case: Case, arguments: list[Any]) -> Tensor:

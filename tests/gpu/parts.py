@@ -60,5 +60,5 @@ def run_kernels(parts: Tensor, u: Tensor, bias: Tensor) -> dict[str, Tensor]:
 
     _, rows, rank = parts.shape
     out, middle = u.new_empty(rows, u.shape[0]), u.new_empty(rows, rank)
-    low_rank_mlp._expand_parts(parts, u, bias, out, middle)
+    low_rank_mlp._expand_parts(parts, u, bias, None, out, middle)
     return {"total": reductions.sum_parts(parts, u.dtype), "middle": middle, "out": out}

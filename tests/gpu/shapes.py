@@ -1,6 +1,10 @@
 """The cases: ragged shapes that no tile divides, and those of vision transformers."""
 
+from dataclasses import replace
+
 from cases import Case
+
+from adacomcat.kernels import SUBLAYERS
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", None)
 # lead, in, rank, out
@@ -55,6 +59,8 @@ ATTENTION = {
     "empty": (0, 5, 12, 2, 8, 8, None),
     "aligned": (1, 64, 32, 2, 32, 32, None),
 }
+SUBLAYER_NAMES = ("tokens", "odd", "vector", "empty", "197", "wide-ranks", "many-rows", "long",
+                  "one-token", "rows", "aligned")
 DEIT = {"deit_s": (384, 128, 6), "deit_b": (768, 256, 12)}
 
 
@@ -80,7 +86,8 @@ def ragged() -> list[Case]:
         strided = ((), ("wq",), ("wo", "wv"), ("wk",))[i % 4]
         options = {"NUM_HEADS": heads, "SCALE": qk**-0.5}
         found.append(Case("low_rank_attention", name, sizes, options, absent, strided))
-    return found
+    return found + [replace(case, sublayer=True) for case in found
+                    if case.op in SUBLAYERS and case.name in SUBLAYER_NAMES]
 
 
 def vision(model: str, tokens: int) -> list[Case]:
@@ -96,4 +103,6 @@ def vision(model: str, tokens: int) -> list[Case]:
         Case("gated_low_rank_linear", name, linear),
         Case("low_rank_mlp", name, mlp, {"ACTIVATION": "gelu"}),
         Case("low_rank_attention", name, attention, options),
+        Case("low_rank_mlp", name, mlp, {"ACTIVATION": "gelu"}, sublayer=True),
+        Case("low_rank_attention", name, attention, options, sublayer=True),
     ]
