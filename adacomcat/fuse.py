@@ -230,7 +230,7 @@ def _mlp_class(block: Block) -> type[nn.Module]:
 
 def _takes_patches(proj: nn.Module) -> bool:
     return (type(proj) is nn.Conv2d and proj.stride == proj.kernel_size and proj.groups == 1
-            and proj.padding == (0, 0) and proj.dilation == (1, 1) and proj.weight.is_cpu)
+            and proj.padding == (0, 0) and proj.dilation == (1, 1))
 
 
 def _head_reads_first_token(model: nn.Module) -> bool:

@@ -20,8 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from adacomcat.kernels import tiles
-from adacomcat.kernels.blocks import is_shared, load_tile, load_transposed, store_tile
+from adacomcat.kernels.blocks import (
+    is_shared,
+    load_row,
+    load_tile,
+    load_transposed,
+    store_tile,
+)
 from adacomcat.kernels.launching import launch
+from adacomcat.kernels.normalization import normalize
 from adacomcat.kernels.products import gather, project
 from adacomcat.kernels.reductions import row_sum, weight_grad
 
@@ -54,12 +61,12 @@ def finite(maximum):
 @triton.jit
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, context_ptr, N, HEADS, scale,
-    stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_qk, stride_v,
+    stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, bias_ptr, stride_qk, stride_v,
     IS_BOOL: tl.constexpr, RANK_QK: tl.constexpr, RANK_VO: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_VO: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """softmax(q kᵀ · scale + mask) v for BLOCK_M queries of one head, online, in base 2."""
+    """softmax((q + bias) kᵀ · scale + mask) v for BLOCK_M queries of a head, online, in base 2."""
     batch = (tl.program_id(1) // HEADS).to(tl.int64)
     head = tl.program_id(1) % HEADS
     stride_vo = HEADS * RANK_VO
@@ -71,6 +78,9 @@ def attention_kernel(
     queries = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks_qk, ranks_vo = tl.arange(0, BLOCK_QK), tl.arange(0, BLOCK_VO)
     q = load_tile(q_ptr + at_qk, stride_qk, queries, ranks_qk, N, RANK_QK)
+    if bias_ptr is not None:
+        bias = load_row(bias_ptr + head * RANK_QK, ranks_qk, RANK_QK)
+        q = (q.to(tl.float32) + bias[None, :]).to(q.dtype)
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     context = tl.zeros((BLOCK_M, BLOCK_VO), tl.float32)
@@ -214,22 +224,25 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output, q, k, v and the context, which gradients want as dense as they are with `keep`.
 
-    Of x's layer norm if there is an `epsilon`: a launch of its own, since each tile of the
+    Of x's layer norm if there is an `epsilon`: in a launch of its own, since each tile of the
     projections' columns would take it again.
     """
     if epsilon is not None:
-        x = F.layer_norm(x, x.shape[-1:], eps=epsilon)
-    joint = None if keep else joined(wq, wk, wv)
+        x = normalize(x, epsilon)
+    joint = None if keep or x.element_size() > 2 else joined(wq, wk, wv)
     if joint is None:
         q, k, v = project(x, bq, wq, wk, wv)
+        bq = None
     else:
-        q, k, v = project(x, bq, joint)[0].split([w.shape[0] for w in (wq, wk, wv)], -1)
+        # One product of 16-bit types is faster in the library, which has no bias for a part of it.
+        q, k, v = F.linear(x, joint).split([w.shape[0] for w in (wq, wk, wv)], -1)
     context = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     heads = _Heads(q, v, num_heads, scale, attn_mask)
 
     def run(tile: tiles.Tile) -> None:
         heads.launch(
             attention_kernel, tile, q, k, v, heads.mask, context,
+            bias_ptr=None if bq is None else bq.contiguous(),
             stride_qk=q.stride(1), stride_v=v.stride(1), **tiles.registers(tile),
         )  # fmt: skip
 

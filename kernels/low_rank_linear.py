@@ -18,7 +18,7 @@ from adacomcat.kernels import tiles
 from adacomcat.kernels.activations import slope
 from adacomcat.kernels.blocks import contract, expand, load_row, load_tile, store_tile
 from adacomcat.kernels.launching import adjacent, launch, rows, stride
-from adacomcat.kernels.products import gather, project
+from adacomcat.kernels.products import product, project
 from adacomcat.kernels.reductions import row_sum, weight_grad, weight_grads
 
 Gradient = Tensor | None
@@ -120,7 +120,7 @@ def gated(
     flat, v, u = rows(x), adjacent(v), adjacent(u)
     (m, k), (n, r) = flat.shape, u.shape
     if not need_out or tiles.takes_two_launches(m, k, r, x):
-        middle = gather((x, v))
+        middle = product(x, v)
         if not need_out:
             return None, middle
         u = u if gate is None else u * gate
@@ -142,7 +142,7 @@ def gated(
             **tile.arguments(),
         )  # fmt: skip
 
-    table = tile or tiles.row_tile(m, r, x)
+    table = tile or tiles.linear_tile(m, r, x)
     run(tiles.best(table, ("low_rank_linear", m, k, n, r), x, run))
     return out, middle
 

@@ -12,13 +12,12 @@ second kernel adds the parts in a fixed order and goes on to the output; likewis
 of x. The parts are as many bytes as the weights, but stay in the L2 cache, and every processor then
 reads a tenth of the factors of the hidden layer. Where V1 is large, x V1 is a product of its own.
 
-Exact float32 at a wide rank has no registers for all this, and is two low-rank layers.
+A wide rank leaves no registers for all this, and is two low-rank layers.
 """
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,7 +34,8 @@ from adacomcat.kernels.blocks import (
     store_tile,
 )
 from adacomcat.kernels.launching import adjacent, launch, rows, staged_alike, stride
-from adacomcat.kernels.products import gather, project
+from adacomcat.kernels.normalization import normalize
+from adacomcat.kernels.products import product, project
 from adacomcat.kernels.reductions import part_rows, parts_of, row_sum, sum_parts, weight_grad
 
 Gradient = Tensor | None
@@ -245,12 +245,11 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(h V2) U2ᵀ + b2 + residual, and x V1 and h V2 if `keep`; of x's layer norm if `epsilon`."""
     rank = max(v1.shape[1], v2.shape[1])
-    tile = tile or tiles.row_tile(rows(x).shape[0], rank, x, factors=2)
-    apart = tiles.takes_two_launches(rows(x).shape[0], *v1.shape, x)
-    apart = apart or tiles.is_too_large(tile, rank)
+    wide = tiles.is_wide(rank)
+    apart = wide or tiles.takes_two_launches(rows(x).shape[0], *v1.shape, x)
     if apart and epsilon is not None:
-        x, epsilon = F.layer_norm(x, x.shape[-1:], eps=epsilon), None
-    if tiles.is_wide(rank, x):
+        x, epsilon = normalize(x, epsilon), None
+    if wide:
         hidden, middle1 = low_rank_linear.forward(x, v1, u1, b1, activation)
         out, middle2 = low_rank_linear.forward(hidden, v2, u2, b2, None, residual)
         return out, middle1, middle2
@@ -258,10 +257,11 @@ def forward(
     v1, u1, v2, u2 = (adjacent(t) for t in (v1, u1, v2, u2))
     b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
     (m, k), (h, r1), (n, r2) = flat.shape, u1.shape, u2.shape
+    tile = tile or tiles.mlp_tile(m, rank, x)
     out = x.new_empty(*x.shape[:-1], n)
     middle1, middle2 = (x.new_empty(*x.shape[:-1], r) if keep else None for r in (r1, r2))
     if apart:
-        middle1 = gather((x, v1))
+        middle1 = product(x, v1)
 
     def run(tile: tiles.Tile) -> None:
         tile = staged_alike(tile, u1, v2)
@@ -300,7 +300,7 @@ def backward(
 ) -> tuple[Gradient, ...]:
     """The gradients of x, V1, U1, b1, V2, U2 and b2; None for those that are not needed."""
     need_x, need_v1, need_u1, need_b1, need_v2, need_u2, need_b2 = needs
-    if tiles.is_wide(max(v1.shape[1], v2.shape[1]), grad):
+    if tiles.is_wide(max(v1.shape[1], v2.shape[1])):
         need_dhidden = any(needs[:4])
         (hidden,) = project(middle1, b1, u1, activation=activation)
         dhidden, *last = low_rank_linear.backward(
@@ -330,7 +330,7 @@ def backward(
         tile = staged_alike(tile, u1, v2)
         apart = tiles.takes_two_launches(m, n, r2, grad)
         if apart:
-            dmiddle2 = gather((grad, u2))
+            dmiddle2 = product(grad, u2)
         grid, share, parts = _shared_out(grad, m, h, r1, tile, need_x)
         launch(
             low_rank_mlp_backward_kernel, grid, grad,

@@ -141,21 +141,35 @@ def row_tile(
         rows_at_once, depth, depth, warps(large) // (2 if small else 1), stages(depth * row))
 
 
-def is_wide(rank: int, x: Tensor) -> bool:
+def linear_tile(rows: int, rank: int, x: Tensor) -> Tile:
+    """Of a linear layer's forward pass: on sm_90 several programs of 16-bit types a processor."""
+    few = target().arch == 90 and x.element_size() == 2
+    return row_tile(rows, rank, x, most=64 if few else 128)
+
+
+def mlp_tile(rows: int, rank: int, x: Tensor) -> Tile:
+    """Of the MLP's forward pass; for 16-bit types on sm_90 what an H200 was fastest with.
+
+    There tiles of few rows, on tensor cores that do not want 64, are best for one image, and tiles
+    of 128 where there is more than a wave of 64: each program's weights come from the cache.
+    """
+    if target().arch != 90 or x.element_size() != 2:
+        return row_tile(rows, rank, x, factors=2)
+    if 6 * triton.cdiv(rows, 16) <= multiprocessors():
+        return Tile(16, 128, 128, 4, 2)
+    if triton.cdiv(rows, 64) <= multiprocessors():
+        return Tile(64, 64, 64, 4, 3)
+    return Tile(128, 64, 128, 8, 3)
+
+
+def is_wide(rank: int) -> bool:
     """Whether a rank is too wide to be kept on the chip.
 
     Exact float32 keeps both halves of its operands: above 128 these alone would fill the registers.
-    Plain products take the rank a few columns at a time.
+    A kernel for 16 bits has one program a processor left, which waits for its weights more than it
+    computes: two products, that take the rank a few columns at a time, were faster on an H200.
     """
-    return operand_bytes(x) == 8 and padded(rank) > 128
-
-
-def is_too_large(tile: Tile, rank: int) -> bool:
-    """Whether two blocks (BLOCK_M, rank) in registers are too much, though one of them fits.
-
-    The operand of a wgmma lies in registers if it was computed there, in shared memory if read.
-    """
-    return target().arch == 90 and tile.BLOCK_M * padded(rank) > 16384
+    return padded(rank) > 128
 
 
 def takes_two_launches(rows: int, inner: int, rank: int, x: Tensor) -> bool:
@@ -165,7 +179,7 @@ def takes_two_launches(rows: int, inner: int, rank: int, x: Tensor) -> bool:
     x V again. From 128 KiB on that takes longer than a launch: a processor reads a hundred bytes a
     nanosecond.
     """
-    if is_wide(rank, x):
+    if is_wide(rank):
         return True
     few = 2 * triton.cdiv(rows, 64) < multiprocessors()
     return few and inner * rank * x.element_size() > 131072
@@ -176,6 +190,8 @@ def product_tile(rows: int, columns: int, x: Tensor, widest: int = 128) -> Tile:
     size = operand_bytes(x)
     depth = 128 // size
     sizes = [(128, widest), (128, 64), (64, 64), (32, 64), (32, 32), (16, 32)]
+    if target().arch == 90 and x.element_size() == 2:
+        sizes[:2] = [(64, widest)]  # of which several share a processor: faster on an H200
     # Of the smallest, AMD's 128 threads would have less than 16 bytes each.
     for rows_at_once, columns_at_once in sizes[:-1] if on_amd() else sizes:
         programs = triton.cdiv(rows, rows_at_once) * triton.cdiv(columns, columns_at_once)
@@ -230,13 +246,10 @@ def splits(rows: int, block: int, programs: int) -> int:
 def columns_per_part(columns: int, block: int, programs: int) -> int:
     """How many columns, in whole blocks, each of the programs writes that share the same rows.
 
-    What a program does before, it does once for each, and an MLP adds up a part from each, so they
-    are a dozen at most. With 64 rows tensor cores before sm_90 take longer than the cache, and all
-    processors are wanted; later ones wait for the cache.
+    As many as keep all processors busy. What a program does before, it does once for each, and an
+    MLP adds up a part from each, so they are a dozen at most.
     """
-    slow = isinstance(target().arch, int) and target().arch < 90
-    wanted = multiprocessors() if slow else enough_programs()
-    parts = min(12, max(1, wanted // max(programs, 1)))
+    parts = min(12, max(1, multiprocessors() // max(programs, 1)))
     return max(1, triton.cdiv(triton.cdiv(columns, parts), block)) * block
 
 

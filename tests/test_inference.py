@@ -180,3 +180,12 @@ def test_optimize_takes_patches_that_do_not_overlap(change: dict, fused: bool) -
         if fused or change == {"padding": (1, 1)}:
             image = torch.randn(2, 3, *size)
             torch.testing.assert_close(optimized(image), model(image))
+
+
+@pytest.mark.parametrize("size", [(28, 42), (31, 45), (14, 14)])
+def test_patches_give_the_convolution_as_a_product(size: tuple[int, int]) -> None:
+    """Which is how GPUs embed them."""
+    image, weight, bias = torch.randn(2, 3, *size), torch.randn(5, 3, 14, 7), torch.randn(5)
+    expected = F.conv2d(image.double(), weight.double(), bias.double(), stride=(14, 7))
+    found = F.linear(inference.patches(image, 14, 7), weight.flatten(1), bias)
+    torch.testing.assert_close(found.double(), expected.flatten(2).mT, rtol=1e-4, atol=1e-4)
