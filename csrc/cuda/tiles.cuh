@@ -3,6 +3,11 @@
 //
 // float16 and bfloat16 go as they are. float32 is split into two numbers of 10 bits, and three of
 // their four products are summed: the error is that of float32. (Infinite operands give NaN.)
+//
+// Tensor cores truncate their sums (Fasi, Higham, Mikaitis, Pranesh: Numerical behavior of NVIDIA
+// tensor cores, 2021): errors of one sign, which add up. Of float32 they sum one step only, and
+// steps are added to the nearest by other units (as Ootomo and Yokota do, 2022). The results of 16
+// bits are rounded far more coarsely than that.
 #pragma once
 
 #include "kernels.h"
@@ -116,9 +121,12 @@ template <class T>
 __device__ __forceinline__ void multiply_add(float (&sums)[4], const Operand<T>& left,
                                              const Operand<T>& right, int first) {
   if constexpr (std::is_same_v<T, float>) {
-    multiply_tf32(sums, left.rest, right.word[first], right.word[first + 1]);
-    multiply_tf32(sums, left.word, right.rest[first], right.rest[first + 1]);
-    multiply_tf32(sums, left.word, right.word[first], right.word[first + 1]);
+    float step[4] = {};
+    multiply_tf32(step, left.rest, right.word[first], right.word[first + 1]);
+    multiply_tf32(step, left.word, right.rest[first], right.rest[first + 1]);
+    multiply_tf32(step, left.word, right.word[first], right.word[first + 1]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] += step[i];
   } else {
     multiply<T>(sums, left.word, right.word[first], right.word[first + 1]);
   }

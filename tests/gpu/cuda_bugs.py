@@ -88,8 +88,10 @@ BUGS = [
     Bug("halves of the left operand exchanged", TILES, "lane / 16 *", "(1 - lane / 16) *",
         after="const int row = warp_row"),
     Bug("V is not transposed", TILES, "load_transposed(operand", "load_matrices(operand"),
-    Bug("float32 without what is left of it", TILES, "multiply_tf32(sums, left.rest",
-        "if (first > 9) multiply_tf32(sums, left.rest"),
+    Bug("float32 without what is left of it", TILES, "multiply_tf32(step, left.rest",
+        "if (first > 9) multiply_tf32(step, left.rest"),
+    Bug("float32 summed by tensor cores alone", TILES, "multiply_tf32(step, left.word, right.word",
+        "multiply_tf32(sums, left.word, right.word"),
     Bug("rows of the result are not masked", LINEAR, "m >= p.rows || ", check="asan"),
     Bug("one column too many", LINEAR, "n >= p.out)", "n > p.out)"),
     Bug("x V is not zero beyond the rank", LINEAR, "r < p.rank ? sum : 0.0f", "sum + 1.0f"),
@@ -154,10 +156,11 @@ def apart(t: torch.Tensor, pitch: int) -> torch.Tensor:
 
 
 def right_linear(host: Host) -> bool:
-    """Rows that lie dense, at multiples of 16 bytes, and off them; NaN between."""
+    """Rows that lie dense, at multiples of 16 bytes, and off them; NaN between. A long sum."""
     torch.manual_seed(5)
     for shape, dtype in (((19, 72, 40, 144), "fp16"), ((17, 36, 9, 40), "fp32"),
-                         ((18, 33, 21, 30), "fp16"), ((17, 24, 12, 20), "bf16")):
+                         ((2, 1000, 9, 20), "fp32"), ((18, 33, 21, 30), "fp16"),
+                         ((17, 24, 12, 20), "bf16")):
         kinds = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
         tensors = draw(shape, kinds[dtype])
         for pitch in (1, 8, 5):

@@ -14,8 +14,10 @@ from adacomcat import reference
 pytestmark = pytest.mark.skipif(cuda_ptx.missing() is not None, reason=str(cuda_ptx.missing()))
 ARCHITECTURES = ("sm_80", "sm_90")
 LARGE = {"fp16": 64, "bf16": 64, "fp32": 32}
-# Copied 16 bytes at a time; element by element; several tiles of ranks and of columns.
-SHAPES = {"aligned": (70, 72, 40, 144), "odd": (19, 33, 21, 131), "wide": (18, 40, 136, 264)}
+# Copied 16 bytes at a time; element by element; several tiles of ranks and of columns; sums so long
+# that errors which do not average out would show.
+SHAPES = {"aligned": (70, 72, 40, 144), "odd": (19, 33, 21, 131), "wide": (18, 40, 136, 264),
+          "long": (9, 1000, 24, 40)}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -279,7 +279,8 @@ void launch(unsigned blocks, int threads, int64_t shared, const std::function<vo
   if (shuffled) std::shuffle(order.begin(), order.end(), random);
   kernel = &body;
   TSAN(main_tsan = __tsan_get_current_fiber());
-  // Blocks and their memory stay until the end, so that no address is used twice.
+  // Blocks and their memory stay until the end, so that no address is used twice, and that what
+  // fibers allocate is freed after them in the eyes of ThreadSanitizer.
   std::deque<Block> all;
   std::vector<void*> memory;
   char* stacks = nullptr;
@@ -306,7 +307,6 @@ void launch(unsigned blocks, int threads, int64_t shared, const std::function<vo
     TSAN(for (Fiber& f : block->fibers) __tsan_destroy_fiber(f.tsan));
     // Otherwise what one block's fiber has left on a stack races with the next one's.
     TSAN(munmap(stacks, size); stacks = nullptr);
-    block->fibers.clear();
   }
   if (stacks) munmap(stacks, size);
   TSAN(__tsan_acquire(&launch_token));

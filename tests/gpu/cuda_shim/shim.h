@@ -173,6 +173,20 @@ inline float tensor_operand(uint32_t word, int, const float*) {
   return __uint_as_float(word & 0xffffe000u);
 }
 
+// Cut towards zero to the 24 bits of a float; below its normal numbers, rounded.
+inline float truncated(double sum) {
+  uint64_t bits;
+  std::memcpy(&bits, &sum, sizeof bits);
+  bits &= ~((uint64_t{1} << 29) - 1);
+  std::memcpy(&sum, &bits, sizeof bits);
+  return static_cast<float>(sum);
+}
+
+// A model: the sum of an instruction's products and of what they are added to, truncated as the
+// hardware does it (Fasi, Higham, Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores,
+// 2021), so that an error grows with the number of instructions. It also drops low bits of the
+// single products, by generation, and takes a few products at a time: not modelled.
+//
 // d (16, 8) += a (16, k) b (k, 8): lane 4 g + t holds of a rows g, g + 8 and of b column g, each at
 // t-th places; and of d rows g, g + 8 in columns 2 t, 2 t + 1.
 template <class T>
@@ -182,16 +196,17 @@ void multiply_model(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
   constexpr int per = sizeof(T) == 2 ? 2 : 1;  // elements in a word
   for (int i = 0; i < 4; ++i) {
     const int column = 2 * place + i % 2;
-    float sum = d[i];
+    double sum = d[i];
     for (int half = 0; half < 2; ++half) {
       for (int k = 0; k < 4 * per; ++k) {
         const uint32_t left = all[4 * group + k / per].word[i / 2 + 2 * half];
         const uint32_t right = all[4 * column + k / per].word[4 + half];
         const T* type = nullptr;
-        sum += tensor_operand(left, k % per, type) * tensor_operand(right, k % per, type);
+        sum += static_cast<double>(tensor_operand(left, k % per, type)) *
+               tensor_operand(right, k % per, type);
       }
     }
-    d[i] = sum;
+    d[i] = truncated(sum);
   }
 }
 template <class T>

@@ -1,4 +1,10 @@
-"""mma.sync (m16n8k*) and wgmma (m64n*k*): 16-bit and tf32 operands, float32 sums."""
+"""mma.sync (m16n8k*) and wgmma (m64n*k*): 16-bit and tf32 operands, float32 sums.
+
+A model: the sum of an instruction's products and of what they are added to, truncated as the
+hardware does it (Fasi, Higham, Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores, 2021),
+so that an error grows with the number of instructions. It also drops low bits of the single
+products, by generation, and takes a few products at a time: not modelled.
+"""
 
 import re
 from collections.abc import Callable
@@ -31,6 +37,17 @@ def _kinds(instruction: Instruction) -> tuple[str, int, np.dtype]:
 
 def _sizes(instruction: Instruction) -> tuple[int, int, int]:
     return tuple(map(int, re.search(r"m(\d+)n(\d+)k(\d+)", instruction.opcode).groups()))
+
+
+def _products(a: Lanes, b: Lanes) -> Lanes:
+    """a bᵀ in float64, where a product of two elements is exact."""
+    return np.matmul(a, b.swapaxes(-2, -1), dtype=np.float64)
+
+
+def _truncated(sums: Lanes) -> Lanes:
+    """Cut towards zero to the 24 bits of float32; below its normal numbers, rounded."""
+    bits = sums.view(np.uint64) & np.uint64(0xFFFFFFFFE0000000)
+    return bits.view(np.float64).astype(np.float32)
 
 
 def mma(machine: Machine, instruction: Instruction) -> Step:
@@ -67,7 +84,7 @@ def mma(machine: Machine, instruction: Instruction) -> Step:
         for i, addend in enumerate(addends):
             lanes = np.broadcast_to(addend(), (machine.lanes,)).reshape(-1, 8, 4)[warps]
             c[:, half_of(i), i & 1 :: 2] = lanes
-        d = np.matmul(a, b.swapaxes(1, 2)) + c
+        d = _truncated(_products(a, b) + c)
         for i, name in enumerate(result):
             value = machine.registers[name].copy().view(np.float32)
             value.reshape(-1, 8, 4)[warps] = d[:, half_of(i), i & 1 :: 2]
@@ -148,14 +165,14 @@ class Product:
     def compute(self, a: Lanes, b_chunks: Lanes, keep: Lanes) -> None:
         """Lane 4 g + t of a warp has elements 2 t, 2 t + 1 of every 8 columns of rows g, g + 8."""
         b = self.tile(b_chunks, self.b_transposed)
-        d = np.matmul(a, b.swapaxes(1, 2))
+        d = _products(a, b)
         parts = d.reshape(-1, 4, 2, 8, self.columns // 8, 4, 2)
         lanes = parts.transpose(4, 2, 6, 0, 1, 3, 5).reshape(len(self.result), -1)
         registers, kept = self.machine.registers, keep.all()
         for name, sums in zip(self.result, lanes, strict=True):
             before = registers[name].view(np.float32)
             before = before if kept else np.where(keep, before, np.float32(0))
-            registers[name] = (before + sums).view(np.uint32)
+            registers[name] = _truncated(before + sums).view(np.uint32)
 
     def _from_registers(self) -> Lanes:
         half = 4 * self.per
