@@ -29,9 +29,14 @@ def _load_extension() -> tuple[ModuleType | None, str | None]:
 _EXTENSION, _NO_EXTENSION = _load_extension()
 _FORCED: ContextVar[str | None] = ContextVar("adacomcat_backend", default=None)
 
-# What `pick` tries, in this order: bench/RESULTS.md shows that the C++ kernels win. Not Triton's
-# nor CUDA's: they are tested without a GPU, and nothing has shown yet that they are faster on one.
-PREFERENCE = ("cpp", "reference")
+# What `pick` tries, in this order: bench/RESULTS.md shows that the C++ kernels win. CUDA C++ runs
+# where it is asked for.
+PREFERENCE = ("cpp", "triton", "reference")
+# Triton's come before plain PyTorch where they were faster on an H200 (bench/gpu/RESULTS.md): these
+# ops, for inference and with gradients. Nothing was measured on older GPUs.
+TRITON_FOR_INFERENCE = ("low_rank_mlp", "low_rank_attention")
+TRITON_FOR_TRAINING = ("low_rank_attention",)
+TRITON_CAPABILITY = (9, 0)
 SPECTRA = ("gram", "eigenvalues", "singular_values")  # what only the CPU has kernels for
 CPP_OPS = ("low_rank_linear", "low_rank_mlp", "dense_mlp", "low_rank_attention",
            "first_token_attention", "few_rows_linear", "patch_embedding", "batched_svd", *SPECTRA)
@@ -75,15 +80,25 @@ def refusal(backend: str, op: str, x: Tensor) -> str | None:
     return reasons[backend]
 
 
-def pick(op: str, x: Tensor) -> str:
-    """The backend that runs `op` on `x`: the one in use, else the first able one preferred."""
+def pick(op: str, x: Tensor, keep: bool = False) -> str:
+    """The backend that runs `op` on `x`: the one in use, else the first able one preferred.
+
+    `keep`: gradients will follow.
+    """
     forced = _FORCED.get()
     if forced is not None:
         reason = refusal(forced, op, x)
         if reason is not None:
             raise UserError(f"backend '{forced}' cannot run {op}: {reason}")
         return forced
-    return next(name for name in PREFERENCE if refusal(name, op, x) is None)
+    return next(name for name in PREFERENCE if refusal(name, op, x) is None
+                and (name != "triton" or _is_faster_in_triton(op, x, keep)))
+
+
+def _is_faster_in_triton(op: str, x: Tensor, keep: bool) -> bool:
+    return (op in (TRITON_FOR_TRAINING if keep else TRITON_FOR_INFERENCE)
+            and (x.element_size() == 2 or torch.get_float32_matmul_precision() == "highest")
+            and torch.cuda.get_device_capability(x.device) >= TRITON_CAPABILITY)
 
 
 def in_use() -> str | None:
@@ -93,7 +108,7 @@ def in_use() -> str | None:
 
 def kernel(op: str, x: Tensor, keep: bool = True) -> Callable[..., tuple[Tensor, ...]]:
     """The function that runs `op` on `x`, with the signature of the reference."""
-    backend = pick(op, x)
+    backend = pick(op, x, keep)
     if backend in ("cpp", "cuda"):
         device = "cpu" if backend == "cpp" else "cuda"
         function = getattr(torch.ops.adacomcat, f"{op}_{device}").default

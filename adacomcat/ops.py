@@ -242,7 +242,7 @@ def _register(name: str, arguments: str, results: int, shape: Shapes, flops: Flo
         *arguments, ctx.keep = inputs
         kept = output[1:] if results > 1 else ()
         # Chosen now: gradients on GPUs come from another thread, which knows no `use_backend`.
-        ctx.backend = backends.pick(name, inputs[0])
+        ctx.backend = backends.pick(name, inputs[0], ctx.keep)
         ctx.mark_non_differentiable(*kept)
         named = dict(zip(names, arguments, strict=True))
         ctx.save_for_backward(*(named[n] for n in names if n not in options), *kept)

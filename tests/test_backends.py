@@ -99,6 +99,23 @@ def test_direct_kernel_only_where_pick_would_take_it() -> None:
         assert backends.direct_kernel("low_rank_mlp", x) is None
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_triton_comes_first_where_it_was_faster(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "refusal", lambda name, op, x: "no" if name == "cpp" else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    half, single = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1)
+    first = "triton" if capability >= (9, 0) else "reference"
+    assert backends.pick("low_rank_mlp", half) == first
+    assert backends.pick("low_rank_mlp", half, keep=True) == "reference"
+    assert backends.pick("low_rank_attention", half, keep=True) == first
+    assert backends.pick("low_rank_linear", half) == "reference"
+    assert backends.pick("low_rank_mlp", single) == first
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert backends.pick("low_rank_mlp", single) == "reference"
+
+
 def test_use_backend_is_undone_by_an_error() -> None:
     with pytest.raises(ZeroDivisionError), backends.use_backend("reference"):
         raise ZeroDivisionError

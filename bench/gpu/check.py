@@ -1,183 +1,238 @@
-"""The day a GPU is there: correctness, then timings, of every Triton kernel. `make gpu-check`.
+"""Where there is a GPU: correctness, then timings: `make gpu-check`; or `ops` or `models` alone.
 
-Correctness against float64 is tests/gpu/test_device.py. Here: medians of CUDA events around replays
-of a CUDA graph, of ours and of what a user would run instead, with and without gradients, and the
-forward pass's fraction of the roofline that follows from the card's memory bandwidth and arithmetic
+Correctness against float64 is tests/gpu/test_device.py. Timings are medians of CUDA events around
+replays of CUDA graphs, of ours as it is by default and of what a user would run instead, all in
+turn; and the fraction of the roofline that follows from the card's memory bandwidth and arithmetic
 as measured here. Writes bench/gpu/*.json.
 """
 
+import copy
 import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+import triton
+from torch import Tensor, nn
 
 HERE = Path(__file__).parent
-REPEATS = 30
-MODELS = {"deit_s": (384, 128, 6), "deit_b": (768, 256, 12)}
+sys.path.insert(0, str(HERE.parent))
+
+import peers  # noqa: E402
+from test_models import MODELS, low_rank  # noqa: E402
+
+import adacomcat  # noqa: E402
+from adacomcat import backends, decompositions, ops  # noqa: E402
+
+REPEATS, CALLS = 9, 5
+BATCHES = (1, 8, 64, 256)
+SIZES = {"DeiT-S": (384, 128, 6), "DeiT-B": (768, 256, 12)}  # width, rank of the MLP, heads
+RANK, HEAD, TOKENS, EPSILON = 32, 64, 197, 1e-6
+Ways = dict[str, Callable[[], object]]
 
 
-def seconds(run: Callable[[], object], replays: int = 20) -> float:
-    """The median time of one replay of `run`, captured in a CUDA graph."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    times = []
-    for _ in range(REPEATS):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(replays):
-            graph.replay()
-        stop.record()
+def interleaved(ways: Ways, calls: int = CALLS) -> dict[str, float]:
+    """Median seconds of one call of each, `calls` of which are captured in a graph."""
+    graphs, times = {}, {}
+    for name, run in ways.items():
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                run()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3 / replays)
-    return statistics.median(times)
+        graphs[name], times[name] = torch.cuda.CUDAGraph(), []
+        with torch.cuda.graph(graphs[name]):
+            for _ in range(calls):
+                run()
+    for _ in range(REPEATS):
+        for name, graph in graphs.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            stop.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(stop) / 1e3 / calls)
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def peaks() -> dict[str, float]:
     """What this card reaches: FLOP/s of a large product in bfloat16, bytes/s of a large copy."""
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    b, c = torch.empty_like(a), a.new_empty(256 << 20)
+    b, c = torch.empty_like(a), a.new_empty(1 << 30)
     d = torch.empty_like(c)
-    return {
-        "flops": 2 * 8192**3 / seconds(lambda: torch.mm(a, a, out=b), 3),
-        "bytes": 2 * 2 * c.numel() / seconds(lambda: d.copy_(c), 3),
-    }
+    times = interleaved({"product": lambda: torch.mm(a, a, out=b), "copy": lambda: d.copy_(c)}, 3)
+    return {"flops": 2 * 8192**3 / times["product"], "bytes": 4 * c.numel() / times["copy"]}
 
 
-def training(run: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], object]:
-    """`run`, and the gradients of all its tensors; its result stands for the incoming gradient."""
-
-    def step() -> object:
-        with torch.enable_grad():
-            out = run()
-        return torch.autograd.grad(out, leaves, out.detach(), allow_unused=True)
-
-    return step
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) / shape[-1] ** 0.5
 
 
-def runs(model: str, batch: int) -> tuple[dict[str, dict[str, Callable[[], Tensor]]], list[Tensor]]:
-    """Op → who computes it → how: ours, the dense weights, plain products, torch.compile.
+def mlp(model: str, batch: int) -> tuple[Ways, int, int]:
+    """x + mlp(norm(x)): ways, FLOPs, and bytes of inputs and outputs."""
+    d, r, _ = SIZES[model]
+    x, hidden = draw(batch, TOKENS, d), 4 * d
+    v1, u1, b1, v2, u2, b2 = (draw(*shape) for shape in (
+        (d, r), (hidden, r), (hidden,), (hidden, r), (d, r), (d,)))
+    w1, w2, down1, down2 = draw(hidden, d), draw(d, hidden), v1.T.contiguous(), v2.T.contiguous()
 
-    Also all tensors that any of them takes.
-    """
-    from adacomcat import ops, reference
+    def norm() -> Tensor:
+        return F.layer_norm(x, (d,), eps=EPSILON)
 
-    leaves: list[Tensor] = []
+    def plain() -> Tensor:
+        h = F.gelu(F.linear(F.linear(norm(), down1), u1, b1))
+        return x + F.linear(F.linear(h, down2), u2, b2)
 
-    def draw(*shape: int) -> Tensor:
-        value = torch.randn(*shape, device="cuda", dtype=torch.bfloat16) / shape[-1] ** 0.5
-        leaves.append(value.requires_grad_())
-        return value
-
-    d, r, heads = MODELS[model]
-    x, hidden = draw(batch, 197, d), 4 * d
-    v1, u1, v2, u2 = draw(d, r), draw(hidden, r), draw(hidden, r), draw(d, r)
-    b1, b2, w1, w2 = draw(hidden), draw(d), draw(hidden, d), draw(d, hidden)
-    qk, vo = 32 * heads, 48 * heads
-    attention = (x, draw(qk, d), draw(qk), draw(qk, d), draw(vo, d), draw(d, vo), b2, heads, 0.125)
-    wqkv, wo = draw(3 * d, d), draw(d, d)
-
-    def dense_attention() -> Tensor:
-        q, k, v = F.linear(x, wqkv).unflatten(-1, (3, heads, d // heads)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return F.linear(out.transpose(1, 2).flatten(2), wo, b2)
-
-    compiled = {name: torch.compile(getattr(reference, name)) for name in
-                ("low_rank_linear", "gated_low_rank_linear", "low_rank_mlp", "low_rank_attention")}
-    gated = (x, v1, draw(r), u1, b1)
-    linear, mlp = (x, v1, u1, b1, "gelu"), (x, v1, u1, b1, v2, u2, b2, "gelu")
     ways = {
-        "low_rank_linear": {
-            "ours": lambda: ops.low_rank_linear(*linear),
-            "dense": lambda: F.gelu(F.linear(x, w1, b1)),
-            "products": lambda: reference.low_rank_linear(*linear)[0],
-            "compiled": lambda: compiled["low_rank_linear"](*linear)[0],
-        },
-        "gated_low_rank_linear": {
-            "ours": lambda: ops.gated_low_rank_linear(*gated),
-            "dense": lambda: F.linear(x, w1, b1),
-            "products": lambda: reference.gated_low_rank_linear(*gated)[0],
-            "compiled": lambda: compiled["gated_low_rank_linear"](*gated)[0],
-        },
-        "low_rank_mlp": {
-            "ours": lambda: ops.low_rank_mlp(*mlp),
-            "dense": lambda: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),
-            "products": lambda: reference.low_rank_mlp(*mlp)[0],
-            "compiled": lambda: compiled["low_rank_mlp"](*mlp)[0],
-        },
-        "low_rank_attention": {
-            "ours": lambda: ops.low_rank_attention(*attention),
-            "dense": dense_attention,
-            "products": lambda: reference.low_rank_attention(*attention)[0],
-            "compiled": lambda: compiled["low_rank_attention"](*attention)[0],
-        },
+        "ours": lambda: ops.low_rank_mlp(x, v1, u1, b1, v2, u2, b2, "gelu", epsilon=EPSILON,
+                                         residual=x),
+        "same ranks, PyTorch": plain,
+        "dense, PyTorch": lambda: x + F.linear(F.gelu(F.linear(norm(), w1, b1)), w2, b2),
     }
-    return ways, leaves
+    rows, weights = batch * TOKENS, r * 10 * d
+    return ways, 2 * rows * weights, 2 * (2 * rows * d + weights)
 
 
-def bounds(model: str, batch: int) -> dict[str, tuple[int, int]]:
-    """FLOPs and bytes that each op cannot do without: inputs and outputs once."""
-    d, r, heads = MODELS[model]
-    m, qk, vo = 197 * batch, 32 * heads, 48 * heads
-    linear, mlp = r * 5 * d, r * 10 * d
-    projections = d * (2 * qk + 2 * vo)
-    attention = 2 * m * (projections + 197 * (qk + vo))
-    return {
-        "low_rank_linear": (2 * m * linear, 2 * (5 * m * d + linear)),
-        "gated_low_rank_linear": (2 * m * linear, 2 * (5 * m * d + linear)),
-        "low_rank_mlp": (2 * m * mlp, 2 * (2 * m * d + mlp)),
-        "low_rank_attention": (attention, 2 * (2 * m * d + projections)),
+def attention(model: str, batch: int) -> tuple[Ways, int, int]:
+    """x + attention(norm(x)): ways, FLOPs, and bytes of inputs and outputs."""
+    d, _, heads = SIZES[model]
+    x, rank = draw(batch, TOKENS, d), RANK * heads
+    joint, wo, bo, bq = draw(3 * rank, d), draw(d, rank), draw(d), draw(rank)
+    wq, wk, wv = joint.split(rank)
+    dense, dense_bias, w = draw(3 * d, d), draw(3 * d), draw(d, d)
+    bias = torch.cat([bq, bq.new_zeros(2 * rank)])
+
+    def library(weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+        qkv = F.linear(F.layer_norm(x, (d,), eps=EPSILON), weight, bias)
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, scale=HEAD**-0.5)
+        return x + F.linear(y.transpose(1, 2).flatten(2), out, bo)
+
+    ways = {
+        "ours": lambda: ops.low_rank_attention(x, wq, bq, wk, wv, wo, bo, heads, HEAD**-0.5,
+                                               epsilon=EPSILON, residual=x),
+        "same ranks, PyTorch": lambda: library(joint, bias, wo),
+        "dense, PyTorch": lambda: library(dense, dense_bias, w),
     }
+    rows = batch * TOKENS
+    flops = 2 * rows * (4 * rank * d + 2 * TOKENS * rank)
+    return ways, flops, 2 * (2 * rows * d + 4 * rank * d)
 
 
-def measure() -> dict[str, object]:
-    from adacomcat import backends
+def linear(model: str, batch: int) -> tuple[Ways, int, int]:
+    """gelu(low_rank_linear(x)): ways, FLOPs, and bytes of inputs and outputs."""
+    d, r, _ = SIZES[model]
+    x, v, u, b, w = (draw(*s) for s in ((batch, TOKENS, d), (d, r), (4 * d, r), (4 * d,),
+                                        (4 * d, d)))
 
+    def on(backend: str) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with backends.use_backend(backend):
+                return ops.low_rank_linear(x, v, u, b, "gelu")
+        return run
+
+    names = {"triton": "Triton", "cuda": "CUDA", "reference": "same ranks, PyTorch"}
+    ways = {label: on(name) for name, label in names.items() if not backends.available()[name]}
+    ways["dense, PyTorch"] = lambda: F.gelu(F.linear(x, w, b))
+    rows, weights = batch * TOKENS, 5 * d * r
+    return ways, 2 * rows * weights, 2 * (5 * rows * d + weights)
+
+
+def measure_ops() -> Iterator[dict[str, object]]:
     card = peaks()
-    found: dict[str, object] = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "peaks": card, "ops": {},
-    }
-    for model in MODELS:
-        for batch in (1, 2, 8, 64):
-            limits = bounds(model, batch)
-            ops, leaves = runs(model, batch)
-            for op, ways in ops.items():
-                row = {}
-                for name, run in ways.items():
-                    with backends.use_backend("triton" if name == "ours" else "reference"):
-                        row[name] = seconds(run)
-                        row[f"{name}, with gradients"] = seconds(training(run, leaves))
-                flop, byte = limits[op]
-                floor = max(flop / card["flops"], byte / card["bytes"])
-                row["roofline_fraction"] = floor / row["ours"]
-                found["ops"][f"{op} {model} b{batch}"] = row
-                print(op, model, f"b{batch}", {k: f"{v:.3g}" for k, v in row.items()}, flush=True)
-    return found
+    yield {"what": "peaks", **card}
+    for sublayer in (mlp, attention, linear):
+        for model in SIZES:
+            for batch in BATCHES:
+                ways, flops, size = sublayer(model, batch)
+                times = interleaved(ways)
+                floor = max(flops / card["flops"], size / card["bytes"])
+                yield {"what": f"{sublayer.__name__} {model} b{batch}", "seconds": times,
+                       "fraction of the roofline": floor / next(iter(times.values()))}
 
 
-def main() -> int:
+def measure_svd() -> Iterator[dict[str, object]]:
+    """Not captured in graphs: both read back whether they converged."""
+    for count, side in ((144, 64), (4096, 32)):
+        a = torch.randn(count, side, side, device="cuda")
+        times: dict[str, list[float]] = {"ours": [], "torch.linalg.svd": []}
+        for _ in range(REPEATS):
+            for name, found in times.items():
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                with backends.use_backend("cuda" if name == "ours" else "reference"):
+                    decompositions.batched_svd(a) if name == "ours" else torch.linalg.svd(a)
+                stop.record()
+                torch.cuda.synchronize()
+                found.append(start.elapsed_time(stop) / 1e3)
+        yield {"what": f"svd {count} x {side} x {side}",
+               "seconds": {name: statistics.median(found) for name, found in times.items()}}
+
+
+def measure_models(dtype: torch.dtype, batches: tuple[int, ...]) -> Iterator[dict[str, object]]:
+    for name in MODELS:
+        torch.manual_seed(0)
+        architecture, rank, rank_mlp = MODELS[name]
+        dense = timm.create_model(architecture).eval().requires_grad_(False)
+        ours = low_rank(dense, rank, rank_mlp)
+        exact = copy.deepcopy(ours).cuda().double()
+        models: dict[str, nn.Module] = {
+            "same ranks, PyTorch": peers.plain(copy.deepcopy(ours)).cuda().to(dtype),
+            "dense, PyTorch": dense.cuda().to(dtype),
+        }
+        models = {"ours": adacomcat.optimize(ours.cuda().to(dtype)), **models}
+        for batch in batches:
+            x = torch.randn(batch, 3, 224, 224, device="cuda", dtype=dtype)
+            times = interleaved({label: partial(model, x) for label, model in models.items()}, 1)
+            row = {"what": f"{architecture} {dtype} b{batch}", "seconds": times}
+            if batch == 8:
+                reference = exact(x.double())
+                row["errors"] = {label: ((model(x).double() - reference).norm()
+                                         / reference.norm()).item()
+                                 for label, model in models.items() if "dense" not in label}
+            yield row
+
+
+def main(part: str = "") -> int:
     if not torch.cuda.is_available():
         print("no GPU here: nothing was run and nothing was written")
         return 0
-    tests = HERE.parent.parent / "tests" / "gpu" / "test_device.py"
-    correct = subprocess.run([sys.executable, "-m", "pytest", "-q", tests], check=False).returncode
+    failed = 0
+    if not part:
+        tests = HERE.parent.parent / "tests" / "gpu" / "test_device.py"
+        failed = subprocess.run([sys.executable, "-m", "pytest", "-q", tests]).returncode
+    found: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+                                "triton": triton.__version__, "rows": []}
+    name = found["gpu"].lower().replace(" ", "_") + (f"_{part}" if part else "")
     with torch.no_grad():
-        found = measure() | {"tests_passed": correct == 0}
-    name = torch.cuda.get_device_name().lower().replace(" ", "_")
-    (HERE / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    return correct
+        for wanted, rows in (
+            ("ops", measure_ops), ("ops", measure_svd),
+            ("models", lambda: measure_models(torch.bfloat16, BATCHES)),
+            ("models", lambda: measure_models(torch.float32, (8, 64))),
+        ):
+            for row in rows() if part in ("", wanted) else ():
+                found["rows"].append(row)
+                print(told(row), flush=True)
+                (HERE / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    return failed
+
+
+def told(row: dict[str, object]) -> str:
+    """Microseconds, and how many times as long as ours; all else as it is."""
+    row = dict(row)
+    times = row.pop("seconds", {})
+    ours = next(iter(times.values()), 1.0)
+    return "; ".join([
+        *(f"{name} {time * 1e6:.1f} us ({time / ours:.2f})" for name, time in times.items()),
+        *(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+          for key, value in row.items())])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

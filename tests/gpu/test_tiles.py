@@ -31,12 +31,12 @@ def test_rows_are_shared_out(rows: int, rank: int, name: str, least: int) -> Non
 
 
 @given(rows=st.integers(1, 20000), inner=st.integers(1, 4000), rank=st.integers(1, 512))
-def test_two_launches_are_for_few_rows_and_a_large_factor(rows: int, inner: int, rank: int) -> None:
+def test_two_launches_are_for_wide_ranks_or_few_rows_and_a_large_factor(
+    rows: int, inner: int, rank: int
+) -> None:
     with compiling_for("sm_90"):
         two = tiles.takes_two_launches(rows, inner, rank, HALF)
-        exact = tiles.takes_two_launches(rows, inner, rank, HALF.float())
-    assert not two or rows < 132 / 2 * 64 and inner * rank > 65536
-    assert exact or rank <= 128
+    assert two == (rank > 128 or -(-rows // 64) < 132 / 2 and inner * rank > 65536)
 
 
 @given(rows=st.integers(1, 20000), columns=st.integers(1, 4000))
