@@ -29,14 +29,14 @@ def _load_extension() -> tuple[ModuleType | None, str | None]:
 _EXTENSION, _NO_EXTENSION = _load_extension()
 _FORCED: ContextVar[str | None] = ContextVar("adacomcat_backend", default=None)
 
-# What `pick` tries, in this order: bench/RESULTS.md shows that the C++ kernels win. CUDA C++ runs
-# where it is asked for.
-PREFERENCE = ("cpp", "triton", "reference")
-# Triton's come before plain PyTorch where they were faster on an H200 (bench/gpu/RESULTS.md): these
-# ops, for inference and with gradients. Nothing was measured on older GPUs.
+# What `pick` tries, in this order: bench/RESULTS.md shows that the C++ kernels win.
+PREFERENCE = ("cpp", "triton", "cuda", "reference")
+# Those for GPUs come before plain PyTorch where they were faster on an H200 (bench/gpu/RESULTS.md);
+# on older ones nothing was measured. Of Triton's 16-bit types, float32 being faster and slower.
+MEASURED_CAPABILITY = (9, 0)
 TRITON_FOR_INFERENCE = ("low_rank_mlp", "low_rank_attention")
 TRITON_FOR_TRAINING = ("low_rank_attention",)
-TRITON_CAPABILITY = (9, 0)
+CUDA_FIRST = ("batched_svd",)
 SPECTRA = ("gram", "eigenvalues", "singular_values")  # what only the CPU has kernels for
 CPP_OPS = ("low_rank_linear", "low_rank_mlp", "dense_mlp", "low_rank_attention",
            "first_token_attention", "few_rows_linear", "patch_embedding", "batched_svd", *SPECTRA)
@@ -91,14 +91,20 @@ def pick(op: str, x: Tensor, keep: bool = False) -> str:
         if reason is not None:
             raise UserError(f"backend '{forced}' cannot run {op}: {reason}")
         return forced
-    return next(name for name in PREFERENCE if refusal(name, op, x) is None
-                and (name != "triton" or _is_faster_in_triton(op, x, keep)))
+    return next(name for name in PREFERENCE
+                if refusal(name, op, x) is None and _is_faster(name, op, x, keep))
 
 
-def _is_faster_in_triton(op: str, x: Tensor, keep: bool) -> bool:
-    return (op in (TRITON_FOR_TRAINING if keep else TRITON_FOR_INFERENCE)
-            and (x.element_size() == 2 or torch.get_float32_matmul_precision() == "highest")
-            and torch.cuda.get_device_capability(x.device) >= TRITON_CAPABILITY)
+def _is_faster(backend: str, op: str, x: Tensor, keep: bool) -> bool:
+    """Whether a kernel for GPUs is known to be faster than plain PyTorch; all others are."""
+    if backend not in ("triton", "cuda"):
+        return True
+    if torch.cuda.get_device_capability(x.device) < MEASURED_CAPABILITY:
+        return False
+    if backend == "cuda":
+        return op in CUDA_FIRST
+    faster = TRITON_FOR_TRAINING if keep else TRITON_FOR_INFERENCE
+    return op in faster and x.element_size() == 2
 
 
 def in_use() -> str | None:

@@ -36,7 +36,7 @@ from adacomcat.kernels.blocks import (
 from adacomcat.kernels.launching import adjacent, launch, rows, staged_alike, stride
 from adacomcat.kernels.normalization import normalize
 from adacomcat.kernels.products import product, project
-from adacomcat.kernels.reductions import part_rows, parts_of, row_sum, sum_parts, weight_grad
+from adacomcat.kernels.reductions import hidden_grads, row_sum, weight_grad
 
 Gradient = Tensor | None
 
@@ -180,55 +180,6 @@ def low_rank_mlp_backward_kernel(
             )  # fmt: skip
 
 
-@triton.jit
-def hidden_grads_kernel(
-    middle1_ptr, dmiddle2_ptr, u1_ptr, b1_ptr, v2_ptr, du1_ptr, db1_ptr, dv2_ptr,
-    M, H, R1, R2, stride_middle1, stride_dmiddle2, stride_u1, stride_v2, rows_per_part,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_R1: tl.constexpr, BLOCK_R2: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One part of dU1 = gᵀ middle1, db1 = Σ g and dV2 = hᵀ dmiddle2 for BLOCK_N hidden units.
-
-    h and g = dmiddle2 V2ᵀ * act' are computed here, transposed, and not written.
-    """
-    part = tl.program_id(1)
-    first = part.to(tl.int64) * rows_per_part
-    left = tl.minimum(M - first, rows_per_part).to(tl.int32)
-    middle1_ptr += first * stride_middle1
-    dmiddle2_ptr += first * stride_dmiddle2
-    hidden = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ranks1, ranks2 = tl.arange(0, BLOCK_R1), tl.arange(0, BLOCK_R2)
-    u1 = load_tile(u1_ptr, stride_u1, hidden, ranks1, H, R1)
-    v2 = load_tile(v2_ptr, stride_v2, hidden, ranks2, H, R2)
-    du1 = tl.zeros((BLOCK_N, BLOCK_R1), tl.float32)
-    dv2 = tl.zeros((BLOCK_N, BLOCK_R2), tl.float32)
-    db1 = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, left, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        middle1 = load_tile(middle1_ptr, stride_middle1, rows, ranks1, left, R1)
-        dmiddle2 = load_tile(dmiddle2_ptr, stride_dmiddle2, rows, ranks2, left, R2)
-        pre = tl.dot(u1, tl.trans(middle1), input_precision=PRECISION)
-        if b1_ptr is not None:
-            pre += load_row(b1_ptr, hidden, H)[:, None]
-        if dv2_ptr is not None:
-            h = activate(pre, ACTIVATION, v2.dtype).to(v2.dtype)
-            dv2 = tl.dot(h, dmiddle2, dv2, input_precision=PRECISION)
-        g = tl.dot(v2, tl.trans(dmiddle2), input_precision=PRECISION)
-        if ACTIVATION is not None:
-            g *= slope(pre, ACTIVATION, u1.dtype)
-        if du1_ptr is not None:
-            du1 = tl.dot(g.to(u1.dtype), middle1, du1, input_precision=PRECISION)
-        if db1_ptr is not None:
-            db1 += tl.sum(g, 1)
-    if du1_ptr is not None:
-        store_tile(du1_ptr + part.to(tl.int64) * H * R1, R1, hidden, ranks1, H, R1, du1)
-    if dv2_ptr is not None:
-        store_tile(dv2_ptr + part.to(tl.int64) * H * R2, R2, hidden, ranks2, H, R2, dv2)
-    if db1_ptr is not None:
-        value = db1.to(db1_ptr.dtype.element_ty)
-        tl.store(db1_ptr + part * H + hidden, value, mask=hidden < H)
-
-
 def forward(
     x: Tensor,
     v1: Tensor,
@@ -343,7 +294,7 @@ def backward(
         )  # fmt: skip
         if parts is not None:
             _expand_parts(parts, v1, None, None, dx, dmiddle1)
-    du1, db1, dv2 = _hidden_grads(
+    du1, db1, dv2 = hidden_grads(
         middle1, dmiddle2, u1, b1, v2, activation, need_u1, need_b1, need_v2
     )
     dv1 = weight_grad(x, dmiddle1) if need_v1 else None
@@ -387,40 +338,3 @@ def _expand_parts(
         BLOCK_R=tiles.padded(r), PRECISION=tiles.precision(out),
         **tile.arguments(without="BLOCK_K"),
     )  # fmt: skip
-
-
-def _hidden_grads(
-    middle1: Tensor,
-    dmiddle2: Tensor | None,
-    u1: Tensor,
-    b1: Tensor | None,
-    v2: Tensor,
-    activation: str | None,
-    need_u1: bool,
-    need_b1: bool,
-    need_v2: bool,
-) -> tuple[Gradient, Gradient, Gradient]:
-    """The gradients of U1, b1 and V2, whose sums run over the rows of the hidden layer."""
-    if not (need_u1 or need_b1 or need_v2):
-        return None, None, None
-    a, b = rows(middle1), rows(dmiddle2)
-    (m, r1), (h, r2) = a.shape, v2.shape
-    # Two sums are alive at once, hence half the size that one would get.
-    tile = tiles.reduction_tile(m, 2 * max(r1, r2), a, reads_columns=False)
-    tile = staged_alike(tile, a, b)
-    single = tiles.operand_bytes(a) == 4
-    columns = triton.cdiv(h, tile.BLOCK_N)
-    parts = tiles.splits(m, tile.BLOCK_M, columns)
-    du1 = parts_of(a, parts, h, r1) if need_u1 else None
-    db1 = parts_of(a, parts, h) if need_b1 else None
-    dv2 = parts_of(a, parts, h, r2) if need_v2 else None
-    launch(
-        hidden_grads_kernel, (columns, parts), a,
-        a, b, u1, b1, v2, du1, db1, dv2, m, h, r1, r2,
-        a.stride(0), b.stride(0), u1.stride(0), v2.stride(0),
-        part_rows(m, parts, tile.BLOCK_M), ACTIVATION=activation,
-        BLOCK_R1=tiles.padded(r1), BLOCK_R2=tiles.padded(r2), PRECISION=tiles.precision(a),
-        **tile.arguments(without="BLOCK_K"),
-        **tiles.registers(tile, blocks=1 if single else 2, always=single),
-    )  # fmt: skip
-    return tuple(sum_parts(parts, a.dtype) for parts in (du1, db1, dv2))

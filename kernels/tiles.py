@@ -112,28 +112,24 @@ def row_tile(
     Every program reads all weights of its columns, so the more rows it has the better, and 64 are
     what a wgmma takes; more where they would be more than one wave. Kernels whose programs do not
     share out columns have `least` 16: fewer rows a program keep more processors busy. The upper
-    bound is the register file. In 16 bits a block in float32 may take half of it, 128 registers of
-    each of 256 threads, as the other is kept as an operand; exact float32 keeps both halves of its
-    operands. `factors` are read at a time; `most` rows are for kernels that keep more.
+    bound is the register file: 32 KiB of operands, of which the sums in float32 take twice as much
+    for 16 bits. Ranks are at most 128 (`is_wide`). `factors` are read at a time; `most` rows are
+    for kernels that keep more.
     """
     width, size = padded(rank), operand_bytes(x)
     room = SHARED_KIB.get(target().arch, 64)  # KiB
-    # The rows pass through shared memory as operands; a factor of rank 256 leaves 32 KiB of 99.
-    on_chip = 65536 if size == 2 and room > 100 else 32768
-    most = min(most, max(16, on_chip // (width * size)))
+    most = min(most, max(16, 32768 // (width * size)))
     rows_at_once = 16
     while rows_at_once < most and (
         rows_at_once < min(least, rows) or triton.cdiv(rows, rows_at_once) > multiprocessors()
     ):
         rows_at_once *= 2
     # A stage holds (BLOCK_K or BLOCK_N) rows of a factor: 32 KiB of it, or what memory allows.
-    wide = rows_at_once * width > 16384
-    depth = max(16, min(64, (32768 if room > 100 and not wide else 16384) // (width * size)))
+    depth = max(16, min(64, (32768 if room > 100 else 16384) // (width * size)))
     large = rows_at_once * width > (4096 if on_amd() else 8192)
     row = x.element_size() * (factors * width + rows_at_once)  # of a stage
-    # With no load in flight operands stay in registers, of which rank 256 leaves too few on sm_90,
-    # and with tf32 rank 128 does.
-    if (large and width > 128 or precision(x) == "tf32") and stages(depth * row) == 1:
+    # With no load in flight operands stay in registers, of which rank 128 leaves too few with tf32.
+    if precision(x) == "tf32" and stages(depth * row) == 1:
         depth = max(16, depth // 2)
     # Half as many warps where the tiles of x and y would have less than 16 bytes a thread.
     small = rows_at_once * depth * x.element_size() < 512 * warps(large) * (2 if on_amd() else 1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import assert_close_to_float64
 
-from adacomcat import backends, ops, reference
+from adacomcat import backends, kernels, ops, reference
 from adacomcat.decompositions import truncation_errors
 from adacomcat.errors import UserError
 
@@ -100,20 +100,26 @@ def test_direct_kernel_only_where_pick_would_take_it() -> None:
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
-def test_triton_comes_first_where_it_was_faster(
+def test_kernels_for_gpus_come_first_where_they_were_faster(
     capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "refusal", lambda name, op, x: "no" if name == "cpp" else None)
+    def refusal(name: str, op: str, x: torch.Tensor) -> str | None:
+        there = {"triton": kernels.KERNELS, "cuda": backends.CUDA_OPS, "cpp": ()}
+        return None if op in there.get(name, (op,)) else "no"
+
+    monkeypatch.setattr(backends, "refusal", refusal)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     half, single = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1)
-    first = "triton" if capability >= (9, 0) else "reference"
-    assert backends.pick("low_rank_mlp", half) == first
+
+    def first(name: str) -> str:
+        return name if capability >= (9, 0) else "reference"
+
+    assert backends.pick("low_rank_mlp", half) == first("triton")
     assert backends.pick("low_rank_mlp", half, keep=True) == "reference"
-    assert backends.pick("low_rank_attention", half, keep=True) == first
+    assert backends.pick("low_rank_attention", half, keep=True) == first("triton")
     assert backends.pick("low_rank_linear", half) == "reference"
-    assert backends.pick("low_rank_mlp", single) == first
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     assert backends.pick("low_rank_mlp", single) == "reference"
+    assert backends.pick("batched_svd", single) == first("cuda")
 
 
 def test_use_backend_is_undone_by_an_error() -> None:
