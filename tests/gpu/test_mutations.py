@@ -16,7 +16,8 @@ from ptx.memory import Fault
 from ptx.parser import Kernel
 from shapes import Case
 
-from adacomcat.kernels import load, low_rank_mlp, reductions, tiles
+from adacomcat.kernels import load, low_rank_mlp, tiles
+from adacomcat.kernels import reductions as sums
 from adacomcat.kernels.products import gather, project
 from adacomcat.kernels.reductions import weight_grad, weight_grads
 
@@ -126,7 +127,7 @@ def mlp_backward_apart() -> None:
 
 def hidden_grads() -> None:
     middle1, dmiddle2, u1, v2 = (apart(normal(n, 32), 48) for n in (150, 150, 70, 70))
-    reductions.hidden_grads(middle1, dmiddle2, u1, normal(70), v2, "relu", True, True, True)
+    sums.hidden_grads(middle1, dmiddle2, u1, normal(70), v2, "relu", True, True, True)
 
 
 def unaligned_parts() -> None:
