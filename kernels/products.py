@@ -120,10 +120,8 @@ def project(
     outs = tuple(x.new_empty(*x.shape[:-1], w.shape[0]) for w in weights)
     widths = [w.shape[0] for w in weights] + [0] * (3 - len(weights))
     absent = [None] * (3 - len(weights))
-    # A tile of grad beside one of 128 columns spills in exact float32, one of residuals beside 256.
-    widest = 64 if grad is not None else 128 if residual is not None else 256
-    widest = widest if all(n % widest == 0 for n in widths) else min(widest, 128)
-    tile = tile or tiles.product_tile(m, sum(widths), x, widest)
+    # A tile of grad beside one of 128 columns spills in exact float32.
+    tile = tile or tiles.product_tile(m, sum(widths), x, widest=128 if grad is None else 64)
     columns = sum(triton.cdiv(n, tile.BLOCK_N) for n in widths)
     launch(
         project_kernel, (triton.cdiv(m, tile.BLOCK_M), columns), x,

@@ -184,17 +184,14 @@ def takes_two_launches(rows: int, inner: int, rank: int, x: Tensor) -> bool:
 def product_tile(rows: int, columns: int, x: Tensor, widest: int = 128) -> Tile:
     """Plain products (rows, columns): the largest tile that still keeps enough processors busy.
 
-    On sm_90 and of 16 bits smaller ones, of which several share a processor; but 256 columns where
-    that is allowed and several waves are left: most of the time is spent on what tiles read twice.
+    On sm_90 and of 16 bits at most 64 rows, several of which share a processor: faster on an H200,
+    where tiles of 128 x 256 were no faster either.
     """
     size = operand_bytes(x)
     depth = 128 // size
-    narrow = min(widest, 128)
-    sizes = [(128, narrow), (128, 64), (64, 64), (32, 64), (32, 32), (16, 32)]
+    sizes = [(128, widest), (128, 64), (64, 64), (32, 64), (32, 32), (16, 32)]
     if target().arch == 90 and x.element_size() == 2:
-        sizes[:2] = [(64, narrow)]
-        if widest > 128 and rows * columns >= 4 * multiprocessors() * 128 * 256:
-            return Tile(128, 64, 256, 8, 3)
+        sizes[:2] = [(64, widest)]
     # Of the smallest, AMD's 128 threads would have less than 16 bytes each.
     for rows_at_once, columns_at_once in sizes[:-1] if on_amd() else sizes:
         programs = triton.cdiv(rows, rows_at_once) * triton.cdiv(columns, columns_at_once)
