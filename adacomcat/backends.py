@@ -32,7 +32,7 @@ _FORCED: ContextVar[str | None] = ContextVar("adacomcat_backend", default=None)
 # What `pick` tries, in this order: bench/RESULTS.md shows that the C++ kernels win.
 PREFERENCE = ("cpp", "triton", "cuda", "reference")
 # Those for GPUs come before plain PyTorch where they were faster on an H200 (bench/gpu/RESULTS.md);
-# on older ones nothing was measured. Of Triton's 16-bit types, float32 being faster and slower.
+# on older ones and AMD's nothing was measured. Of Triton's 16-bit types: float32 is not faster.
 MEASURED_CAPABILITY = (9, 0)
 TRITON_FOR_INFERENCE = ("low_rank_mlp", "low_rank_attention")
 TRITON_FOR_TRAINING = ("low_rank_attention",)
@@ -99,7 +99,7 @@ def _is_faster(backend: str, op: str, x: Tensor, keep: bool) -> bool:
     """Whether a kernel for GPUs is known to be faster than plain PyTorch; all others are."""
     if backend not in ("triton", "cuda"):
         return True
-    if torch.cuda.get_device_capability(x.device) < MEASURED_CAPABILITY:
+    if torch.version.hip or torch.cuda.get_device_capability(x.device) < MEASURED_CAPABILITY:
         return False
     if backend == "cuda":
         return op in CUDA_FIRST

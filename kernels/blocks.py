@@ -134,14 +134,14 @@ def contract(
 @triton.jit
 def expand(
     middle, w_ptr, stride_w, bias_ptr, residual_ptr, stride_residual, y_ptr, ROWS, N, R, begin, end,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr, WHOLE: tl.constexpr = False,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """act(middle Wᵀ + b) + residual in the columns from begin to end.  W (N, R), y (ROWS, N)."""
     rows, ranks = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
     for start in range(begin, end, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        w = load_tile(w_ptr, stride_w, columns, ranks, N, R, WHOLE)
+        w = load_tile(w_ptr, stride_w, columns, ranks, N, R)
         y = tl.dot(middle, tl.trans(w), input_precision=PRECISION)
         if bias_ptr is not None:
             y += load_row(bias_ptr, columns, N)[None, :]

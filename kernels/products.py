@@ -14,12 +14,11 @@ from adacomcat.kernels.launching import adjacent, launch, rows, stride
 @triton.jit
 def project_kernel(
     x_ptr, w0_ptr, w1_ptr, w2_ptr, bias_ptr, residual_ptr, grad_ptr, y0_ptr, y1_ptr, y2_ptr,
-    M, K, N0, N1, N2, BIASES,
-    stride_x, stride_w0, stride_w1, stride_w2, stride_residual, stride_grad,
+    M, K, N0, N1, N2, stride_x, stride_w0, stride_w1, stride_w2, stride_residual, stride_grad,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x Wᵢᵀ for up to three matrices in one grid; the bias is that of the first, or of part of it.
+    """x Wᵢᵀ for up to three matrices in one grid; the bias is that of the first.
 
     Of a single one act(x Wᵀ + b) + residual, or with `grad_ptr` grad * act'(x Wᵀ + b).
     """
@@ -43,7 +42,7 @@ def project_kernel(
         w = load_tile(w_ptr, stride_w, columns, inner, N, K)
         y = tl.dot(x, tl.trans(w), y, input_precision=PRECISION)
     if bias_ptr is not None:
-        bias = load_row(bias_ptr, columns, BIASES)
+        bias = load_row(bias_ptr, columns, N0)
         y += tl.where(tile < tiles0, bias, 0.0)[None, :]
     if grad_ptr is not None:
         grad = load_tile(grad_ptr + first * stride_grad, stride_grad, rows, columns, left, N)
@@ -108,9 +107,7 @@ def project(
     grad: Tensor | None = None,
     tile: tiles.Tile | None = None,
 ) -> tuple[Tensor, ...]:
-    """x Wᵢᵀ for one matrix or three, in one launch: x (..., k), Wᵢ (nᵢ, k).
-
-    b (n,) is added to the first n ≤ n₀ columns of the first.
+    """x Wᵢᵀ for one matrix or three, in one launch: x (..., k), Wᵢ (nᵢ, k); b goes to the first.
 
     Of a single one act(x Wᵀ + b) + residual, or if `grad` is given grad * act'(x Wᵀ + b).
     """
@@ -126,7 +123,7 @@ def project(
     launch(
         project_kernel, (triton.cdiv(m, tile.BLOCK_M), columns), x,
         flat, *weights, *absent, None if bias is None else bias.contiguous(), residual, grad,
-        *outs, *absent, m, k, *widths, 0 if bias is None else bias.shape[0],
+        *outs, *absent, m, k, *widths,
         flat.stride(0), *(w.stride(0) for w in weights), *(0 for _ in absent),
         stride(residual), stride(grad),
         ACTIVATION=activation, PRECISION=tiles.precision(x), **tile.arguments(),
