@@ -15,10 +15,10 @@ KERNELS = (
 )
 # Those whose forward pass takes a layer norm before and a residual after, for inference.
 SUBLAYERS = ("low_rank_mlp", "low_rank_attention")
-# Resources of each kernel by architecture, written by tests/gpu/resources.py, and the architectures
-# whose PTX the tests execute instruction by instruction; others are compiled only.
+# Resources of each kernel by architecture, written by tests/gpu/resources.py, and what shows that it
+# is right there: the tests execute PTX instruction by instruction; elsewhere it is only compiled.
 KNOWN = Path(__file__).with_name("known.json")
-EMULATED = ("sm_80", "sm_90")
+SHOWN_BY = {"sm_80": "its PTX, executed", "sm_90": "its tests on an H200"}
 
 
 def load(op: str) -> ModuleType:

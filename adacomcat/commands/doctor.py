@@ -35,7 +35,7 @@ def _version(package: str) -> str | None:
 
 
 def _kernels() -> dict[str, object]:
-    """What is known of the Triton kernels, from when they were compiled and emulated."""
+    """What is known of the Triton kernels, from when they were compiled."""
     return json.loads(kernels.KNOWN.read_text())
 
 
@@ -58,11 +58,10 @@ def _show(found: dict[str, dict]) -> None:
     if found["build"]:
         print_table("extension", ["", ""], list(found["build"].items()))
     print_table(
-        f"Triton kernels (triton {found['kernels']['triton']}; none has run on a GPU yet)",
+        f"Triton kernels (triton {found['kernels']['triton']})",
         ["kernel", "dtype", "architecture", "shown by", "registers", "spilled", "shared"],
         [(known["kernel"], known["dtype"], known["architecture"],
-          "its PTX, executed" if known["architecture"] in kernels.EMULATED
-          else "compiling it",
+          kernels.SHOWN_BY.get(known["architecture"], "compiling it"),
           known["registers"], known["spilled"], known["shared"])
          for known in found["kernels"]["kernels"]],
     )
