@@ -60,7 +60,7 @@ ATTENTION = {
     "aligned": (1, 64, 32, 2, 32, 32, None),
 }
 SUBLAYER_NAMES = ("tokens", "odd", "vector", "empty", "197", "wide-ranks", "many-rows", "long",
-                  "one-token", "rows", "aligned")
+                  "one-token", "rows", "keys", "additive", "rank-512", "aligned")
 DEIT = {"deit_s": (384, 128, 6), "deit_b": (768, 256, 12)}
 
 
