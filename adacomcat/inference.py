@@ -85,7 +85,7 @@ def _first_token_attention(x, wq, bq, wk, wv, wo, bo, num_heads, scale, epsilon)
 
 
 def _patch_embedding(image, weight, bias, prefix, positions) -> Tensor:
-    # Of 16-bit types cuDNN has taken ten times as long as the product on an H200.
+    # On an H200 cuDNN's convolution was a fifth of a whole DeiT-S of 64 images in bfloat16.
     if image.is_cuda:
         tokens = F.linear(patches(image, *weight.shape[2:]), weight.flatten(1), bias)
     else:

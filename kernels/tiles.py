@@ -162,8 +162,8 @@ def is_wide(rank: int) -> bool:
     """Whether a rank is too wide to be kept on the chip.
 
     Exact float32 keeps both halves of its operands: above 128 these alone would fill the registers.
-    A kernel for 16 bits has one program a processor left, which waits for its weights more than it
-    computes: two products, that take the rank a few columns at a time, were faster on an H200.
+    A kernel for 16 bits has one program a processor left: two products, that take the rank a few
+    columns at a time, were faster on an H200.
     """
     return padded(rank) > 128
 

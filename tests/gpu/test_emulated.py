@@ -14,7 +14,7 @@ from ptx.emulate import Launch, emulated
 from shapes import DEIT, ragged, vision
 
 from adacomcat import backends, ops
-from adacomcat.kernels import tiles
+from adacomcat.kernels import load, tiles
 
 ARCHITECTURES = ("sm_80", "sm_90")
 # Off every tile; the interpreter has the rest. Compiling takes longer than running these.
@@ -143,3 +143,14 @@ def test_gradients_are_the_same_every_time() -> None:
         first, second = (run_kernels(case, arguments, grad) for _ in range(2))
     assert any(launch.name == "sum_parts_kernel" for launch in launches)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_activations_keep_nan(dtype: torch.dtype, activation: str) -> None:
+    x, v, u = (torch.randn(*shape).to(dtype) for shape in ((4, 16), (16, 16), (16, 16)))
+    x[2, 3] = torch.nan
+    with emulated("sm_80"):
+        out, _ = load("low_rank_linear").forward(x, v, u, None, activation)
+    assert out.isnan().all(1).tolist() == [False, False, True, False]
+    assert not out[[0, 1, 3]].isnan().any()

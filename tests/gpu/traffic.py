@@ -280,10 +280,10 @@ CUDA graph; an assumption) and the longest of arithmetic at the data sheet's pea
 what all programs ask of the cache, and what the processor with the most programs asks of it.
 Activations cost nothing here, and libraries nothing else: no tail, no latency.
 
-Measured on an H200 ([RESULTS.md](RESULTS.md)), all three take longer, ours twice to four times as
-long: a launch that waits for its first bytes takes 3 to 4 microseconds, activations take as long as
-products of rank 128, and the products' own latency is not hidden. What the model is good for is the
-order of what is left to gain, and the bytes, which the emulator counts too.
+Measured on an H200 ([RESULTS.md](RESULTS.md)), all three take longer; ours three to six times as
+long when the kernels first ran, 1.2 to 2.4 times since they were tuned there. A launch that waits
+for its first bytes takes 3 to 4 microseconds, and the products' own latency is not hidden. What the
+model is good for is the order of what is left to gain, and the bytes, which the emulator counts.
 
 Moved / minimum is of inputs and outputs. What one launch leaves to the next, x V or the parts of
 h V2, is counted as traffic of the cache, of which it is a fifth at most; "left" is how much of it

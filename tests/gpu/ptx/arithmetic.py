@@ -1,6 +1,6 @@
 """Arithmetic, logic, comparisons, conversions and moves, on all lanes at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from number_formats import bf16_to_f32, f32_to_bf16
@@ -55,6 +55,7 @@ ELEMENTWISE: dict[str, Callable] = {
     "ex2": np.exp2, "lg2": np.log2, "tanh": np.tanh, "sin": np.sin, "cos": np.cos,
     "copysign": lambda a, b: np.copysign(b, a),
 }  # fmt: skip
+KEEPING_NAN = {"max": np.maximum, "min": np.minimum}
 
 
 def arithmetic(machine: Machine, instruction: Instruction) -> Step:
@@ -80,7 +81,11 @@ def arithmetic(machine: Machine, instruction: Instruction) -> Step:
         return _high_half(machine, instruction)
     if parts[0] == "fma" and "rm" in parts:
         return _simple(machine, instruction, _fma_down)
-    return _simple(machine, instruction, ELEMENTWISE[parts[0]])
+    return _simple(machine, instruction, _function(parts))
+
+
+def _function(parts: Sequence[str]) -> Callable:
+    return (KEEPING_NAN if "NaN" in parts else ELEMENTWISE)[parts[0]]
 
 
 def _simple(machine: Machine, instruction: Instruction, function: Callable) -> Step:
@@ -112,7 +117,7 @@ def _packed(machine: Machine, instruction: Instruction) -> Step:
     raw = "b32" if kind.endswith("x2") else "b16"
     target, *names = instruction.operands
     sources = [machine.source(name, raw) for name in names]
-    function, is_bf16 = ELEMENTWISE[instruction.parts[0]], kind.startswith("bf16")
+    function, is_bf16 = _function(instruction.parts), kind.startswith("bf16")
 
     def decode(bits: Lanes) -> Lanes:
         halves = np.broadcast_to(bits, (machine.lanes,)).copy().view(np.uint16)
