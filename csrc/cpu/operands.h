@@ -36,5 +36,5 @@ constexpr int kScaleRows = 0;
 #ifdef ADACOMCAT_AMX
 constexpr int64_t kBlockRows = 400;  // the fewer, the more often all weights come from the third cache
 #else
-constexpr int64_t kBlockRows = 144;
+constexpr int64_t kBlockRows = 264;  // an image of 224 by 224 is one block, and meets each weight once
 #endif

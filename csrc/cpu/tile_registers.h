@@ -31,13 +31,27 @@ inline Lane read_lane(const void* a) {
   return lane;
 }
 
+// From one address three rows are reached; the compiler must not know that it is a multiple of `stride` away
+// from others: twelve rows' multiples are more than there are registers, and g++ keeps the rest of them in
+// vector registers, to read each anew takes a multiplier's port for a cycle.
+constexpr int kReach = 3;
+
+inline const char* row_address(const char* a, int64_t stride, int row) {
+  const char* address = a + row * stride;
+#ifdef __GNUC__
+  __asm__("" : "+r"(address));
+#endif
+  return address;
+}
+
 // c (R, P vectors) = or += a · b; the packed rows of b are P vectors apart. Rows of c are S elements
 // apart, or `c_stride` where S is 0.
 template <int R, int P, int64_t S>
 void multiply_tile(const Held& a, Right b, float* c, int64_t c_stride, bool add, Prefetch ahead) {
   if (S) c_stride = S;
-  const char* left = a.data;
   const int64_t stride = a.stride;
+  const char* left[(R + kReach - 1) / kReach];
+  for (int r = 0; r < R; r += kReach) left[r / kReach] = row_address(a.data, stride, r);
   const float* rows = b.rows;
   Sum sum[R][P] = {};
   for (int64_t i = 0; i < a.steps; ++i) {
@@ -48,11 +62,12 @@ void multiply_tile(const Held& a, Right b, float* c, int64_t c_stride, bool add,
     for (int p = 0; p < P; ++p) right[p] = load(rows + p * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Lane lane = read_lane(left + r * stride);
+      const Lane lane = read_lane(left[r / kReach] + r % kReach * stride);
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) sum[r][p] = multiply_add(sum[r][p], lane, right[p]);
     }
-    left += kStep;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r += kReach) left[r / kReach] += kStep;
     rows += P * kLanes;
   }
 #pragma GCC unroll 16
