@@ -116,7 +116,7 @@ at::Tensor row_product(const at::Tensor& a, const at::Tensor& b, const OptionalT
   const Dtype dtype = as.rows.dtype;
   char* const out = static_cast<char*>(y.mutable_data_ptr());
 
-  for_each_block(e, rows, [&](int64_t row, int64_t m, bool) {
+  for_each_block(e, rows, [&](int64_t row, int64_t m, Turn) {
     Scratch scratch(Scratch::aligned(block * ka * e.operand_size()));
     const Left left = left_operand(e, m, k, rows_from(as.rows, row), {},
                                    scratch.take(block * ka * e.operand_size()));
@@ -174,7 +174,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> hidden_gr
                         Scratch::aligned(block * k2 * size) + Scratch::aligned(block * chunk * 4) +
                         Scratch::aligned(block * chunk * size) + Scratch::aligned(block * n * 4);
 
-  for_each_block(e, rows, [&](int64_t row, int64_t m, bool) {
+  for_each_block(e, rows, [&](int64_t row, int64_t m, Turn) {
     Scratch scratch(bytes);
     const Rows incoming = rows_from(grads.rows, row);
     Left left2 = left_operand(e, m, out, incoming, {}, scratch.take(block * ko * size));

@@ -194,8 +194,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
   const Dtype dtype = dtype_of(y);
   char* result = static_cast<char*>(y.mutable_data_ptr());
 
-  // `fresh`: this thread's first.
-  const auto sweep = [&](int64_t image, int64_t images, bool fresh) {
+  const auto sweep = [&](int64_t image, int64_t images, Turn turn) {
     const int64_t first = image * tokens, count = images * tokens;
     Workspace workspace(count * 2 * (columns_qk + columns_vo) * size);
     const auto operand = [&](int64_t columns) {
@@ -210,7 +209,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
       Scratch scratch(Scratch::aligned(part.rows * kx * size));
       const Left left = left_operand(e, part.rows, in, rows_from(xs.rows, first + part.row), epsilon,
                                      scratch.take(part.rows * kx * size));
-      project(e, projections, part, in, left, fresh && part.fresh, po);
+      project(e, projections, part, in, left, turn.first && part.turn.first, po);
     });
     attend(activation_engine(dtype), {image, images, tokens, num_heads, columns_qk / num_heads, columns_vo / num_heads,
                static_cast<float>(scale)}, q, k, v, z, masks);
@@ -223,7 +222,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
       Finish finish{result + (row * out + column) * dtype_size(dtype), out, dtype,
                     bias_o.from(column)};
       if (residual) finish.residual = rows_from(rs.rows, row, column);
-      const Ahead ahead = fresh && part.fresh ? po.follower() : Ahead{};
+      const Ahead ahead = !part.turn.last ? Ahead{}
+                          : turn.last     ? po.follower()
+                                          : rows_ahead(xs.rows, first + count, count, in);
       e.multiply({part.rows, std::min(out - column, part.panels * panel_width(e)), columns_vo,
                   left.data, left.stride, po.from(e, column), po.rows, 0, ahead}, finish);
     });
@@ -235,12 +236,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
     }
   };
   if (!image_by_image(x.size(0))) {
-    sweep(0, x.size(0), true);
+    sweep(0, x.size(0), {true, true});
     return results;
   }
   at::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
     const Session session(e);
-    for (int64_t image = begin; image < end; ++image) sweep(image, 1, image == begin);
+    for (int64_t image = begin; image < end; ++image) {
+      sweep(image, 1, {image == begin, image + 1 == end});
+    }
   });
   return results;
 }

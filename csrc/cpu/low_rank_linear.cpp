@@ -32,7 +32,7 @@ std::tuple<at::Tensor, at::Tensor> low_rank_linear(
   char* result = static_cast<char*>(y.mutable_data_ptr());
   const Dtype dtype = dtype_of(y);
 
-  for_each_block(e, rows, [&](int64_t row, int64_t m, bool) {
+  for_each_block(e, rows, [&](int64_t row, int64_t m, Turn turn) {
     Scratch scratch(Scratch::aligned(block * kx * size) + Scratch::aligned(block * kr * size) +
                     Scratch::aligned(block * columns * 4));
     const Left left = left_operand(e, m, in, rows_from(xs.rows, row), {},
@@ -44,7 +44,8 @@ std::tuple<at::Tensor, at::Tensor> low_rank_linear(
     if (keep) keep_rows(m, rank, t, kr, e.operand, middle, row);
     Finish finish{result + row * out * dtype_size(dtype), out, dtype, b.rows, act};
     if (residual) finish.residual = rows_from(rs.rows, row);
-    e.multiply({m, out, rank, t, kr, pu.data.get(), pu.rows, 0}, finish);
+    const Ahead next = turn.last ? Ahead{} : rows_ahead(xs.rows, row + m, std::min(m, rows - row - m), in);
+    e.multiply({m, out, rank, t, kr, pu.data.get(), pu.rows, 0, next}, finish);
   });
   return {y, middle};
 }

@@ -25,6 +25,13 @@ struct Options {
   const OptionalTensor& residual;
 };
 
+// What products of the hidden layer fetch for those that follow: a thread's first rows `weights`, which
+// they see for the first time; else the last `up` and the last `down` what is given here.
+struct Fetches {
+  bool weights;
+  Ahead up, down;
+};
+
 // One call: what all its rows have in common.
 class Call {
  public:
@@ -55,21 +62,20 @@ class Call {
   }
 
   // Some rows through the hidden columns from `begin` to `end`, a chunk at a time in `h`: their part of
-  // act(...) down in `sum`, or as `finish` says if there is one. Each product fetches what the next
-  // needs where rows are `fresh`, a thread's first: they see every weight for the first time.
+  // act(...) down in `sum`, or as `finish` says if there is one.
   void through(int64_t m, const Left& left, int64_t begin, int64_t end, char* h, float* sum,
-               const Finish* finish, bool fresh, Ahead then) const {
-    const auto ahead = [&](Ahead memory) { return fresh ? memory : Ahead{}; };
+               const Finish* finish, const Fetches& fetches) const {
     const int64_t inner = w.up.k, size = chunk();
     for (int64_t first = begin; first == begin || first < end; first += size) {
       const int64_t columns = std::min(size, end - first), following = first + columns;
+      const bool last = following >= end;
       if (columns % e.group) std::memset(h, 0, m * size * e.operand_size());
       e.multiply({m, columns, inner, left.data, left.stride, w.up.from(e, first), w.up.rows, 0,
-                  ahead(part_of_down(first, columns))},
+                  fetches.weights ? part_of_down(first, columns) : last ? fetches.up : Ahead{}},
                  {h, size, e.operand, bias1.from(first), act});
       Product down{m, w.down.n, columns, h, size, w.down.data.get(), w.down.rows, first};
-      down.ahead = ahead(following < end ? part_of_up(following, end) : then);
-      if (following < end || !finish) {
+      down.ahead = last ? fetches.down : fetches.weights ? part_of_up(following, end) : Ahead{};
+      if (!last || !finish) {
         e.accumulate(down, sum, sum_stride(), first > begin);
         continue;
       }
@@ -136,27 +142,31 @@ void by_rows(const Call& c, const at::Tensor& middle1, const at::Tensor& middle2
                         Scratch::aligned(block * c.sum_bytes()) +
                         Scratch::aligned(block * c.middle2_bytes());
 
-  for_each_block(e, c.rows, [&](int64_t row, int64_t m, bool fresh) {
+  for_each_block(e, c.rows, [&](int64_t row, int64_t m, Turn turn) {
     Scratch scratch(bytes);
     void* normed = scratch.take(block * c.normed_bytes());
     void* t1 = scratch.take(block * c.middle1_bytes());
     char* h = scratch.take<char>(block * c.hidden_bytes());
     float* sum = scratch.take<float>(block * c.sum_bytes());
     void* t2 = scratch.take(block * c.middle2_bytes());
-    const auto ahead = [&](Ahead memory) { return fresh ? memory : Ahead{}; };
 
-    const Left left = c.enter(row, m, normed, t1, ahead(c.part_of_up(0, hidden)));
+    const Left left = c.enter(row, m, normed, t1, turn.first ? c.part_of_up(0, hidden) : Ahead{});
+    const Finish last = c.last(row);
+    const Ahead residual = rows_ahead(last.residual, 0, m, c.out);
+    const Ahead next = rows_ahead(c.xs.rows, row + m, std::min(m, c.rows - row - m), c.in);
     if (!c.w.low_rank()) {
-      const Finish last = c.last(row);
-      return c.through(m, left, 0, hidden, h, sum, &last, fresh, c.w.down.follower());
+      const Ahead then = turn.last ? c.w.down.follower() : next;
+      return c.through(m, left, 0, hidden, h, sum, &last, {turn.first, residual, then});
     }
+    const Ahead result = rows_ahead({last.out, last.stride, last.dtype}, 0, m, c.out);
     if (c.middle2_bytes() != c.w.down.n * e.operand_size()) {
       std::memset(t2, 0, m * c.middle2_bytes());
     }
     const Finish inner{t2, e.padded_k(c.w.down.n), e.operand};
-    c.through(m, left, 0, hidden, h, sum, &inner, fresh, c.w.out.all());
+    c.through(m, left, 0, hidden, h, sum, &inner,
+              {turn.first, result, turn.first ? c.w.out.all() : residual});
     keep_middles(c, row, m, t1, t2, middle1, middle2);
-    c.leave(row, m, t2, ahead(c.w.out.follower()));
+    c.leave(row, m, t2, turn.last ? c.w.out.follower() : next);
   });
 }
 
@@ -172,7 +182,7 @@ void by_hidden(const Call& c, const at::Tensor& middle1, const at::Tensor& middl
   char* left = workspace.take(c.rows * left_bytes);
   float* sums = reinterpret_cast<float*>(workspace.take(c.rows * parts * c.sum_bytes()));
 
-  for_each_block(e, c.rows, [&](int64_t row, int64_t m, bool) {
+  for_each_block(e, c.rows, [&](int64_t row, int64_t m, Turn) {
     char* here = left + row * left_bytes;
     Scratch scratch(c.w.low_rank() ? m * c.normed_bytes() : 0);
     void* normed = c.w.low_rank() ? scratch.take(m * c.normed_bytes()) : here;
@@ -185,11 +195,11 @@ void by_hidden(const Call& c, const at::Tensor& middle1, const at::Tensor& middl
       Scratch scratch(c.rows * c.hidden_bytes());
       c.through(c.rows, {left, left_stride}, i * share * width,
                 std::min((i + 1) * share * width, hidden), scratch.take<char>(c.rows * c.hidden_bytes()),
-                sums + i * c.rows * c.sum_stride(), nullptr, i == begin,
-                c.w.low_rank() ? c.w.out.all() : c.w.down.follower());
+                sums + i * c.rows * c.sum_stride(), nullptr,
+                {i == begin, {}, c.w.low_rank() ? c.w.out.all() : c.w.down.follower()});
     }
   });
-  for_each_block(e, c.rows, [&](int64_t row, int64_t m, bool fresh) {
+  for_each_block(e, c.rows, [&](int64_t row, int64_t m, Turn turn) {
     const int64_t count = m * c.sum_stride();
     float* sum = sums + row * c.sum_stride();
     for (int64_t i = 1; i < parts; ++i) {
@@ -209,7 +219,7 @@ void by_hidden(const Call& c, const at::Tensor& middle1, const at::Tensor& middl
     e.multiply(none, finish);
     if (!c.w.low_rank()) return;
     keep_middles(c, row, m, left + row * left_bytes, t2, middle1, middle2);
-    c.leave(row, m, t2, fresh ? c.w.out.follower() : Ahead{});
+    c.leave(row, m, t2, turn.last ? c.w.out.follower() : Ahead{});
   });
 }
 

@@ -58,7 +58,7 @@ at::Tensor patch_embedding(const at::Tensor& image, const at::Tensor& weight,
   const int64_t block = block_rows(e, rows), size = e.operand_size();
   const int64_t columns = sum_columns(e, k, out);
 
-  for_each_block(e, rows, [&](int64_t row, int64_t m, bool fresh) {
+  for_each_block(e, rows, [&](int64_t row, int64_t m, Turn turn) {
     Scratch scratch(Scratch::aligned(block * k * size) + Scratch::aligned(block * columns * 4));
     char* left = scratch.take<char>(block * k * size);
     float* sums = scratch.take<float>(block * columns * 4);
@@ -69,7 +69,7 @@ at::Tensor patch_embedding(const at::Tensor& image, const at::Tensor& weight,
       Finish finish{result + (token + patch) * out * dtype_size(dtype), out, dtype, b.rows};
       if (added) finish.residual = rows_from(added->rows, patch);
       multiply_long(e, {some, out, k, left + done * k * size, k, packed_weight.data.get(),
-                        packed_weight.rows, 0, fresh && !done ? packed_weight.follower() : Ahead{}},
+                        packed_weight.rows, 0, turn.first && !done ? packed_weight.follower() : Ahead{}},
                     finish, sums);
     }
   });

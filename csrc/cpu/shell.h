@@ -69,6 +69,15 @@ inline Rows rows_from(const Rows& x, int64_t row, int64_t column = 0) {
           x.stride, x.dtype};
 }
 
+// Some of those rows, for products to fetch: no more than the second cache has place for.
+inline Ahead rows_ahead(const Rows& x, int64_t row, int64_t count, int64_t k) {
+  constexpr int64_t kMostBytes = 1 << 20;
+  if (!x.data || count <= 0 || k <= 0) return {};
+  const int64_t size = dtype_size(x.dtype);
+  const int64_t bytes = std::min(count, std::max<int64_t>(kMostBytes / (k * size), 1)) * k * size;
+  return {rows_from(x, row).data, bytes, k * size, x.stride * size};
+}
+
 // A bias, contiguous.
 struct Bias {
   at::Tensor held;
@@ -158,22 +167,27 @@ class Session {
   const Engine& engine_;
 };
 
-// body(first row, rows, whether it is its thread's first).
+// Whether a piece of work is the first of those that its thread gets, or the last.
+struct Turn {
+  bool first, last;
+};
+
+// body(first row, rows, turn).
 template <typename Body>
 inline void for_each_block(const Engine& engine, int64_t rows, Body body) {
   const int64_t block = block_rows(engine, rows);
   at::parallel_for(0, ceil_div(rows, block), 1, [&](int64_t begin, int64_t end) {
     const Session session(engine);
     for (int64_t i = begin; i < end; ++i) {
-      body(i * block, std::min(block, rows - i * block), i == begin);
+      body(i * block, std::min(block, rows - i * block), Turn{i == begin, i + 1 == end});
     }
   });
 }
 
-// A part of a product: rows, and of the columns whole panels. `fresh`: its thread's first.
+// A part of a product: rows, and of the columns whole panels.
 struct Part {
   int64_t row, rows, panel, panels;
-  bool fresh;
+  Turn turn;
 };
 
 inline int64_t panel_width(const Engine& engine) { return 2 * engine.width; }
@@ -194,8 +208,8 @@ inline bool by_columns(const Engine& engine, int64_t rows, int64_t panels) {
 template <typename Body>
 inline void for_each_part(const Engine& engine, int64_t rows, int64_t panels, Body body) {
   if (!by_columns(engine, rows, panels)) {
-    for_each_block(engine, rows, [&](int64_t row, int64_t m, bool fresh) {
-      body(Part{row, m, 0, panels, fresh});
+    for_each_block(engine, rows, [&](int64_t row, int64_t m, Turn turn) {
+      body(Part{row, m, 0, panels, turn});
     });
     return;
   }
@@ -203,7 +217,7 @@ inline void for_each_part(const Engine& engine, int64_t rows, int64_t panels, Bo
   at::parallel_for(0, ceil_div(panels, share), 1, [&](int64_t begin, int64_t end) {
     const Session session(engine);
     for (int64_t i = begin; i < end; ++i) {
-      body(Part{0, rows, i * share, std::min(share, panels - i * share), i == begin});
+      body(Part{0, rows, i * share, std::min(share, panels - i * share), {i == begin, i + 1 == end}});
     }
   });
 }
