@@ -70,6 +70,27 @@ struct Right {
   const float* scales;
 };
 
+// What is known of whole vectors of a tile before its rows are finished. What every row asks anew
+// costs as much as a row of the product, so what can be is a parameter.
+struct Whole {
+  const float* tile;
+  int64_t vectors;
+  char* out;
+  int64_t stride;  // bytes
+  const char* added;
+  int64_t added_stride;
+  const float* scales;
+  Vector bias[kPanel];
+};
+
+// Vector `v` of a row's sums, finished; `scale` and `added` are that row's.
+template <Activation A, Dtype D, bool scaled, bool residual>
+inline Vector finish_vector(Vector x, const float* scale, Vector bias, const char* added, int v) {
+  if (scaled) x *= *scale;
+  x = activate(x + bias, A);
+  return residual ? x + load(added, v * kLanes, D) : x;
+}
+
 #ifdef ADACOMCAT_AMX
 #include "amx.h"
 #endif
@@ -179,19 +200,6 @@ void accumulate(const Product& p, float* sum, int64_t stride, bool add) {
   }
 }
 
-// What is known of whole vectors of a tile before its rows are finished. What every row asks anew
-// costs as much as a row of the product, so what can be is a parameter.
-struct Whole {
-  const float* tile;
-  int64_t vectors;
-  char* out;
-  int64_t stride;  // bytes
-  const char* added;
-  int64_t added_stride;
-  const float* scales;
-  Vector bias[kPanel];
-};
-
 template <Activation A, Dtype D, bool scaled, bool residual>
 void finish_whole(const Whole& w, int64_t first, int64_t last) {
   const Vector bias[] = {w.bias[0], w.bias[kPanel - 1]};
@@ -200,10 +208,8 @@ void finish_whole(const Whole& w, int64_t first, int64_t last) {
   const char* added = residual ? w.added + first * w.added_stride : nullptr;
   for (int64_t i = first; i < last; ++i) {
     const auto finished = [&](int v) {
-      Vector x = load(tile + v * kLanes);
-      if (scaled) x *= w.scales[i];
-      x = activate(x + bias[v], A);
-      return residual ? x + load(added, v * kLanes, D) : x;
+      const Vector x = load(tile + v * kLanes);
+      return finish_vector<A, D, scaled, residual>(x, scaled ? w.scales + i : nullptr, bias[v], added, v);
     };
     if (w.vectors == 2) {
       store_two(out, 0, D, finished(0), finished(1));
@@ -278,13 +284,40 @@ class Waiting : public Work {
   void take(const float* tile, int64_t row, int64_t count, int64_t column, int64_t columns) {
     tile_ = tile, row_ = row, column_ = column, columns_ = columns;
     rows = count, done = 0;
-    const Finish& f = finish_;
-    const bool scaled = f.row_scale, residual = f.residual.data;
-    if (columns % kLanes || f.sum || f.gradient.data || (scaled && residual) ||
-        (residual && f.residual.dtype != D)) {
+    if (!vectors_are_whole(columns)) {
       run = &run_any;
       return;
     }
+    prepare(tile, row, column, columns);
+    run = finish_.residual.data ? &run_whole<false, true>
+          : finish_.row_scale   ? &run_whole<true, false>
+                                : &run_whole<false, false>;
+  }
+
+  // A tile whose sums are still to come, if a tile unit may finish them where it makes them: the most
+  // frequent kinds, of a size that fills its registers.
+  const Whole* at_once(int64_t row, int64_t count, int64_t column, int64_t columns) {
+    constexpr bool frequent = (A == Activation::none || A == Activation::gelu) && D != Dtype::f16;
+    const bool plain = !finish_.row_scale && !finish_.residual.data;
+    if (!frequent || count != kTileRows || columns != kTileStride || !vectors_are_whole(columns) ||
+        (A != Activation::none && !plain)) {
+      return nullptr;
+    }
+    all();
+    prepare(nullptr, row, column, columns);
+    return &whole_;
+  }
+
+ private:
+  bool vectors_are_whole(int64_t columns) const {
+    const Finish& f = finish_;
+    return columns % kLanes == 0 && !f.sum && !f.gradient.data && !(f.row_scale && f.residual.data) &&
+           !(f.residual.data && f.residual.dtype != D);
+  }
+
+  void prepare(const float* tile, int64_t row, int64_t column, int64_t columns) {
+    const Finish& f = finish_;
+    const bool scaled = f.row_scale, residual = f.residual.data;
     const int64_t size = dtype_size(D), stride = f.stride * size, added = f.residual.stride * size;
     whole_ = {tile,
               columns / kLanes,
@@ -298,11 +331,8 @@ class Waiting : public Work {
     for (int64_t v = 0; f.bias.data && v < whole_.vectors; ++v) {
       whole_.bias[v] = load(f.bias.data, column + v * kLanes, f.bias.dtype);
     }
-    run = residual ? &run_whole<false, true> : scaled ? &run_whole<true, false>
-                                                      : &run_whole<false, false>;
   }
 
- private:
   template <bool scaled, bool residual>
   static void run_whole(const Work& self, int64_t first, int64_t last) {
     finish_whole<A, D, scaled, residual>(static_cast<const Waiting&>(self).whole_, first, last);
@@ -319,6 +349,18 @@ class Waiting : public Work {
   int64_t row_ = 0, column_ = 0, columns_ = 0;
   Whole whole_;
 };
+
+// Whether the tile unit made a tile and finished it at once.
+template <Activation A, Dtype D, typename Unit>
+inline bool finished(const Unit& unit, Waiting<A, D>& waiting, Right right, int64_t row, int64_t rows,
+                     int64_t column, int64_t columns, Prefetches& ahead) {
+  if constexpr (Unit::kFinishes) {
+    const Whole* whole = waiting.at_once(row, rows, column, columns);
+    if (whole) unit.template finish<A, D>(right, *whole, ahead.next());
+    return whole;
+  }
+  return false;
+}
 
 template <Activation A, Dtype D>
 void multiply_with(const Product& p, const Finish& f) {
@@ -340,13 +382,12 @@ void multiply_with(const Product& p, const Finish& f) {
         hold(unit, p, order, row, k);
         place = start;
         for_each_panel(first, last, [&](int64_t column, int64_t vectors) {
+          const int64_t rows = least(order.rows, p.m - row), columns = least(vectors * kLanes, p.n - column);
+          const Right right = right_of(p, k, column, vectors);
+          if (order.parts == 1 && finished(unit, waiting, right, row, rows, column, columns, ahead)) return;
           float* const tile = tiles + place * kTileRows * kTileStride;
-          unit.multiply<kTileStride>(vectors, right_of(p, k, column, vectors), tile, kTileStride,
-                                     k > 0, ahead.next(), waiting);
-          if (k + order.chunk >= p.k) {
-            waiting.take(tile, row, least(order.rows, p.m - row), column,
-                         least(vectors * kLanes, p.n - column));
-          }
+          unit.multiply<kTileStride>(vectors, right, tile, kTileStride, k > 0, ahead.next(), waiting);
+          if (k + order.chunk >= p.k) waiting.take(tile, row, rows, column, columns);
           place = (place + 1) % places;
         });
       }

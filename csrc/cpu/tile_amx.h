@@ -3,6 +3,8 @@
 
 class TileUnit : Amx {
  public:
+  static constexpr bool kFinishes = false;  // it stores what it multiplied
+
   void hold(int64_t rows, int64_t steps, const char* a, int64_t a_stride) {
     configure(rows);
     steps_ = steps, a_ = a, a_stride_ = a_stride;

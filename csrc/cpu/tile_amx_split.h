@@ -21,6 +21,8 @@ inline void split(Vector first, Vector second, char* out, int64_t apart) {
 
 class TileUnit : Amx {
  public:
+  static constexpr bool kFinishes = false;  // it stores what it multiplied
+
   // Splits the rows, closed with zeros up to whole registers: step after step, part after part.
   void hold(int64_t rows, int64_t steps, const char* a, int64_t a_stride) {
     configure(rows);

@@ -44,11 +44,9 @@ inline const char* row_address(const char* a, int64_t stride, int row) {
   return address;
 }
 
-// c (R, P vectors) = or += a · b; the packed rows of b are P vectors apart. Rows of c are S elements
-// apart, or `c_stride` where S is 0.
-template <int R, int P, int64_t S>
-void multiply_tile(const Held& a, Right b, float* c, int64_t c_stride, bool add, Prefetch ahead) {
-  if (S) c_stride = S;
+// close(row, vector, sum) for R rows by P vectors of a · b; the packed rows of b are P vectors apart.
+template <int R, int P, typename Close>
+[[gnu::always_inline]] inline void multiply_rows(const Held& a, Right b, Prefetch ahead, Close close) {
   const int64_t stride = a.stride;
   const char* left[(R + kReach - 1) / kReach];
   for (int r = 0; r < R; r += kReach) left[r / kReach] = row_address(a.data, stride, r);
@@ -73,12 +71,29 @@ void multiply_tile(const Held& a, Right b, float* c, int64_t c_stride, bool add,
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) {
-      float* const to = c + r * c_stride + p * kLanes;
-      const Vector value = value_of(sum[r][p], a.scales, r, b.scales, p);
-      store(to, add ? load(to) + value : value);
-    }
+    for (int p = 0; p < P; ++p) close(r, p, value_of(sum[r][p], a.scales, r, b.scales, p));
   }
+}
+
+// c (R, P vectors) = or += a · b. Rows of c are S elements apart, or `c_stride` where S is 0.
+template <int R, int P, int64_t S>
+void multiply_tile(const Held& a, Right b, float* c, int64_t c_stride, bool add, Prefetch ahead) {
+  if (S) c_stride = S;
+  multiply_rows<R, P>(a, b, ahead, [=](int r, int p, Vector value) {
+    float* const to = c + r * c_stride + p * kLanes;
+    store(to, add ? load(to) + value : value);
+  });
+}
+
+// A tile of full size, finished before it leaves the registers.
+template <Activation A, Dtype D, bool scaled, bool residual>
+void multiply_whole(const Held& a, Right b, const Whole& w, Prefetch ahead) {
+  multiply_rows<kTileRows, kPanel>(a, b, ahead, [&w](int r, int p, Vector value) {
+    const float* scale = scaled ? w.scales + r : nullptr;
+    const char* added = residual ? w.added + r * w.added_stride : nullptr;
+    store(w.out + r * w.stride, p * kLanes, D,
+          finish_vector<A, D, scaled, residual>(value, scale, w.bias[p], added, p));
+  });
 }
 
 using MultiplyTile = void (*)(const Held&, Right, float*, int64_t, bool, Prefetch);
@@ -102,6 +117,8 @@ void end() {}
 // row; multiply() gives c (rows, `vectors` vectors) = or += that times b.
 class TileUnit {
  public:
+  static constexpr bool kFinishes = true;
+
   void hold(int64_t rows, int64_t steps, const char* a, int64_t a_stride) {
 #ifdef ADACOMCAT_INTEGERS
     held_ = integers_.of(rows, steps, a, a_stride);
@@ -115,6 +132,18 @@ class TileUnit {
                 Work& meanwhile) const {
     meanwhile.all();
     find_tile<S>(held_.rows, vectors)(held_, b, c, c_stride, add, ahead);
+  }
+
+  // A tile that fills the registers, finished there.
+  template <Activation A, Dtype D>
+  void finish(Right b, const Whole& whole, Prefetch ahead) const {
+    if constexpr ((A == Activation::none || A == Activation::gelu) && D != Dtype::f16) {
+      const bool plain = A != Activation::none || (!whole.added && !whole.scales);
+      if (plain) return multiply_whole<A, D, false, false>(held_, b, whole, ahead);
+      constexpr Activation none = Activation::none;
+      (whole.added ? &multiply_whole<none, D, false, true>
+                   : &multiply_whole<none, D, true, false>)(held_, b, whole, ahead);
+    }
   }
 
  private:
