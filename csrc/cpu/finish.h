@@ -125,6 +125,10 @@ inline void finish_tile(const Finish& f, const float* tile, int64_t row, int64_t
   }
 }
 
+// The most frequent kinds, which tile units that can finish tiles where they make them do so.
+template <Activation A, Dtype D>
+constexpr bool kFrequent = (A == Activation::none || A == Activation::gelu) && D != Dtype::f16;
+
 // The tile that was computed last and waits for its finish.
 template <Activation A, Dtype D>
 class Waiting : public Work {
@@ -145,12 +149,11 @@ class Waiting : public Work {
                                 : &run_whole<false, false>;
   }
 
-  // A tile whose sums are still to come, if a tile unit may finish them where it makes them: the most
-  // frequent kinds, of a size that fills its registers.
+  // A tile whose sums are still to come, if a tile unit may finish them where it makes them: of a
+  // frequent kind, and of a size that fills its registers.
   const Whole* at_once(int64_t row, int64_t count, int64_t column, int64_t columns) {
-    constexpr bool frequent = (A == Activation::none || A == Activation::gelu) && D != Dtype::f16;
     const bool plain = !finish_.row_scale && !finish_.residual.data;
-    if (!frequent || count != kTileRows || columns != kTileStride || !vectors_are_whole(columns) ||
+    if (!kFrequent<A, D> || count != kTileRows || columns != kTileStride || !vectors_are_whole(columns) ||
         (A != Activation::none && !plain)) {
       return nullptr;
     }

@@ -137,7 +137,7 @@ class TileUnit {
   // A tile that fills the registers, finished there.
   template <Activation A, Dtype D>
   void finish(Right b, const Whole& whole, Prefetch ahead) const {
-    if constexpr ((A == Activation::none || A == Activation::gelu) && D != Dtype::f16) {
+    if constexpr (kFrequent<A, D>) {
       const bool plain = A != Activation::none || (!whole.added && !whole.scales);
       if (plain) return multiply_whole<A, D, false, false>(held_, b, whole, ahead);
       constexpr Activation none = Activation::none;
