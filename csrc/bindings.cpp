@@ -55,8 +55,10 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, torch, CUDA and CPU.");
-  m.def("use_instruction_set", &adacomcat::use_instruction_set,
-        "Run the CPU kernels on generic, avx2, avx512 or avx512_bf16; False where this CPU cannot.");
+  m.def("use_instruction_set", &adacomcat::use_instruction_set, py::arg("name"),
+        py::arg("emulated") = false,
+        "Run the CPU kernels on an instruction set; False where this CPU lacks it, unless its "
+        "instructions are emulated.");
   m.def("scratch_bytes", [] { return adacomcat::scratch_bytes.load(); },
         "Memory that the CPU kernels hold beside tensors, of all threads.");
 #ifdef ADACOMCAT_CUDA

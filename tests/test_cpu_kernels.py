@@ -1,7 +1,6 @@
 """The C++ kernels on every instruction set of this CPU, against float64."""
 
 import gc
-import importlib
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_close_to_float64
+from instruction_sets import HERE, LACKING, NAMES, emulator, use
 from test_ops import (
     CASES,
     DTYPES,
@@ -27,15 +27,6 @@ from test_ops import (
 )
 
 from adacomcat import backends, cpu_gradients, ops
-
-if backends.available()["cpp"] is not None:
-    pytest.skip(str(backends.available()["cpp"]), allow_module_level=True)
-
-EXTENSION = importlib.import_module("adacomcat._C")
-HERE = backends.build_info()["instruction_set"]
-NAMES = ("generic", "avx2", "avx512", "avx512_bf16", "avx512_vnni", "amx")
-LACKING = [name for name in NAMES if not EXTENSION.use_instruction_set(name)]
-EXTENSION.use_instruction_set(HERE)
 
 # Ranks of one lane less and more than a vector, more columns than a panel, rows off any tile.
 SHAPES = {
@@ -67,10 +58,10 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param in LACKING:
         pytest.skip(f"this CPU has no {request.param}")
-    assert EXTENSION.use_instruction_set(request.param)
+    assert use(request.param)
     with backends.use_backend("cpp"):
         yield request.param
-    EXTENSION.use_instruction_set(HERE)
+    use(HERE)
 
 
 @each_dtype
@@ -225,7 +216,7 @@ def test_infinity_stays_visible(instruction_set: str) -> None:
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_float32_on_tensor_units_is_no_less_exact(scale: float) -> None:
     """Six products of bfloat16 parts: the error shows if one of them is missing."""
-    if "amx" in LACKING:
+    if not use("amx"):
         pytest.skip("this CPU has no amx")
     generator = torch.Generator().manual_seed(7)
     x, v, u = (torch.randn(shape, generator=generator, dtype=torch.float64).float()
@@ -234,9 +225,23 @@ def test_float32_on_tensor_units_is_no_less_exact(scale: float) -> None:
     exact = x.double() @ v.double() @ u.double().t()
     with backends.use_backend("cpp"):
         error = (ops.low_rank_linear(x, v, u) - exact).norm()
-    assert EXTENSION.use_instruction_set(HERE)
+    use(HERE)
     plain = (x @ v @ u.t() - exact).norm()
     assert error <= 1.2 * plain and plain <= 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("name", ["linear-197", "mlp-197", "dense-197", "attention-197"])
+def test_tile_registers_are_given_back(name: str) -> None:
+    """Else each switch of tasks would have to save 8 KB of them."""
+    if not use("amx"):
+        pytest.skip("this CPU has no amx")
+    tensors = convert(ALL[name].draw(), torch.float32, grad=True)
+    with backends.use_backend("cpp"):
+        y = ALL[name].call(tensors)
+        forward = emulator().tiles_configured()
+        y.sum().backward()
+    use(HERE)
+    assert not forward and not emulator().tiles_configured()
 
 
 def test_rows_masked_entirely_give_the_bias(instruction_set: str) -> None:

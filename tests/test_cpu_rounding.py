@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_close_to_float64, relative_error
-from test_cpu_kernels import ALL, LACKING, each_dtype, instruction_set  # noqa: F401
+from instruction_sets import LACKING
+from test_cpu_kernels import ALL, each_dtype, instruction_set  # noqa: F401
 from test_ops import DTYPES, attention_case, convert, plain_attention
 from torch import Tensor
 

@@ -108,11 +108,12 @@ const InstructionSet* instruction_sets(size_t& count) {
   return sets;
 }
 
-const InstructionSet* find(const char* name) {
+const InstructionSet* find(const char* name, bool emulated = false) {
   size_t count;
   const InstructionSet* sets = instruction_sets(count);
   for (size_t i = 0; i < count; ++i) {
-    if (sets[i].present && (!name || std::string(name) == sets[i].name)) return &sets[i];
+    const bool runs = sets[i].present || emulated;
+    if (runs && (!name || std::string(name) == sets[i].name)) return &sets[i];
   }
   return nullptr;
 }
@@ -159,8 +160,8 @@ bool has_avx512() {
   return name != "generic" && name != "avx2";
 }
 
-bool use_instruction_set(const char* name) {
-  const InstructionSet* set = find(name);
+bool use_instruction_set(const char* name, bool emulated) {
+  const InstructionSet* set = find(name, emulated);
   if (set) chosen().store(set);
   return set != nullptr;
 }

@@ -127,7 +127,7 @@ const Engine& activation_engine(Dtype dtype);
 const char* instruction_set();
 // Whether it has AVX-512.
 bool has_avx512();
-// Takes another one, for tests; false where this CPU lacks it.
-bool use_instruction_set(const char* name);
+// Takes another one, for tests; false where this CPU lacks it, unless its instructions are emulated.
+bool use_instruction_set(const char* name, bool emulated = false);
 
 }  // namespace adacomcat
