@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adacomcat import inference, ops
 from adacomcat.attention import LowRankAttention, attention_weights, causal_mask
+from adacomcat.identities import Factors, with_identities
 from adacomcat.layers import LowRankLinear, LowRankMlp, activation_name
 from adacomcat.sites import attention_tier
 
@@ -79,9 +80,13 @@ class FusedMlp(nn.Module):
         affine, gamma = _affine(norm), _layer_scale(scale, mlp.fc2.u)
         v1, u1, u2 = (w.detach().double() for w in (mlp.fc1.v, mlp.fc1.u, mlp.fc2.u))
         self.activation, self.epsilon = mlp.activation, affine.epsilon
-        _set_weights(self, mlp.fc1.v, v1=affine.weight.unsqueeze(1) * v1, u1=u1,
-                     b1=_bias(mlp.fc1) + u1 @ (affine.bias @ v1), v2=mlp.fc2.v.detach(),
-                     u2=gamma.unsqueeze(1) * u2, b2=gamma * _bias(mlp.fc2))
+        factors = Factors(affine.weight.unsqueeze(1) * v1, u1,
+                          _bias(mlp.fc1) + u1 @ (affine.bias @ v1), mlp.fc2.v.detach().double(),
+                          gamma.unsqueeze(1) * u2)
+        like = mlp.fc1.v
+        if like.is_cpu and like.dtype == torch.float32:  # fewer digits would be rounded once more
+            factors = with_identities(factors)
+        _set_weights(self, like, **factors._asdict(), b2=gamma * _bias(mlp.fc2))
 
     def forward(self, x: Tensor) -> Tensor:
         w = self._parameters

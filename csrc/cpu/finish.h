@@ -73,13 +73,18 @@ void finish_whole(const Whole& w, int64_t first, int64_t last) {
   }
 }
 
+// Where there is no tile, as of a product of no steps, its sums are zeros.
+inline Vector sums_of(const float* tile, int64_t row) {
+  return tile ? load(tile + row * kTileStride) : Vector{};
+}
+
 // Some rows of one vector column of a tile, of any kind and size.
 template <Activation A, Dtype D>
 inline void finish_column(const Finish& f, const float* tile, int64_t row, int64_t rows,
                           int64_t column, int64_t count) {
   const Vector bias = f.bias.data ? load_some(f.bias.data, column, f.bias.dtype, count) : Vector{};
   for (int64_t i = 0; i < rows; ++i) {
-    Vector x = load(tile + i * kTileStride);
+    Vector x = sums_of(tile, i);
     if (f.sum) x += load(f.sum + (row + i) * f.sum_stride + column);
     if (f.row_scale) x *= f.row_scale[row + i];
     x = activate(x + bias, A);
@@ -101,7 +106,7 @@ inline void differentiate_column(const Finish& f, const float* tile, int64_t row
     const int64_t out = (row + i) * f.stride + column;
     const int64_t from = (row + i) * f.gradient.stride + column;
     Vector slope;
-    const Vector y = activate(load(tile + i * kTileStride) + bias, A, slope);
+    const Vector y = activate(sums_of(tile, i) + bias, A, slope);
     if (whole) {
       store(f.out, out, D, slope * load(f.gradient.data, from, D));
       if (f.activated) store(f.activated, out, D, y);
@@ -117,10 +122,11 @@ inline void finish_tile(const Finish& f, const float* tile, int64_t row, int64_t
                         int64_t column, int64_t columns) {
   for (int64_t j = 0; j < columns; j += kLanes) {
     const int64_t count = least(kLanes, columns - j);
+    const float* const from = tile ? tile + j : nullptr;
     if (f.gradient.data) {
-      differentiate_column<A, D>(f, tile + j, row, rows, column + j, count);
+      differentiate_column<A, D>(f, from, row, rows, column + j, count);
     } else {
-      finish_column<A, D>(f, tile + j, row, rows, column + j, count);
+      finish_column<A, D>(f, from, row, rows, column + j, count);
     }
   }
 }

@@ -1,28 +1,23 @@
 // y = act(x̂ W1ᵀ + b1) W2ᵀ + b2, W1 = U1 V1ᵀ and W2 = U2 V2ᵀ or dense: of the hidden layer a block of
-// rows sees a few columns at a time.
+// rows sees a few columns at a time. Of a U1 whose last rows are the identity, and a V2 whose first ones
+// are, these are not multiplied.
 #include <torch/library.h>
 
 #include <tuple>
 
-#include "vectors.h"
+#include "few_rows_mlp.h"
 
 namespace adacomcat {
 namespace {
 
-constexpr int64_t kHiddenPanels = 8;
+constexpr int64_t kHiddenPanels = 10;
+static_assert(kIdentity == 32, "whole panels of engines of 4, 8 and 16 lanes");
 
 // x̂ → in → up → activation → down → out → y; dense weights need neither `in` nor `out`.
 struct Weights {
   Packed in, up, down, out;
 
   bool low_rank() const { return in.data != nullptr; }
-};
-
-struct Options {
-  const OptionalTensor &b1, &b2;
-  std::optional<std::string_view> activation;
-  std::optional<double> epsilon;
-  const OptionalTensor& residual;
 };
 
 // What products of the hidden layer fetch for those that follow: a thread's first rows `weights`, which
@@ -35,12 +30,12 @@ struct Fetches {
 // One call: what all its rows have in common.
 class Call {
  public:
-  Call(const Engine& engine, const at::Tensor& x, const Weights& weights, const Options& options,
+  Call(const Engine& engine, const at::Tensor& x, const Weights& weights, const MlpOptions& options,
        const at::Tensor& y)
       : e(engine), w(weights), xs(x), rs(options.residual ? *options.residual : x),
         bias1(options.b1), bias2(options.b2), act(parse_activation(options.activation)),
         epsilon(options.epsilon), has_residual(options.residual.has_value()), in(x.size(-1)),
-        out(y.size(-1)), rows(row_count(x)), dtype(dtype_of(y)),
+        out(y.size(-1)), rows(row_count(x)), hidden(weights.down.k), dtype(dtype_of(y)),
         result(static_cast<char*>(y.mutable_data_ptr())) {}
 
   // The last product's finish, for rows from `row` on.
@@ -62,25 +57,28 @@ class Call {
   }
 
   // Some rows through the hidden columns from `begin` to `end`, a chunk at a time in `h`: their part of
-  // act(...) down in `sum`, or as `finish` says if there is one.
+  // act(...) down in `sum`, or as `finish` says if there is one. Who has the last column takes those
+  // before first_hidden too.
   void through(int64_t m, const Left& left, int64_t begin, int64_t end, char* h, float* sum,
                const Finish* finish, const Fetches& fetches) const {
-    const int64_t inner = w.up.k, size = chunk();
+    const int64_t size = chunk();
+    const bool started = end == hidden && first_hidden > 0;
+    if (started) start(m, left, sum);
     for (int64_t first = begin; first == begin || first < end; first += size) {
       const int64_t columns = std::min(size, end - first), following = first + columns;
       const bool last = following >= end;
       if (columns % e.group) std::memset(h, 0, m * size * e.operand_size());
-      e.multiply({m, columns, inner, left.data, left.stride, w.up.from(e, first), w.up.rows, 0,
-                  fetches.weights ? part_of_down(first, columns) : last ? fetches.up : Ahead{}},
-                 {h, size, e.operand, bias1.from(first), act});
+      hide(m, left, first, columns, {h, size, e.operand, bias1.from(first), act},
+           fetches.weights ? part_of_down(first, columns) : last ? fetches.up : Ahead{});
       Product down{m, w.down.n, columns, h, size, w.down.data.get(), w.down.rows, first};
       down.ahead = last ? fetches.down : fetches.weights ? part_of_up(following, end) : Ahead{};
+      const bool add = started || first > begin;
       if (!last || !finish) {
-        e.accumulate(down, sum, sum_stride(), first > begin);
+        e.accumulate(down, sum, sum_stride(), add);
         continue;
       }
       Finish whole = *finish;
-      if (first > begin) whole.sum = sum, whole.sum_stride = sum_stride();
+      if (add) whole.sum = sum, whole.sum_stride = sum_stride();
       e.multiply(down, whole);
     }
   }
@@ -91,11 +89,39 @@ class Call {
                last(row));
   }
 
+  // Hidden columns that meet the identity in V2: what they become is where `sum` begins.
+  void start(int64_t m, const Left& left, float* sum) const {
+    const int64_t rest = sum_stride() - first_hidden;
+    for (int64_t i = 0; rest && i < m; ++i) {
+      std::memset(sum + i * sum_stride() + first_hidden, 0, rest * sizeof(float));
+    }
+    hide(m, left, 0, first_hidden, {sum, sum_stride(), Dtype::f32, bias1.rows, act}, {});
+  }
+
+  // Some columns of the hidden layer; those that the identity in U1 gives are columns of `left`.
+  void hide(int64_t m, const Left& left, int64_t first, int64_t columns, Finish finish,
+            Ahead ahead) const {
+    const int64_t computed = std::clamp<int64_t>(first_copied - first, 0, columns);
+    if (computed || !columns) {
+      e.multiply({m, computed, w.up.k, left.data, left.stride, w.up.from(e, first), w.up.rows, 0, ahead},
+                 finish);
+    }
+    if (computed == columns) return;
+    const int64_t from = first + computed - first_copied;
+    finish.out = static_cast<float*>(finish.out) + computed;
+    finish.bias = bias1.from(first + computed);
+    finish_sums(e, m, columns - computed, static_cast<const float*>(left.data) + from, left.stride, finish);
+  }
+
   Ahead part_of_up(int64_t first, int64_t end) const {
     return {w.up.from(e, first), e.packed_bytes(w.up.k, std::min(chunk(), end - first))};
   }
 
-  int64_t chunk() const { return kHiddenPanels * panel_width(e); }
+  // Equal ones, of about so many panels.
+  int64_t chunk() const {
+    const int64_t width = panel_width(e);
+    return even_share(std::max(hidden - first_hidden, width), kHiddenPanels * width, width);
+  }
   int64_t sum_stride() const { return e.padded_n(w.down.n); }
   // Bytes of a row of what lies between, in the operand format.
   int64_t normed_bytes() const { return e.padded_k(in) * e.operand_size(); }
@@ -111,11 +137,22 @@ class Call {
   const Activation act;
   const std::optional<double> epsilon;
   const bool has_residual;
-  const int64_t in, out, rows;
+  const int64_t in, out, rows, hidden;
+  // Hidden columns before this one are summed up without a product, those from the other on come
+  // without one.
+  const int64_t first_hidden = floats() ? w.down.identity_rows : 0;
+  const int64_t first_copied = hidden - (copies() ? w.up.identity_columns : 0);
   const Dtype dtype;
   char* const result;
 
  private:
+  // Whether what an identity gives is left as it is, not rounded first.
+  bool floats() const { return e.operand == Dtype::f32; }
+  // Whether products of the columns before end with a panel.
+  bool copies() const {
+    return floats() && hidden % panel_width(e) == 0 && first_hidden + w.up.identity_columns <= hidden;
+  }
+
   Ahead part_of_down(int64_t first, int64_t columns) const {
     const int64_t n = sum_stride(), lanes = std::min(panel_width(e), n) * e.packed_size;
     const int64_t panels = lanes ? ceil_div(n * e.packed_size, lanes) : 0;
@@ -135,7 +172,7 @@ void keep_middles(const Call& c, int64_t row, int64_t m, const void* t1, const v
 // Every thread takes rows through all of it.
 void by_rows(const Call& c, const at::Tensor& middle1, const at::Tensor& middle2) {
   const Engine& e = c.e;
-  const int64_t block = block_rows(e, c.rows), hidden = c.w.up.n;
+  const int64_t block = block_rows(e, c.rows), begin = c.first_hidden, hidden = c.hidden;
   const int64_t bytes = Scratch::aligned(block * c.normed_bytes()) +
                         Scratch::aligned(block * c.middle1_bytes()) +
                         Scratch::aligned(block * c.hidden_bytes()) +
@@ -150,20 +187,20 @@ void by_rows(const Call& c, const at::Tensor& middle1, const at::Tensor& middle2
     float* sum = scratch.take<float>(block * c.sum_bytes());
     void* t2 = scratch.take(block * c.middle2_bytes());
 
-    const Left left = c.enter(row, m, normed, t1, turn.first ? c.part_of_up(0, hidden) : Ahead{});
+    const Left left = c.enter(row, m, normed, t1, turn.first ? c.part_of_up(begin, hidden) : Ahead{});
     const Finish last = c.last(row);
     const Ahead residual = rows_ahead(last.residual, 0, m, c.out);
     const Ahead next = rows_ahead(c.xs.rows, row + m, std::min(m, c.rows - row - m), c.in);
     if (!c.w.low_rank()) {
       const Ahead then = turn.last ? c.w.down.follower() : next;
-      return c.through(m, left, 0, hidden, h, sum, &last, {turn.first, residual, then});
+      return c.through(m, left, begin, hidden, h, sum, &last, {turn.first, residual, then});
     }
     const Ahead result = rows_ahead({last.out, last.stride, last.dtype}, 0, m, c.out);
     if (c.middle2_bytes() != c.w.down.n * e.operand_size()) {
       std::memset(t2, 0, m * c.middle2_bytes());
     }
     const Finish inner{t2, e.padded_k(c.w.down.n), e.operand};
-    c.through(m, left, 0, hidden, h, sum, &inner,
+    c.through(m, left, begin, hidden, h, sum, &inner,
               {turn.first, result, turn.first ? c.w.out.all() : residual});
     keep_middles(c, row, m, t1, t2, middle1, middle2);
     c.leave(row, m, t2, turn.last ? c.w.out.follower() : next);
@@ -174,8 +211,9 @@ void by_rows(const Call& c, const at::Tensor& middle1, const at::Tensor& middle2
 // only that part of its weights.
 void by_hidden(const Call& c, const at::Tensor& middle1, const at::Tensor& middle2) {
   const Engine& e = c.e;
-  const int64_t all = panels(e, c.w.up.n), share = ceil_div(all, at::get_num_threads());
-  const int64_t parts = ceil_div(all, share), hidden = c.w.up.n, width = panel_width(e);
+  const int64_t start = c.first_hidden, hidden = c.hidden, width = panel_width(e);
+  const int64_t all = panels(e, hidden - start), share = ceil_div(all, at::get_num_threads());
+  const int64_t parts = ceil_div(all, share);
   const int64_t left_bytes = c.w.low_rank() ? c.middle1_bytes() : c.normed_bytes();
   const int64_t left_stride = e.padded_k(c.w.up.k);
   Workspace workspace(c.rows * (left_bytes + parts * c.sum_bytes()));
@@ -193,8 +231,8 @@ void by_hidden(const Call& c, const at::Tensor& middle1, const at::Tensor& middl
     const Session session(e);
     for (int64_t i = begin; i < end; ++i) {
       Scratch scratch(c.rows * c.hidden_bytes());
-      c.through(c.rows, {left, left_stride}, i * share * width,
-                std::min((i + 1) * share * width, hidden), scratch.take<char>(c.rows * c.hidden_bytes()),
+      c.through(c.rows, {left, left_stride}, start + i * share * width,
+                std::min(start + (i + 1) * share * width, hidden), scratch.take<char>(c.rows * c.hidden_bytes()),
                 sums + i * c.rows * c.sum_stride(), nullptr,
                 {i == begin, {}, c.w.low_rank() ? c.w.out.all() : c.w.down.follower()});
     }
@@ -223,79 +261,12 @@ void by_hidden(const Call& c, const at::Tensor& middle1, const at::Tensor& middl
   });
 }
 
-void run(const Engine& e, const at::Tensor& x, const Weights& w, const Options& options,
+void run(const Engine& e, const at::Tensor& x, const Weights& w, const MlpOptions& options,
          const at::Tensor& y, const at::Tensor& middle1 = {}, const at::Tensor& middle2 = {}) {
   const Call call(e, x, w, options, y);
-  (by_columns(e, call.rows, panels(e, w.up.n)) ? by_hidden : by_rows)(call, middle1, middle2);
+  const int64_t columns = panels(e, call.hidden - call.first_hidden);
+  (by_columns(e, call.rows, columns) ? by_hidden : by_rows)(call, middle1, middle2);
 }
-
-// The weights of an MLP, not packed; dense ones need neither `in` nor `out`.
-struct Matrices {
-  std::optional<Matrix> in;
-  Matrix up, down;
-  std::optional<Matrix> out;
-  int64_t inner, hidden, middle;  // columns of in, up, down
-};
-
-// Of single rows: every thread takes them through its part of the hidden layer.
-void by_vectors(const Engine& e, const at::Tensor& x, const Matrices& w, const Options& options,
-                const at::Tensor& y) {
-  const int64_t rows = row_count(x), in = x.size(-1), out = y.size(-1);
-  const int64_t middle_stride = e.padded_n(w.middle), out_stride = e.padded_n(out);
-  const RowsOf xs(x), rs(options.residual ? *options.residual : x);
-  const Bias bias1(options.b1), bias2(options.b2);
-  const Activation act = parse_activation(options.activation);
-  const int64_t step = worthwhile_columns(w.inner + w.middle), units = ceil_div(w.hidden, step);
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const int64_t share = std::max<int64_t>(ceil_div(units, threads), 1) * step;
-  const int64_t parts = std::max<int64_t>(ceil_div(w.hidden, share), 1);
-  const int64_t left_bytes = rows * std::max(in, w.inner) * 4, sum_bytes = rows * middle_stride * 4;
-  Workspace workspace(2 * Scratch::aligned(left_bytes) + Scratch::aligned(parts * sum_bytes) +
-                      Scratch::aligned(std::max(e.padded_k(in) * e.operand_size(),
-                                                rows * out_stride * 4)));
-  float* left = reinterpret_cast<float*>(workspace.take(left_bytes));
-  float* inner = reinterpret_cast<float*>(workspace.take(left_bytes));
-  float* sums = reinterpret_cast<float*>(workspace.take(parts * sum_bytes));
-  char* last = workspace.take(0);
-
-  vectors_of(e, rows, in, xs.rows, options.epsilon, last, left);
-  if (w.in) {
-    for_each_column(in, w.inner, [&](int64_t n, int64_t columns) {
-      w.in->multiply(e, rows, left, in, 0, in, n, columns, inner + n, w.inner);
-    });
-    left = inner;
-  }
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    const int64_t bytes = Scratch::aligned(rows * share * 4);
-    Scratch scratch(2 * bytes);
-    float* before = scratch.take<float>(bytes);
-    float* h = scratch.take<float>(bytes);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * share, columns = std::min(share, w.hidden - first);
-      w.up.multiply(e, rows, left, w.inner, 0, w.inner, first, columns, before, share);
-      finish_sums(e, rows, columns, before, share,
-                  {h, share, Dtype::f32, bias1.from(first), act});
-      w.down.multiply(e, rows, h, share, first, columns, 0, w.middle,
-                      sums + i * rows * middle_stride, middle_stride);
-    }
-  });
-  for (int64_t i = 1; i < parts; ++i) {
-    const float* other = sums + i * rows * middle_stride;
-    for (int64_t j = 0; j < rows * middle_stride; ++j) sums[j] += other[j];
-  }
-  float* result = sums;
-  if (w.out) {
-    result = reinterpret_cast<float*>(last);
-    for_each_column(w.middle, out, [&](int64_t n, int64_t columns) {
-      w.out->multiply(e, rows, sums, middle_stride, 0, w.middle, n, columns, result + n, out_stride);
-    });
-  }
-  Finish finish{y.mutable_data_ptr(), out, dtype_of(y), bias2.rows};
-  if (options.residual) finish.residual = rs.rows;
-  finish_sums(e, rows, out, result, out_stride, finish);
-}
-
-bool are_vectors(const at::Tensor& x) { return row_count(x) <= kMostVectors; }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> low_rank_mlp(
     const at::Tensor& x, const at::Tensor& v1, const at::Tensor& u1, const OptionalTensor& b1,
@@ -321,7 +292,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> low_rank_mlp(
   if (!row_count(x) || !out) return {y, middle1, middle2};
 
   const Engine& e = engine(dtype_of(x));
-  const Options options{b1, b2, activation, epsilon, residual};
+  const MlpOptions options{b1, b2, activation, epsilon, residual};
   if (are_vectors(x) && !keep) {
     by_vectors(e, x, {Matrix(v1, false), Matrix(u1, true), Matrix(v2, false), Matrix(u2, true), rank1,
                       hidden, rank2}, options, y);
@@ -351,7 +322,7 @@ at::Tensor dense_mlp(const at::Tensor& x, const at::Tensor& w1, const OptionalTe
   if (!row_count(x) || !out) return y;
 
   const Engine& e = engine(dtype_of(x));
-  const Options options{b1, b2, activation, epsilon, residual};
+  const MlpOptions options{b1, b2, activation, epsilon, residual};
   if (are_vectors(x)) {
     by_vectors(e, x, {{}, Matrix(w1, true), Matrix(w2, true), {}, x.size(-1), hidden, out}, options, y);
   } else {

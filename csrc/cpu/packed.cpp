@@ -56,6 +56,29 @@ uint64_t fingerprint(const at::Tensor& weight) {
   return hash;
 }
 
+// Whether B[i][j] = (i == j) for so many rows and columns.
+bool is_identity(const float* b, int64_t rows, int64_t columns, int64_t row, int64_t column) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      if (b[i * row + j * column] != (i == j ? 1.0f : 0.0f)) return false;
+    }
+  }
+  return true;
+}
+
+void find_identities(Packed& made, const float* b, int64_t row, int64_t column) {
+  const auto largest = [&](auto is_one) {
+    int64_t size = std::min(made.k, made.n) / kIdentity * kIdentity;
+    while (size && !is_one(size)) size -= kIdentity;
+    return size;
+  };
+  made.identity_rows =
+      largest([&](int64_t size) { return is_identity(b, size, made.n, row, column); });
+  made.identity_columns = largest([&](int64_t size) {
+    return is_identity(b + (made.n - size) * column, made.k, size, row, column);
+  });
+}
+
 // What was asked for after an entry.
 struct Follower {
   std::weak_ptr<const void> data;
@@ -104,7 +127,13 @@ Packed packed(const Engine& engine, const at::Tensor& weight, bool transposed) {
   const int64_t row = weight.stride(transposed ? 1 : 0), column = weight.stride(transposed ? 0 : 1);
   const int64_t k = weight.size(transposed ? 1 : 0), n = weight.size(transposed ? 0 : 1);
   const void* data = weight.const_data_ptr();
-  const auto pack_it = [&] { return pack_now(engine, k, n, data, row, column, dtype_of(weight)); };
+  const auto pack_it = [&] {
+    Packed made = pack_now(engine, k, n, data, row, column, dtype_of(weight));
+    if (const auto* floats = dtype_of(weight) == Dtype::f32 ? weight.const_data_ptr<float>() : nullptr) {
+      find_identities(made, floats, row, column);
+    }
+    return made;
+  };
   if (weight.is_inference()) return pack_it();  // its changes are not counted
 
   const Key key{&engine, data, k, n, row, column, transposed};

@@ -11,6 +11,8 @@ namespace adacomcat {
 
 Dtype dtype_of(const at::Tensor& t);
 
+constexpr int64_t kIdentity = 32;  // a panel's columns, of every engine a multiple
+
 // A right operand B (k, n) in panels, with zeros up to `rows`.
 struct Packed {
   int64_t k = 0, n = 0, rows = 0, bytes = 0;
@@ -19,6 +21,9 @@ struct Packed {
   // weight of the layer that follows. Empty where that is not known, or gone.
   std::shared_ptr<const void> next;
   int64_t next_bytes = 0;
+  // So many first rows of B, or last columns, are the identity's first: whole multiples of kIdentity,
+  // looked for in float32 only.
+  int64_t identity_rows = 0, identity_columns = 0;
 
   // Panels that start at a column, which must be the first of one.
   const void* from(const Engine& engine, int64_t column) const {

@@ -165,6 +165,12 @@ inline bool finished(const Unit& unit, Waiting<A, D>& waiting, Right right, int6
 template <Activation A, Dtype D>
 void multiply_with(const Product& p, const Finish& f) {
   const Order order(p);
+  if (!p.k) {
+    for (int64_t row = 0; row < p.m; row += order.rows) {
+      finish_tile<A, D>(f, nullptr, row, least(order.rows, p.m - row), 0, p.n);
+    }
+    return;
+  }
   // One tile waits while a span's are computed, or the next one.
   alignas(64) float tiles[(Order::kMostPanels + 1) * kTileRows * kTileStride];
   const int64_t places = order.parts > 1 ? Order::kMostPanels + 1 : 2;
@@ -178,7 +184,7 @@ void multiply_with(const Product& p, const Finish& f) {
     if (first && first % together == 0) ahead = Prefetches(p, order, first, together);
     for (int64_t row = 0; row < p.m; row += order.rows) {
       const int64_t start = place;
-      for (int64_t k = 0; k == 0 || k < p.k; k += order.chunk) {
+      for (int64_t k = 0; k < p.k; k += order.chunk) {
         hold(unit, p, order, row, k);
         place = start;
         for_each_panel(first, last, [&](int64_t column, int64_t vectors) {
