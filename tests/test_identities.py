@@ -36,9 +36,9 @@ def identity_sizes(f: Factors) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("sizes, expected", [
-    ((48, 40, 200, 75, 31), (32, 64)),
+    ((48, 44, 200, 90, 31), (32, 64)),
     ((130, 128, 512, 96, 130), (96, 64)),
-    ((20, 31, 90, 36, 20), (0, 0)),  # 7/8 of neither is 32
+    ((20, 31, 90, 42, 20), (0, 0)),  # 3/4 of neither is 32
     ((70, 64, 90, 64, 70), (32, 0)),  # too few neurons are left for the other
     ((64, 64, 50, 64, 64), (0, 0)),  # wider than the hidden layer
 ])
@@ -51,7 +51,7 @@ def test_the_same_function(sizes: tuple, expected: tuple) -> None:
 
 
 def test_numbers_that_are_none_stay_where_they_are() -> None:
-    before = draw(48, 40, 200, 40, 48)
+    before = draw(48, 44, 200, 44, 48)
     before.u1[7, 7], before.v2[8, 8] = float("nan"), float("inf")
     for a, b in zip(with_identities(before), before, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
@@ -59,8 +59,8 @@ def test_numbers_that_are_none_stay_where_they_are() -> None:
 
 def test_where_no_other_neurons_serve() -> None:
     """All that V2 reads are neurons that U1 has taken."""
-    before = draw(48, 40, 200, 40, 48)
-    before.u1[40:], before.v2[40:] = 0, 0
+    before = draw(48, 44, 200, 44, 48)
+    before.u1[44:], before.v2[44:] = 0, 0
     after = with_identities(before)
     x = torch.randn(33, 48, dtype=torch.float64)
     torch.testing.assert_close(apply(x, after), apply(x, before), rtol=1e-10, atol=1e-9)
@@ -113,9 +113,9 @@ def test_optimize_takes_it_in_float32(dtype: torch.dtype) -> None:
     factors = [Factors(*(getattr(m, name) for name in Factors._fields))
                for m in fused.modules() if type(m) is FusedMlp]
     assert [identity_sizes(f) for f in factors] == [
-        tuple(w.shape[1] * 7 // 8 // 32 * 32 * (dtype == torch.float32) for w in (f.u1, f.v2))
+        tuple(w.shape[1] * 3 // 4 // 32 * 32 * (dtype == torch.float32) for w in (f.u1, f.v2))
         for f in factors]
-    assert any(f.u1.shape[1] > 36 for f in factors)
+    assert any(f.u1.shape[1] > 42 for f in factors)
     x = torch.randn(3, 3, 224, 224, dtype=dtype)
     exact = copy.deepcopy(low).double()(x.double())
     assert_close_to_float64(fused(x), exact, low(x))

@@ -78,7 +78,11 @@ class Call {
         continue;
       }
       Finish whole = *finish;
-      if (add) whole.sum = sum, whole.sum_stride = sum_stride();
+      if (add && w.low_rank()) {  // a middle has no residual, and tiles with one are finished in registers
+        whole.residual = {sum, sum_stride(), Dtype::f32};
+      } else if (add) {
+        whole.sum = sum, whole.sum_stride = sum_stride();
+      }
       e.multiply(down, whole);
     }
   }
