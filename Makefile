@@ -47,5 +47,6 @@ sanitize: install
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize \
 	  $(PY) -P -m pytest -q -p no:cacheprovider tests/test_cpu_kernels.py \
-	    tests/test_cpu_rounding.py tests/test_few_rows.py tests/test_inference.py \
-	    tests/test_decompositions.py tests/test_spectra.py -k "not environment"
+	    tests/test_cpu_rounding.py tests/test_few_rows.py tests/test_identities.py \
+	    tests/test_inference.py tests/test_decompositions.py tests/test_spectra.py \
+	    -k "not environment"
