@@ -22,8 +22,8 @@ struct MlpMatrices {
 };
 
 // Of single rows: every thread takes them through its part of the hidden layer.
-inline void by_vectors(const Engine& e, const at::Tensor& x, const MlpMatrices& w, const MlpOptions& options,
-                const at::Tensor& y) {
+inline void by_vectors(const Engine& e, const at::Tensor& x, const MlpMatrices& w,
+                       const MlpOptions& options, const at::Tensor& y) {
   const int64_t rows = row_count(x), in = x.size(-1), out = y.size(-1);
   const int64_t middle_stride = e.padded_n(w.middle), out_stride = e.padded_n(out);
   const RowsOf xs(x), rs(options.residual ? *options.residual : x);
