@@ -248,8 +248,6 @@ void by_hidden(const Call& c, const at::Tensor& middle1, const at::Tensor& middl
       const float* other = sum + i * c.rows * c.sum_stride();
       for (int64_t j = 0; j < count; ++j) sum[j] += other[j];
     }
-    // A product of no terms, for its finish.
-    const Product none{m, c.w.down.n, 0, left, left_stride, c.w.down.data.get(), c.w.down.rows, 0};
     Scratch scratch(m * c.middle2_bytes());
     void* t2 = scratch.take(m * c.middle2_bytes());
     Finish finish = c.last(row);
@@ -257,8 +255,7 @@ void by_hidden(const Call& c, const at::Tensor& middle1, const at::Tensor& middl
       std::memset(t2, 0, m * c.middle2_bytes());
       finish = {t2, e.padded_k(c.w.down.n), e.operand};
     }
-    finish.sum = sum, finish.sum_stride = c.sum_stride();
-    e.multiply(none, finish);
+    finish_sums(e, m, c.w.down.n, sum, c.sum_stride(), finish);
     if (!c.w.low_rank()) return;
     keep_middles(c, row, m, left + row * left_bytes, t2, middle1, middle2);
     c.leave(row, m, t2, turn.last ? c.w.out.follower() : Ahead{});
