@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adacomcat import backends, cli
+from adacomcat import cli
+from adacomcat.ops import backends
 
 # Relative error that is rounding and nothing else.
 FLOOR = 1e-6

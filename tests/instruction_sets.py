@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from adacomcat import backends
+from adacomcat.ops import backends
 
 if backends.available()["cpp"] is not None:
     pytest.skip(str(backends.available()["cpp"]), allow_module_level=True)

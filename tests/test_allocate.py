@@ -8,8 +8,10 @@ import timm
 import torch
 
 from adacomcat import RankPlan, UserError, find_sites
-from adacomcat.allocate import Choice, choose_plan, knapsack, sensitivities
-from adacomcat.convert import factorize_model
+from adacomcat.allocation.budget import choose_plan
+from adacomcat.allocation.knapsack import Choice, knapsack
+from adacomcat.allocation.sensitivity import sensitivities
+from adacomcat.convert.factors import factorize_model
 from adacomcat.cost import plan_macs, plan_params
 
 TINY = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}

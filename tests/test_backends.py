@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import assert_close_to_float64
 
-from adacomcat import backends, kernels, ops, reference
-from adacomcat.decompositions import truncation_errors
+from adacomcat import kernels, ops
 from adacomcat.errors import UserError
+from adacomcat.ops import backends, reference
+from adacomcat.ops.decompositions import truncation_errors
 
 needs_cpp = pytest.mark.skipif(
     backends.available()["cpp"] is not None, reason=str(backends.available()["cpp"])

@@ -5,8 +5,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from adacomcat.calibrate import calibrate
-from adacomcat.sequential import CORRECTION_SHRINKAGE, Regression, sequential_blocks
+from adacomcat.convert.calibrate import calibrate
+from adacomcat.convert.sequential import CORRECTION_SHRINKAGE, Regression, sequential_blocks
 
 TINY = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
 

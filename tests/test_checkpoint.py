@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import adacomcat
-from adacomcat import checkpoint
-from adacomcat.cost import input_size
+from adacomcat.checkpoint import folder
 from adacomcat.errors import UserError
+from adacomcat.utils.model import input_size
 
 SMALL = {"embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 7}
 FAMILIES = {
@@ -162,7 +162,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path, monkeypatch
     def fails(*args, **kwargs):
         raise KeyboardInterrupt
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(checkpoint, "save_file", fails)
+    monkeypatch.setattr(folder, "save_file", fails)
     with pytest.raises(KeyboardInterrupt):
         adacomcat.save(model, tmp_path / "interrupted")
     assert sorted(tmp_path.iterdir()) == before
@@ -221,5 +221,5 @@ def test_weights_are_never_unpickled(tmp_path):
             return (exec, (f"open({str(tmp_path / 'sprung')!r}, 'w')",))
     torch.save({"model": {"a": torch.zeros(1), "b": Trap()}}, tmp_path / "trap.pth")
     with pytest.raises(UserError, match="truncated or no weights file"):
-        checkpoint.read_weights(tmp_path / "trap.pth")
+        folder.read_weights(tmp_path / "trap.pth")
     assert not (tmp_path / "sprung").exists()

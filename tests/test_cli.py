@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import adacomcat
+from adacomcat.ops import backends
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 SMALL = {"embed_dim": 64, "depth": 2, "num_heads": 2}
@@ -116,7 +117,7 @@ def test_inspect_names_sites_and_errors(weights, run, run_json):
 
 def test_doctor_says_what_runs_and_why_not(run, run_json):
     found = run_json("doctor")
-    assert found["backends"] == adacomcat.backends.available()
+    assert found["backends"] == backends.available()
     assert found["versions"]["torch"] == metadata.version("torch")
     assert found["machine"]["threads"] == torch.get_num_threads()
     code, out, _ = run("doctor")
@@ -275,7 +276,7 @@ def test_taken_output_is_refused_before_work_starts(tmp_path, run, monkeypatch):
 
 
 def test_bugs_and_interrupts_have_their_own_codes(run, monkeypatch):
-    from adacomcat.commands import doctor
+    from adacomcat.cli.commands import doctor
     for error, code in ((RuntimeError("a bug"), 1), (KeyboardInterrupt(), 130)):
         def broken(args, error=error):
             raise error

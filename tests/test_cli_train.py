@@ -71,7 +71,7 @@ def test_flags_reach_the_training_unless_not_given(tmp_path, run_json, monkeypat
 
 
 def test_defaults_in_the_help_are_those_of_the_training(run):
-    from adacomcat.commands.train import FIELDS
+    from adacomcat.cli.commands.train import FIELDS
     from adacomcat.distill.config import TrainConfig
     _, out, _ = run("train", "--help")
     told = {}

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from memory import allocation_peak
 
-from adacomcat import cli, collage
-from adacomcat.collage import collages, with_collages
-from adacomcat.memory import allocation_peak
+from adacomcat import cli
+from adacomcat.data import collage
+from adacomcat.data.collage import collages, with_collages
 
 
 def flat(values):

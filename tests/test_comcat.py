@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import adacomcat
-from adacomcat.comcat import import_comcat
+from adacomcat.checkpoint.comcat import import_comcat
 from adacomcat.errors import UserError
 
 ARCHITECTURE = "deit_tiny_patch16_224"

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 import adacomcat
 from adacomcat import RankPlan, UserError, compress, find_sites
-from adacomcat.attention import LowRankAttention
-from adacomcat.convert import build_skeleton
-from adacomcat.cost import input_size, model_macs, model_params, plan_macs, plan_params
-from adacomcat.layers import LowRankLinear
+from adacomcat.convert.install import build_skeleton
+from adacomcat.cost import model_macs, model_params, plan_macs, plan_params
+from adacomcat.layers.attention import LowRankAttention
+from adacomcat.layers.linear import LowRankLinear
+from adacomcat.utils.model import input_size
 
 TINY = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 2}
 # Attention of every tier, behind every signature that timm calls it with.

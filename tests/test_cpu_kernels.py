@@ -26,7 +26,8 @@ from test_ops import (
     value_and_gradients,
 )
 
-from adacomcat import backends, cpu_gradients, ops
+from adacomcat import ops
+from adacomcat.ops import autograd_cpu, backends
 
 # Ranks of one lane less and more than a vector, more columns than a panel, rows off any tile.
 SHAPES = {
@@ -115,7 +116,7 @@ def test_gradients_of_few_images_at_a_time(name: str, monkeypatch: pytest.Monkey
     tensors = convert(case.draw(), torch.float32, grad=True)
     grad_out = torch.randn_like(case.call(tensors))
     together = value_and_gradients(getattr(ops, case.op), tensors, grad_out, **case.options)
-    monkeypatch.setattr(cpu_gradients, "LOGITS", 1)
+    monkeypatch.setattr(autograd_cpu, "LOGITS", 1)
     one_by_one = value_and_gradients(getattr(ops, case.op), tensors, grad_out, **case.options)
     for key in together:
         torch.testing.assert_close(one_by_one[key], together[key])

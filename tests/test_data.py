@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from adacomcat import data, pictures
-from adacomcat.augmentation import Augmentation
+from adacomcat.data import datasets, folder
+from adacomcat.data.augmentation import Augmentation
 from adacomcat.errors import UserError
 
 GREY_8 = {"input_size": (1, 8, 8), "mean": (0.0,), "std": (1.0,), "num_classes": 10}
@@ -43,15 +43,15 @@ def image_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def digits() -> data.TensorImages:
-    return data.train_and_test("digits", None, GREY_8)[0]
+def digits() -> datasets.TensorImages:
+    return datasets.train_and_test("digits", None, GREY_8)[0]
 
 
-def folder_train(image_folder: Path) -> data.FolderImages:
-    return data.train_and_test("folder", image_folder, RGB_32)[0]
+def folder_train(image_folder: Path) -> datasets.FolderImages:
+    return datasets.train_and_test("folder", image_folder, RGB_32)[0]
 
 
-def collect(batches: data.Batches) -> list[tuple[Tensor, Tensor]]:
+def collect(batches: datasets.Batches) -> list[tuple[Tensor, Tensor]]:
     return list(batches)
 
 
@@ -62,7 +62,7 @@ def assert_same(left: list[tuple[Tensor, Tensor]], right: list[tuple[Tensor, Ten
 
 
 @pytest.fixture(params=["array", "folder"])
-def dataset(request: pytest.FixtureRequest) -> data.TensorImages | data.FolderImages:
+def dataset(request: pytest.FixtureRequest) -> datasets.TensorImages | datasets.FolderImages:
     if request.param == "array":
         return digits()
     return folder_train(request.getfixturevalue("image_folder"))
@@ -75,7 +75,7 @@ def test_digits_are_those_of_scikit_learn() -> None:
     from sklearn.datasets import load_digits
 
     bundled = load_digits()
-    train, test = data.train_and_test("digits", None, GREY_8)
+    train, test = datasets.train_and_test("digits", None, GREY_8)
     assert len(test) == 360 and len(train) == len(bundled.target) - 360
     found = [(x.flatten() * 16).round().tolist() + [y] for part in (train, test) for x, y in part]
     columns = np.column_stack([bundled.data, bundled.target]).tolist()
@@ -85,8 +85,8 @@ def test_digits_are_those_of_scikit_learn() -> None:
 
 
 def test_pixels_are_resized_and_normalised_per_channel() -> None:
-    small, _ = data.train_and_test("digits", None, GREY_8)
-    large, _ = data.train_and_test("digits", None, RGB_32)
+    small, _ = datasets.train_and_test("digits", None, GREY_8)
+    large, _ = datasets.train_and_test("digits", None, RGB_32)
     mean, std = (torch.tensor(RGB_32[key]).view(3, 1, 1) for key in ("mean", "std"))
     image, label = large[5]
     expected = torch.nn.functional.interpolate(small[5][0][None], (32, 32), mode="bilinear")[0]
@@ -103,7 +103,7 @@ def test_fashion_mnist_is_read_from_idx_files(tmp_path: Path) -> None:
         write_idx(tmp_path, part, *written[part])
     config = GREY_8 | {"input_size": (1, 28, 28)}
     for dataset, part in zip(
-        data.train_and_test("fashion-mnist", tmp_path, config), written, strict=True
+        datasets.train_and_test("fashion-mnist", tmp_path, config), written, strict=True
     ):
         for (image, label), pixels, expected in zip(dataset, *written[part], strict=True):
             assert label == expected
@@ -115,15 +115,16 @@ def test_fashion_mnist_of_the_debian_package_is_found(
     for part, count in (("train", 9), ("t10k", 4)):
         write_idx(tmp_path, part, np.full((count, 28, 28), 51, np.uint8),
                   np.arange(count, dtype=np.uint8))
-    monkeypatch.setattr(data, "FASHION_MNIST_FOLDER", tmp_path)
-    train, test = data.train_and_test("fashion-mnist", None, GREY_8 | {"input_size": (1, 28, 28)})
+    monkeypatch.setattr(datasets, "FASHION_MNIST_FOLDER", tmp_path)
+    train, test = datasets.train_and_test("fashion-mnist", None,
+                                          GREY_8 | {"input_size": (1, 28, 28)})
     assert (len(train), len(test)) == (9, 4)
     assert train[3][1] == 3 and np.allclose(train[3][0], 0.2)
 
 
-def test_an_epoch_is_a_function_of_seed_and_epoch(dataset: data.Dataset) -> None:
+def test_an_epoch_is_a_function_of_seed_and_epoch(dataset: datasets.Dataset) -> None:
     def epoch(seed: int, number: int) -> list[tuple[Tensor, Tensor]]:
-        return collect(data.loader(dataset, **EPOCH, seed=seed, epoch=number))
+        return collect(datasets.loader(dataset, **EPOCH, seed=seed, epoch=number))
 
     first = epoch(1, 2)
     torch.rand(7), random.random(), np.random.rand()
@@ -132,23 +133,23 @@ def test_an_epoch_is_a_function_of_seed_and_epoch(dataset: data.Dataset) -> None
     assert not torch.equal(first[0][0], epoch(2, 2)[0][0])
 
 
-def test_loading_leaves_the_global_generators_alone(dataset: data.Dataset) -> None:
+def test_loading_leaves_the_global_generators_alone(dataset: datasets.Dataset) -> None:
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
     expected = torch.rand(1).item(), random.random(), np.random.rand()
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
-    next(iter(data.loader(dataset.subset(torch.arange(6)), **EPOCH, seed=0, epoch=0)))
+    next(iter(datasets.loader(dataset.subset(torch.arange(6)), **EPOCH, seed=0, epoch=0)))
     assert (torch.rand(1).item(), random.random(), np.random.rand()) == expected
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_shards_together_are_the_batch_of_one_process(
-    dataset: data.Dataset, world_size: int, shuffle: bool
+    dataset: datasets.Dataset, world_size: int, shuffle: bool
 ) -> None:
     options = EPOCH | {"shuffle": shuffle, "seed": 4, "epoch": 1}
-    whole = collect(data.loader(dataset, **options))
+    whole = collect(datasets.loader(dataset, **options))
     shards = [
-        collect(data.loader(dataset, **options, rank=rank, world_size=world_size))
+        collect(datasets.loader(dataset, **options, rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
     for step, (images, labels) in enumerate(whole):
@@ -157,29 +158,29 @@ def test_shards_together_are_the_batch_of_one_process(
             assert torch.equal(shard[step][1], labels[rank::world_size])
 
 
-def test_an_epoch_resumes_at_a_step(dataset: data.Dataset) -> None:
+def test_an_epoch_resumes_at_a_step(dataset: datasets.Dataset) -> None:
     options = EPOCH | {"seed": 6, "epoch": 3}
-    whole = collect(data.loader(dataset, **options))
-    resumed = data.loader(dataset, **options, start_step=1)
+    whole = collect(datasets.loader(dataset, **options))
+    resumed = datasets.loader(dataset, **options, start_step=1)
     assert len(resumed) == len(whole) - 1
     assert_same(collect(resumed), whole[1:])
-    assert collect(data.loader(dataset, **options, start_step=len(whole))) == []
+    assert collect(datasets.loader(dataset, **options, start_step=len(whole))) == []
 
 
-def test_an_epoch_ends_after_so_many_steps(dataset: data.Dataset) -> None:
+def test_an_epoch_ends_after_so_many_steps(dataset: datasets.Dataset) -> None:
     options = EPOCH | {"seed": 6, "epoch": 3}
-    whole = collect(data.loader(dataset, **options))
-    assert_same(collect(data.loader(dataset, **options, steps=2)), whole[:2])
-    assert_same(collect(data.loader(dataset, **options, steps=2, start_step=1)), whole[1:2])
-    assert len(data.loader(dataset, **options, steps=10_000)) == len(whole)
+    whole = collect(datasets.loader(dataset, **options))
+    assert_same(collect(datasets.loader(dataset, **options, steps=2)), whole[:2])
+    assert_same(collect(datasets.loader(dataset, **options, steps=2, start_step=1)), whole[1:2])
+    assert len(datasets.loader(dataset, **options, steps=10_000)) == len(whole)
 
 
 def test_worker_processes_change_nothing(image_folder: Path) -> None:
     dataset = folder_train(image_folder)
     options = EPOCH | {"seed": 7, "epoch": 0}
     assert_same(
-        collect(data.loader(dataset, **options)),
-        collect(data.loader(dataset, **options, num_workers=2)),
+        collect(datasets.loader(dataset, **options)),
+        collect(datasets.loader(dataset, **options, num_workers=2)),
     )
 
 
@@ -187,9 +188,9 @@ def test_shuffling_visits_each_image_once_and_evaluation_all_in_order() -> None:
     dataset = digits()
     ids = torch.arange(len(dataset))
     dataset.labels = ids
-    seen = torch.cat([y for _, y in data.loader(dataset, 100, shuffle=True, seed=0, epoch=0)])
+    seen = torch.cat([y for _, y in datasets.loader(dataset, 100, shuffle=True, seed=0, epoch=0)])
     assert len(seen) == 1400 and len(seen.unique()) == 1400
-    batches = data.loader(dataset, 100, shuffle=False, seed=0, epoch=0)
+    batches = datasets.loader(dataset, 100, shuffle=False, seed=0, epoch=0)
     assert len(batches) == 15
     assert torch.equal(torch.cat([y for _, y in batches]), ids)
 
@@ -197,16 +198,16 @@ def test_shuffling_visits_each_image_once_and_evaluation_all_in_order() -> None:
 def test_holdout_is_a_random_disjoint_part() -> None:
     dataset = digits()
     dataset.labels = torch.arange(len(dataset))
-    train, holdout = data.split_holdout(dataset, 0.25, seed=1)
+    train, holdout = datasets.split_holdout(dataset, 0.25, seed=1)
     assert len(holdout) == round(0.25 * len(dataset))
     assert sorted(train.labels.tolist() + holdout.labels.tolist()) == dataset.labels.tolist()
-    assert torch.equal(holdout.labels, data.split_holdout(dataset, 0.25, seed=1)[1].labels)
-    assert not torch.equal(holdout.labels, data.split_holdout(dataset, 0.25, seed=2)[1].labels)
+    assert torch.equal(holdout.labels, datasets.split_holdout(dataset, 0.25, seed=1)[1].labels)
+    assert not torch.equal(holdout.labels, datasets.split_holdout(dataset, 0.25, seed=2)[1].labels)
     assert abs(holdout.labels.float().mean() / len(dataset) - 0.5) < 0.1
 
 
 def test_holdout_of_a_folder_is_disjoint(image_folder: Path) -> None:
-    parts = data.split_holdout(folder_train(image_folder), 0.3, seed=0)
+    parts = datasets.split_holdout(folder_train(image_folder), 0.3, seed=0)
     assert sorted(torch.cat([part.indices for part in parts]).tolist()) == list(range(17))
 
 
@@ -240,8 +241,8 @@ def test_drawn_augmentation_stays_in_bounds_and_never_flips_digits() -> None:
 
 
 def test_calibration_pictures_equal_the_evaluation_transform(image_folder: Path) -> None:
-    dataset = data.train_and_test("folder", image_folder, RGB_32)[1]
-    images = pictures.image_tensor_files(image_folder / "val", RGB_32)
+    dataset = datasets.train_and_test("folder", image_folder, RGB_32)[1]
+    images = folder.image_tensor_files(image_folder / "val", RGB_32)
     assert torch.equal(images, torch.stack([image for image, _ in dataset]))
 
 
@@ -251,9 +252,9 @@ def test_model_data_config_says_how_the_model_was_built() -> None:
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=28, patch_size=7, in_chans=1, num_classes=10, depth=1
     )
-    config = data.model_data_config(model)
+    config = datasets.model_data_config(model)
     assert config["input_size"] == (1, 28, 28) and config["num_classes"] == 10
-    plain = data.model_data_config(timm.create_model("resnet18"))
+    plain = datasets.model_data_config(timm.create_model("resnet18"))
     assert plain["input_size"] == (3, 224, 224) and plain["num_classes"] == 1000
 
 
@@ -286,7 +287,7 @@ def break_layout(folder: Path) -> None:
 def test_a_damaged_folder_is_refused(image_folder: Path, damage: object, message: str) -> None:
     damage(image_folder)
     with pytest.raises(UserError, match=message):
-        data.train_and_test("folder", image_folder, RGB_32)
+        datasets.train_and_test("folder", image_folder, RGB_32)
 
 
 def test_an_unreadable_picture_is_named(image_folder: Path) -> None:
@@ -295,7 +296,7 @@ def test_an_unreadable_picture_is_named(image_folder: Path) -> None:
     with pytest.raises(UserError, match="cat/0.png"):
         folder_train(image_folder)[0]
     with pytest.raises(UserError, match="cat/0.png"):
-        pictures.image_tensor_files(image_folder / "train", RGB_32)
+        folder.image_tensor_files(image_folder / "train", RGB_32)
 
 
 @pytest.mark.parametrize("name", ["absent", "empty"])
@@ -305,9 +306,9 @@ def test_folders_without_data_are_refused(tmp_path: Path, name: str) -> None:
         folder.mkdir()
     for dataset in ("folder", "fashion-mnist"):
         with pytest.raises(UserError, match=name):
-            data.train_and_test(dataset, folder, RGB_32)
+            datasets.train_and_test(dataset, folder, RGB_32)
     with pytest.raises(UserError, match=name):
-        pictures.image_tensor_files(folder, RGB_32)
+        folder.image_tensor_files(folder, RGB_32)
     assert folder.exists() == (name == "empty")
 
 
@@ -322,20 +323,20 @@ def test_damaged_idx_files_are_refused(tmp_path: Path, damage: str) -> None:
     if damage == "foreign":
         path.write_bytes(gzip.compress(b"something else"))
     with pytest.raises(UserError, match="labels" if damage == "mismatched" else path.name):
-        data.train_and_test("fashion-mnist", tmp_path, GREY_8)
+        datasets.train_and_test("fashion-mnist", tmp_path, GREY_8)
 
 
 def test_wrong_requests_are_refused() -> None:
     with pytest.raises(UserError, match="unknown dataset 'imagenet'.*digits"):
-        data.train_and_test("imagenet", None, GREY_8)
+        datasets.train_and_test("imagenet", None, GREY_8)
     with pytest.raises(UserError, match="1000 classes.*has 10"):
-        data.train_and_test("digits", None, GREY_8 | {"num_classes": 1000})
+        datasets.train_and_test("digits", None, GREY_8 | {"num_classes": 1000})
     with pytest.raises(UserError, match="needs --data-dir"):
-        data.train_and_test("folder", None, GREY_8)
+        datasets.train_and_test("folder", None, GREY_8)
     for fraction in (0.0, 1.0, 1e-6):
         with pytest.raises(UserError, match="holdout"):
-            data.split_holdout(digits(), fraction, seed=0)
+            datasets.split_holdout(digits(), fraction, seed=0)
     with pytest.raises(UserError, match="does not divide by 2"):
-        data.loader(digits(), 7, shuffle=True, seed=0, epoch=0, world_size=2)
+        datasets.loader(digits(), 7, shuffle=True, seed=0, epoch=0, world_size=2)
     with pytest.raises(UserError, match="larger than the training set"):
-        data.loader(digits(), 5000, shuffle=True, seed=0, epoch=0)
+        datasets.loader(digits(), 5000, shuffle=True, seed=0, epoch=0)

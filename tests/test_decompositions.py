@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from adacomcat import backends
-from adacomcat.decompositions import (
+from adacomcat.ops import backends
+from adacomcat.ops.decompositions import (
     batched_svd,
     factored_svd,
     low_rank_approximation,

@@ -12,7 +12,8 @@ import timm
 import torch
 
 import adacomcat
-from adacomcat import cost, data
+from adacomcat import cost
+from adacomcat.data import datasets
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
 ROWS = ("dense", "training-free", "searched + distilled", "reloaded by timm")
@@ -48,7 +49,7 @@ def table(demo: tuple[str, Path]) -> dict[str, dict[str, float]]:
 
 
 def top1(model: torch.nn.Module) -> float:
-    _, test = data.train_and_test("digits", None, data.model_data_config(model))
+    _, test = datasets.train_and_test("digits", None, datasets.model_data_config(model))
     images, labels = test.batch(torch.arange(len(test)))
     with torch.inference_mode():
         return 100 * (model.eval()(images).argmax(1) == labels).double().mean().item()

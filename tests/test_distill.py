@@ -19,7 +19,7 @@ from adacomcat.distill import (
 )
 from adacomcat.distill.losses import aligned_blocks
 from adacomcat.errors import UserError
-from adacomcat.randomness import derived_generator
+from adacomcat.utils.random import derived_generator
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

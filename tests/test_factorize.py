@@ -5,16 +5,16 @@ import torch
 from torch import Tensor
 
 from adacomcat.errors import UserError
-from adacomcat.factorize import (
+from adacomcat.factorize.factors import (
     AttentionStatistics,
     LinearStatistics,
     balance,
     factorize_linear,
     factorize_scores,
     factorize_values,
-    require_finite,
 )
-from adacomcat.layers import LowRankLinear
+from adacomcat.factorize.linalg import require_finite
+from adacomcat.layers.linear import LowRankLinear
 
 
 def tokens(count: int, width: int) -> Tensor:

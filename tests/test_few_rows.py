@@ -13,7 +13,7 @@ from test_cpu_kernels import (  # noqa: F401
 )
 from test_ops import Case, convert, dense_case, mlp_case, strided
 
-from adacomcat import backends, inference
+from adacomcat.ops import backends, inference
 
 SINGLE = {
     "mlp-1": mlp_case((1,), 64, 24, 300, 40, "gelu"),

@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import FAMILIES, compressed, dense_model, images
 
 import adacomcat
-from adacomcat.attention import LowRankAttention
-from adacomcat.checkpoint import WEIGHTS
+from adacomcat.checkpoint.folder import WEIGHTS
+from adacomcat.checkpoint.gauge import PIVOTS, pivot_rows, with_gauge, without_gauge
 from adacomcat.errors import UserError
-from adacomcat.gauge import PIVOTS, pivot_rows, with_gauge, without_gauge
-from adacomcat.layers import LowRankLinear
+from adacomcat.layers.attention import LowRankAttention
+from adacomcat.layers.linear import LowRankLinear
 
 
 def layer(k, n, r, dtype=torch.float32, seed=0):

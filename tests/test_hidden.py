@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import adacomcat
 from adacomcat import RankPlan, UserError, compress
 from adacomcat.cost import model_macs, model_params, plan_macs, plan_params
-from adacomcat.factorize import LinearStatistics
-from adacomcat.hidden import eliminate, factorize_hidden
+from adacomcat.factorize.factors import LinearStatistics
+from adacomcat.factorize.neurons import eliminate, factorize_hidden
 
 TINY = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
 

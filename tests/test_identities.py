@@ -10,10 +10,12 @@ from test_cpu_kernels import instruction_set, threads  # noqa: F401
 from test_ops import DTYPES, convert, mlp_case
 from torch import Tensor
 
-from adacomcat import ops, reference
-from adacomcat.convert import compress
-from adacomcat.fuse import FusedMlp, optimize
-from adacomcat.identities import Factors, with_identities
+from adacomcat import ops
+from adacomcat.compression import compress
+from adacomcat.factorize.gauge import Factors, with_identities
+from adacomcat.fuse import optimize
+from adacomcat.layers.fused import FusedMlp
+from adacomcat.ops import reference
 
 
 def draw(inputs: int, rank1: int, hidden: int, rank2: int, outputs: int) -> Factors:

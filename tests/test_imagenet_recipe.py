@@ -12,7 +12,8 @@ import timm
 import yaml
 
 import adacomcat
-from adacomcat import cli, cost
+from adacomcat import cost
+from adacomcat.cli.main import parse
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "examples/imagenet"
@@ -27,7 +28,7 @@ def test_command_parses(words, monkeypatch) -> None:
     if words[0] == "python":
         assert Path(words[1]).exists()
         return
-    args = cli.parse(words[words.index("adacomcat") + 1:])
+    args = parse(words[words.index("adacomcat") + 1:])
     assert getattr(args, "config", None) is None or args.keep_params in (0.5, 0.39)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import adacomcat
-from adacomcat import backends, inference
-from adacomcat.fuse import FusedPatches
+from adacomcat.layers.fused import FusedPatches
+from adacomcat.ops import backends, inference
 
 # images, tokens, width, heads, rank of queries and keys, rank of values
 ATTENTION = [(1, 197, 96, 6, 16, 16), (3, 50, 37, 2, 5, 9), (2, 1, 48, 3, 1, 2),

@@ -14,13 +14,17 @@ import torch
 from torch import nn
 
 import adacomcat
-from adacomcat import RankPlan, UserError, backends, cli, find_sites, latency, latency_cache
-from adacomcat.allocate import error_weights, relative_sensitivities, weighted_error
-from adacomcat.convert import build_skeleton, factorize_model
-from adacomcat.cost import interleaved
-from adacomcat.latency import Curve, LatencyTable, Timed, axis_knots, deployed
-from adacomcat.latency_budget import choose_plan_for_latency, latency_allocator
-from adacomcat.refine import refined_allocation
+from adacomcat import RankPlan, UserError, cli, find_sites
+from adacomcat.allocation.latency import choose_plan_for_latency, latency_allocator
+from adacomcat.allocation.refine import refined_allocation
+from adacomcat.allocation.sensitivity import error_weights, relative_sensitivities, weighted_error
+from adacomcat.convert.factors import factorize_model
+from adacomcat.convert.install import build_skeleton
+from adacomcat.latency import blocks, timing
+from adacomcat.latency import cache as latency_cache
+from adacomcat.latency.table import Curve, LatencyTable, axis_knots
+from adacomcat.latency.timing import Timed, deployed, interleaved
+from adacomcat.ops import backends
 from adacomcat.sites import DENSE, Site, narrowable_mlps
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -194,7 +198,7 @@ def test_what_is_timed_is_what_will_run(name, path) -> None:
         plan = RankPlan({site.name: options[(turn + i) % len(options)]
                          for i, site in enumerate(sites) if (options := site.candidates(8))})
         whole = deployed(build_skeleton(make(name), plan))
-        calls = latency.captured_calls(latency.forward_pass(whole, 2), table.units)
+        calls = blocks.captured_calls(timing.forward_pass(whole, 2), table.units)
         for unit in table.units:
             built = unit.built(model, [plan[site.name] for site in unit.sites])
             runs = calls[unit.place]
@@ -321,7 +325,7 @@ def test_a_write_that_fails_leaves_the_old_cache(cache, monkeypatch) -> None:
 
 def test_real_times_are_finite_and_cached(cache) -> None:
     model = make()
-    table = LatencyTable(model, find_sites(model), 1, 8, latency.measure)
+    table = LatencyTable(model, find_sites(model), 1, 8, timing.measure)
     times = [value for curve in table.curves.values() for value in curve.grid.values()]
     plan = RankPlan.uniform(model, 0.5)
     for value in (*times, table.dense_ms, table.plan_ms(plan)):
@@ -357,14 +361,14 @@ def test_on_one_thread_only_its_own_time_counts(monkeypatch) -> None:
     """Waiting is none of it, as it is not while another process holds the core."""
     for threads, least, most in ((1, 0, 4), (2, 5, math.inf)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found = latency.measure({"sleep": Timed(Sleeper(), "forward", (), {})})["sleep"]
+        found = timing.measure({"sleep": Timed(Sleeper(), "forward", (), {})})["sleep"]
         assert least <= found <= most
 
 
 @pytest.fixture
 def clockless(monkeypatch) -> CostModel:
     measure = CostModel()
-    monkeypatch.setattr(latency, "interleaved", lambda runs, *_: measure(runs))
+    monkeypatch.setattr(timing, "interleaved", lambda runs, *_: measure(runs))
     return measure
 
 

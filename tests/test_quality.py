@@ -11,9 +11,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from adacomcat import data
-from adacomcat.calibrate import calibrate
+from adacomcat.convert.calibrate import calibrate
 from adacomcat.cost import model_macs, model_params
+from adacomcat.data import datasets
 from adacomcat.distill.config import TrainConfig
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
@@ -220,7 +220,7 @@ def digits_subject(args: Any = None, seed: int = 0) -> methods.Subject:
     """What fashion_mnist returns, on bundled images and in seconds."""
     torch.manual_seed(seed)
     model = tiny_vit().float()
-    train_set, test_set = data.train_and_test("digits", None, data.model_data_config(model))
+    train_set, test_set = datasets.train_and_test("digits", None, datasets.model_data_config(model))
     subject = subjects.classifier(
         model, train_set.subset(torch.arange(300)), test_set.subset(torch.arange(100)),
         TrainConfig(epochs=1 if args is None else args.epochs, batch_size=64,

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adacomcat import cli, ops
-from adacomcat.arguments import COMMANDS
+from adacomcat.cli.arguments import COMMANDS
+from adacomcat.cli.main import parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -67,7 +68,7 @@ def test_command_parses(argv, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for block in blocks("yaml"):
         Path(block.splitlines()[0].removeprefix("# ")).write_text(block)
-    args = cli.parse(argv)
+    args = parse(argv)
     assert args.command == argv[0]
     if args.config is not None:
         assert (args.keep_params, args.search, args.amp) == (0.5, "adaptive", True)
@@ -99,7 +100,7 @@ def test_files_named_exist():
     assert links and scripts and tree
     missing = [name for name in (*links, *scripts) if not (ROOT / name).exists()]
     missing += [name for name in tree
-                if not any((ROOT / part / name).exists() for part in ("adacomcat", "examples"))]
+                if not any(list((ROOT / part).rglob(name)) for part in ("adacomcat", "examples"))]
     assert not missing
 
 

@@ -156,7 +156,7 @@ def test_command(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     recovered = adacomcat.load(tmp_path / "recovered")
     assert recovered.rank_plan.ranks == adacomcat.load(tmp_path / "small").rank_plan.ranks
-    images = adacomcat.pictures.image_tensor_files(
+    images = adacomcat.data.image_tensor_files(
         folder, adacomcat.data.model_data_config(recovered))
     after = feature_error(recovered, teacher, images)
     assert found["error_after"] == pytest.approx(after, rel=1e-4)

@@ -11,13 +11,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from adacomcat import RankPlan, UserError, compress, data, find_sites, train
-from adacomcat.allocate import allocator, relative_sensitivities
-from adacomcat.convert import compress_, factorize_model, install_
-from adacomcat.cost import plan_macs, plan_params
-from adacomcat.distill import TrainConfig
-from adacomcat.progress import progress
-from adacomcat.refine import (
+from adacomcat import RankPlan, UserError, compress, find_sites, train
+from adacomcat.allocation.budget import allocator
+from adacomcat.allocation.refine import (
     Refined,
     _halves,
     coordinate_search,
@@ -26,6 +22,14 @@ from adacomcat.refine import (
     refine,
     refined_allocation,
 )
+from adacomcat.allocation.sensitivity import relative_sensitivities
+from adacomcat.compression import compress_
+from adacomcat.convert.factors import factorize_model
+from adacomcat.convert.install import install_
+from adacomcat.cost import plan_macs, plan_params
+from adacomcat.data import datasets
+from adacomcat.distill import TrainConfig
+from adacomcat.utils.progress import progress
 
 TINY = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
 
@@ -222,7 +226,7 @@ def trained(**changes: object) -> dict:
                               embed_dim=48, depth=2, num_heads=2, num_classes=10)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    train_set, _ = data.train_and_test("digits", None, data.model_data_config(model))
+    train_set, _ = datasets.train_and_test("digits", None, datasets.model_data_config(model))
     settings = {"keep_params": 0.4, "epochs": 1, "steps": 1, "batch_size": 32, "search": "off",
                 "calibration_images": 64, "threads": 1, "device": "cpu", "refine": 4}
     return train.run(model, TrainConfig(**settings | changes), train_set).results
@@ -254,7 +258,7 @@ def test_training_says_what_refinement_lacks(settings: dict) -> None:
 
 def test_judges_of_training_are_images_that_did_not_calibrate() -> None:
     model = model_of(in_chans=1, num_classes=10)
-    train_set, _ = data.train_and_test("digits", None, data.model_data_config(model))
+    train_set, _ = datasets.train_and_test("digits", None, datasets.model_data_config(model))
     config = TrainConfig(keep_params=0.5, refine=2, calibration_images=1000)
     known = {image.numpy().tobytes() for image in train.calibration_images(
         train_set, 1000, config.seed, train.Processes())}

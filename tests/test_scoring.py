@@ -5,14 +5,14 @@ from collections.abc import Iterator
 import pytest
 import timm
 import torch
+from memory import allocation_peak
 from torch import Tensor, nn
 
-from adacomcat import backends
-from adacomcat.convert import error_curves, factorize_model
-from adacomcat.factorize import gram, triangle
-from adacomcat.memory import allocation_peak
+from adacomcat.convert.factors import error_curves, factorize_model
+from adacomcat.factorize.linalg import gram, triangle
+from adacomcat.ops import backends
 from adacomcat.sites import find_sites
-from adacomcat.workers import side_by_side
+from adacomcat.utils.parallel_map import side_by_side
 
 WIDTH, HEADS = 192, 3
 

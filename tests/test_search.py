@@ -10,14 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adacomcat.calibrate import calibrate
-from adacomcat.convert import build_skeleton, factorize_model
+from adacomcat.convert.calibrate import calibrate
+from adacomcat.convert.factors import factorize_model
+from adacomcat.convert.install import build_skeleton
 from adacomcat.cost import model_params, plan_params
 from adacomcat.distill.config import MLP
 from adacomcat.errors import UserError
-from adacomcat.parallel import Processes
 from adacomcat.plan import RankPlan
-from adacomcat.randomness import derived_generator
 from adacomcat.search import (
     RankGates,
     RankSearch,
@@ -33,6 +32,8 @@ from adacomcat.search import (
 from adacomcat.search.search import budget_loss
 from adacomcat.search.supernet import GatedAttention, GatedLinear, GatedMlp
 from adacomcat.sites import DENSE, Site, find_sites, narrowable_mlps
+from adacomcat.utils.distributed import Processes
+from adacomcat.utils.random import derived_generator
 
 VIT = ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2,
                                 "num_heads": 2, "num_classes": 5})

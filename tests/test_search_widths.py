@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from adacomcat import cli, compress, data, train
+from adacomcat import cli, compress, train
+from adacomcat.data import datasets
 from adacomcat.distill import TrainConfig
 from adacomcat.errors import UserError
-from adacomcat.factorize import LinearStatistics
-from adacomcat.hidden import SHRINKAGE, HiddenFactors, factorize_hidden
+from adacomcat.factorize.factors import LinearStatistics
+from adacomcat.factorize.neurons import SHRINKAGE, HiddenFactors, factorize_hidden
 from adacomcat.plan import RankPlan
 from adacomcat.search import RankGates
 from adacomcat.search.supernet import GatedMlp
@@ -116,7 +117,7 @@ def make_model(**changes: Any) -> nn.Module:
 
 
 def run(model: nn.Module, plan: RankPlan | None = None, **changes: Any) -> train.TrainResult:
-    train_set, test_set = data.train_and_test("digits", None, data.model_data_config(model))
+    train_set, test_set = datasets.train_and_test("digits", None, datasets.model_data_config(model))
     settings = {"epochs": 1, "batch_size": 64, "search_steps": 2, "calibration_images": 64,
                 "alpha_lr": 0.2, "threads": 1, "device": "cpu"}
     return train.run(model, TrainConfig(**settings | changes),
@@ -153,7 +154,7 @@ def test_without_epochs_a_model_is_as_compress_makes_it(qk_norm: bool) -> None:
     parts = {"mlp.hidden": 48, "attn.vo": 8} | ({} if qk_norm else {"attn.qk": 8})
     plan = RankPlan({f"blocks.{i}.{part}": rank for i in range(2) for part, rank in parts.items()})
     free = run(model, plan, epochs=0).model
-    train_set, _ = data.train_and_test("digits", None, data.model_data_config(model))
+    train_set, _ = datasets.train_and_test("digits", None, datasets.model_data_config(model))
     images = train.calibration_images(train_set.subset(torch.arange(400)), 64, 0,
                                       train.Processes())
     expected = compress(model, plan=plan, calibration=images)

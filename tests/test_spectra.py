@@ -9,10 +9,10 @@ import torch
 from test_decompositions import hard
 from torch import Tensor
 
-from adacomcat import backends
-from adacomcat.convert import SPECTRA, decompose_site
-from adacomcat.decompositions import batched_svd
-from adacomcat.factorize import eigenvalues, gram, singular_values
+from adacomcat.convert.factors import SPECTRA, decompose_site
+from adacomcat.factorize.linalg import eigenvalues, gram, singular_values
+from adacomcat.ops import backends
+from adacomcat.ops.decompositions import batched_svd
 from adacomcat.sites import find_sites
 
 HARD = ["condition 1e12", "clusters", "rank 3", "huge", "tiny", "kahan", "zeros", "identity"]

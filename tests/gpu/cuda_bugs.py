@@ -15,7 +15,7 @@ from ptx.parser import Kernel
 from test_cuda_low_rank_linear import complaints, draw
 from test_decompositions import check
 
-from adacomcat import reference
+from adacomcat.ops import reference
 
 SVD, LINEAR, TILES, ERRORS = (
     "batched_svd.cu", "low_rank_linear.cu", "tiles.cuh", "truncation_errors.cu")

@@ -10,7 +10,7 @@ from cuda_host import Host
 from test_decompositions import check, hard
 from torch import Tensor
 
-from adacomcat import reference
+from adacomcat.ops import reference
 
 pytestmark = pytest.mark.skipif(cuda_host.missing() is not None, reason=str(cuda_host.missing()))
 DTYPES = [torch.float32, torch.float64]

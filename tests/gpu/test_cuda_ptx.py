@@ -9,7 +9,7 @@ from cuda_ptx import Emulated
 from test_cuda_low_rank_linear import TYPES, complaints, draw
 from test_decompositions import check
 
-from adacomcat import reference
+from adacomcat.ops import reference
 
 pytestmark = pytest.mark.skipif(cuda_ptx.missing() is not None, reason=str(cuda_ptx.missing()))
 ARCHITECTURES = ("sm_80", "sm_90")

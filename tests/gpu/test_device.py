@@ -7,7 +7,8 @@ from shapes import DEIT, ragged, vision
 from test_decompositions import check
 from torch import Tensor
 
-from adacomcat import backends, decompositions, ops, reference
+from adacomcat import ops
+from adacomcat.ops import backends, decompositions, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 CASES = [
