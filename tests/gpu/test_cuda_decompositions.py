@@ -5,9 +5,9 @@ import math
 import cuda_host
 import pytest
 import torch
-from conftest import FLOOR, assert_close_to_float64, relative_error
 from cuda_host import Host
-from test_decompositions import check, hard
+from helpers.matrices import check, hard
+from helpers.tolerance import FLOOR, assert_close_to_float64, relative_error
 from torch import Tensor
 
 from adacomcat.ops import reference

@@ -6,8 +6,8 @@ import pytest
 import torch
 from cuda_host import ACTIVATIONS, Host
 from cuda_ptx import Emulated
+from helpers.matrices import check
 from test_cuda_low_rank_linear import TYPES, complaints, draw
-from test_decompositions import check
 
 from adacomcat.ops import reference
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from cases import DTYPES, UNITS, Case, draw, incoming, oracles, precision, run_kernels, worst
+from helpers.matrices import check
 from shapes import DEIT, ragged, vision
-from test_decompositions import check
 from torch import Tensor
 
 from adacomcat import ops

@@ -8,7 +8,7 @@ import pytest
 from adacomcat.errors import UserError
 from adacomcat.search import make_policy
 
-LOG = json.loads((Path(__file__).parent / "data" / "adaptive_comcat_log.json").read_text())
+LOG = json.loads(Path(__file__).with_name("adaptive_comcat_log.json").read_text())
 
 
 def replay(policy: str, found: dict[int, list[int]], epochs: int) -> list[int]:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from memory import allocation_peak
+from helpers.memory import allocation_peak
 
 from adacomcat import cli
 from adacomcat.data import collage

@@ -15,7 +15,7 @@ import adacomcat
 from adacomcat import cost
 from adacomcat.data import datasets
 
-DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
+DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 ROWS = ("dense", "training-free", "searched + distilled", "reloaded by timm")
 COLUMNS = ("top-1 %", "parameters", "MACs per image", "latency, ms", "parameters kept")
 KEEP = 0.4

@@ -5,9 +5,8 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import assert_close_to_float64
-from test_cpu_kernels import instruction_set, threads  # noqa: F401
-from test_ops import DTYPES, convert, mlp_case
+from helpers.op_cases import DTYPES, convert, mlp_case
+from helpers.tolerance import assert_close_to_float64
 from torch import Tensor
 
 from adacomcat import ops
@@ -84,8 +83,8 @@ def identity_case(rank1: int, hidden: int, rank2: int, size1: int, size2: int):
     (64, 704, 33, 64, 32), (64, 64, 64, 64, 64), (64, 64, 20, 64, 0), (20, 32, 32, 0, 32),
     (100, 160, 64, 96, 32), (96, 100, 40, 90, 20),
 ], ids=str)
-def test_kernel(sizes: tuple, dtype: torch.dtype, instruction_set: str,  # noqa: F811
-                threads: None, poisoned_memory: None) -> None:  # noqa: F811
+def test_kernel(sizes: tuple, dtype: torch.dtype, instruction_set: str,
+                threads: None, poisoned_memory: None) -> None:
     case, tensors = identity_case(*sizes)
     base = convert(tensors, dtype)
     exact = case.plain(**convert(base, torch.float64), **case.options)
@@ -95,7 +94,7 @@ def test_kernel(sizes: tuple, dtype: torch.dtype, instruction_set: str,  # noqa:
         assert_close_to_float64(case.call(base), exact, plain)
 
 
-def test_kernel_sees_that_an_identity_is_gone(instruction_set: str) -> None:  # noqa: F811
+def test_kernel_sees_that_an_identity_is_gone(instruction_set: str) -> None:
     case, tensors = identity_case(40, 300, 70, 32, 64)
     base = convert(tensors, torch.float32)
     case.call(base)
@@ -123,7 +122,7 @@ def test_optimize_takes_it_in_float32(dtype: torch.dtype) -> None:
     assert_close_to_float64(fused(x), exact, low(x))
 
 
-def test_gradients_pass_through(instruction_set: str) -> None:  # noqa: F811
+def test_gradients_pass_through(instruction_set: str) -> None:
     case, tensors = identity_case(40, 300, 70, 32, 64)
     base = convert(tensors, torch.float32, grad=True)
     plain = convert(tensors, torch.float32, grad=True)

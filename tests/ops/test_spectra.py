@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from test_decompositions import hard
+from helpers.matrices import hard
 from torch import Tensor
 
 from adacomcat.convert.factors import SPECTRA, decompose_site

@@ -11,7 +11,7 @@ import torch
 
 from adacomcat.ops import backends
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run_python(program: str, **environment: str) -> str:

@@ -17,7 +17,7 @@ from adacomcat import cli, ops
 from adacomcat.cli.arguments import COMMANDS
 from adacomcat.cli.main import parse
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BATCH, TOKENS, WIDTH, HEADS = 2, 7, 12, 3
 RANK_QK, RANK_VO, RANK = 2, 5, 4

@@ -9,15 +9,11 @@ from importlib import metadata
 import pytest
 import timm
 import torch
+from helpers.command_line import ARCHITECTURE, MODEL, SMALL, shell
 from safetensors.torch import save_file
 
 import adacomcat
 from adacomcat.ops import backends
-
-ARCHITECTURE = "vit_tiny_patch16_224"
-SMALL = {"embed_dim": 64, "depth": 2, "num_heads": 2}
-MODEL = ["-m", ARCHITECTURE, "--img-size", "32", "--num-classes", "10",
-         "--model-kwargs", *(f"{key}={value}" for key, value in SMALL.items())]
 
 
 def build(seed=0, **args):
@@ -282,11 +278,6 @@ def test_bugs_and_interrupts_have_their_own_codes(run, monkeypatch):
             raise error
         monkeypatch.setattr(doctor, "run", broken)
         assert run("doctor")[0] == code
-
-
-def shell(*argv, **env):
-    return subprocess.run([sys.executable, "-m", *map(str, argv)], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
 
 
 def test_help_is_instant_and_loads_no_torch():

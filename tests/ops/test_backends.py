@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_close_to_float64
+from helpers.tolerance import assert_close_to_float64
 
 from adacomcat import kernels, ops
 from adacomcat.errors import UserError
@@ -177,7 +177,7 @@ except UserError as error:
 
 def test_triton_kernels_are_not_imported_before_they_run() -> None:
     program = (
-        "import sys; from adacomcat import backends, ops; "
+        "import sys; from adacomcat import ops; from adacomcat.ops import backends; "
         "print([m for m in sys.modules if m.startswith('adacomcat.kernels.')])"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -18,7 +18,7 @@ from adacomcat.distill.config import TrainConfig
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "bench" / "quality"))
 
 import baselines  # noqa: E402

@@ -3,10 +3,10 @@
 import pytest
 import timm
 import torch
+from helpers.models import FAMILIES, compressed, dense_model, images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_checkpoint import FAMILIES, compressed, dense_model, images
 
 import adacomcat
 from adacomcat.checkpoint.folder import WEIGHTS

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers.matrices import check, hard
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -18,26 +19,6 @@ from adacomcat.ops.decompositions import (
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [(1, 1, 1), (5, 8, 8), (3, 17, 9), (2, 9, 33), (4, 64, 64), (2, 128, 128), (1, 300, 40),
           (0, 6, 4), (2, 7, 1)]
-
-
-def check(a: Tensor, u: Tensor, s: Tensor, v: Tensor, factor: float = 1.0) -> None:
-    """Residual, orthogonality, order and signs, in units of ε."""
-    k, eps = s.shape[-1], torch.finfo(a.dtype).eps
-    bound = factor * 16 * eps * math.sqrt(max(a.shape[-2:]))
-    a, u, s, v = (t.double() for t in (a, u, s, v))
-    exact = torch.linalg.svdvals(a)
-    scale = exact[..., :1].clamp_min(1e-300)
-    assert ((s - exact[..., :k]).abs() <= bound * scale).all()
-    assert (s[..., 1:] <= s[..., :-1]).all() and (s >= 0).all()
-    best = exact[..., k:].square().sum(-1).sqrt()
-    residual = torch.linalg.matrix_norm(a - (u * s.unsqueeze(-2)) @ v.mT)
-    assert (residual <= best + bound * scale[..., 0] * math.sqrt(min(a.shape[-2:]))).all()
-    identity = torch.eye(k, dtype=torch.float64)
-    for basis in (u, v):
-        assert ((basis.mT @ basis - identity).abs() <= bound).all()
-    if k and a.numel():
-        largest = u.gather(-2, u.abs().argmax(-2, keepdim=True))
-        assert (largest >= 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -72,27 +53,6 @@ def test_threads_and_neighbours_change_no_bit(shape: tuple, dtype: torch.dtype,
     for one, other, all_three in zip(alone, shared, together, strict=True):
         assert torch.equal(one, other)
         assert torch.equal(one, all_three[1:2])
-
-
-def hard(name: str, n: int, dtype: torch.dtype) -> Tensor:
-    q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
-    p = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
-    spectra = {
-        "condition 1e12": torch.logspace(0, -12, n, dtype=torch.float64),
-        "clusters": torch.ones(n, dtype=torch.float64).index_fill_(0, torch.arange(n // 2), 3.0),
-        "rank 3": torch.arange(n).lt(3).double(),
-        "huge": torch.linspace(1, 2, n, dtype=torch.float64) * 1e30,
-        "tiny": torch.linspace(1, 2, n, dtype=torch.float64) * 1e-30,
-    }
-    if name == "kahan":  # misleads pivoting by column norms
-        sine, cosine = math.sin(1.2), math.cos(1.2)
-        upper = torch.eye(n, dtype=torch.float64) - cosine * torch.ones(n, n).double().triu(1)
-        return (sine ** torch.arange(n).double().unsqueeze(-1) * upper).to(dtype)
-    if name == "zeros":
-        return torch.zeros(n, n, dtype=dtype)
-    if name == "identity":
-        return torch.eye(n, dtype=dtype)
-    return ((q * spectra[name]) @ p.mT).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

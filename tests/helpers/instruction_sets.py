@@ -13,12 +13,16 @@ import pytest
 
 from adacomcat.ops import backends
 
-if backends.available()["cpp"] is not None:
-    pytest.skip(str(backends.available()["cpp"]), allow_module_level=True)
-
 NAMES = ("generic", "avx2", "avx512", "avx512_bf16", "avx512_vnni", "amx")
-HERE = backends.build_info()["instruction_set"]
-EXTENSION = importlib.import_module("adacomcat._C")
+
+
+@functools.cache
+def here() -> str:
+    """The instruction set that the extension chose; the test is skipped where there is none."""
+    reason = backends.available()["cpp"]
+    if reason is not None:
+        pytest.skip(reason)
+    return backends.build_info()["instruction_set"]
 
 
 @functools.cache
@@ -55,12 +59,19 @@ def runs_avx512_bf16() -> bool:
 
 def use(name: str, emulated: bool = True) -> bool:
     """Takes an instruction set; False where this CPU has none such and nothing stands in for it."""
-    if EXTENSION.use_instruction_set(name):
+    here()
+    extension = importlib.import_module("adacomcat._C")
+    if extension.use_instruction_set(name):
         return True
     stands_in = {"amx": software_amx, "avx512_bf16": runs_avx512_bf16}.get(name)
     return (emulated and stands_in is not None and stands_in()
-            and EXTENSION.use_instruction_set(name, emulated=True))
+            and extension.use_instruction_set(name, emulated=True))
 
 
-LACKING = [name for name in NAMES if not use(name)]
-use(HERE)
+@functools.cache
+def lacking(name: str) -> bool:
+    """Whether nothing here runs this instruction set; the one in use stays in use."""
+    before = here()
+    found = use(name)
+    use(before)
+    return not found

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_close_to_float64, relative_error
-from instruction_sets import LACKING
-from test_cpu_kernels import ALL, each_dtype, instruction_set  # noqa: F401
-from test_ops import DTYPES, attention_case, convert, plain_attention
+from helpers.cpu_cases import ALL, each_dtype
+from helpers.instruction_sets import lacking
+from helpers.op_cases import DTYPES, attention_case, convert, plain_attention
+from helpers.tolerance import assert_close_to_float64, relative_error
 from torch import Tensor
 
 from adacomcat import ops
@@ -33,7 +33,7 @@ def exact_activation(activation: str, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", TAILS)
 def test_activations_of_all_numbers_of_16_bits(activation: str, dtype: torch.dtype,
-                                               instruction_set: str) -> None:  # noqa: F811
+                                               instruction_set: str) -> None:
     x = all_numbers(dtype)
     one = torch.ones(1, 1, dtype=dtype)
     y = ops.low_rank_linear(x.unsqueeze(1), one, one, activation=activation).squeeze(1)
@@ -44,7 +44,7 @@ def test_activations_of_all_numbers_of_16_bits(activation: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("activation", TAILS)
-def test_slopes_of_all_numbers_of_16_bits(activation: str, instruction_set: str) -> None:  # noqa: F811
+def test_slopes_of_all_numbers_of_16_bits(activation: str, instruction_set: str) -> None:
     x = all_numbers(torch.bfloat16).unsqueeze(1)
     x = x[x != 0].unsqueeze(1).requires_grad_()  # where ReLU has one
     one = torch.ones(1, 1, dtype=torch.bfloat16)
@@ -58,7 +58,7 @@ def test_slopes_of_all_numbers_of_16_bits(activation: str, instruction_set: str)
 
 @each_dtype
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 300.0])
-def test_softmax_of_any_size(scale: float, dtype: torch.dtype, instruction_set: str,  # noqa: F811
+def test_softmax_of_any_size(scale: float, dtype: torch.dtype, instruction_set: str,
                              poisoned_memory: None) -> None:
     """Up to logits that leave nothing of all keys but one."""
     case = attention_case(1, 75, 48, 2, 70, 33)
@@ -71,7 +71,7 @@ def test_softmax_of_any_size(scale: float, dtype: torch.dtype, instruction_set: 
 
 
 @each_dtype
-def test_masked_tokens_do_not_count_at_all(dtype: torch.dtype, instruction_set: str) -> None:  # noqa: F811
+def test_masked_tokens_do_not_count_at_all(dtype: torch.dtype, instruction_set: str) -> None:
     case = attention_case(1, 37, 16, 2, 3, 4)
     tensors = convert(case.draw(), dtype)
     tensors["attn_mask"] = torch.ones(37, 37, dtype=torch.bool)
@@ -82,7 +82,7 @@ def test_masked_tokens_do_not_count_at_all(dtype: torch.dtype, instruction_set: 
     assert torch.equal(after[0, :20], before[0, :20])
 
 
-def test_tile_registers_are_left_to_others(instruction_set: str) -> None:  # noqa: F811
+def test_tile_registers_are_left_to_others(instruction_set: str) -> None:
     """PyTorch multiplies on the same ones, and in between."""
     a, b = (torch.randn(256, 256).bfloat16() for _ in range(2))
     expected = a @ b
@@ -97,7 +97,7 @@ def test_tile_registers_are_left_to_others(instruction_set: str) -> None:  # noq
 @pytest.mark.parametrize(("row", "column"), [(70, 20), (20, 70)])
 @each_dtype
 def test_powers_of_two_pass_through(row: int, column: int, dtype: torch.dtype,
-                                    instruction_set: str) -> None:  # noqa: F811
+                                    instruction_set: str) -> None:
     """Rows and columns of any size, those whose squares are no floats as well."""
     x, v, u = torch.randn(37, 70), torch.randn(70, 33), torch.randn(50, 33)
     expected = ops.low_rank_linear(x.to(dtype), v.to(dtype), u.to(dtype))
@@ -112,7 +112,7 @@ def test_powers_of_two_pass_through(row: int, column: int, dtype: torch.dtype,
 @pytest.mark.parametrize("width", [32, 1000, 4096])
 @each_dtype
 def test_sums_of_one_sign_stay_in_range(width: int, dtype: torch.dtype,
-                                        instruction_set: str) -> None:  # noqa: F811
+                                        instruction_set: str) -> None:
     """Rows that equal a weight's column give the largest sum that their norms allow."""
     rows = torch.cat([torch.ones(1, width), torch.eye(1, width), torch.rand(3, width)]).to(dtype)
     weight = torch.eye(5).to(dtype)
@@ -123,7 +123,7 @@ def test_sums_of_one_sign_stay_in_range(width: int, dtype: torch.dtype,
 
 
 @each_dtype
-def test_one_large_feature(dtype: torch.dtype, instruction_set: str) -> None:  # noqa: F811
+def test_one_large_feature(dtype: torch.dtype, instruction_set: str) -> None:
     """As trained transformers have it: hundreds of times the others."""
     base = {"x": torch.randn(40, 384), "v": torch.randn(384, 32) / 20, "u": torch.randn(96, 32) / 6}
     base["x"][:, 17] *= 200
@@ -132,7 +132,7 @@ def test_one_large_feature(dtype: torch.dtype, instruction_set: str) -> None:  #
     assert_close_to_float64(ops.low_rank_linear(**base), exact, plain)
 
 
-def test_infinity_stays_in_its_row(instruction_set: str) -> None:  # noqa: F811
+def test_infinity_stays_in_its_row(instruction_set: str) -> None:
     x, v, u = (torch.randn(*shape).bfloat16() for shape in ((30, 64), (64, 16), (40, 16)))
     expected = ops.low_rank_linear(x, v, u)
     x[7, 3] = torch.inf
@@ -156,7 +156,7 @@ def tensor_float32(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("width", [33, 384, 1100])
-def test_reduced_float32_is_as_good_as_tensor_float32(width: int, instruction_set: str,  # noqa: F811
+def test_reduced_float32_is_as_good_as_tensor_float32(width: int, instruction_set: str,
                                                       reduced_precision: None) -> None:
     x, v, u = torch.randn(50, width), torch.randn(width, 40), torch.randn(70, 40)
     actual = ops.low_rank_linear(x, v, u).double()
@@ -166,7 +166,7 @@ def test_reduced_float32_is_as_good_as_tensor_float32(width: int, instruction_se
 
 
 @pytest.mark.parametrize("activation", TAILS)
-def test_reduced_float32_leaves_activations_alone(activation: str, instruction_set: str,  # noqa: F811
+def test_reduced_float32_leaves_activations_alone(activation: str, instruction_set: str,
                                                   reduced_precision: None) -> None:
     x, one = torch.linspace(-9, 9, 4001).unsqueeze(1), torch.ones(1, 1)
     y = ops.low_rank_linear(x, one, one, activation=activation)
@@ -174,12 +174,12 @@ def test_reduced_float32_leaves_activations_alone(activation: str, instruction_s
                                atol=2e-6)
 
 
-def test_precision_is_asked_at_each_call(instruction_set: str,  # noqa: F811
+def test_precision_is_asked_at_each_call(instruction_set: str,
                                          reduced_precision: None) -> None:
     """Only integers of VNNI are worth less precision, and AMX needs none."""
     x, v, u = torch.randn(50, 300), torch.randn(300, 40), torch.randn(70, 40)
     reduced = ops.low_rank_linear(x, v, u)
     torch.set_float32_matmul_precision("highest")
     full = ops.low_rank_linear(x, v, u)
-    integers = "avx512_vnni" not in LACKING and instruction_set in ("avx512_vnni", "avx512_bf16")
+    integers = not lacking("avx512_vnni") and instruction_set in ("avx512_vnni", "avx512_bf16")
     assert torch.equal(reduced, full) != integers

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from test_cli import ARCHITECTURE, SMALL, shell
+from helpers.command_line import ARCHITECTURE, SMALL, shell
 
 import adacomcat
 from adacomcat import cli

@@ -3,15 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_close_to_float64
-from test_cpu_kernels import (  # noqa: F401
-    ALL,
-    check_norm_and_residual,
-    each_dtype,
-    instruction_set,
-    threads,
-)
-from test_ops import Case, convert, dense_case, mlp_case, strided
+from helpers.cpu_cases import ALL, check_norm_and_residual, each_dtype
+from helpers.op_cases import Case, convert, dense_case, mlp_case, strided
+from helpers.tolerance import assert_close_to_float64
 
 from adacomcat.ops import backends, inference
 
@@ -34,7 +28,7 @@ SINGLE = {
                                   "dense-hidden", "dense-256", "attention-197", "attention-wide",
                                   "attention-causal"])
 def test_few_rows_on_several_threads(name: str, count: int, dtype: torch.dtype,
-                                     instruction_set: str, threads: None,  # noqa: F811
+                                     instruction_set: str, threads: None,
                                      poisoned_memory: None) -> None:
     """Which share out columns of the weights, in which every one of these has panels enough."""
     case = ALL[name]
@@ -53,8 +47,8 @@ def test_few_rows_on_several_threads(name: str, count: int, dtype: torch.dtype,
 @each_dtype
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("case", SINGLE.values(), ids=SINGLE.keys())
-def test_single_rows(case: Case, count: int, dtype: torch.dtype, instruction_set: str,  # noqa: F811
-                     threads: None, poisoned_memory: None) -> None:  # noqa: F811
+def test_single_rows(case: Case, count: int, dtype: torch.dtype, instruction_set: str,
+                     threads: None, poisoned_memory: None) -> None:
     torch.set_num_threads(count)
     base = convert(case.draw(), dtype)
     exact = case.plain(**convert(base, torch.float64), **case.options)
@@ -71,8 +65,8 @@ def test_single_rows(case: Case, count: int, dtype: torch.dtype, instruction_set
 @pytest.mark.parametrize("shape", [(1, 384, 1000), (4, 33, 70), (3, 1, 1), (2, 130, 5), (0, 8, 3),
                                    (2, 8, 0), (5, 64, 40), (2, 0, 3), (6, 0, 3)], ids=str)
 def test_linear_layer_of_few_rows(shape: tuple[int, int, int], bias: bool, count: int,
-                                  dtype: torch.dtype, instruction_set: str,  # noqa: F811
-                                  threads: None, poisoned_memory: None) -> None:  # noqa: F811
+                                  dtype: torch.dtype, instruction_set: str,
+                                  threads: None, poisoned_memory: None) -> None:
     """Five rows are PyTorch's."""
     torch.set_num_threads(count)
     rows, width, out = shape
@@ -109,7 +103,7 @@ def transposed(tensor: torch.Tensor | None) -> torch.Tensor | None:
 @each_dtype
 @pytest.mark.parametrize("name", ["mlp-4", "dense-1", "dense-3"])
 def test_single_rows_with_norm_and_residual(name: str, dtype: torch.dtype,
-                                            instruction_set: str,  # noqa: F811
+                                            instruction_set: str,
                                             poisoned_memory: None) -> None:
     check_norm_and_residual(SINGLE[name], dtype)
 

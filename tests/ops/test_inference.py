@@ -4,9 +4,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_close_to_float64
-from test_cpu_kernels import each_dtype, instruction_set  # noqa: F401
-from test_ops import plain_attention, strided
+from helpers.cpu_cases import each_dtype
+from helpers.op_cases import plain_attention, strided
+from helpers.tolerance import assert_close_to_float64
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -52,7 +52,7 @@ def doubled(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("sizes", ATTENTION, ids=str)
 def test_first_token_attention(sizes: tuple, bias: bool, dtype: torch.dtype,
-                               instruction_set: str, poisoned_memory: None) -> None:  # noqa: F811
+                               instruction_set: str, poisoned_memory: None) -> None:
     tensors, heads = draw_attention(sizes, dtype, bias), sizes[3]
     exact = whole_attention(*doubled(tensors), num_heads=heads)
     plain = whole_attention(*tensors, num_heads=heads)
@@ -77,7 +77,7 @@ def plain_patches(image: Tensor, weight: Tensor, bias: Tensor | None, prefix: Te
 @pytest.mark.parametrize("prefix, positioned", [(None, False), (0, True), (1, False), (5, True)])
 @pytest.mark.parametrize("sizes", IMAGES, ids=str)
 def test_patch_embedding(sizes: tuple, prefix: int | None, positioned: bool, bias: bool,
-                         dtype: torch.dtype, instruction_set: str,  # noqa: F811
+                         dtype: torch.dtype, instruction_set: str,
                          poisoned_memory: None) -> None:
     images, channels, height, width, patch, out = sizes
     image = torch.randn(images, channels, height, width).to(dtype)

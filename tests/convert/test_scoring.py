@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import timm
 import torch
-from memory import allocation_peak
+from helpers.memory import allocation_peak
 from torch import Tensor, nn
 
 from adacomcat.convert.factors import error_curves, factorize_model

@@ -15,7 +15,7 @@ import adacomcat
 from adacomcat import cost
 from adacomcat.cli.main import parse
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples/imagenet"
 COMMANDS = [shlex.split(line) for block in
             re.findall(r"^```bash\n(.*?)^```$", (RECIPE / "README.md").read_text(), re.M | re.S)

@@ -1,68 +1,28 @@
 """The C++ kernels on every instruction set of this CPU, against float64."""
 
-import gc
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_close_to_float64
-from instruction_sets import HERE, LACKING, NAMES, emulator, use
-from test_ops import (
-    CASES,
+from helpers.cpu_cases import ALL, check_norm_and_residual, each_case, each_dtype
+from helpers.instruction_sets import emulator, here, use
+from helpers.op_cases import (
     DTYPES,
     Case,
     attention_case,
     convert,
-    dense_case,
     leaves,
-    linear_case,
     mlp_case,
     strided,
     value_and_gradients,
 )
+from helpers.tolerance import assert_close_to_float64
 
 from adacomcat import ops
 from adacomcat.ops import autograd_cpu, backends
-
-# Ranks of one lane less and more than a vector, more columns than a panel, rows off any tile.
-SHAPES = {
-    "linear-197": linear_case((2, 197), 96, 33, 130, activation="gelu", residual=True),
-    "linear-63": linear_case((61,), 31, 63, 15, activation="silu"),
-    "linear-out1": linear_case((13,), 129, 17, 1, bias=False),
-    "mlp-197": mlp_case((197,), 64, 24, 300, 40, "gelu"),
-    "mlp-hidden": mlp_case((2, 50), 48, 15, 129, 65, "gelu_tanh"),
-    "mlp-relu": mlp_case((25,), 33, 31, 256, 16, "relu"),
-    "dense-197": dense_case((197,), 64, 300, 64, "gelu"),
-    "dense-hidden": dense_case((2, 50), 47, 1027, 65, "gelu_tanh"),
-    "dense-256": dense_case((25,), 33, 256, 16, "relu", bias=False),
-    "linear-1100": linear_case((1100,), 40, 33, 77, activation="gelu"),  # rows in two parts
-    "dense-narrow": dense_case((2, 30), 70, 24, 50, "silu"),
-    "mlp-identity": mlp_case((9,), 16, 5, 24, 7, None),
-    "attention-197": attention_case(2, 197, 64, 4, 16, 24),
-    "attention-long": attention_case(1, 523, 32, 2, 8, 33, "float", (1, 2, 523, 523)),
-    "attention-wide": attention_case(1, 70, 200, 5, 9, 17),  # panels that end in one vector
-    "attention-ranks": attention_case(1, 69, 48, 2, 70, 33),  # squares of keys, and what is left
-    "attention-causal": attention_case(2, 65, 48, 3, 17, 7, "bool", (65, 65)),
-}
-ALL = {name: case for name, case in {**CASES, **SHAPES}.items()
-       if case.op != "gated_low_rank_linear"}
-each_case = pytest.mark.parametrize("case", ALL.values(), ids=ALL.keys())
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(params=NAMES)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param in LACKING:
-        pytest.skip(f"this CPU has no {request.param}")
-    assert use(request.param)
-    with backends.use_backend("cpp"):
-        yield request.param
-    use(HERE)
 
 
 @each_dtype
@@ -164,21 +124,6 @@ def test_backward_keeps_less_than_the_formulas_need() -> None:
     assert sum(t.numel() for t in kept) == 50 * (8 + 8)
 
 
-def check_norm_and_residual(case: Case, dtype: torch.dtype) -> None:
-    """A large mean, as residual streams have it, must not cost digits of the variance."""
-    base = convert(case.draw(), dtype)
-    base["x"] = base["x"] * 3 + 20
-    residual = torch.randn_like(case.plain(**base, **case.options))
-
-    def plain(tensors: dict, residual: torch.Tensor) -> torch.Tensor:
-        x = F.layer_norm(tensors["x"], tensors["x"].shape[-1:], eps=1e-6)
-        return case.plain(**{**tensors, "x": x}, **case.options) + residual
-
-    actual = getattr(ops, case.op)(**base, **case.options, epsilon=1e-6, residual=residual)
-    exact = plain(convert(base, torch.float64), residual.double())
-    assert_close_to_float64(actual, exact, plain(base, residual))
-
-
 @each_dtype
 @pytest.mark.parametrize("name", ["mlp-197", "dense-197", "dense-hidden", "attention-causal"])
 def test_norm_and_residual_in_one(name: str, dtype: torch.dtype, instruction_set: str,
@@ -226,7 +171,7 @@ def test_float32_on_tensor_units_is_no_less_exact(scale: float) -> None:
     exact = x.double() @ v.double() @ u.double().t()
     with backends.use_backend("cpp"):
         error = (ops.low_rank_linear(x, v, u) - exact).norm()
-    use(HERE)
+    use(here())
     plain = (x @ v @ u.t() - exact).norm()
     assert error <= 1.2 * plain and plain <= 1e-6 * exact.norm()
 
@@ -241,7 +186,7 @@ def test_tile_registers_are_given_back(name: str) -> None:
         y = ALL[name].call(tensors)
         forward = emulator().tiles_configured()
         y.sum().backward()
-    use(HERE)
+    use(here())
     assert not forward and not emulator().tiles_configured()
 
 
@@ -250,13 +195,6 @@ def test_rows_masked_entirely_give_the_bias(instruction_set: str) -> None:
     tensors = convert(case.draw(), torch.float32)
     tensors["attn_mask"][5] = False
     torch.testing.assert_close(case.call(tensors)[0, 5], tensors["bo"])
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_one_thread_and_several_agree(instruction_set: str, threads: None) -> None:
@@ -271,76 +209,6 @@ def test_one_thread_and_several_agree(instruction_set: str, threads: None) -> No
         for other in results[1:]:
             exactly = {} if ALL[name].op.endswith("mlp") else {"rtol": 0, "atol": 0}
             torch.testing.assert_close(other, results[0], **exactly)
-
-
-# Packed weights: every change must be seen.
-
-
-def products(v: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.eye(v.shape[0])
-    return ops.low_rank_linear(x, v, u), v @ u.t()
-
-
-@pytest.mark.parametrize("change", [
-    lambda p: p.add_(1), lambda p: p.data.mul_(2), lambda p: p.copy_(torch.randn_like(p)),
-    lambda p: setattr(p, "data", torch.randn_like(p)), lambda p: p.t_().t_().neg_(),
-], ids=["add_", "data.mul_", "copy_", "data=", "strides"])
-@torch.no_grad()
-def test_packed_weights_follow_changes(change: object) -> None:
-    v, u = torch.nn.Parameter(torch.randn(40, 9)), torch.nn.Parameter(torch.randn(30, 9))
-    torch.testing.assert_close(*products(v, u))
-    for parameter in (v, u):
-        change(parameter)
-        torch.testing.assert_close(*products(v, u))
-
-
-def test_packed_weights_follow_an_optimizer() -> None:
-    v, u = torch.nn.Parameter(torch.randn(40, 9)), torch.nn.Parameter(torch.randn(30, 9))
-    optimizer = torch.optim.AdamW([v, u], lr=0.1)
-    for _ in range(3):
-        ops.low_rank_linear(torch.eye(40), v, u).square().sum().backward()
-        optimizer.step()
-        with torch.inference_mode():
-            torch.testing.assert_close(*products(v, u))
-
-
-def test_memory_of_a_dead_weight_is_not_mistaken_for_it() -> None:
-    u = torch.randn(30, 9)
-    for _ in range(20):  # the allocator hands the same memory out again
-        v = torch.randn(40, 9)
-        torch.testing.assert_close(*products(v, u))
-        del v
-        gc.collect()
-
-
-def test_weights_are_shared_between_threads() -> None:
-    case = ALL["mlp-197"]
-    tensors = convert(case.draw(), torch.float32)
-    expected, results = case.call(tensors), [None] * 4
-
-    def run(i: int) -> None:
-        results[i] = [case.call(tensors) for _ in range(20)]
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(y, expected) for result in results for y in result)
-
-
-@pytest.mark.parametrize("name", ["mlp-197", "dense-197", "attention-197"])
-def test_what_followed_may_be_gone(name: str) -> None:
-    """Kernels fetch the weights that came next the last time: here of a layer since deleted."""
-    case = ALL[name]
-    tensors = convert(case.draw(), torch.float32)
-    expected = case.call(tensors)
-    other = convert(case.draw(), torch.float32)
-    case.call(other)
-    del other
-    gc.collect()
-    for _ in range(3):
-        torch.testing.assert_close(case.call(tensors), expected)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
@@ -369,7 +237,7 @@ print(len(os.listdir("/proc/self/task")) - before)"""
 
 @pytest.mark.parametrize("name", ["generic", "nonsense"])
 def test_environment_variable(name: str) -> None:
-    program = "from adacomcat import backends; print(backends.build_info()['instruction_set'])"
+    program = "from adacomcat.ops import backends; print(backends.build_info()['instruction_set'])"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                          env={"ADACOMCAT_CPU": name, "PATH": ""})
     if name == "generic":
