@@ -7,7 +7,7 @@ from typing import Any
 
 from timm.models import register_model
 
-ENTRYPOINT = "adacomcat_vit"
+from adacomcat.utils.names import ENTRYPOINT
 
 
 def register(timm: ModuleType) -> None:

@@ -28,11 +28,11 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from adacomcat.checkpoint.gauge import with_gauge, without_gauge
-from adacomcat.entrypoint import ENTRYPOINT
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE
 from adacomcat.utils.model import evaluating, input_size
+from adacomcat.utils.names import ENTRYPOINT
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
