@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed$(subst /,-,$(CURDIR))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: install demo test bench gpu-check lint sanitize
+.PHONY: install demo test bench gpu-check gpu-reports lint sanitize
 
 install: $(INSTALLED)
 
@@ -32,7 +32,13 @@ bench: install
 
 # Correctness and timings of the Triton kernels, where there is a GPU.
 gpu-check: install
-	$(PY) bench/gpu/check.py
+	PYTHONPATH=bench $(PY) bench/gpu/check.py
+
+# What compilers and emulator say of the GPU kernels, without a GPU: bench/gpu/*.md, kernels/known.json.
+gpu-reports: install
+	PYTHONPATH=tests/gpu $(PY) tools/gpu_resources.py
+	PYTHONPATH=tests/gpu $(PY) tools/gpu_traffic.py
+	PYTHONPATH=tests:tests/gpu:tests/gpu/cuda $(PY) tools/cuda_report.py
 
 lint: install
 	$(PY) -m ruff check .

@@ -15,7 +15,7 @@ KERNELS = (
 )
 # Those whose forward pass takes a layer norm before and a residual after, for inference.
 SUBLAYERS = ("low_rank_mlp", "low_rank_attention")
-# Resources of each kernel by architecture, written by tests/gpu/resources.py, and what shows that
+# Resources of each kernel by architecture, written by tools/gpu_resources.py, and what shows that
 # it is right: tests execute the PTX instruction by instruction; elsewhere it is only compiled.
 KNOWN = Path(__file__).with_name("known.json")
 SHOWN_BY = {"sm_80": "its PTX, executed", "sm_90": "its tests on an H200"}

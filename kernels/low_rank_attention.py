@@ -27,9 +27,9 @@ from adacomcat.kernels.blocks import (
     load_transposed,
     store_tile,
 )
-from adacomcat.kernels.launching import launch
-from adacomcat.kernels.normalization import normalize
-from adacomcat.kernels.products import gather, project
+from adacomcat.kernels.launch import launch
+from adacomcat.kernels.layer_norm import normalize
+from adacomcat.kernels.matmul import gather, project
 from adacomcat.kernels.reductions import row_sum, weight_grad
 
 Gradient = Tensor | None

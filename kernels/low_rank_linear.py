@@ -17,8 +17,8 @@ from torch import Tensor
 from adacomcat.kernels import tiles
 from adacomcat.kernels.activations import slope
 from adacomcat.kernels.blocks import contract, expand, load_row, load_tile, store_tile
-from adacomcat.kernels.launching import adjacent, launch, rows, stride
-from adacomcat.kernels.products import product, project
+from adacomcat.kernels.launch import adjacent, launch, rows, stride
+from adacomcat.kernels.matmul import product, project
 from adacomcat.kernels.reductions import row_sum, weight_grad, weight_grads
 
 Gradient = Tensor | None

@@ -33,9 +33,9 @@ from adacomcat.kernels.blocks import (
     load_transposed,
     store_tile,
 )
-from adacomcat.kernels.launching import adjacent, launch, rows, staged_alike, stride
-from adacomcat.kernels.normalization import normalize
-from adacomcat.kernels.products import product, project
+from adacomcat.kernels.launch import adjacent, launch, rows, staged_alike, stride
+from adacomcat.kernels.layer_norm import normalize
+from adacomcat.kernels.matmul import product, project
 from adacomcat.kernels.reductions import hidden_grads, row_sum, weight_grad
 
 Gradient = Tensor | None

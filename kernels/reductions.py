@@ -13,7 +13,7 @@ from torch import Tensor
 from adacomcat.kernels import tiles
 from adacomcat.kernels.activations import activate, slope
 from adacomcat.kernels.blocks import is_shared, load_row, load_tile, load_transposed, store_tile
-from adacomcat.kernels.launching import adjacent, launch, rows, staged_alike, stride
+from adacomcat.kernels.launch import adjacent, launch, rows, staged_alike, stride
 
 Gradient = Tensor | None
 

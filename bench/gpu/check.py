@@ -1,6 +1,6 @@
 """Where there is a GPU: correctness, then timings: `make gpu-check`; or `ops` or `models` alone.
 
-Correctness against float64 is tests/gpu/test_device.py. Timings are medians of CUDA events around
+Correctness against float64 is tests/gpu (test_triton_device.py, test_cuda_device.py). Timings are medians of CUDA events around
 replays of CUDA graphs, of ours as it is by default and of what a user would run instead, all in
 turn; and the fraction of the roofline that follows from the card's memory bandwidth and arithmetic
 as measured here. Writes bench/gpu/*.json.
@@ -15,20 +15,18 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import peers
 import timm
 import torch
 import torch.nn.functional as F
 import triton
+from test_models import MODELS, low_rank
 from torch import Tensor, nn
 
+import adacomcat
+from adacomcat import backends, decompositions, ops
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-import peers  # noqa: E402
-from test_models import MODELS, low_rank  # noqa: E402
-
-import adacomcat  # noqa: E402
-from adacomcat import backends, decompositions, ops  # noqa: E402
 
 REPEATS, CALLS = 9, 5
 BATCHES = (1, 8, 64, 256)
@@ -205,8 +203,9 @@ def main(part: str = "") -> int:
         return 0
     failed = 0
     if not part:
-        tests = HERE.parent.parent / "tests" / "gpu" / "test_device.py"
-        failed = subprocess.run([sys.executable, "-m", "pytest", "-q", tests]).returncode
+        tests = HERE.parents[1] / "tests" / "gpu"
+        command = [sys.executable, "-m", "pytest", "-q", tests, "-k", "device"]
+        failed = subprocess.run(command).returncode
     found: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
                                 "triton": triton.__version__, "rows": []}
     name = found["gpu"].lower().replace(" ", "_") + (f"_{part}" if part else "")

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adacomcat.kernels.blocks import load_tile, store_tile
-from adacomcat.kernels.launching import launch, rows
+from adacomcat.kernels.launch import launch, rows
 
 # A row lies in the registers of one program; longer ones are left to the library.
 LONGEST_ROW = 8192

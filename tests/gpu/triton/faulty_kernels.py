@@ -1,17 +1,14 @@
 """Kernels with one fault each: what the strict interpreter says of them, as JSON."""
 
 import json
-import os
 from collections.abc import Callable
 
-os.environ["TRITON_INTERPRET"] = "1"
-
-import access_checks  # noqa: E402
-import strict_interpreter  # noqa: E402
-import torch  # noqa: E402
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-from stub_driver import compiling_for  # noqa: E402
+import access_checks
+import strict_interpreter
+import torch
+import triton
+import triton.language as tl
+from stub_driver import compiling_for
 
 
 @triton.jit

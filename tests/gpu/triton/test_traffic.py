@@ -6,10 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ptx.emulate import Launch, emulated
-from ptx.machine import GLOBAL_BASE
-from stub_driver import compiling_for
-from traffic import (
+from gpu_traffic import (
     GPUS,
     ROOT,
     Shape,
@@ -23,6 +20,9 @@ from traffic import (
     shapes,
     workspace,
 )
+from ptx.emulate import Launch, emulated
+from ptx.machine import GLOBAL_BASE
+from stub_driver import compiling_for
 
 from adacomcat.kernels import load, tiles
 

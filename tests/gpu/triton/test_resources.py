@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from cases import DTYPES, draw, incoming, precision, run_kernels
-from resources import MULTIPROCESSOR, Resources, compile_all, measure, measured
-from shapes import DEIT, vision
+from gpu_resources import MULTIPROCESSOR, Resources, compile_all, measure, measured
+from kernel_cases import DTYPES, draw, incoming, precision, run_kernels
+from kernel_shapes import DEIT, vision
 from stub_driver import TARGETS
 
 from adacomcat.kernels import load

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from cases import Case
+from kernel_cases import Case
 
 from adacomcat.kernels import SUBLAYERS
 
@@ -106,3 +106,9 @@ def vision(model: str, tokens: int) -> list[Case]:
         Case("low_rank_mlp", name, mlp, {"ACTIVATION": "gelu"}, sublayer=True),
         Case("low_rank_attention", name, attention, options, sublayer=True),
     ]
+
+
+def ragged_and_vision() -> list[Case]:
+    """All ragged cases, and both DeiTs at one and two images."""
+    return [*ragged(), *(case for model in DEIT for tokens in (197, 394)
+                         for case in vision(model, tokens))]

@@ -6,12 +6,12 @@ through barriers, asynchronous copies and asynchronous products.
 
 from collections.abc import Iterator
 
-import parts
 import pytest
+import split_k
 import torch
-from cases import DTYPES, UNITS, Case, draw, incoming, oracles, precision, run_kernels, worst
+from kernel_cases import DTYPES, UNITS, Case, draw, incoming, oracles, precision, run_kernels, worst
+from kernel_shapes import DEIT, ragged, vision
 from ptx.emulate import Launch, emulated
-from shapes import DEIT, ragged, vision
 
 from adacomcat import backends, ops
 from adacomcat.kernels import load, tiles
@@ -102,14 +102,14 @@ def test_vision_transformer_on_sm_90_with_wgmma(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("case", parts.VISION, ids=lambda case: case.id)
-def test_parts_of_a_vision_transformer(case: parts.Parts, architecture: str) -> None:
+@pytest.mark.parametrize("case", split_k.VISION, ids=lambda case: case.id)
+def test_parts_of_a_vision_transformer(case: split_k.Parts, architecture: str) -> None:
     """Sums are split where rows are few for the processors: not above, on sm_90."""
-    arguments = parts.draw(case, torch.float16)
+    arguments = split_k.draw(case, torch.float16)
     with emulated(architecture) as launches:
-        actual = parts.run_kernels(*arguments)
+        actual = split_k.run_kernels(*arguments)
     assert {launch.name for launch in launches} == {"expand_parts_kernel", "sum_parts_kernel"}
-    assert worst(actual, *parts.oracles("fp16", *arguments), UNITS["fp16"]) == []
+    assert worst(actual, *split_k.oracles("fp16", *arguments), UNITS["fp16"]) == []
 
 
 def test_the_ops_run_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:

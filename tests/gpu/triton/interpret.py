@@ -4,18 +4,15 @@ A process of its own: TRITON_INTERPRET is read when kernels are imported. Argume
 """
 
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable
 
-os.environ["TRITON_INTERPRET"] = "1"
-
-import access_checks  # noqa: E402
-import parts  # noqa: E402
-import strict_interpreter  # noqa: E402
-import torch  # noqa: E402
-from cases import (  # noqa: E402
+import access_checks
+import split_k
+import strict_interpreter
+import torch
+from kernel_cases import (
     DTYPES,
     UNITS,
     Case,
@@ -26,20 +23,20 @@ from cases import (  # noqa: E402
     run_kernels,
     worst,
 )
-from shapes import ragged  # noqa: E402
-from stub_driver import compiling_for  # noqa: E402
+from kernel_shapes import ragged
+from stub_driver import compiling_for
 
 Results = dict[str, torch.Tensor]
 # 16-bit tiles are stored in another shape there.
 ON_AMD = ("tokens", "odd", "aligned")
 
 
-def prepared(case: Case | parts.Parts, dtype_name: str) -> tuple[Callable, Results, Results]:
+def prepared(case: Case | split_k.Parts, dtype_name: str) -> tuple[Callable, Results, Results]:
     """What is to run, what it has to give exactly, and what plain PyTorch gives."""
     dtype, _ = DTYPES[dtype_name]
-    if isinstance(case, parts.Parts):
-        arguments = parts.draw(case, dtype)
-        return lambda: parts.run_kernels(*arguments), *parts.oracles(dtype_name, *arguments)
+    if isinstance(case, split_k.Parts):
+        arguments = split_k.draw(case, dtype)
+        return lambda: split_k.run_kernels(*arguments), *split_k.oracles(dtype_name, *arguments)
     arguments = draw(case, dtype)
     grad = incoming(case, arguments)
     expected = oracles(case, dtype_name, arguments, grad)
@@ -49,7 +46,7 @@ def prepared(case: Case | parts.Parts, dtype_name: str) -> tuple[Callable, Resul
 def findings(part: int, count: int) -> dict[str, list[str]]:
     """Case and type → what is wrong with it; "KERNEL PART" → the cases that it ran in."""
     found: dict[str, list[str]] = {}
-    for i, case in enumerate([*ragged(), *parts.RAGGED]):
+    for i, case in enumerate([*ragged(), *split_k.RAGGED]):
         if i % count != part:
             continue
         kernels: set[str] = set()

@@ -12,18 +12,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-import parts
 import pytest
-from cases import DTYPES
-from shapes import ragged
+import split_k
+from kernel_cases import DTYPES
+from kernel_shapes import ragged
 
 PARTS = 2  # processes at once
 HERE = Path(__file__).parent
-KERNELS = HERE.parent.parent / "kernels"
+# The processes import the kernels, and the helpers in tests/gpu.
+ROOT = HERE.parents[2]
+IMPORTS = os.pathsep.join([str(HERE.parent), str(ROOT), os.environ.get("PYTHONPATH", "")])
+KERNELS = ROOT / "kernels"
 
 
 def start(*arguments: str) -> subprocess.Popen:
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": IMPORTS, "TRITON_INTERPRET": "1",
+                   "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -55,7 +59,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", [case.id for case in [*ragged(), *parts.RAGGED]])
+@pytest.mark.parametrize("case", [case.id for case in [*ragged(), *split_k.RAGGED]])
 def test_interpreted(case: str, dtype: str, findings: dict[str, list[str]]) -> None:
     assert findings[f"{case}-{dtype}-sm_80"] == []
 

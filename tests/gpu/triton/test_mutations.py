@@ -8,17 +8,16 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from cases import draw, incoming, run_kernels
-from mutations import KINDS, place_of
+from kernel_cases import Case, draw, incoming, run_kernels
 from ptx.emulate import Launch, emulated
 from ptx.machine import Machine
 from ptx.memory import Fault
+from ptx.mutations import KINDS, place_of
 from ptx.parser import Kernel
-from shapes import Case
 
 from adacomcat.kernels import load, low_rank_mlp, tiles
 from adacomcat.kernels import reductions as sums
-from adacomcat.kernels.products import gather, project
+from adacomcat.kernels.matmul import gather, project
 from adacomcat.kernels.reductions import weight_grad, weight_grads
 
 LINEAR = Case("low_rank_linear", "mutated", {"lead": (150,), "d": 150, "r": 30, "out": 70},

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import triton.language as tl
-from number_formats import bf16_to_f32, f32_to_bf16, truncate_to_tf32
+from ptx.number_formats import bf16_to_f32, f32_to_bf16, truncate_to_tf32
 from scipy.special import erf
 from triton._C.libtriton import ir
 from triton.language.semantic import TritonSemantic

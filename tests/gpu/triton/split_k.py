@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from cases import TensorFloat32
-from shapes import DEIT
+from kernel_cases import TensorFloat32
+from kernel_shapes import DEIT
 from torch import Tensor
 
 
