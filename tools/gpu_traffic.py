@@ -87,7 +87,7 @@ class Shape:
 
     def shared_out(self, columns: int) -> int:
         """Programs that own the same rows and a part each of these columns, or hidden units."""
-        share = tiles.columns_per_part(columns, self.tile.BLOCK_N, self.row_blocks)
+        share = tiles.columns_per_program(columns, self.tile.BLOCK_N, self.row_blocks)
         return triton.cdiv(columns, share)
 
 
@@ -105,7 +105,7 @@ class Launch:
 
 def product(m: int, k: int, n: int, widest: int, first: bool) -> Launch:
     """x W, of whose two halves the first leaves its result to the next launch."""
-    tile = tiles.product_tile(m, n, LIKE, widest)
+    tile = tiles.matmul_tile(m, n, LIKE, widest)
     blocks, columns = triton.cdiv(m, tile.BLOCK_M), triton.cdiv(n, tile.BLOCK_N)
     bias = 0 if first else n
     x, w, y = SIZE * m * k, SIZE * (n * k + bias), SIZE * m * n
@@ -138,7 +138,7 @@ def launches(shape: Shape) -> Iterator[Launch]:
     out, sums = last + SIZE * n, 4 * parts * m * r
     tile = tiles.row_tile(m, r, LIKE, least=16)
     rows = triton.cdiv(m, tile.BLOCK_M)
-    columns = triton.cdiv(n, tiles.columns_per_part(n, tile.BLOCK_N, rows))
+    columns = triton.cdiv(n, tiles.columns_per_program(n, tile.BLOCK_N, rows))
     yield Launch(flops - 2 * m * out // SIZE, weights - out, read,
                  read + again + blocks * (weights - out) + sums, blocks * parts, room + sums)
     yield Launch(2 * m * out // SIZE + columns * parts * m * r, out, y,

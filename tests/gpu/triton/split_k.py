@@ -55,10 +55,10 @@ def oracles(
 
 
 def run_kernels(parts: Tensor, u: Tensor, bias: Tensor) -> dict[str, Tensor]:
-    """The same by `sum_parts_kernel` and by `expand_parts_kernel`."""
+    """The same by `sum_splits_kernel` and by `expand_splits_kernel`."""
     from adacomcat.kernels import low_rank_mlp, reductions
 
     _, rows, rank = parts.shape
     out, middle = u.new_empty(rows, u.shape[0]), u.new_empty(rows, rank)
-    low_rank_mlp._expand_parts(parts, u, bias, None, out, middle)
-    return {"total": reductions.sum_parts(parts, u.dtype), "middle": middle, "out": out}
+    low_rank_mlp._expand_splits(parts, u, bias, None, out, middle)
+    return {"total": reductions.sum_splits(parts, u.dtype), "middle": middle, "out": out}

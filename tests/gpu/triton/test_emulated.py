@@ -95,7 +95,7 @@ def test_vision_transformer_on_sm_90_with_wgmma(
     monkeypatch.setattr(tiles, "multiprocessors", lambda: 1)
     launches = run(case, "sm_90", "fp16")
     # The other reductions have less than the 64 rows of a wgmma, at rank 256.
-    names = ("low_rank", "attention", "project", "gather", "weight_grad_kernel")
+    names = ("low_rank", "attention", "project", "matmul_sum", "weight_grad_kernel")
     for launch in launches:
         if launch.name.startswith(names):
             assert any(i.parts[0] == "wgmma" for i in launch.kernel.code), launch.name
@@ -108,7 +108,7 @@ def test_parts_of_a_vision_transformer(case: split_k.Parts, architecture: str) -
     arguments = split_k.draw(case, torch.float16)
     with emulated(architecture) as launches:
         actual = split_k.run_kernels(*arguments)
-    assert {launch.name for launch in launches} == {"expand_parts_kernel", "sum_parts_kernel"}
+    assert {launch.name for launch in launches} == {"expand_splits_kernel", "sum_splits_kernel"}
     assert worst(actual, *split_k.oracles("fp16", *arguments), UNITS["fp16"]) == []
 
 
@@ -141,7 +141,7 @@ def test_gradients_are_the_same_every_time() -> None:
     grad = incoming(case, arguments)
     with emulated("sm_80") as launches:
         first, second = (run_kernels(case, arguments, grad) for _ in range(2))
-    assert any(launch.name == "sum_parts_kernel" for launch in launches)
+    assert any(launch.name == "sum_splits_kernel" for launch in launches)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
