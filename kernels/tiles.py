@@ -157,7 +157,7 @@ def mlp_tile(rows: int, rank: int, x: Tensor) -> Tile:
     """The tile of low_rank_mlp; for 16-bit types on sm_90 the fastest of a sweep on an H200.
 
     For one image 16 rows were fastest, with mma instead of wgmma. Tiles of 128 rows were fastest
-    where tiles of 64 are more than one wave, since each program reads all weights from the L2 cache.
+    where tiles of 64 are more than one wave: each program reads all weights from the L2 cache.
     """
     if target().arch != 90 or x.element_size() != 2:
         return row_tile(rows, rank, x, factors=2)
@@ -249,7 +249,7 @@ def attention_tile(tokens: int, heads: int, rank: int, x: Tensor) -> Tile:
 
 
 def splits(rows: int, block: int, programs: int) -> int:
-    """The number of splits of a sum over rows: up to two waves of programs, 4 tiles a split or more.
+    """Splits of a sum over rows: up to two waves of programs, and at least 4 tiles a split.
 
     It depends on the shape and the architecture only, so that results repeat bit for bit.
     """

@@ -18,7 +18,7 @@ from ptx.parser import Kernel
 from adacomcat.kernels import load, low_rank_mlp, tiles
 from adacomcat.kernels import reductions as sums
 from adacomcat.kernels.matmul import matmul_sum, project
-from adacomcat.kernels.reductions import weight_grad, weight_and_bias_grads
+from adacomcat.kernels.reductions import weight_and_bias_grads, weight_grad
 
 LINEAR = Case("low_rank_linear", "mutated", {"lead": (150,), "d": 150, "r": 30, "out": 70},
               {"ACTIVATION": "relu"})

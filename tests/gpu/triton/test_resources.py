@@ -102,5 +102,6 @@ def test_gradients_are_read_128_bits_at_a_time(dtype: str, model: str, architect
     with precision(setting):
         compiled = dict(compile_all(architecture, lambda: weight_and_bias_grads(
             grad, middle, u, bias, "gelu", (True, True))))
-    taken = measure("weight_and_bias_grads_kernel", compiled["weight_and_bias_grads_kernel"], architecture, dtype)
+    name = "weight_and_bias_grads_kernel"
+    taken = measure(name, compiled[name], architecture, dtype)
     assert not taken.narrow and not taken.spilled, taken

@@ -41,7 +41,8 @@ def launch(shape: Shape) -> list[Launch]:
                 keep_intermediates=False,
             )  # fmt: skip
         else:
-            load("low_rank_linear").forward(e(m, k), e(k, r), e(n, r), e(n), keep_intermediates=False)
+            load("low_rank_linear").forward(
+                e(m, k), e(k, r), e(n, r), e(n), keep_intermediates=False)
     return found
 
 
