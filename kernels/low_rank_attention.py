@@ -177,7 +177,7 @@ def attention_queries_backward_kernel(
             q, k, scale, mask_ptr, stride_mask_q, stride_mask_k, queries, keys, N,
             IS_BOOL, PRECISION,
         )  # fmt: skip
-        p = tl.exp2(logits - lse[:, None])
+        p = tl.exp2(logits - lse[:, None])  # pyright: ignore[reportArgumentType]
         dp = tl.dot(dcontext, tl.trans(v), input_precision=PRECISION)
         dlogits = p * (dp - delta[:, None])
         dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision=PRECISION)

@@ -33,11 +33,10 @@ Gradient = Tensor | None
 
 
 @triton.jit
-def split_of_rows(AXIS: tl.constexpr, M, rows_per_split):
-    """The split of this program, its first row (int64), and its number of rows."""
-    split = tl.program_id(AXIS)
+def rows_of_split(split, M, rows_per_split):
+    """The first row of a split (int64), and its number of rows (int32)."""
     first = split.to(tl.int64) * rows_per_split
-    return split, first, tl.minimum(M - first, rows_per_split).to(tl.int32)
+    return first, tl.minimum(M - first, rows_per_split).to(tl.int32)
 
 
 @triton.jit
@@ -58,7 +57,8 @@ def row_sum_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One split of Σ_rows a * b, or without b of Σ_rows a: a, b (M, N) → (N,)."""
-    split, first, remaining = split_of_rows(1, M, rows_per_split)
+    split = tl.program_id(1)
+    first, remaining = rows_of_split(split, M, rows_per_split)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, remaining, BLOCK_M):
@@ -78,7 +78,8 @@ def weight_grad_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One split of (aᵀ b) * scale: a (M, N), b (M, R), scale (R,)."""
-    split, first, remaining = split_of_rows(2, M, rows_per_split)
+    split = tl.program_id(2)
+    first, remaining = rows_of_split(split, M, rows_per_split)
     a_ptr += first * stride_a
     b_ptr += first * stride_b
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -107,7 +108,8 @@ def weight_and_bias_grads_kernel(
 
     g is computed tile by tile and never written.
     """
-    split, first, remaining = split_of_rows(1, M, rows_per_split)
+    split = tl.program_id(1)
+    first, remaining = rows_of_split(split, M, rows_per_split)
     grad_ptr += first * stride_grad
     middle_ptr += first * stride_middle
     columns, ranks = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
@@ -146,7 +148,8 @@ def hidden_grads_kernel(
     h = act(pre) and g = (dmiddle2 V2ᵀ) * act'(pre), with pre = middle1 U1ᵀ + b1, are computed tile
     by tile as (BLOCK_N, BLOCK_M) and never written.
     """
-    split, first, remaining = split_of_rows(1, M, rows_per_split)
+    split = tl.program_id(1)
+    first, remaining = rows_of_split(split, M, rows_per_split)
     middle1_ptr += first * stride_middle1
     dmiddle2_ptr += first * stride_dmiddle2
     hidden = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 
 # Multiprocessors, and shared memory that a block can use (KiB), by architecture. The counts are
 # constants instead of a query, so that split-k gives the same bits on every card of one kind.
@@ -43,7 +44,7 @@ def enough_programs() -> int:
     return max(1, multiprocessors() // 2)
 
 
-def target() -> triton.backends.compiler.GPUTarget:
+def target() -> GPUTarget:
     """The architecture that kernels are compiled for at this moment."""
     return triton.runtime.driver.active.get_current_target()
 
@@ -201,11 +202,11 @@ def matmul_tile(rows: int, columns: int, x: Tensor, widest: int = 128) -> Tile:
     sizes = [(128, widest), (128, 64), (64, 64), (32, 64), (32, 32), (16, 32)]
     if target().arch == 90 and x.element_size() == 2:
         sizes[:2] = [(64, widest)]
-    # In the smallest tile each of AMD's 128 threads would have less than 16 bytes.
-    for rows_at_once, columns_at_once in sizes[:-1] if on_amd() else sizes:
-        programs = triton.cdiv(rows, rows_at_once) * triton.cdiv(columns, columns_at_once)
-        if programs >= enough_programs():
-            break
+    if on_amd():
+        sizes.pop()  # each of its 128 threads would have less than 16 bytes of the smallest tile
+    busy = ((m, n) for m, n in sizes
+            if triton.cdiv(rows, m) * triton.cdiv(columns, n) >= enough_programs())
+    rows_at_once, columns_at_once = next(busy, sizes[-1])
     # At least 16 bytes of the smaller tile for each of 128 threads.
     depth = max(depth, 2048 // (rows_at_once * x.element_size()))
     stage = depth * size * (rows_at_once + columns_at_once)
@@ -293,6 +294,6 @@ def _neighbours(tile: Tile) -> list[Tile]:
 
 def _milliseconds(run: Callable[[Tile], object], tile: Tile) -> float:
     try:
-        return triton.testing.do_bench(lambda: run(tile))
+        return float(triton.testing.do_bench(lambda: run(tile)))  # pyright: ignore
     except triton.runtime.errors.OutOfResources:
         return float("inf")

@@ -124,7 +124,7 @@ def attention(model: str, batch: int) -> tuple[Ways, int, int]:
 
 
 def linear(model: str, batch: int) -> tuple[Ways, int, int]:
-    """Ways to compute gelu(low_rank_linear(x)), its FLOPs, and its bytes of inputs and outputs."""
+    """Ways to compute gelu(low_rank_linear(x)), FLOPs, bytes of inputs and outputs."""
     d, r, _ = SIZES[model]
     x, v, u, b, w = (draw(*s) for s in ((batch, TOKENS, d), (d, r), (4 * d, r), (4 * d,),
                                         (4 * d, d)))
@@ -156,7 +156,7 @@ def measure_ops() -> Iterator[dict[str, object]]:
 
 
 def measure_svd() -> Iterator[dict[str, object]]:
-    """batched_svd and torch.linalg.svd without graphs, since both read back whether they converged."""
+    """SVDs without CUDA graphs, since both functions read back whether they converged."""
     for count, side in ((144, 64), (4096, 32)):
         a = torch.randn(count, side, side, device="cuda")
         times: dict[str, list[float]] = {"ours": [], "torch.linalg.svd": []}
