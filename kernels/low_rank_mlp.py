@@ -69,8 +69,10 @@ def contract_or_load(
             # Of the programs that share these rows, the first one stores them.
             stored = tl.where(tl.program_id(1) == 0, remaining, 0)
             store_tile(middle_ptr + first * R, R, rows, ranks, stored, R, middle)
-        return middle.to(DTYPE)
-    return load_tile(middle_ptr + first * R, R, rows, ranks, remaining, R)
+        middle = middle.to(DTYPE)
+    else:
+        middle = load_tile(middle_ptr + first * R, R, rows, ranks, remaining, R)
+    return middle
 
 
 @triton.jit
