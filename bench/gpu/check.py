@@ -1,9 +1,9 @@
-"""Where there is a GPU: correctness, then timings: `make gpu-check`; or `ops` or `models` alone.
+"""`make gpu-check`: correctness and timings of the GPU kernels, where there is a GPU.
 
-Correctness against float64 is tests/gpu/test_device.py. Timings are medians of CUDA events around
-replays of CUDA graphs, of ours as it is by default and of what a user would run instead, all in
-turn; and the fraction of the roofline that follows from the card's memory bandwidth and arithmetic
-as measured here. Writes bench/gpu/*.json.
+First the tests of tests/gpu that need a GPU run; `ops` or `models` as the argument skips them and
+takes only those timings. A timing is the median of CUDA events around replays of a CUDA graph. Our
+kernels, as they are chosen by default, and the PyTorch alternatives take turns. Rooflines use the
+card's bandwidth and arithmetic as measured here. The results go to bench/gpu/*.json.
 """
 
 import copy
@@ -15,21 +15,19 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import peers
 import timm
 import torch
 import torch.nn.functional as F
 import triton
+from test_models import MODELS, low_rank
 from torch import Tensor, nn
 
+import adacomcat
+from adacomcat import ops
+from adacomcat.ops import backends, decompositions
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-import peers  # noqa: E402
-from test_models import MODELS, low_rank  # noqa: E402
-
-import adacomcat  # noqa: E402
-from adacomcat import ops  # noqa: E402
-from adacomcat.ops import backends, decompositions  # noqa: E402
 
 REPEATS, CALLS = 9, 5
 BATCHES = (1, 8, 64, 256)
@@ -39,7 +37,7 @@ Ways = dict[str, Callable[[], object]]
 
 
 def interleaved(ways: Ways, calls: int = CALLS) -> dict[str, float]:
-    """Median seconds of one call of each, `calls` of which are captured in a graph."""
+    """Median seconds of one call of each way; a graph captures `calls` calls."""
     graphs, times = {}, {}
     for name, run in ways.items():
         side = torch.cuda.Stream()
@@ -63,7 +61,7 @@ def interleaved(ways: Ways, calls: int = CALLS) -> dict[str, float]:
 
 
 def peaks() -> dict[str, float]:
-    """What this card reaches: FLOP/s of a large product in bfloat16, bytes/s of a large copy."""
+    """FLOP/s of a large bfloat16 product and bytes/s of a large copy on this card."""
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     b, c = torch.empty_like(a), a.new_empty(1 << 30)
     d = torch.empty_like(c)
@@ -76,7 +74,7 @@ def draw(*shape: int) -> Tensor:
 
 
 def mlp(model: str, batch: int) -> tuple[Ways, int, int]:
-    """x + mlp(norm(x)): ways, FLOPs, and bytes of inputs and outputs."""
+    """Ways to compute x + mlp(norm(x)), its FLOPs, and its bytes of inputs and outputs."""
     d, r, _ = SIZES[model]
     x, hidden = draw(batch, TOKENS, d), 4 * d
     v1, u1, b1, v2, u2, b2 = (draw(*shape) for shape in (
@@ -101,7 +99,7 @@ def mlp(model: str, batch: int) -> tuple[Ways, int, int]:
 
 
 def attention(model: str, batch: int) -> tuple[Ways, int, int]:
-    """x + attention(norm(x)): ways, FLOPs, and bytes of inputs and outputs."""
+    """Ways to compute x + attention(norm(x)), its FLOPs, and its bytes of inputs and outputs."""
     d, _, heads = SIZES[model]
     x, rank = draw(batch, TOKENS, d), RANK * heads
     joint, wo, bo, bq = draw(3 * rank, d), draw(d, rank), draw(d), draw(rank)
@@ -127,7 +125,7 @@ def attention(model: str, batch: int) -> tuple[Ways, int, int]:
 
 
 def linear(model: str, batch: int) -> tuple[Ways, int, int]:
-    """gelu(low_rank_linear(x)): ways, FLOPs, and bytes of inputs and outputs."""
+    """Ways to compute gelu(low_rank_linear(x)), FLOPs, bytes of inputs and outputs."""
     d, r, _ = SIZES[model]
     x, v, u, b, w = (draw(*s) for s in ((batch, TOKENS, d), (d, r), (4 * d, r), (4 * d,),
                                         (4 * d, d)))
@@ -159,7 +157,7 @@ def measure_ops() -> Iterator[dict[str, object]]:
 
 
 def measure_svd() -> Iterator[dict[str, object]]:
-    """Not captured in graphs: both read back whether they converged."""
+    """SVDs without CUDA graphs, since both functions read back whether they converged."""
     for count, side in ((144, 64), (4096, 32)):
         a = torch.randn(count, side, side, device="cuda")
         times: dict[str, list[float]] = {"ours": [], "torch.linalg.svd": []}
@@ -206,8 +204,9 @@ def main(part: str = "") -> int:
         return 0
     failed = 0
     if not part:
-        tests = HERE.parent.parent / "tests" / "gpu" / "test_device.py"
-        failed = subprocess.run([sys.executable, "-m", "pytest", "-q", tests]).returncode
+        tests = HERE.parents[1] / "tests" / "gpu"
+        command = [sys.executable, "-m", "pytest", "-q", tests, "-k", "device"]
+        failed = subprocess.run(command).returncode
     found: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
                                 "triton": triton.__version__, "rows": []}
     name = found["gpu"].lower().replace(" ", "_") + (f"_{part}" if part else "")
@@ -225,7 +224,7 @@ def main(part: str = "") -> int:
 
 
 def told(row: dict[str, object]) -> str:
-    """Microseconds, and how many times as long as ours; all else as it is."""
+    """One line: the microseconds of each way with their ratio to ours, then all other values."""
     row = dict(row)
     times = row.pop("seconds", {})
     ours = next(iter(times.values()), 1.0)

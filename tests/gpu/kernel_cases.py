@@ -1,7 +1,6 @@
-"""What is computed with every kernel: shapes, inputs, and two oracles written as plain formulas.
+"""Cases of all ops: inputs, formulas as oracles, the tolerance, and a call of the launchers.
 
-The same cases go through the interpreter, through the emulated PTX, and, where there is
-one, through a GPU. Importing this module loads no kernel.
+The interpreter, the emulator and the GPU run the same cases. Importing this module loads no kernel.
 """
 
 import math
@@ -15,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What a float32 product may be: exact, or with operands of 10 bits as tensor cores take them.
+# dtype and torch.set_float32_matmul_precision: "high" lets float32 products be tf32.
 DTYPES = {
     "fp16": (torch.float16, "highest"),
     "bf16": (torch.bfloat16, "highest"),
     "fp32": (torch.float32, "highest"),
     "tf32": (torch.float32, "high"),
 }
+# One unit in the last place of the operands.
 UNITS = {"fp16": 2.0**-10, "bf16": 2.0**-7, "fp32": 2.0**-22, "tf32": 2.0**-10}
 FLOOR = 1e-6
 EPSILON = 1e-6
@@ -37,7 +37,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
     strided: tuple[str, ...] = ()
-    # For inference: of x's layer norm, with a residual, for which the incoming gradient stands.
+    # Inference: layer norm before, residual after; the incoming gradient serves as the residual.
     sublayer: bool = False
 
     @property
@@ -81,7 +81,7 @@ def low_rank_attention(x, wq, bq, wk, wv, wo, bo, num_heads, scale, attn_mask) -
         logits = logits.masked_fill(~attn_mask, -math.inf)
     elif attn_mask is not None:
         logits = logits + attn_mask
-    # A row that is masked entirely attends to nothing.
+    # A row that is masked entirely has probabilities of zero.
     nothing = (logits == -math.inf).all(-1, keepdim=True)
     p = logits.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
     y = (p @ heads(x @ wv.t())).transpose(1, 2).flatten(2) @ wo.t()
@@ -108,7 +108,7 @@ ARGUMENTS = {
         "x", "wq", "bq", "wk", "wv", "wo", "bo", "NUM_HEADS", "SCALE", "attn_mask",
     ),
 }  # fmt: skip
-# The backward launchers give the gradients of these; the residual's is the incoming one.
+# The gradients of the backward launchers. The residual's gradient is the incoming one.
 DIFFERENTIATED = {
     "low_rank_linear": ("x", "v", "u", "bias"),
     "gated_low_rank_linear": ("x", "v", "gate", "u", "bias"),
@@ -140,7 +140,7 @@ def _shapes(case: Case) -> dict[str, tuple[int, ...]]:
 
 
 def draw(case: Case, dtype: torch.dtype) -> list[Any]:
-    """The arguments of the op, seeded by the case; weights scaled so that values stay near one."""
+    """The arguments of the op, seeded by the case; weights are scaled for outputs near one."""
     generator = torch.Generator().manual_seed(zlib.crc32(case.id.encode()))
     shapes, tensors = _shapes(case), {}
     for name, shape in shapes.items():
@@ -168,12 +168,12 @@ def _mask(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor 
     keep = torch.rand(s["batch"], 1, n, n, generator=generator) < 0.7
     if kind == "keys":
         return keep[:, :, :1]
-    keep[:, :, 1::3] = False  # rows that attend to nothing
+    keep[:, :, 1::3] = False  # rows that are masked entirely
     return keep
 
 
 class TensorFloat32(TorchDispatchMode):
-    """float32 products whose operands lose 13 bits: what tensor cores compute where tf32 is on."""
+    """Truncates the operands of float32 products to tf32, as tensor cores do."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         aten = torch.ops.aten
@@ -184,7 +184,7 @@ class TensorFloat32(TorchDispatchMode):
 
 
 def truncate_to_tf32(x: Tensor) -> Tensor:
-    """Without the bits that tensor cores ignore; float64 stays."""
+    """x without the 13 low bits that tensor cores ignore; other dtypes than float32 stay."""
     if x.dtype != torch.float32:
         return x
     return (x.contiguous().view(torch.int32) & -8192).view(torch.float32)
@@ -192,7 +192,7 @@ def truncate_to_tf32(x: Tensor) -> Tensor:
 
 @contextmanager
 def precision(name: str) -> Iterator[None]:
-    """torch's setting for float32 products, which the launchers read."""
+    """Set torch's float32 matmul precision, which the launchers read."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(name)
     try:
@@ -202,7 +202,7 @@ def precision(name: str) -> Iterator[None]:
 
 
 def differentiate(case: Case, arguments: list[Any], grad: Tensor) -> dict[str, Tensor]:
-    """The formula's result and its gradients, at the precision of the arguments."""
+    """The formula's result and its gradients, in the dtype of the arguments."""
     if case.sublayer:
         x, *others = arguments
         return {"out": FORMULAS[case.op](normalized(x), *others) + grad.to(x.dtype)}
@@ -225,7 +225,7 @@ def differentiate(case: Case, arguments: list[Any], grad: Tensor) -> dict[str, T
 def oracles(
     case: Case, dtype_name: str, arguments: list[Any], grad: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The exact results in float64, and those of plain PyTorch at the same type and precision."""
+    """The results in float64, and those of plain PyTorch at the same dtype and precision."""
     exact = differentiate(
         case, [_double(value) for value in arguments], grad.double()
     )
@@ -250,7 +250,7 @@ def run_kernels(
     if case.sublayer:
         if case.op == "low_rank_attention":
             arguments = in_one_matrix(arguments)
-        fused = dict(keep=False, tile=tile, epsilon=EPSILON, residual=grad)
+        fused = dict(keep_intermediates=False, tile=tile, epsilon=EPSILON, residual=grad)
         return {"out": module.forward(*arguments, **fused)[0]}
     out, *kept = module.forward(*arguments, tile=tile)
     needed = [name for name in DIFFERENTIATED[case.op]]
@@ -281,9 +281,9 @@ def incoming(case: Case, arguments: list[Any]) -> Tensor:
 def worst(
     actual: dict[str, Tensor], exact: dict[str, Tensor], plain: dict[str, Tensor], unit: float = 0.0
 ) -> list[str]:
-    """What exceeds the tolerance: twice the error of plain PyTorch plus a floor, all relative.
+    """The results that exceed the tolerance: twice PyTorch's relative error plus a floor.
 
-    `unit` is a unit in the last place of the type's operands, which decides in two places.
+    `unit` is added for tensors below 64 elements, and four units where the exact result is zero.
     """
     complaints = []
     for name, value in exact.items():
@@ -295,15 +295,15 @@ def worst(
         if value.numel() == 0:
             continue
         error, allowed = (relative_error(t[name], value) for t in (actual, plain))
-        few = unit if value.numel() < 64 else 0.0  # the luck of few roundings does not average out
-        zero = 4 * unit if value.norm() < 1e-9 else 0.0  # no relative error: of numbers near one
+        few = unit if value.numel() < 64 else 0.0  # few roundings do not average out
+        zero = 4 * unit if value.norm() < 1e-9 else 0.0  # absolute, for sums of numbers near one
         if not error <= 2 * allowed + FLOOR + few + zero:
             complaints.append(f"{name}: {error:.2e} exceeds twice {allowed:.2e}")
     return complaints
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """||actual - exact|| / ||exact|| in float64; per element where what is exact is zero."""
+    """||actual - exact|| / ||exact|| in float64; per element if the exact result is zero."""
     norm = exact.norm().item()
     scale = norm if norm >= 1e-9 else exact.numel() ** 0.5
     return ((actual.double() - exact).norm() / scale).item()

@@ -1,7 +1,7 @@
 """Every kernel's source, forward and backward, on ragged shapes in a strict interpreter.
 
-Checked: errors against float64, that every element of an output is written, that no lane leaves
-its tensor, and that no program touches what another one stores, whatever their order.
+The tests check errors against float64, that every element of an output is written, that no lane
+leaves its tensor, and that no program touches an element that another program stores.
 """
 
 import fcntl
@@ -12,18 +12,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-import parts
 import pytest
-from cases import DTYPES
-from shapes import ragged
+import split_k
+from kernel_cases import DTYPES
+from kernel_shapes import ragged
 
-PARTS = 2  # processes at once
+PROCESSES = 2
 HERE = Path(__file__).parent
-KERNELS = HERE.parent.parent / "kernels"
+# The processes import the kernels, and the helpers in tests/gpu.
+ROOT = HERE.parents[2]
+IMPORTS = os.pathsep.join([str(HERE.parent), str(ROOT), os.environ.get("PYTHONPATH", "")])
+KERNELS = ROOT / "kernels"
 
 
 def start(*arguments: str) -> subprocess.Popen:
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": IMPORTS, "TRITON_INTERPRET": "1",
+                   "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -31,7 +35,7 @@ def start(*arguments: str) -> subprocess.Popen:
 
 
 def interpret() -> dict[str, list[str]]:
-    processes = [start("interpret.py", str(part), str(PARTS)) for part in range(PARTS)]
+    processes = [start("interpret.py", str(i), str(PROCESSES)) for i in range(PROCESSES)]
     found = {}
     for process in processes:
         out, error = process.communicate()
@@ -42,7 +46,7 @@ def interpret() -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Interpreted once, also where several workers have a share of these tests."""
+    """The findings of one run, which all pytest-xdist workers share."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # that of all workers
@@ -55,7 +59,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", [case.id for case in [*ragged(), *parts.RAGGED]])
+@pytest.mark.parametrize("case", [case.id for case in [*ragged(), *split_k.RAGGED]])
 def test_interpreted(case: str, dtype: str, findings: dict[str, list[str]]) -> None:
     assert findings[f"{case}-{dtype}-sm_80"] == []
 
@@ -68,7 +72,7 @@ def test_interpreted_as_on_amd(findings: dict[str, list[str]]) -> None:
 def test_every_kernel_ran_at_ten_shapes(findings: dict[str, list[str]]) -> None:
     source = "".join(file.read_text() for file in KERNELS.glob("*.py"))
     for kernel in re.findall(r"^def (\w+_kernel)\(", source, re.M):
-        shapes = [case for part in range(PARTS) for case in findings.get(f"{kernel} {part}", [])]
+        shapes = [case for i in range(PROCESSES) for case in findings.get(f"{kernel} {i}", [])]
         assert len(shapes) >= 10, kernel
 
 

@@ -41,7 +41,7 @@ def test_two_launches_are_for_wide_ranks_or_few_rows_and_a_large_factor(
 def test_products_keep_half_of_the_processors_busy(rows: int, columns: int) -> None:
     """The largest tile that does, or the smallest of all."""
     with compiling_for("sm_80"):
-        tile = tiles.product_tile(rows, columns, HALF)
+        tile = tiles.matmul_tile(rows, columns, HALF)
     programs = -(-rows // tile.BLOCK_M) * -(-columns // tile.BLOCK_N)
     assert programs >= 54 or (tile.BLOCK_M, tile.BLOCK_N) == (16, 32)
 
@@ -58,7 +58,7 @@ def test_sums_are_split_in_whole_tiles(rows: int, programs: int) -> None:
 def test_few_rows_are_shared_out(name: str, most: int, columns: int, programs: int) -> None:
     """By as many as are wanted, a dozen to the same rows; one fewer block each would be more."""
     with compiling_for(name):
-        share = tiles.columns_per_part(columns, 64, programs)
+        share = tiles.columns_per_program(columns, 64, programs)
     parts = max(1, -(-columns // share))
     assert share % 64 == 0
     assert parts == 1 or parts <= 12 and parts * programs <= most

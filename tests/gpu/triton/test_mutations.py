@@ -8,18 +8,17 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from cases import draw, incoming, run_kernels
-from mutations import KINDS, place_of
+from kernel_cases import Case, draw, incoming, run_kernels
 from ptx.emulate import Launch, emulated
 from ptx.machine import Machine
 from ptx.memory import Fault
+from ptx.mutations import KINDS, place_of
 from ptx.parser import Kernel
-from shapes import Case
 
 from adacomcat.kernels import load, low_rank_mlp, tiles
 from adacomcat.kernels import reductions as sums
-from adacomcat.kernels.products import gather, project
-from adacomcat.kernels.reductions import weight_grad, weight_grads
+from adacomcat.kernels.matmul import matmul_sum, project
+from adacomcat.kernels.reductions import weight_and_bias_grads, weight_grad
 
 LINEAR = Case("low_rank_linear", "mutated", {"lead": (150,), "d": 150, "r": 30, "out": 70},
               {"ACTIVATION": "relu"})
@@ -79,8 +78,8 @@ def expansion() -> None:
             residual=residual, grad=grad, tile=TILE)
 
 
-def gathering() -> None:
-    gather(*((apart(normal(150, n)), apart(normal(n, 64))) for n in (90, 90, 40)), tile=TILE)
+def summed_projections() -> None:
+    matmul_sum(*((apart(normal(150, n)), apart(normal(n, 64))) for n in (90, 90, 40)), tile=TILE)
 
 
 def reduction() -> None:
@@ -90,7 +89,7 @@ def reduction() -> None:
 def reductions() -> None:
     """Of U and b, through an activation."""
     grad, middle, u = apart(normal(230, 64)), apart(normal(230, 30)), apart(normal(64, 30))
-    weight_grads(grad, middle, u, normal(64), "relu", (True, True))
+    weight_and_bias_grads(grad, middle, u, normal(64), "relu", (True, True))
 
 
 def mlp_arguments() -> list:
@@ -101,7 +100,7 @@ def mlp_arguments() -> list:
 def mlp() -> None:
     """Two programs share the same rows, with several steps along the hidden layer each."""
     with patch.object(tiles, "multiprocessors", lambda: 8):
-        load("low_rank_mlp").forward(*mlp_arguments(), keep=False, tile=TILE)
+        load("low_rank_mlp").forward(*mlp_arguments(), keep_intermediates=False, tile=TILE)
 
 
 def mlp_apart() -> None:
@@ -136,7 +135,7 @@ def unaligned_parts() -> None:
     parts[:, 1::2] = torch.nan
     out = torch.empty(50, 50, dtype=torch.float16)
     with patch.object(tiles, "multiprocessors", lambda: 4):
-        low_rank_mlp._expand_parts(parts, apart(normal(50, 30)), normal(50), None, out, None, TILE)
+        low_rank_mlp._expand_splits(parts, apart(normal(50, 30)), normal(50), None, out, None, TILE)
 
 
 TILE = tiles.Tile(64, 32, 32, 4, 3)
@@ -148,13 +147,13 @@ RUNS = [
     ("attention_keys_backward_kernel", attention_backward),
     ("project_kernel", projection),
     ("project_kernel", expansion),
-    ("gather_kernel", gathering),
+    ("matmul_sum_kernel", summed_projections),
     ("weight_grad_kernel", reduction),
-    ("weight_grads_kernel", reductions),
+    ("weight_and_bias_grads_kernel", reductions),
     ("low_rank_mlp_kernel", mlp),
     ("low_rank_mlp_kernel", mlp_apart),
-    ("expand_parts_kernel", mlp),
-    ("expand_parts_kernel", unaligned_parts),
+    ("expand_splits_kernel", mlp),
+    ("expand_splits_kernel", unaligned_parts),
     ("low_rank_mlp_backward_kernel", mlp_backward),
     ("low_rank_mlp_backward_kernel", mlp_backward_apart),
     ("hidden_grads_kernel", hidden_grads),

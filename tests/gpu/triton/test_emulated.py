@@ -1,24 +1,25 @@
-"""Every kernel's PTX, executed: what ptxas is given for sm_80 and sm_90, on numpy.
+"""Every kernel's PTX for sm_80 and sm_90, executed by the emulator.
 
-Errors against float64; every access in bounds and of initialised memory; no race between threads,
-through barriers, asynchronous copies and asynchronous products.
+The tests check errors against float64, and fail on accesses out of bounds or of uninitialised
+memory and on races between threads, those of asynchronous copies and products included.
 """
 
 from collections.abc import Iterator
 
-import parts
 import pytest
+import split_k
 import torch
-from cases import DTYPES, UNITS, Case, draw, incoming, oracles, precision, run_kernels, worst
+from kernel_cases import DTYPES, UNITS, Case, draw, incoming, oracles, precision, run_kernels, worst
+from kernel_shapes import DEIT, ragged, vision
 from ptx.emulate import Launch, emulated
-from shapes import DEIT, ragged, vision
 
 from adacomcat import ops
 from adacomcat.kernels import load, tiles
+from adacomcat.kernels.reductions import sum_splits
 from adacomcat.ops import backends
 
 ARCHITECTURES = ("sm_80", "sm_90")
-# Off every tile; the interpreter has the rest. Compiling takes longer than running these.
+# Some ragged cases; the interpreter has all of them. Most of the time goes to the compiler.
 SOME = {"bf16": ("rank-1", "additive", "keys"), "fp32": ("wide-rank", "wide-ranks")}
 RAGGED = [(case, dtype) for case in ragged() for dtype in DTYPES
           if case.name == "odd" or case.name in SOME.get(dtype, ())]
@@ -27,7 +28,7 @@ VISION = [case for model in DEIT for tokens in (197, 394) for case in vision(mod
 
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
-    """New tensors hold NaN: what is not written is wrong."""
+    """Fill new tensors with NaN, so that outputs that are not written fail."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -64,7 +65,7 @@ ODD = [case for case in ragged() if case.name == "odd"]
     ids=lambda v: getattr(v, "id", v),
 )
 def test_large_tiles_on_sm_90(case: Case, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With wgmma: of factors that are copied in different ways, and of tf32."""
+    """wgmma with factors of different alignment, and with tf32."""
     monkeypatch.setattr(tiles, "multiprocessors", lambda: 1)
     run(case, "sm_90", dtype)
 
@@ -74,7 +75,7 @@ def test_large_tiles_on_sm_90(case: Case, dtype: str, monkeypatch: pytest.Monkey
 def test_tf32_products_of_large_tiles(
     op: str, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whose operands are copied well ahead, and transposed after that."""
+    """Operands of tf32 that are copied several stages ahead and then transposed."""
     monkeypatch.setattr(tiles, "multiprocessors", lambda: 1)
     case = next(case for case in VISION if case.id == f"{op}-deit_s-197")
     run(case, architecture, "tf32")
@@ -82,7 +83,7 @@ def test_tf32_products_of_large_tiles(
 
 @pytest.mark.parametrize("case", VISION, ids=lambda case: case.id)
 def test_vision_transformer_on_sm_80(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One image as it is, two with the tiles of many, as if there were few processors."""
+    """One image, and two images on 4 multiprocessors, which gives the tiles of large batches."""
     if case.name.endswith("394"):
         monkeypatch.setattr(tiles, "multiprocessors", lambda: 4)
     run(case, "sm_80", "fp16")
@@ -92,29 +93,29 @@ def test_vision_transformer_on_sm_80(case: Case, monkeypatch: pytest.MonkeyPatch
 def test_vision_transformer_on_sm_90_with_wgmma(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tiles that the table gives to large batches: on few processors one image is one."""
+    """One image on a single multiprocessor, which gives the tiles of large batches."""
     monkeypatch.setattr(tiles, "multiprocessors", lambda: 1)
     launches = run(case, "sm_90", "fp16")
-    # The other reductions have less than the 64 rows of a wgmma, at rank 256.
-    names = ("low_rank", "attention", "project", "gather", "weight_grad_kernel")
+    # The other reductions have fewer than the 64 rows of a wgmma at rank 256.
+    names = ("low_rank", "attention", "project", "matmul_sum", "weight_grad_kernel")
     for launch in launches:
         if launch.name.startswith(names):
             assert any(i.parts[0] == "wgmma" for i in launch.kernel.code), launch.name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("case", parts.VISION, ids=lambda case: case.id)
-def test_parts_of_a_vision_transformer(case: parts.Parts, architecture: str) -> None:
-    """Sums are split where rows are few for the processors: not above, on sm_90."""
-    arguments = parts.draw(case, torch.float16)
+@pytest.mark.parametrize("case", split_k.VISION, ids=lambda case: case.id)
+def test_split_k_of_a_vision_transformer(case: split_k.Splits, architecture: str) -> None:
+    """The cases above reach these two kernels on sm_80 only."""
+    arguments = split_k.draw(case, torch.float16)
     with emulated(architecture) as launches:
-        actual = parts.run_kernels(*arguments)
-    assert {launch.name for launch in launches} == {"expand_parts_kernel", "sum_parts_kernel"}
-    assert worst(actual, *parts.oracles("fp16", *arguments), UNITS["fp16"]) == []
+        actual = split_k.run_kernels(*arguments)
+    assert {launch.name for launch in launches} == {"expand_splits_kernel", "sum_splits_kernel"}
+    assert worst(actual, *split_k.oracles("fp16", *arguments), UNITS["fp16"]) == []
 
 
 def test_the_ops_run_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through `use_backend`, autograd and the launchers, down to the emulated PTX."""
+    """`use_backend` and autograd reach the launchers, and the emulated PTX gives the gradients."""
     monkeypatch.setattr(backends, "_no_triton", lambda: None)
     monkeypatch.setattr(backends, "_no_triton_kernel", lambda op, x: None)
     case = next(c for c in vision("deit_s", 197) if c.op == "low_rank_linear")
@@ -134,15 +135,23 @@ def test_the_ops_run_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(found[4], grad)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_split_k_of_a_single_element(architecture: str) -> None:
+    """Triton compiles an argument of 1 as a constant."""
+    partial = torch.tensor([[1.0], [2.0], [4.0]])
+    with emulated(architecture):
+        assert sum_splits(partial, torch.float16).item() == 7.0
+
+
 def test_gradients_are_the_same_every_time() -> None:
-    """Sums over rows are split, and added up in a fixed order."""
+    """Split-k adds the splits in a fixed order, so gradients repeat bit for bit."""
     case = Case("low_rank_mlp", "repeated",
                 dict(lead=(700,), d=32, r1=16, hidden=64, r2=16, out=32), {"ACTIVATION": "gelu"})
     arguments = draw(case, torch.float16)
     grad = incoming(case, arguments)
     with emulated("sm_80") as launches:
         first, second = (run_kernels(case, arguments, grad) for _ in range(2))
-    assert any(launch.name == "sum_parts_kernel" for launch in launches)
+    assert any(launch.name == "sum_splits_kernel" for launch in launches)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

@@ -1,8 +1,8 @@
-"""The cases: ragged shapes that no tile divides, and those of vision transformers."""
+"""The shapes of all cases: ragged ones that no tile divides, and those of DeiT-S and DeiT-B."""
 
 from dataclasses import replace
 
-from cases import Case
+from kernel_cases import Case
 
 from adacomcat.kernels import SUBLAYERS
 
@@ -21,8 +21,8 @@ LINEAR = {
     "rank-512": ((18,), 80, 512, 24),
     "aligned": ((64,), 128, 64, 128),
     "197": ((197,), 40, 24, 56),
-    "many-rows": ((700,), 20, 5, 33),  # whose sums are split
-    # Factors so large that x V, or grad U, is a product of its own.
+    "many-rows": ((700,), 20, 5, 33),  # split-k
+    # The factors are so large that x V, or grad U, is a launch of its own.
     "tall": ((37,), 50, 65, 1030),
     "long": ((37,), 1030, 65, 50),
     "long-row": ((1,), 2050, 33, 9),
@@ -65,7 +65,7 @@ DEIT = {"deit_s": (384, 128, 6), "deit_b": (768, 256, 12)}
 
 
 def ragged() -> list[Case]:
-    """Every op on shapes off any tile; absent and transposed tensors take turns."""
+    """Every op on ragged shapes; absent and transposed tensors take turns."""
     found = []
     for i, (name, (lead, d, r, out)) in enumerate(LINEAR.items()):
         sizes = {"lead": lead, "d": d, "r": r, "out": out}
@@ -91,7 +91,7 @@ def ragged() -> list[Case]:
 
 
 def vision(model: str, tokens: int) -> list[Case]:
-    """Every op of a DeiT at rank 128 or 256, and 32 and 48 a head, for one or two images."""
+    """Every op of a DeiT: MLP ranks of 128 or 256, head ranks of 32 (qk) and 48 (vo)."""
     d, r, heads = DEIT[model]
     name = f"{model}-{tokens}"
     linear = {"lead": (tokens,), "d": d, "r": r, "out": d}
@@ -106,3 +106,9 @@ def vision(model: str, tokens: int) -> list[Case]:
         Case("low_rank_mlp", name, mlp, {"ACTIVATION": "gelu"}, sublayer=True),
         Case("low_rank_attention", name, attention, options, sublayer=True),
     ]
+
+
+def ragged_and_vision() -> list[Case]:
+    """All ragged cases, and both DeiTs at one and two images."""
+    return [*ragged(), *(case for model in DEIT for tokens in (197, 394)
+                         for case in vision(model, tokens))]

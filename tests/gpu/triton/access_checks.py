@@ -1,9 +1,8 @@
 """Checks every memory access of an interpreted launch, and runs its programs in random order.
 
-Every active lane of a load or store must hit an element of an argument tensor; the gaps between
-the rows of a strided view do not count. Within one launch no program may store to an element that
-another program stored to or loaded from, nor load what another one stored, and no two lanes of one
-store may meet. Afterwards `arguments` tells which elements were written.
+Every active lane of a load or store must hit an element of an argument tensor; gaps between the
+rows of a strided view are no elements. Within one launch no program may load or store an element
+that another program stores, and no two lanes of one store may hit the same element.
 """
 
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ class KernelFault(AssertionError):
 
 
 class Argument:
-    """One tensor argument: which elements it has, who wrote and who read them."""
+    """One tensor argument: its elements, and which program wrote and read each."""
 
     def __init__(self, name: str, tensor: torch.Tensor) -> None:
         self.name, self.itemsize = name, tensor.element_size()
@@ -38,12 +37,12 @@ class Argument:
 
     @property
     def written(self) -> np.ndarray:
-        """Of each element, whether it was stored."""
+        """For each element whether it was stored."""
         return (self.writer != NOBODY)[self.exists]
 
 
 class Launches:
-    """The accesses of the launches inside one `checked()`."""
+    """All accesses of the launches inside one `checked()`."""
 
     def __init__(self, seed: int) -> None:
         self.random = np.random.default_rng(seed)
@@ -58,7 +57,7 @@ class Launches:
         self.count += 1
 
     def end(self, kernel: str) -> None:
-        """An output that was written at all must have been written everywhere."""
+        """Note outputs of which only some elements were written."""
         self.kernels.add(kernel)
         for argument in self.arguments:
             if argument.written.any() and not argument.written.all():
@@ -76,7 +75,7 @@ class Launches:
                                                 // argument.itemsize]
                 gaps += [argument.name] if (inside & ~there).any() else []
                 self._touch(kind, argument, active[there] - argument.start)
-                missed &= ~there  # what lies in a gap of one may belong to the next
+                missed &= ~there  # a gap of one tensor may belong to the next one
         if missed.any():
             raise KernelFault(
                 f"{kind}: {int(missed.sum())} lanes out of bounds in program {_program()}; "
@@ -151,7 +150,7 @@ def _check_accesses(builder: type) -> None:
         return store(self, pointers, value, mask, *rest)
 
     def no_atomics(self, *_):
-        raise KernelFault("an atomic: its order, and with it the result, is not determined")
+        raise KernelFault("an atomic: its order, and so the result, is not determined")
 
     builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
     builder.create_atomic_rmw = builder.create_atomic_cas = no_atomics
@@ -187,6 +186,7 @@ def _shuffle_programs(builder: type) -> None:
     def shuffled(self, x, y, z):
         if _active:
             nx, ny, nz = self.grid_dim
+            assert _active.order is not None
             x, y, z = np.unravel_index(int(_active.order[(x * ny + y) * nz + z]), (nx, ny, nz))
         set_index(self, int(x), int(y), int(z))
 

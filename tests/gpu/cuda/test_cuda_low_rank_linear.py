@@ -5,9 +5,9 @@ from math import prod
 import cuda_host
 import pytest
 import torch
-from cases import UNITS, worst
 from cuda_host import ACTIVATIONS, Host
-from shapes import LINEAR
+from kernel_cases import UNITS, worst
+from kernel_shapes import LINEAR
 from torch import Tensor
 
 from adacomcat.ops import reference

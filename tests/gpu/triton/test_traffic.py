@@ -6,10 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ptx.emulate import Launch, emulated
-from ptx.machine import GLOBAL_BASE
-from stub_driver import compiling_for
-from traffic import (
+from gpu_traffic import (
     GPUS,
     ROOT,
     Shape,
@@ -23,6 +20,9 @@ from traffic import (
     shapes,
     workspace,
 )
+from ptx.emulate import Launch, emulated
+from ptx.machine import GLOBAL_BASE
+from stub_driver import compiling_for
 
 from adacomcat.kernels import load, tiles
 
@@ -38,10 +38,11 @@ def launch(shape: Shape) -> list[Launch]:
         if hidden:
             load("low_rank_mlp").forward(
                 e(m, k), e(k, r), e(hidden, r), e(hidden), e(hidden, r), e(n, r), e(n), "relu",
-                keep=False,
+                keep_intermediates=False,
             )  # fmt: skip
         else:
-            load("low_rank_linear").forward(e(m, k), e(k, r), e(n, r), e(n), keep=False)
+            load("low_rank_linear").forward(
+                e(m, k), e(k, r), e(n, r), e(n), keep_intermediates=False)
     return found
 
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from ptx.machine import RED_ZONE, Machine, room
 from ptx.memory import Fault
 from ptx.parser import Kernel, parse

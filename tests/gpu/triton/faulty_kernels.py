@@ -1,22 +1,23 @@
-"""Kernels with one fault each: what the strict interpreter says of them, as JSON."""
+"""Runs kernels with one fault each in the strict interpreter, and prints its complaints as JSON.
+
+test_interpreter.py starts it with TRITON_INTERPRET=1.
+"""
 
 import json
-import os
 from collections.abc import Callable
+from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "1"
-
-import access_checks  # noqa: E402
-import strict_interpreter  # noqa: E402
-import torch  # noqa: E402
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-from stub_driver import compiling_for  # noqa: E402
+import access_checks
+import strict_interpreter
+import torch
+import triton
+import triton.language as tl
+from stub_driver import compiling_for
 
 
 @triton.jit
 def copy_kernel(a_ptr, out_ptr, n, STEP: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr):
-    """Right if STEP equals BLOCK and LIMIT is 0."""
+    """Copies n elements; correct if STEP equals BLOCK and LIMIT is 0."""
     i = tl.program_id(0) * STEP + tl.arange(0, BLOCK)
     tl.store(out_ptr + i, tl.load(a_ptr + i, mask=i < n + LIMIT), mask=i < n)
 
@@ -52,7 +53,7 @@ def bfloat16_kernel(a_ptr, b_ptr, sum_ptr, product_ptr, larger_ptr, rounded_ptr,
 
 
 def complaint(run: Callable[[], object]) -> str:
-    """What the checks say of a launch."""
+    """The complaint of the access checks about a launch; empty if there is none."""
     try:
         with compiling_for("sm_80"), access_checks.checked(seed=1) as launches:
             run()
@@ -74,7 +75,7 @@ def bfloat16_differences() -> str:
 def main() -> dict[str, str]:
     a, out = torch.randn(100), torch.empty(100)
     rows = torch.randn(4, 40)[:, :24]
-    copy = copy_kernel
+    copy: Any = copy_kernel
     return {
         "reads_past_the_end": complaint(lambda: copy[(2,)](a, out, 100, 64, 64, 28)),
         "programs_overlap": complaint(lambda: copy[(2,)](a, out, 100, 32, 64, 0)),

@@ -7,7 +7,7 @@ import cuda_ptx
 import pytest
 from cuda_report import ARCHITECTURES, resources
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 def test_the_architectures_are_those_of_setup() -> None:

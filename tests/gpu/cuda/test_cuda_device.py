@@ -1,34 +1,17 @@
-"""Every kernel on a real GPU, against float64; the same cases as in the interpreter."""
+"""The CUDA C++ ops on a real GPU, through `use_backend("cuda")`, against float64."""
 
 import pytest
 import torch
-from cases import DTYPES, UNITS, Case, draw, incoming, oracles, precision, run_kernels, worst
 from helpers.matrices import check
-from shapes import DEIT, ragged, vision
+from kernel_cases import DTYPES, UNITS, Case, draw, incoming, oracles, worst
+from kernel_shapes import ragged_and_vision
 from torch import Tensor
 
 from adacomcat import ops
 from adacomcat.ops import backends, decompositions, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-CASES = [
-    *ragged(),
-    *(case for model in DEIT for tokens in (197, 394) for case in vision(model, tokens)),
-]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_on_the_gpu(case: Case, dtype: str) -> None:
-    kind, setting = DTYPES[dtype]
-    arguments = draw(case, kind)
-    grad = incoming(case, arguments)
-    exact, plain = oracles(case, dtype, arguments, grad)
-    moved = [a.cuda() if isinstance(a, Tensor) else a for a in arguments]
-    with precision(setting):
-        actual = run_kernels(case, moved, grad.cuda())
-    found = {name: tensor.cpu() for name, tensor in actual.items()}
-    assert worst(found, exact, plain, UNITS[dtype]) == []
+CASES = [case for case in ragged_and_vision() if case.op == "low_rank_linear"]
 
 
 def needs_cuda() -> None:
@@ -37,8 +20,7 @@ def needs_cuda() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
-@pytest.mark.parametrize("case", [c for c in CASES if c.op == "low_rank_linear"],
-                         ids=lambda case: case.id)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_low_rank_linear_in_cuda(case: Case, dtype: str) -> None:
     needs_cuda()
     arguments = draw(case, DTYPES[dtype][0])

@@ -1,39 +1,42 @@
-"""Triton's interpreter with the numbers that the hardware would give.
+"""Patches Triton's interpreter so that it computes the numbers of the hardware.
 
-Left to itself it computes on the bit patterns of bfloat16 as if they were integers, truncates
-where the hardware rounds, takes tf32 products exactly, and accepts tiles that no tensor core has.
-Here bfloat16 is decoded, computed in float32 and rounded to the nearest even; tf32 operands lose
-their low bits; small tiles and integers that overflow are refused. TRITON_INTERPRET=1 must be set
-before kernels are imported.
+The interpreter treats the bit patterns of bfloat16 as integers, truncates where the hardware
+rounds, takes tf32 products exactly, and accepts tiles that no tensor core has. The patches decode
+bfloat16, compute in float32 and round to nearest even; they truncate tf32 operands; they refuse
+tiles that are too small and integers that overflow. TRITON_INTERPRET=1 must be set before kernels
+are imported.
 """
 
 import functools
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import triton.language as tl
-from number_formats import bf16_to_f32, f32_to_bf16, truncate_to_tf32
+from ptx.number_formats import bf16_to_f32, f32_to_bf16, truncate_to_tf32
 from scipy.special import erf
 from triton._C.libtriton import ir
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
-# Everything that computes on elements: what comes in is decoded, what goes out is encoded.
+# Builder methods that compute on elements: their bfloat16 arguments are decoded, results encoded.
 ELEMENTWISE = (
     "binary_op", "unary_op", "create_fma", "create_rsqrt", "create_erf", "create_clampf",
 )  # fmt: skip
-# In place of a function, the modules of whose builtins it sees are patched.
+# Triton patches the builtins that a function's globals name; this names the language itself.
 LANGUAGE = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
-# The least (m, n, k) of a product by bits of its operands.
+# The least k of a product by the bits of its operands.
 LEAST_K = {8: 32, 16: 16, 32: 8, 64: 4}
 
 
 def install() -> None:
     """Patch the interpreter of this process."""
-    builder = interpreter.InterpreterBuilder
+    builder: Any = interpreter.InterpreterBuilder
+    semantic: Any = TritonSemantic
+    language: Any = tl
     for name in ELEMENTWISE:
         setattr(builder, name, _in_float32(getattr(builder, name)))
     builder.cast_impl = _cast
@@ -44,19 +47,20 @@ def install() -> None:
     # One call for the whole tile instead of one for each element.
     interpreter.np_erf_fp32 = lambda x: erf(x).astype(np.float32)
     interpreter.ReduceOps.sum = _sum(interpreter.ReduceOps.sum)
-    # The launch patches all of triton.language, instead of every function called from there.
+    # Patch triton.language once a launch, instead of once for every function called.
     patch = interpreter._patch_lang
     interpreter._patch_lang = lambda function: patch(LANGUAGE)
     interpreter.InterpretedFunction.__call__ = _call
-    TritonSemantic.binary_op_sanitize_overflow_impl = _refuse_overflow
-    # Made anew for each operation, types and shapes take longer than the arithmetic.
+    semantic.binary_op_sanitize_overflow_impl = _refuse_overflow
+    # Cache types and shapes: to make them for each operation takes longer than the arithmetic.
     interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
-    tl.block_type.__init__ = _as_before(tl.block_type.__init__, ("shape", "numel", "name"))
-    tl.tensor.__init__ = _tensor
+    language.block_type.__init__ = _cached_attributes(
+        tl.block_type.__init__, ("shape", "numel", "name"))
+    language.tensor.__init__ = _tensor
 
 
 def _by_name(function: Callable) -> Callable:
-    """A function of a type, asked once: types of pointers cannot be keys."""
+    """A cache of a function of a type, by the type's name: pointer types cannot be hashed."""
     known = {}
 
     def wrapped(kind: tl.dtype) -> np.dtype:
@@ -68,8 +72,8 @@ def _by_name(function: Callable) -> Callable:
     return wrapped
 
 
-def _as_before(initialise: Callable, attributes: tuple[str, ...]) -> Callable:
-    """The same, with these attributes taken over from the first with such an element and shape."""
+def _cached_attributes(initialise: Callable, attributes: tuple[str, ...]) -> Callable:
+    """`initialise` that copies these attributes from the first type of equal element and shape."""
     known: dict[tuple, dict] = {}
 
     def wrapped(self, element_ty: tl.dtype, shape: list) -> None:
@@ -88,7 +92,7 @@ def _shape(*sizes: int) -> tuple[tl.constexpr, tl.tuple]:
     return tl.constexpr(math.prod(sizes)), tl.tuple([tl.constexpr(size) for size in sizes])
 
 
-def _tensor(self, handle: TensorHandle, kind: tl.dtype) -> None:
+def _tensor(self, handle: TensorHandle, kind: Any) -> None:
     self.handle, self.type, self.dtype = handle, kind, kind.scalar
     self.numel, self.shape = _shape(*(kind.shape if kind.is_block() else ()))
 
@@ -97,7 +101,7 @@ def _is_bf16(handle: TensorHandle) -> bool:
     return handle.dtype.scalar == tl.bfloat16
 
 
-def _decode(value: object) -> object:
+def _decode(value: Any) -> Any:
     if isinstance(value, TensorHandle) and _is_bf16(value):
         return TensorHandle(bf16_to_f32(value.data), tl.float32)
     return value
@@ -176,8 +180,8 @@ def _call(self, *args, **options):
 
 
 def _refuse_overflow(self, left: tl.tensor, right: tl.tensor, operation: Callable) -> None:
-    """Of sums, differences and products; Triton's own check takes ten steps, and then is off."""
-    kind = left.type.scalar
+    """Raise OverflowError for sums, differences and products; Triton's own check is slower."""
+    kind = left.dtype
     if kind.int_bitwidth >= 64:
         return
     exactly = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation.__name__]

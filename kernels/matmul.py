@@ -1,4 +1,4 @@
-"""Plain products: the attention's projections, a low-rank one in two launches, their gradients."""
+"""Plain products: projections of attention, wide ranks in two launches, and their gradients."""
 
 import torch
 import triton
@@ -6,9 +6,16 @@ import triton.language as tl
 from torch import Tensor
 
 from adacomcat.kernels import tiles
-from adacomcat.kernels.activations import activate, slope
-from adacomcat.kernels.blocks import is_shared, load_row, load_tile, load_transposed, store_tile
-from adacomcat.kernels.launching import adjacent, launch, rows, stride
+from adacomcat.kernels.activations import activate, activation_grad
+from adacomcat.kernels.blocks import (
+    load_mn_major,
+    load_row,
+    load_tile,
+    reads_rhs_from_shared,
+    row_block,
+    store_tile,
+)
+from adacomcat.kernels.launch import as_matrix, contiguous_rows, launch, stride
 
 
 @triton.jit
@@ -18,9 +25,9 @@ def project_kernel(
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x Wᵢᵀ for up to three matrices in one grid; the bias is that of the first.
+    """yᵢ = x Wᵢᵀ for up to three matrices in one grid; the bias belongs to the first.
 
-    Of a single one act(x Wᵀ + b) + residual, or with `grad_ptr` grad * act'(x Wᵀ + b).
+    With a single matrix y = act(x Wᵀ + b) + residual, or with `grad_ptr` grad * act'(x Wᵀ + b).
     """
     tile = tl.program_id(1)
     tiles0, tiles1 = tl.cdiv(N0, BLOCK_N), tl.cdiv(N1, BLOCK_N)
@@ -31,71 +38,69 @@ def project_kernel(
         if tile >= tiles0 + tiles1:
             w_ptr, y_ptr, N, stride_w = w2_ptr, y2_ptr, N2, stride_w2
             start_n = tile - tiles0 - tiles1
-    first = tl.program_id(0).to(tl.int64) * BLOCK_M
-    left = (M - first).to(tl.int32)
+    first, remaining = row_block(M, BLOCK_M)
     rows, columns = tl.arange(0, BLOCK_M), start_n * BLOCK_N + tl.arange(0, BLOCK_N)
     x_ptr += first * stride_x
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, stride_x, rows, inner, left, K)
+        x = load_tile(x_ptr, stride_x, rows, inner, remaining, K)
         w = load_tile(w_ptr, stride_w, columns, inner, N, K)
         y = tl.dot(x, tl.trans(w), y, input_precision=PRECISION)
     if bias_ptr is not None:
         bias = load_row(bias_ptr, columns, N0)
         y += tl.where(tile < tiles0, bias, 0.0)[None, :]
     if grad_ptr is not None:
-        grad = load_tile(grad_ptr + first * stride_grad, stride_grad, rows, columns, left, N)
-        y = grad.to(tl.float32) * slope(y, ACTIVATION, y_ptr.dtype.element_ty)
+        grad = load_tile(grad_ptr + first * stride_grad, stride_grad, rows, columns, remaining, N)
+        y = grad.to(tl.float32) * activation_grad(y, ACTIVATION, y_ptr.dtype.element_ty)
     else:
         y = activate(y, ACTIVATION, y_ptr.dtype.element_ty)
     if residual_ptr is not None:
         residual_ptr += first * stride_residual
-        y += load_tile(residual_ptr, stride_residual, rows, columns, left, N).to(tl.float32)
-    store_tile(y_ptr + first * N, N, rows, columns, left, N, y)
+        y += load_tile(residual_ptr, stride_residual, rows, columns, remaining, N).to(tl.float32)
+    store_tile(y_ptr + first * N, N, rows, columns, remaining, N, y)
 
 
 @triton.jit
-def add_product(
+def add_matmul(
     y, x_ptr, w_ptr, stride_x, stride_w, rows, columns, ROWS, K, N,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y + x W for one tile."""
-    shared: tl.constexpr = is_shared(PRECISION, y.shape[0])
+    """y + x W for one tile of y: x (ROWS, K), W (K, N)."""
+    transpose: tl.constexpr = reads_rhs_from_shared(PRECISION, y.shape[0])
     for start in range(0, K, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
         x = load_tile(x_ptr, stride_x, rows, inner, ROWS, K)
-        w = load_transposed(w_ptr, stride_w, inner, columns, K, N, shared)
+        w = load_mn_major(w_ptr, stride_w, inner, columns, K, N, transpose)
         y = tl.dot(x, w, y, input_precision=PRECISION)
     return y
 
 
 @triton.jit
-def gather_kernel(
+def matmul_sum_kernel(
     x0_ptr, x1_ptr, x2_ptr, w0_ptr, w1_ptr, w2_ptr, y_ptr,
     M, N, K0, K1, K2, stride_x0, stride_x1, stride_x2, stride_w0, stride_w1, stride_w2,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σᵢ xᵢ Wᵢ for up to three products, added up in float32."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK_M
-    left = (M - first).to(tl.int32)
+    """y = Σᵢ xᵢ Wᵢ for up to three products, accumulated in float32."""
+    first, remaining = row_block(M, BLOCK_M)
     rows, columns = tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    y = add_product(
+    y = add_matmul(
         y, x0_ptr + first * stride_x0, w0_ptr, stride_x0, stride_w0,
-        rows, columns, left, K0, N, BLOCK_K, PRECISION,
+        rows, columns, remaining, K0, N, BLOCK_K, PRECISION,
     )  # fmt: skip
     if x1_ptr is not None:
-        y = add_product(
+        y = add_matmul(
             y, x1_ptr + first * stride_x1, w1_ptr, stride_x1, stride_w1,
-            rows, columns, left, K1, N, BLOCK_K, PRECISION,
+            rows, columns, remaining, K1, N, BLOCK_K, PRECISION,
         )  # fmt: skip
     if x2_ptr is not None:
-        y = add_product(
+        y = add_matmul(
             y, x2_ptr + first * stride_x2, w2_ptr, stride_x2, stride_w2,
-            rows, columns, left, K2, N, BLOCK_K, PRECISION,
+            rows, columns, remaining, K2, N, BLOCK_K, PRECISION,
         )  # fmt: skip
-    store_tile(y_ptr + first * N, N, rows, columns, left, N, y)
+    store_tile(y_ptr + first * N, N, rows, columns, remaining, N, y)
 
 
 def project(
@@ -107,18 +112,23 @@ def project(
     grad: Tensor | None = None,
     tile: tiles.Tile | None = None,
 ) -> tuple[Tensor, ...]:
-    """x Wᵢᵀ for one matrix or three, in one launch: x (..., k), Wᵢ (nᵢ, k); b goes to the first.
+    """x Wᵢᵀ for one matrix or three in one launch; the bias belongs to the first.
 
-    Of a single one act(x Wᵀ + b) + residual, or if `grad` is given grad * act'(x Wᵀ + b).
+    Args:
+        x: (..., k).
+        bias: (n₀,), or None.
+        weights: one or three matrices (nᵢ, k); the results are (..., nᵢ).
+        activation, residual: with one matrix the result is act(x Wᵀ + b) + residual.
+        grad: with one matrix and `grad` (..., n) the result is grad * act'(x Wᵀ + b).
     """
-    flat, weights = rows(x), tuple(adjacent(w) for w in weights)
-    residual, grad = (None if t is None else rows(t) for t in (residual, grad))
+    flat, weights = as_matrix(x), tuple(contiguous_rows(w) for w in weights)
+    residual, grad = (None if t is None else as_matrix(t) for t in (residual, grad))
     m, k = flat.shape
     outs = tuple(x.new_empty(*x.shape[:-1], w.shape[0]) for w in weights)
     widths = [w.shape[0] for w in weights] + [0] * (3 - len(weights))
     absent = [None] * (3 - len(weights))
-    # A tile of grad beside one of 128 columns spills in exact float32.
-    tile = tile or tiles.product_tile(m, sum(widths), x, widest=128 if grad is None else 64)
+    # With a tile of `grad` beside it, a tile of 128 columns spills in tf32x3.
+    tile = tile or tiles.matmul_tile(m, sum(widths), x, widest=128 if grad is None else 64)
     columns = sum(triton.cdiv(n, tile.BLOCK_N) for n in widths)
     launch(
         project_kernel, (triton.cdiv(m, tile.BLOCK_M), columns), x,
@@ -131,25 +141,25 @@ def project(
     return outs
 
 
-def product(x: Tensor, w: Tensor) -> Tensor:
-    """x W: x (..., k), W (k, n).
+def matmul(x: Tensor, w: Tensor) -> Tensor:
+    """x W: x (..., k), W (k, n) → (..., n).
 
-    Of 16-bit types the library's, which is faster; its float32 is exact, and has no tensor cores.
+    torch.matmul is faster in 16-bit types. In exact float32 it does not use tensor cores.
     """
-    return torch.matmul(x, w) if x.element_size() == 2 else gather((x, w))
+    return torch.matmul(x, w) if x.element_size() == 2 else matmul_sum((x, w))
 
 
-def gather(*pairs: tuple[Tensor, Tensor], tile: tiles.Tile | None = None) -> Tensor:
-    """Σᵢ xᵢ Wᵢ for one pair or three: xᵢ (..., kᵢ), Wᵢ (kᵢ, n)."""
+def matmul_sum(*pairs: tuple[Tensor, Tensor], tile: tiles.Tile | None = None) -> Tensor:
+    """Σᵢ xᵢ Wᵢ for one to three pairs in one launch: xᵢ (..., kᵢ), Wᵢ (kᵢ, n) → (..., n)."""
     lead = pairs[0][0].shape[:-1]
-    xs, ws = [rows(x) for x, _ in pairs], [adjacent(w) for _, w in pairs]
+    xs, ws = [as_matrix(x) for x, _ in pairs], [contiguous_rows(w) for _, w in pairs]
     m, n = xs[0].shape[0], ws[0].shape[1]
     out = xs[0].new_empty(*lead, n)
     absent, zeros = [None] * (3 - len(pairs)), [0] * (3 - len(pairs))
-    # Three products' pointers beside a tile of 128 columns spill on sm_89.
-    tile = tile or tiles.product_tile(m, n, out, widest=64)
+    # The pointers of three products beside a tile of 128 columns spill on sm_89.
+    tile = tile or tiles.matmul_tile(m, n, out, widest=64)
     launch(
-        gather_kernel, (triton.cdiv(m, tile.BLOCK_M), triton.cdiv(n, tile.BLOCK_N)), out,
+        matmul_sum_kernel, (triton.cdiv(m, tile.BLOCK_M), triton.cdiv(n, tile.BLOCK_N)), out,
         *xs, *absent, *ws, *absent, out, m, n, *(w.shape[0] for w in ws), *zeros,
         *(x.stride(0) for x in xs), *zeros, *(w.stride(0) for w in ws), *zeros,
         PRECISION=tiles.precision(out), **tile.arguments(), **tiles.registers(tile),

@@ -1,21 +1,19 @@
-"""Runs every ragged case in Triton's interpreter and prints one JSON object of findings.
+"""Runs the ragged cases in Triton's interpreter and prints one JSON object of findings.
 
-A process of its own: TRITON_INTERPRET is read when kernels are imported. Arguments: part, parts.
+test_interpreter.py starts it with TRITON_INTERPRET=1, which Triton reads when kernels are imported.
+The arguments are the index of this process and the number of processes, which share the cases.
 """
 
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable
 
-os.environ["TRITON_INTERPRET"] = "1"
-
-import access_checks  # noqa: E402
-import parts  # noqa: E402
-import strict_interpreter  # noqa: E402
-import torch  # noqa: E402
-from cases import (  # noqa: E402
+import access_checks
+import split_k
+import strict_interpreter
+import torch
+from kernel_cases import (
     DTYPES,
     UNITS,
     Case,
@@ -26,31 +24,31 @@ from cases import (  # noqa: E402
     run_kernels,
     worst,
 )
-from shapes import ragged  # noqa: E402
-from stub_driver import compiling_for  # noqa: E402
+from kernel_shapes import ragged
+from stub_driver import compiling_for
 
 Results = dict[str, torch.Tensor]
-# 16-bit tiles are stored in another shape there.
+# Cases that also run as on AMD, where store_tile reshapes 16-bit tiles.
 ON_AMD = ("tokens", "odd", "aligned")
 
 
-def prepared(case: Case | parts.Parts, dtype_name: str) -> tuple[Callable, Results, Results]:
-    """What is to run, what it has to give exactly, and what plain PyTorch gives."""
+def prepared(case: Case | split_k.Splits, dtype_name: str) -> tuple[Callable, Results, Results]:
+    """The call to run, its exact results, and those of plain PyTorch."""
     dtype, _ = DTYPES[dtype_name]
-    if isinstance(case, parts.Parts):
-        arguments = parts.draw(case, dtype)
-        return lambda: parts.run_kernels(*arguments), *parts.oracles(dtype_name, *arguments)
+    if isinstance(case, split_k.Splits):
+        arguments = split_k.draw(case, dtype)
+        return lambda: split_k.run_kernels(*arguments), *split_k.oracles(dtype_name, *arguments)
     arguments = draw(case, dtype)
     grad = incoming(case, arguments)
     expected = oracles(case, dtype_name, arguments, grad)
     return lambda: run_kernels(case, arguments, grad), *expected
 
 
-def findings(part: int, count: int) -> dict[str, list[str]]:
-    """Case and type → what is wrong with it; "KERNEL PART" → the cases that it ran in."""
+def findings(process: int, count: int) -> dict[str, list[str]]:
+    """Complaints by case, dtype and architecture; cases by "KERNEL PROCESS" in which it ran."""
     found: dict[str, list[str]] = {}
-    for i, case in enumerate([*ragged(), *parts.RAGGED]):
-        if i % count != part:
+    for i, case in enumerate([*ragged(), *split_k.RAGGED]):
+        if i % count != process:
             continue
         kernels: set[str] = set()
         types = [(dtype_name, "sm_80") for dtype_name in DTYPES]
@@ -71,13 +69,13 @@ def findings(part: int, count: int) -> dict[str, list[str]]:
                 complaints = [f"{type(error).__name__}: {error} {error.__cause__ or ''}"]
             found[f"{case.id}-{dtype_name}-{architecture}"] = complaints
         for kernel in kernels:
-            found.setdefault(f"{kernel} {part}", []).append(case.id)
+            found.setdefault(f"{kernel} {process}", []).append(case.id)
     return found
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    # New tensors hold NaN, so that nothing passes by not being written.
+    # Fills new tensors with NaN, so that outputs that are not written fail.
     torch.use_deterministic_algorithms(True)
     warnings.simplefilter("ignore")
     strict_interpreter.install()

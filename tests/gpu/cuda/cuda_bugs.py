@@ -10,8 +10,8 @@ import torch
 from cuda_host import CUDA, Failed, Host
 from cuda_ptx import Emulated
 from helpers.matrices import check
-from mutations import KINDS
 from ptx.memory import Fault
+from ptx.mutations import KINDS
 from ptx.parser import Kernel
 from test_cuda_low_rank_linear import complaints, draw
 

@@ -1,4 +1,4 @@
-"""Weights that lie in one matrix are one product, and only those."""
+"""`joined`: weights that lie one after the other in one storage become one matrix."""
 
 import torch
 from torch import nn
@@ -12,8 +12,9 @@ def test_weights_of_an_optimized_attention_are_one_matrix() -> None:
     expected = torch.cat([w.data for w in weights])
     assert joined(*weights) is None
     _join_(*weights)
-    assert torch.equal(joined(*weights), expected)
-    assert joined(*weights).data_ptr() == weights[0].data_ptr()
+    joint = joined(*weights)
+    assert joint is not None and torch.equal(joint, expected)
+    assert joint.data_ptr() == weights[0].data_ptr()
     assert all(torch.equal(w, e) for w, e in zip(weights, expected.split([4, 4, 6]), strict=True))
 
 

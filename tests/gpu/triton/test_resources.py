@@ -4,15 +4,15 @@ from functools import partial
 
 import pytest
 import torch
-from cases import DTYPES, draw, incoming, precision, run_kernels
-from resources import MULTIPROCESSOR, Resources, compile_all, measure, measured
-from shapes import DEIT, vision
+from gpu_resources import MULTIPROCESSOR, Resources, compile_all, measure, measured
+from kernel_cases import DTYPES, draw, incoming, precision, run_kernels
+from kernel_shapes import DEIT, vision
 from stub_driver import TARGETS
 
 from adacomcat.kernels import load
-from adacomcat.kernels.reductions import weight_grads
+from adacomcat.kernels.reductions import weight_and_bias_grads
 
-ARITHMETIC_ONLY = ("sum_parts_kernel", "row_sum_kernel", "normalize_kernel")
+ARITHMETIC_ONLY = ("sum_splits_kernel", "row_sum_kernel", "layer_norm_kernel")
 
 
 @pytest.mark.parametrize("images", [2, 64])
@@ -100,7 +100,8 @@ def test_gradients_are_read_128_bits_at_a_time(dtype: str, model: str, architect
     shapes = ((394, d), (394, r), (d, r), (d,))
     grad, middle, u, bias = (torch.empty(shape, dtype=kind) for shape in shapes)
     with precision(setting):
-        compiled = dict(compile_all(architecture, lambda: weight_grads(
+        compiled = dict(compile_all(architecture, lambda: weight_and_bias_grads(
             grad, middle, u, bias, "gelu", (True, True))))
-    taken = measure("weight_grads_kernel", compiled["weight_grads_kernel"], architecture, dtype)
+    name = "weight_and_bias_grads_kernel"
+    taken = measure(name, compiled[name], architecture, dtype)
     assert not taken.narrow and not taken.spilled, taken

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).parent.parent.parent
-SHIM = Path(__file__).parent / "cuda_shim"
+ROOT = Path(__file__).parents[3]
+SHIM = Path(__file__).parent / "shim"
 CUDA = ROOT / "csrc" / "cuda"
 KERNELS = ("batched_svd.cu", "low_rank_linear.cu", "truncation_errors.cu")
 # Without a sanitizer it has to be fast; with one, lines are worth more.
