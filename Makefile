@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed$(subst /,-,$(CURDIR))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: install demo test bench gpu-check lint sanitize
+.PHONY: install demo test bench gpu-check lint docs sanitize
 
 install: $(INSTALLED)
 
@@ -36,6 +36,10 @@ gpu-check: install
 
 lint: install
 	$(PY) -m ruff check .
+
+# The site, in build/site. It fails on every warning.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # The C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer. The build for it
 # stands apart in build/sanitize; libasan comes first, since python itself is built without.
