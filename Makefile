@@ -6,7 +6,10 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed$(subst /,-,$(CURDIR))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: install demo test bench gpu-check lint docs sanitize
+# One process for each core, one thread in each: most tests are too small for more.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -rs -n auto --dist worksteal
+
+.PHONY: install demo check test bench gpu-check lint types docs sanitize
 
 install: $(INSTALLED)
 
@@ -22,9 +25,12 @@ $(INSTALLED): $(SOURCES) | $(PY)
 demo: install
 	$(PY) examples/demo.py
 
-# One process for each core, one thread in each: most tests are too small for more.
+# For the edit loop: everything but the tests that take long.
+check: lint types
+	$(PYTEST) -m "not slow"
+
 test: install
-	OMP_NUM_THREADS=1 $(PY) -m pytest -rs -n auto --dist worksteal
+	$(PYTEST)
 
 bench: install
 	$(PY) -m pytest bench -rs --benchmark-only --benchmark-columns=median,iqr,rounds \
@@ -37,7 +43,10 @@ gpu-check: install
 lint: install
 	$(PY) -m ruff check .
 
-# The site, in build/site. It fails on every warning.
+types: install
+	$(PY) -m pyright
+
+# The site, in build/site. The build fails on every warning.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
@@ -50,7 +59,7 @@ sanitize: install
 	  $(PY) -m pip install -q --upgrade --no-deps --no-build-isolation --target build/sanitize .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize \
-	  $(PY) -P -m pytest -q -p no:cacheprovider tests/test_cpu_kernels.py \
-	    tests/test_cpu_rounding.py tests/test_few_rows.py tests/test_identities.py \
-	    tests/test_inference.py tests/test_decompositions.py tests/test_spectra.py \
+	  $(PY) -P -m pytest -q -p no:cacheprovider tests/ops \
+	    tests/factorize/test_identity_gauge.py --ignore tests/ops/test_ops.py \
+	    --ignore tests/ops/test_backends.py \
 	    -k "not environment"

@@ -6,32 +6,70 @@ the timm entry point registers itself when timm is imported.
 
 import importlib
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from adacomcat import moved
+
+if TYPE_CHECKING:
+    from adacomcat import (
+        allocation,
+        checkpoint,
+        compression,
+        convert,
+        cost,
+        data,
+        distill,
+        errors,
+        factorize,
+        fuse,
+        latency,
+        layers,
+        ops,
+        plan,
+        report,
+        search,
+        sites,
+        train,
+    )
+    from adacomcat.checkpoint import load, save
+    from adacomcat.compression import compress, compress_
+    from adacomcat.data.collage import collages, with_collages
+    from adacomcat.distill.recovery import RecoveryConfig, recover
+    from adacomcat.errors import UserError
+    from adacomcat.fuse import optimize
+    from adacomcat.layers import LowRankAttention, LowRankLinear, LowRankMlp
+    from adacomcat.plan import RankPlan
+    from adacomcat.sites import Site, find_sites
+
+# Public name → the module that defines it.
 _HOME = {
-    "RankPlan": "plan",
-    "Site": "sites",
-    "find_sites": "sites",
-    "UserError": "errors",
-    "compress": "convert",
-    "compress_": "convert",
+    "LowRankAttention": "layers",
     "LowRankLinear": "layers",
     "LowRankMlp": "layers",
-    "LowRankAttention": "attention",
-    "save": "checkpoint",
+    "RankPlan": "plan",
+    "RecoveryConfig": "distill.recovery",
+    "Site": "sites",
+    "UserError": "errors",
+    "collages": "data.collage",
+    "compress": "compression",
+    "compress_": "compression",
+    "find_sites": "sites",
     "load": "checkpoint",
     "optimize": "fuse",
-    "collages": "collage",
-    "with_collages": "collage",
     "recover": "distill.recovery",
-    "RecoveryConfig": "distill.recovery",
+    "save": "checkpoint",
+    "with_collages": "data.collage",
 }
-_MODULES = ("allocate", "attention", "backends", "calibrate", "checkpoint", "collage", "convert",
-            "cost", "factorize", "fuse", "layers", "ops", "plan", "reference", "sites", "train")
+__all__ = ["LowRankAttention", "LowRankLinear", "LowRankMlp", "RankPlan", "RecoveryConfig", "Site",
+           "UserError", "allocation", "checkpoint", "collages", "compress", "compress_",
+           "compression", "convert", "cost", "data", "distill", "errors", "factorize", "find_sites",
+           "fuse", "latency", "layers", "load", "ops", "optimize", "plan", "recover", "report",
+           "save", "search", "sites", "train", "with_collages"]
 
-__all__ = [*sorted(_HOME), *_MODULES]
+# Public modules.
+_MODULES = frozenset(__all__) - frozenset(_HOME)
 
 try:
     __version__ = metadata.version("adacomcat")
@@ -42,9 +80,14 @@ except metadata.PackageNotFoundError:
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f"adacomcat.{_HOME[name]}"), name)
-    if name in _MODULES:
+    if name in _MODULES or name in moved.MOVED:
         return importlib.import_module(f"adacomcat.{name}")
     raise AttributeError(f"module 'adacomcat' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+moved.install()
 wrapt.register_post_import_hook("adacomcat.entrypoint:register", "timm")

@@ -2,7 +2,7 @@
 
 import sys
 
-from adacomcat.cli import main
+from adacomcat.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

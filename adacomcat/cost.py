@@ -1,24 +1,17 @@
 """What a model costs: parameters, multiply-accumulates, measured latency."""
 
-import math
-import statistics
-import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
-from adacomcat.attention import LowRankAttention
-from adacomcat.calibrate import evaluating
-from adacomcat.layers import LowRankLinear, LowRankMlp
+from adacomcat.layers.attention import LowRankAttention
+from adacomcat.layers.linear import LowRankLinear
+from adacomcat.layers.mlp import LowRankMlp
+from adacomcat.moved import forward
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Rank, Site, find_sites
-
-InputSize = tuple[int, int, int]
-Key = TypeVar("Key", bound=Hashable)
-
-WARM_UP, LEAST_REPEATS = 2, 5
+from adacomcat.utils.model import evaluating, input_size
 
 
 def model_params(model: nn.Module) -> int:
@@ -30,18 +23,6 @@ def plan_params(model: nn.Module, plan: RankPlan) -> int:
     sites = plan.sites(model)
     fixed = model_params(model) - sum(site.dense_params for site in sites)
     return fixed + plan.params(sites)
-
-
-def input_size(model: nn.Module) -> InputSize:
-    """(C, H, W) that the model was built for."""
-    embed = getattr(model, "patch_embed", None)
-    config = getattr(model, "pretrained_cfg", None) or {}
-    channels, height, width = config.get("input_size", (3, 224, 224))
-    size = getattr(embed, "img_size", None)
-    if size is not None:
-        height, width = size
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return (first.in_channels if first is not None else channels, height, width)
 
 
 @torch.no_grad()
@@ -112,31 +93,5 @@ def _patch_macs(model: nn.Module) -> int:
     return projection.weight.numel() * (height // rows) * (width // columns)
 
 
-def latency(models: dict[str, nn.Module], batch: int = 1, repeats: int = 20) -> dict[str, float]:
-    """Median milliseconds of a forward pass of each model, measured in turn, A B A B …"""
-    def forward(model: nn.Module) -> Callable[[], object]:
-        parameter = next(model.parameters())
-        images = torch.randn(batch, *input_size(model)).to(parameter)
-        return lambda: model(images)
-
-    return interleaved({name: forward(model) for name, model in models.items()}, repeats)
-
-
-@torch.inference_mode()
-def interleaved(runs: Mapping[Key, Callable[[], object]], repeats: int = 20,
-                seconds: float = math.inf,
-                clock: Callable[[], float] = time.perf_counter) -> dict[Key, float]:
-    """Median milliseconds of each run, measured in turn; after ``seconds`` a few repeats do."""
-    spent: dict[Key, list[float]] = {key: [] for key in runs}
-    synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else (lambda: None)
-    begin = time.perf_counter()
-    for repeat in range(WARM_UP + repeats):
-        if repeat >= WARM_UP + LEAST_REPEATS and time.perf_counter() - begin > seconds:
-            break
-        for key, run in runs.items():
-            start = clock()
-            run()
-            synchronize()
-            if repeat >= WARM_UP:
-                spent[key].append((clock() - start) * 1e3)
-    return {key: statistics.median(times) for key, times in spent.items()}
+# Names that left this module in 0.2.
+__getattr__ = forward(__name__, ("utils.model", "latency.timing"))

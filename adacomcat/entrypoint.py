@@ -7,7 +7,7 @@ from typing import Any
 
 from timm.models import register_model
 
-ENTRYPOINT = "adacomcat_vit"
+from adacomcat.utils.names import ENTRYPOINT
 
 
 def register(timm: ModuleType) -> None:
@@ -37,7 +37,7 @@ def adacomcat_vit(pretrained: bool = False, **kwargs: Any) -> Any:
 def _build(base: str, plan: dict[str, int | str], **model_args: Any) -> Any:
     import timm
 
-    from adacomcat.convert import build_skeleton
+    from adacomcat.convert.install import build_skeleton
     from adacomcat.plan import RankPlan
 
     model = build_skeleton(timm.create_model(base, **model_args), RankPlan(dict(plan)))
@@ -63,7 +63,7 @@ def _without_new_classifier(plan: dict[str, Any], kwargs: dict[str, Any]) -> dic
 
 def _adapt_weights(weights: dict[str, Any], model: Any) -> dict[str, Any]:
     """Saved weights fit as they are, unless the caller asked for other classes or another size."""
-    from adacomcat.gauge import with_gauge
+    from adacomcat.checkpoint.gauge import with_gauge
 
     weights = with_gauge(weights)
     wanted = model.state_dict()

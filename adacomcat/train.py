@@ -9,22 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from adacomcat import data
-from adacomcat.allocate import allocator, error_weights
-from adacomcat.calibrate import calibrate
-from adacomcat.convert import Factors, convert_, factorize_model, require_finite_model
+from adacomcat.allocation.budget import allocator
+from adacomcat.allocation.refine import refined_allocation
+from adacomcat.allocation.sensitivity import error_weights
+from adacomcat.convert.calibrate import calibrate
+from adacomcat.convert.factors import Factors, factorize_model, require_finite_model
+from adacomcat.convert.model import convert_
 from adacomcat.cost import model_params
 from adacomcat.distill.config import TrainConfig
+from adacomcat.distill.state import has_state, load_state
 from adacomcat.distill.trainer import Trainer, evaluate
 from adacomcat.errors import UserError
-from adacomcat.parallel import Processes, start_processes
 from adacomcat.plan import RankPlan
-from adacomcat.randomness import derived_generator
-from adacomcat.refine import refined_allocation
 from adacomcat.search.gates import RankGates, reachable_multiple, uniform_plan
 from adacomcat.search.search import RankSearch
 from adacomcat.search.supernet import build_supernet, explicit_plan, finalize, set_ranks_
 from adacomcat.sites import DENSE, Site, find_sites, narrowable_mlps
-from adacomcat.training_state import has_state, load_state
+from adacomcat.utils.distributed import Processes, start_processes
+from adacomcat.utils.random import derived_generator
 
 CALIBRATION = 100  # the stream of random numbers that picks calibration images
 JUDGES = 1024  # images that judge the plans of a refinement

@@ -8,7 +8,8 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from adacomcat import backends, ops
+from adacomcat import ops
+from adacomcat.ops import backends
 
 
 def machine() -> dict[str, object]:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adacomcat.attention import LowRankAttention
-from adacomcat.layers import LowRankLinear, LowRankMlp
+from adacomcat.layers.attention import LowRankAttention
+from adacomcat.layers.linear import LowRankLinear
+from adacomcat.layers.mlp import LowRankMlp
 
 Peer = Callable[[Tensor], object]
 

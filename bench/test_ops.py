@@ -21,9 +21,10 @@ from machine import gemm_peak, machine
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from adacomcat import backends, inference, ops, reference
-from adacomcat.cost import interleaved
-from adacomcat.report import print_table
+from adacomcat import ops
+from adacomcat.latency.timing import interleaved
+from adacomcat.ops import backends, inference, reference
+from adacomcat.report.tables import print_table
 
 # DeiT-S at batch 1, 8 and 16 (3,152 tokens): 384 channels, 6 heads.
 TOKENS, CHANNELS = 197, 384

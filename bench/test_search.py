@@ -12,15 +12,15 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from adacomcat.calibrate import calibrate
-from adacomcat.convert import factorize_model
+from adacomcat.convert.calibrate import calibrate
+from adacomcat.convert.factors import factorize_model
 from adacomcat.cost import model_params
 from adacomcat.distill.config import MLP
-from adacomcat.parallel import Processes
-from adacomcat.randomness import derived_generator
 from adacomcat.search import RankGates, RankSearch, SearchConfig, build_supernet, uniform_plan
 from adacomcat.search.search import frozen
 from adacomcat.sites import find_sites, narrowable_mlps
+from adacomcat.utils.distributed import Processes
+from adacomcat.utils.random import derived_generator
 
 LIMIT = 1.5
 

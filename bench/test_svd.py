@@ -20,11 +20,11 @@ import pytest
 import timm
 import torch
 from machine import fastest, machine
+from memory import allocation_peak
 from torch import Tensor, nn
 
-from adacomcat.convert import SPECTRA, decompose_site, error_curves
-from adacomcat.decompositions import batched_svd
-from adacomcat.memory import allocation_peak
+from adacomcat.convert.factors import SPECTRA, decompose_site, error_curves
+from adacomcat.ops.decompositions import batched_svd
 from adacomcat.sites import MULTIPLE, find_sites
 
 MODELS = {"deit_small": "deit_small_patch16_224", "deit_base": "deit_base_patch16_224"}

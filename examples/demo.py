@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 import adacomcat
-from adacomcat import cost, data, train
-from adacomcat.arguments import at_least, fraction
+from adacomcat import cost, train
+from adacomcat.cli.arguments import at_least, fraction
+from adacomcat.data import datasets
 from adacomcat.distill import TrainConfig, evaluate
 from adacomcat.errors import UserError
-from adacomcat.parallel import Processes
-from adacomcat.report import Comparison, print_comparison
+from adacomcat.latency.timing import latency as measured_latency
+from adacomcat.report.tables import Comparison, print_comparison
+from adacomcat.utils.distributed import Processes
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 SIZE = {"img_size": 16, "patch_size": 4, "in_chans": 1, "num_classes": 10,
@@ -65,7 +67,7 @@ def calibration_images(train_set: Any, seed: int) -> Tensor:
 
 
 def measure(models: dict[str, nn.Module], test_set: Any) -> Comparison:
-    latency = cost.latency(models, BATCH)
+    latency = measured_latency(models, BATCH)
     return Comparison({name: {
         "top1": evaluate(model, test_set, 4 * BATCH, Processes())["top1"],
         "params": cost.model_params(model), "macs": cost.model_macs(model),
@@ -84,7 +86,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     model = timm.create_model(ARCHITECTURE, **SIZE)
-    train_set, test_set = data.train_and_test("digits", None, data.model_data_config(model))
+    train_set, test_set = datasets.train_and_test("digits", None, datasets.model_data_config(model))
     say(f"training a dense ViT on {len(train_set):,} digits, {args.epochs} epochs")
     dense = train_dense(args.epochs, args.seed, train_set, model)
     say(f"compressing it to {args.keep_params:g} of its parameters, training-free")

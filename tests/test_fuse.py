@@ -8,11 +8,11 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 import adacomcat
-from adacomcat.fuse import (
+from adacomcat.fuse import FusedBlock
+from adacomcat.layers.fused import (
     FewRowsLinear,
     FirstTokenVisionTransformer,
     FusedAttention,
-    FusedBlock,
     FusedDenseMlp,
     FusedMlp,
     Sublayer,

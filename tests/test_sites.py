@@ -6,8 +6,8 @@ from timm.layers import Attention
 from torch import nn
 
 from adacomcat import RankPlan, UserError, find_sites
-from adacomcat.attention import LowRankAttention
 from adacomcat.cost import model_params
+from adacomcat.layers.attention import LowRankAttention
 from adacomcat.sites import DENSE, attention_tier
 
 TINY = {"img_size": 32, "embed_dim": 64, "depth": 1, "num_heads": 2}

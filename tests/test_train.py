@@ -16,15 +16,16 @@ import timm
 import torch
 from torch import nn
 
-from adacomcat import data, train, training_state
-from adacomcat.convert import build_skeleton
+from adacomcat import train
+from adacomcat.convert.install import build_skeleton
 from adacomcat.cost import model_params
-from adacomcat.distill import TrainConfig, Trainer, evaluate
+from adacomcat.data import datasets
+from adacomcat.distill import TrainConfig, Trainer, evaluate, state
 from adacomcat.errors import UserError
-from adacomcat.parallel import Processes
 from adacomcat.plan import RankPlan
 from adacomcat.search import RankSearch
 from adacomcat.sites import find_sites
+from adacomcat.utils.distributed import Processes
 
 STEPS = 6  # per epoch of the small run
 
@@ -40,7 +41,7 @@ def make_model(seed: int = 0) -> nn.Module:
 
 
 def make_sets(model: nn.Module, count: int = 430) -> tuple[Any, Any]:
-    train_set, test_set = data.train_and_test("digits", None, data.model_data_config(model))
+    train_set, test_set = datasets.train_and_test("digits", None, datasets.model_data_config(model))
     return train_set.subset(torch.arange(count)), test_set.subset(torch.arange(100))
 
 
@@ -194,20 +195,20 @@ def test_resuming_with_other_settings_names_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 truncated", b"\x80\x04N."])
 def test_a_foreign_training_state_is_refused(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / training_state.FILE).write_bytes(content)
-    with pytest.raises(UserError, match=training_state.FILE):
-        training_state.load_state(tmp_path)
+    (tmp_path / state.FILE).write_bytes(content)
+    with pytest.raises(UserError, match=state.FILE):
+        state.load_state(tmp_path)
 
 
 def test_a_training_state_with_code_in_it_is_refused(tmp_path: Path) -> None:
-    torch.save({"format": 1, "model": nn.Linear(1, 1)}, tmp_path / training_state.FILE)
+    torch.save({"format": 1, "model": nn.Linear(1, 1)}, tmp_path / state.FILE)
     with pytest.raises(UserError, match="cannot read"):
-        training_state.load_state(tmp_path)
+        state.load_state(tmp_path)
 
 
 def test_a_failed_save_leaves_the_old_state(tmp_path: Path,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    training_state.save_state(tmp_path, {"epoch": 1})
+    state.save_state(tmp_path, {"epoch": 1})
     real = torch.save
 
     def dies(state: object, file: Any) -> None:
@@ -216,9 +217,9 @@ def test_a_failed_save_leaves_the_old_state(tmp_path: Path,
 
     monkeypatch.setattr(torch, "save", dies)
     with pytest.raises(OSError, match="no space"):
-        training_state.save_state(tmp_path, {"epoch": 2})
+        state.save_state(tmp_path, {"epoch": 2})
     monkeypatch.undo()
-    assert training_state.load_state(tmp_path)["epoch"] == 1
+    assert state.load_state(tmp_path)["epoch"] == 1
 
 
 def test_a_diverged_loss_stops_the_run() -> None:

@@ -40,7 +40,8 @@ def _marks(name: str) -> re.Pattern[str]:
 
 def backends() -> str:
     """Op × backend: the dtypes that a kernel takes."""
-    from adacomcat import backends, kernels, ops
+    from adacomcat import kernels, ops
+    from adacomcat.ops import backends
 
     def names(dtypes: Iterable[object]) -> str:
         return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -60,7 +61,8 @@ def backends() -> str:
 
 def choices() -> str:
     """Op × situation: the backend that runs where nobody asks for another."""
-    from adacomcat import backends, kernels, ops
+    from adacomcat import kernels, ops
+    from adacomcat.ops import backends
 
     def on_gpu(op: str, triton: Sequence[str]) -> str:
         if op in backends.CUDA_FIRST:
@@ -83,7 +85,7 @@ def choices() -> str:
 
 def commands() -> str:
     """Every command with its flags, as the parsers know them."""
-    from adacomcat.arguments import COMMANDS, REQUIRED, build_parser
+    from adacomcat.cli.arguments import COMMANDS, REQUIRED, build_parser
 
     parsers = next(action.choices for action in build_parser()._actions if action.choices)
     return "\n\n".join(

@@ -16,10 +16,11 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from adacomcat.calibrate import BATCH, tokens_and_outputs
+from adacomcat.convert.calibrate import BATCH
 from adacomcat.distill.losses import BlockFeatures, aligned_blocks, mse_loss, relative_error
 from adacomcat.errors import UserError
-from adacomcat.progress import progress
+from adacomcat.utils.model import tokens_and_outputs
+from adacomcat.utils.progress import progress
 
 SCHEDULE = 10_000  # the learning rate follows the part done, in this many steps
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from adacomcat import data
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.losses import FeatureAlignment, alignment_decay, distillation_loss
+from adacomcat.distill.state import save_state
 from adacomcat.errors import UserError
-from adacomcat.parallel import Processes
-from adacomcat.progress import progress
-from adacomcat.randomness import derived_generator, derived_seed, numpy_seeded
 from adacomcat.search.search import RankSearch
 from adacomcat.search.supernet import set_ranks_
-from adacomcat.training_state import save_state
+from adacomcat.utils.distributed import Processes
+from adacomcat.utils.progress import progress
+from adacomcat.utils.random import derived_generator, derived_seed, numpy_seeded
 
 LOG = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from adacomcat.allocate import Choice, knapsack
+from adacomcat.allocation.knapsack import Choice, knapsack
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, MULTIPLE, Rank, Site

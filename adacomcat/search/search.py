@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adacomcat.calibrate import evaluating
-from adacomcat.parallel import Processes
 from adacomcat.plan import RankPlan
-from adacomcat.randomness import derived_generator
 from adacomcat.search.gates import RankGates
 from adacomcat.search.policy import EveryEpoch, make_policy
 from adacomcat.search.supernet import mixture, set_ranks_
 from adacomcat.sites import DENSE, Site
+from adacomcat.utils.distributed import Processes
+from adacomcat.utils.model import evaluating
+from adacomcat.utils.random import derived_generator
 
 
 @dataclass(frozen=True)

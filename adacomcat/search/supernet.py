@@ -16,11 +16,13 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from adacomcat import ops
-from adacomcat.attention import LowRankAttention, low_rank_class
-from adacomcat.convert import Factors, join_mlps_
-from adacomcat.factorize import LinearFactors
-from adacomcat.hidden import HiddenFactors, narrow, narrowed
-from adacomcat.layers import LowRankLinear
+from adacomcat.convert.factors import Factors
+from adacomcat.convert.install import join_mlps_
+from adacomcat.factorize.factors import LinearFactors
+from adacomcat.factorize.neurons import HiddenFactors
+from adacomcat.layers.attention import LowRankAttention, low_rank_class
+from adacomcat.layers.linear import LowRankLinear
+from adacomcat.layers.mlp import narrow, narrowed
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Rank, Site, find_sites
 

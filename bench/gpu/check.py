@@ -28,7 +28,8 @@ import peers  # noqa: E402
 from test_models import MODELS, low_rank  # noqa: E402
 
 import adacomcat  # noqa: E402
-from adacomcat import backends, decompositions, ops  # noqa: E402
+from adacomcat import ops  # noqa: E402
+from adacomcat.ops import backends, decompositions  # noqa: E402
 
 REPEATS, CALLS = 9, 5
 BATCHES = (1, 8, 64, 256)

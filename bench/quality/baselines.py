@@ -22,15 +22,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adacomcat.calibrate import Moments, Statistics, calibration_batches, evaluating
-from adacomcat.convert import factorize_model, install_, join_mlps_
+from adacomcat.convert.calibrate import Moments, Statistics, calibration_batches
+from adacomcat.convert.factors import factorize_model
+from adacomcat.convert.install import install_, join_mlps_
 from adacomcat.cost import model_params
 from adacomcat.errors import UserError
-from adacomcat.factorize import LinearStatistics, factorize_linear
-from adacomcat.layers import LowRankLinear
+from adacomcat.factorize.factors import LinearStatistics, factorize_linear
+from adacomcat.layers.linear import LowRankLinear
 from adacomcat.plan import RankPlan
 from adacomcat.sites import Site, find_sites
 from adacomcat.train import drop_attention_biases_
+from adacomcat.utils.model import evaluating
 
 
 class Inputs(NamedTuple):

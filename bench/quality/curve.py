@@ -19,9 +19,9 @@ from methods import METHODS, Subject, compressed
 from records import Record, Records, command, markdown, mean_and_deviation, provenance, write
 from subjects import add_training_arguments, fashion_mnist, trained_settings
 
-from adacomcat.arguments import Parser, fraction
+from adacomcat.cli.arguments import Parser, fraction
 from adacomcat.cost import model_params
-from adacomcat.report import print_table
+from adacomcat.report.tables import print_table
 
 
 class Point(NamedTuple):

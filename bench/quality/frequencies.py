@@ -13,8 +13,8 @@ from methods import Subject, trained
 from records import Record, Records, command, markdown, mean_and_deviation, provenance, write
 from subjects import add_training_arguments, fashion_mnist, trained_settings
 
-from adacomcat.arguments import Parser, fraction
-from adacomcat.report import print_table
+from adacomcat.cli.arguments import Parser, fraction
+from adacomcat.report.tables import print_table
 
 POLICIES = {"every": "every epoch", "adaptive": "doubling", "graded": "graded"}
 COLUMNS = ("", "searches", "search seconds", "of every epoch's", "top-1 %", "seconds")

@@ -19,12 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adacomcat.allocate import choices, error_weights, knapsack
-from adacomcat.calibrate import calibration_batches
-from adacomcat.convert import Factors, convert_, factorize_model, model_statistics
+from adacomcat.allocation.budget import choices
+from adacomcat.allocation.knapsack import knapsack
+from adacomcat.allocation.latency import choose_plan_for_latency
+from adacomcat.allocation.sensitivity import error_weights
+from adacomcat.convert.calibrate import calibration_batches
+from adacomcat.convert.factors import Factors, factorize_model
+from adacomcat.convert.model import convert_, model_statistics
 from adacomcat.cost import model_macs, model_params
-from adacomcat.latency import LatencyTable, measure, model_latencies
-from adacomcat.latency_budget import choose_plan_for_latency
+from adacomcat.latency.table import LatencyTable
+from adacomcat.latency.timing import measure, model_latencies
 from adacomcat.plan import RankPlan
 from adacomcat.sites import MULTIPLE, Site, find_sites, narrowable_mlps
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import adacomcat
 from adacomcat import train
-from adacomcat.calibrate import calibrate
-from adacomcat.collage import collages
+from adacomcat.convert.calibrate import calibrate
+from adacomcat.data.collage import collages
 from adacomcat.distill.config import TrainConfig
 from adacomcat.errors import UserError
 

@@ -16,9 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import adacomcat
-from adacomcat.arguments import Parser, at_least, fraction
-from adacomcat.cost import input_size, latency, model_params
-from adacomcat.report import print_table
+from adacomcat.cli.arguments import Parser, at_least, fraction
+from adacomcat.cost import model_params
+from adacomcat.latency.timing import latency
+from adacomcat.report.tables import print_table
+from adacomcat.utils.model import input_size
 
 COLUMNS = {
     "params": ("params, M", lambda value: f"{value / 1e6:.3f}"),

@@ -9,13 +9,14 @@ import torch
 from methods import Subject
 from torch import nn
 
-from adacomcat import checkpoint, data
-from adacomcat.arguments import at_least
-from adacomcat.collage import with_collages
+from adacomcat.checkpoint import folder
+from adacomcat.cli.arguments import at_least
+from adacomcat.data import datasets
+from adacomcat.data.collage import with_collages
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.trainer import evaluate
-from adacomcat.parallel import Processes
 from adacomcat.train import calibration_images
+from adacomcat.utils.distributed import Processes
 
 WEIGHTS = paths.ROOT / "examples/fashion_mnist/weights"
 
@@ -79,9 +80,9 @@ def trained_settings(args: argparse.Namespace) -> str:
 
 def fashion_mnist(args: argparse.Namespace, seed: int) -> Subject:
     """The small ViT of examples/fashion_mnist."""
-    model = checkpoint.load(args.weights).eval()
-    train_set, test_set = data.train_and_test("fashion-mnist", args.data_dir,
-                                              data.model_data_config(model))
+    model = folder.load(args.weights).eval()
+    train_set, test_set = datasets.train_and_test("fashion-mnist", args.data_dir,
+                                              datasets.model_data_config(model))
     if args.train_images is not None:
         train_set = train_set.subset(torch.arange(min(args.train_images, len(train_set))))
     return classifier(model, train_set, test_set, TrainConfig(

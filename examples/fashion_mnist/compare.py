@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 import adacomcat
-from adacomcat import checkpoint, data, train
+from adacomcat import train
+from adacomcat.checkpoint import folder
+from adacomcat.data import datasets
 from adacomcat.distill.config import TrainConfig
 
 HERE = Path(__file__).parent
@@ -37,8 +39,8 @@ def arguments() -> argparse.Namespace:
 
 
 def compare(model: nn.Module, args: argparse.Namespace) -> dict[str, dict]:
-    config = data.model_data_config(model)
-    train_set, test_set = data.train_and_test("fashion-mnist", args.data_dir, config)
+    config = datasets.model_data_config(model)
+    train_set, test_set = datasets.train_and_test("fashion-mnist", args.data_dir, config)
     path = args.output / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for keep in args.keeps:
@@ -87,7 +89,7 @@ def table(results: dict[str, dict], args: argparse.Namespace) -> str:
 
 def main() -> None:
     args = arguments()
-    model = checkpoint.load(args.weights)
+    model = folder.load(args.weights)
     results = compare(model.eval(), args)
     write(args.output / "RESULTS.md", table(results, args))
     print(table(results, args))

@@ -9,13 +9,13 @@ import cuda_host
 import torch
 from cuda_host import CUDA, Failed, Host
 from cuda_ptx import Emulated
+from helpers.matrices import check
 from mutations import KINDS
 from ptx.memory import Fault
 from ptx.parser import Kernel
 from test_cuda_low_rank_linear import complaints, draw
-from test_decompositions import check
 
-from adacomcat import reference
+from adacomcat.ops import reference
 
 SVD, LINEAR, TILES, ERRORS = (
     "batched_svd.cu", "low_rank_linear.cu", "tiles.cuh", "truncation_errors.cu")

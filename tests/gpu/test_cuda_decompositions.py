@@ -5,12 +5,12 @@ import math
 import cuda_host
 import pytest
 import torch
-from conftest import FLOOR, assert_close_to_float64, relative_error
 from cuda_host import Host
-from test_decompositions import check, hard
+from helpers.matrices import check, hard
+from helpers.tolerance import FLOOR, assert_close_to_float64, relative_error
 from torch import Tensor
 
-from adacomcat import reference
+from adacomcat.ops import reference
 
 pytestmark = pytest.mark.skipif(cuda_host.missing() is not None, reason=str(cuda_host.missing()))
 DTYPES = [torch.float32, torch.float64]

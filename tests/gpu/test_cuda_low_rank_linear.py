@@ -10,7 +10,7 @@ from cuda_host import ACTIVATIONS, Host
 from shapes import LINEAR
 from torch import Tensor
 
-from adacomcat import reference
+from adacomcat.ops import reference
 
 pytestmark = pytest.mark.skipif(cuda_host.missing() is not None, reason=str(cuda_host.missing()))
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

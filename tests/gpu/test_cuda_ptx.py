@@ -6,10 +6,10 @@ import pytest
 import torch
 from cuda_host import ACTIVATIONS, Host
 from cuda_ptx import Emulated
+from helpers.matrices import check
 from test_cuda_low_rank_linear import TYPES, complaints, draw
-from test_decompositions import check
 
-from adacomcat import reference
+from adacomcat.ops import reference
 
 pytestmark = pytest.mark.skipif(cuda_ptx.missing() is not None, reason=str(cuda_ptx.missing()))
 ARCHITECTURES = ("sm_80", "sm_90")

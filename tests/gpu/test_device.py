@@ -3,11 +3,12 @@
 import pytest
 import torch
 from cases import DTYPES, UNITS, Case, draw, incoming, oracles, precision, run_kernels, worst
+from helpers.matrices import check
 from shapes import DEIT, ragged, vision
-from test_decompositions import check
 from torch import Tensor
 
-from adacomcat import backends, decompositions, ops, reference
+from adacomcat import ops
+from adacomcat.ops import backends, decompositions, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 CASES = [

@@ -13,8 +13,9 @@ from cases import DTYPES, UNITS, Case, draw, incoming, oracles, precision, run_k
 from ptx.emulate import Launch, emulated
 from shapes import DEIT, ragged, vision
 
-from adacomcat import backends, ops
+from adacomcat import ops
 from adacomcat.kernels import load, tiles
+from adacomcat.ops import backends
 
 ARCHITECTURES = ("sm_80", "sm_90")
 # Off every tile; the interpreter has the rest. Compiling takes longer than running these.

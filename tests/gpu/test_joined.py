@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from adacomcat.fuse import _join_
 from adacomcat.kernels.low_rank_attention import joined
+from adacomcat.layers.fused import _join_
 
 
 def test_weights_of_an_optimized_attention_are_one_matrix() -> None:

@@ -4,8 +4,9 @@ import re
 import textwrap
 from pathlib import Path
 
+import import_graph
 import pytest
-from pages import (
+from helpers.pages import (
     CONTRIBUTING,
     DOCS,
     GUIDES,
@@ -19,8 +20,8 @@ from pages import (
     commands,
 )
 
-from adacomcat import cli
-from adacomcat.arguments import COMMANDS
+from adacomcat.cli.arguments import COMMANDS
+from adacomcat.cli.main import main, parse
 
 RUN = [page for page in GUIDES if blocks(page, "python", "bash")]
 CALLS = [argv for words in all_commands(*PROSE) if (argv := adacomcat_arguments(words))]
@@ -45,7 +46,7 @@ def run_shell(block: Block) -> None:
     for words in commands(block):
         argv = adacomcat_arguments(words)
         if argv is not None and words[0] == "adacomcat":
-            assert cli.main([*argv, *SHORTER.get(argv[0], [])]) == 0, " ".join(words)
+            assert main([*argv, *SHORTER.get(argv[0], [])]) == 0, " ".join(words)
 
 
 @pytest.mark.parametrize("page", RUN, ids=name)
@@ -77,7 +78,7 @@ def test_command_parses(argv, tmp_path, monkeypatch):
     for block in blocks(DOCS / "training.md", "yaml"):
         (tmp_path / block.text.splitlines()[0].removeprefix("# ")).write_text(block.text)
     monkeypatch.chdir(tmp_path)
-    args = cli.parse(argv)
+    args = parse(argv)
     assert args.command == argv[0]
     if args.config == "deit_small.yaml":
         assert (args.keep_params, args.search, args.amp) == (0.5, "adaptive", True)
@@ -89,14 +90,14 @@ def test_every_command_is_shown():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command(command, capsys):
-    assert cli.main([command, "--help"]) == 0
+    assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out
     assert COMMANDS[command][0] in " ".join(shown.split())
 
 
 def test_every_flag_named_in_the_text_exists(capsys):
     for command in COMMANDS:
-        cli.main([command, "--help"])
+        main([command, "--help"])
     known = OTHER_FLAGS | set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     for script in ROOT.glob("**/*.py"):
         if script.parts[len(ROOT.parts)] in ("examples", "bench", "tools"):
@@ -163,6 +164,15 @@ def test_environment_variables_are_all_listed():
     listed = set(re.findall(r"^\| `(ADACOMCAT_\w+)", (DOCS / "install.md").read_text(),
                             re.MULTILINE))
     assert read and read == listed
+
+
+def test_direction_of_imports_is_the_one_that_is_tested():
+    """The list in CONTRIBUTING names the packages in the order of tools/import_graph.py."""
+    text = CONTRIBUTING.read_text().partition("never below:")[2]
+    block = re.search(r"```text\n(.*?)```", text, re.DOTALL)[1]
+    named = [word for line in block.splitlines() for word in line.partition("   ")[0].split()]
+    hidden = {"moved", "__init__", "entrypoint", "kernels", "__main__"}
+    assert named == [room for room in import_graph.DIRECTION if room not in hidden]
 
 
 def test_walks_name_what_is_there():

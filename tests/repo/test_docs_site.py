@@ -6,7 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from pages import ROOT
+from helpers.pages import ROOT
+
+# What a browser loads with a page: scripts, images, style sheets from another host.
+LOADED = re.compile(
+    r"<(?:script|img|link rel=\"stylesheet\")[^>]*(?:src|href)=\"(https?:[^\"]+)")
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +33,7 @@ def test_every_page_of_the_navigation_is_built(site):
 
 def test_site_loads_nothing_from_elsewhere(site):
     for page in site.rglob("*.html"):
-        loaded = re.findall(r"<(?:script|img|link rel=\"stylesheet\")[^>]*(?:src|href)=\"(https?:[^\"]+)",
-                            page.read_text())
-        assert not loaded, page
+        assert not LOADED.findall(page.read_text()), page
 
 
 def test_api_pages_hold_the_public_names(site):

@@ -1,32 +1,22 @@
 """Tables of docs/: ops equal what stands beside them, generated ones are current."""
 
 import ast
-import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import generate_docs
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from pages import DOCS, ROOT
+from helpers.pages import DOCS, ROOT
 from torch import Tensor
 
 from adacomcat import ops
 
 BATCH, TOKENS, WIDTH, HEADS = 2, 7, 12, 3
 RANK_QK, RANK_VO, RANK = 2, 5, 4
-
-
-def load_generator():
-    spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "tools/generate_docs.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-GENERATOR = load_generator()
 
 
 # Ops
@@ -77,8 +67,8 @@ def test_op_equals_the_line_beside_it(op):
 
 @pytest.mark.parametrize("name", ["backends", "choices", "commands"])
 def test_generated_table_is_current(name):
-    page = (DOCS / GENERATOR.PAGES[name]).read_text()
-    assert GENERATOR.region(page, name) == GENERATOR.TABLES[name](), (
+    page = (DOCS / generate_docs.PAGES[name]).read_text()
+    assert generate_docs.region(page, name) == generate_docs.TABLES[name](), (
         f"run python tools/generate_docs.py {name}")
 
 
@@ -91,8 +81,8 @@ def families() -> str:
 def test_family_is_current(module):
     if f"timm {timm.__version__}." not in families():
         pytest.skip(f"the table is of another timm than {timm.__version__}")
-    row = f"| {' | '.join(GENERATOR.family(module))} |"
-    assert row in GENERATOR.region(families(), "families")
+    row = f"| {' | '.join(generate_docs.family(module))} |"
+    assert row in generate_docs.region(families(), "families")
 
 
 def test_families_are_those_of_timm():
@@ -100,11 +90,11 @@ def test_families_are_those_of_timm():
         pytest.skip(f"the table is of another timm than {timm.__version__}")
     listed = set(re.findall(r"^\| `(\w+)` \|", families(), re.MULTILINE))
     assert len(listed) > 20
-    assert listed <= set(GENERATOR.family_modules())
+    assert listed <= set(generate_docs.family_modules())
 
 
 def test_family_without_sites_is_left_out():
-    assert GENERATOR.family("vgg") is None
+    assert generate_docs.family("vgg") is None
 
 
 # Errors

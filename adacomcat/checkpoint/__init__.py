@@ -1,0 +1,15 @@
+"""Compressed models on disk, and ComCAT's released files."""
+
+from adacomcat.checkpoint.folder import (
+    load,
+    load_weights_,
+    read_weights,
+    require_architecture,
+    require_empty,
+    save,
+)
+from adacomcat.moved import forward
+
+__all__ = ["load", "load_weights_", "read_weights", "require_architecture", "require_empty", "save"]
+
+__getattr__ = forward(__name__, ("checkpoint.folder",))

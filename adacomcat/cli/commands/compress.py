@@ -1,0 +1,39 @@
+"""adacomcat compress: training-free, from a budget or a plan."""
+
+import argparse
+
+from adacomcat import checkpoint, cost
+from adacomcat.cli.commands import Outcome, inputs
+from adacomcat.latency.timing import model_latencies
+from adacomcat.report.page import write_report
+from adacomcat.report.tables import Comparison, print_comparison, print_refinement
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    checkpoint.require_empty(args.output)
+    model = inputs.model(args).to(inputs.device(args))
+    pictures = inputs.pictures(args, model)
+    images = inputs.calibration(args, pictures)
+    small = inputs.compressed(args, model, images, refine=args.refine, refine_images=pictures)
+    comparison = Comparison({
+        "dense": {"params": cost.model_params(model), "macs": cost.model_macs(model)},
+        "compressed": {"params": cost.model_params(small), "macs": cost.model_macs(small)},
+    })
+    if args.max_latency_ms is not None:
+        found = model_latencies({"dense": model, "compressed": small}, args.latency_batch)
+        for name, milliseconds in found.items():
+            comparison.rows[name]["latency_ms"] = milliseconds
+    checkpoint.save(small, args.output, gauge=args.gauge)
+    if not args.no_report:
+        write_report(args.output, f"{args.model} compressed", comparison,
+                     small.rank_plan.sites(model), small.rank_plan)
+    data = {"output": args.output, "models": comparison.rows, "ranks": small.rank_plan.ranks,
+            "calibration_images": 0 if images is None else len(images)}
+    if small.refinement is not None:
+        data["refinement"] = small.refinement.summary()
+
+    def show() -> None:
+        print_comparison(args.model, comparison)
+        print_refinement(data.get("refinement"))
+        print(f"written to {args.output}")
+    return Outcome(data, show)

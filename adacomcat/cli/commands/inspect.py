@@ -1,0 +1,67 @@
+"""adacomcat inspect: where ranks are chosen, what they could save, what truncation would cost."""
+
+import argparse
+from typing import Any
+
+from torch import Tensor, nn
+
+from adacomcat import cost
+from adacomcat.cli.commands import Outcome, inputs
+from adacomcat.convert.calibrate import calibrate
+from adacomcat.convert.factors import error_curves, require_finite_model
+from adacomcat.layers.linear import LowRankLinear
+from adacomcat.report.tables import print_table
+from adacomcat.sites import Site, find_sites
+
+# Error curves are shown at these parts of the break-even rank.
+PARTS = (0.125, 0.25, 0.5, 0.75)
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    model = inputs.model(args).to(inputs.device(args))
+    sites = find_sites(model)
+    require_finite_model(model)
+    images = inputs.calibration(args, inputs.pictures(args, model))
+    curves = error_curves(model, {} if images is None else calibrate(model, images))
+    rows = [_row(site, curves[site.name]) for site in sites]
+    data = {
+        "model": args.model, "params": cost.model_params(model), "macs": cost.model_macs(model),
+        "low_rank_modules": _low_rank(model), "sites": rows,
+    }
+    return Outcome(data, lambda: _show(data))
+
+
+def _row(site: Site, errors: Tensor) -> dict[str, Any]:
+    ranks = [max(1, int(part * site.break_even)) for part in PARTS]
+    return {
+        "site": site.name, "tier": site.tier, "kind": site.kind, "in": site.in_features,
+        "out": site.out_features, "heads": site.num_heads, "full_rank": site.full_rank,
+        "break_even": round(site.break_even, 1), "params": site.dense_params,
+        "errors": {rank: (errors[rank] / errors[0].clamp_min(1e-300)).sqrt().item()
+                   for rank in ranks},
+    }
+
+
+def _low_rank(model: nn.Module) -> int:
+    return sum(isinstance(module, LowRankLinear) or hasattr(module, "rank_vo")
+               for module in model.modules())
+
+
+def _show(data: dict[str, Any]) -> None:
+    columns = ["site", "tier", "in → out", "full rank", "break-even", "parameters",
+               *(f"error at {part:g}" for part in PARTS)]
+    rows = []
+    for row in data["sites"]:
+        heads = f" × {row['heads']}" if row["kind"] in ("qk", "vo") else ""
+        rows.append([row["site"], row["tier"], f"{row['in']} → {row['out']}",
+                     f"{row['full_rank']}{heads}", f"{row['break_even']:g}{heads}",
+                     f"{row['params']:,}",
+                     *(f"{error:.3f}" for error in row["errors"].values())])
+    print_table(f"{data['model']}: {data['params']:,} parameters, {data['macs'] / 1e6:,.1f} MMACs",
+                columns, rows)
+    if data["sites"]:
+        print("error: relative, what truncation at this part of the break-even rank leaves")
+    if data["low_rank_modules"]:
+        print(f"{data['low_rank_modules']} modules are low-rank already")
+    if not data["sites"] and not data["low_rank_modules"]:
+        print("no site: nothing in this model can be made low-rank")

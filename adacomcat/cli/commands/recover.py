@@ -1,0 +1,48 @@
+"""adacomcat recover: distil the dense model's features into a compressed one, without labels."""
+
+import argparse
+import time
+
+import torch
+from torch import nn
+
+from adacomcat import checkpoint, data
+from adacomcat.cli.commands import Outcome, inputs
+from adacomcat.distill.recovery import RecoveryConfig, feature_error, recover
+from adacomcat.errors import UserError
+
+MEASURED = 64  # of the images, as they are, before and after
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    checkpoint.require_empty(args.output)
+    device = inputs.device(args)
+    student = inputs.model(args).to(device)
+    teacher = inputs.teacher(args).to(device)
+    images = _images(args, student)
+    config = RecoveryConfig(minutes=args.minutes, steps=args.steps, lr=args.lr,
+                            block_weight=args.block_weight, ema_decay=args.model_ema_decay,
+                            amp=args.amp, seed=args.seed).checked()
+    sample = torch.stack([images[i][0] for i in range(min(MEASURED, len(images)))]).to(device)
+    before, start = feature_error(student, teacher, sample), time.perf_counter()
+    batches = data.EndlessBatches(images, min(args.batch_size, len(images)), args.seed,
+                             num_workers=args.workers)
+    student = recover(student, teacher, batches, config)
+    seconds = time.perf_counter() - start
+    after = feature_error(student, teacher, sample)
+    checkpoint.save(student.cpu(), args.output, gauge=args.gauge)
+    return Outcome({"output": args.output, "images": len(images), "error_before": before,
+                    "error_after": after, "seconds": seconds},
+                   lambda: print(f"error of the features on {len(sample)} of these images: "
+                                 f"{before:.3f} → {after:.3f}, {seconds:.0f} s; "
+                                 f"written to {args.output}"))
+
+
+def _images(args: argparse.Namespace, model: nn.Module) -> data.FolderImages:
+    model_cfg = data.model_data_config(model)
+    if args.images is not None:
+        return data.pictures_under(args.images, model_cfg)
+    if args.data is None:
+        raise UserError("recover needs --images FOLDER or --data")
+    del model_cfg["num_classes"]  # labels are not looked at
+    return data.train_and_test(*inputs.dataset(args), model_cfg)[0]

@@ -1,0 +1,214 @@
+"""Weights, and statistics of what flows into them, to factors. Everything in float64.
+
+All decompositions are nested: rank r is the first r columns, and the squared error of every rank
+is the tail of one spectrum.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adacomcat.factorize.linalg import (
+    descending_eigh,
+    eigenvalues,
+    gram,
+    shrink,
+    singular_values,
+    square_root,
+    square_roots,
+    triangle,
+)
+from adacomcat.ops.decompositions import batched_svd, truncation_errors
+
+
+class LinearStatistics(NamedTuple):
+    """Mean (d,) and centred covariance (d, d) of the tokens that enter a linear layer."""
+
+    mean: Tensor
+    covariance: Tensor
+    tokens: int
+
+
+class AttentionStatistics(NamedTuple):
+    """What whitens an attention, in the notation of its tokens x and their averages z_h = P_h x."""
+
+    mean: Tensor  # (d,) of x
+    covariance: Tensor  # (d, d) of x, centred
+    key_covariance: Tensor  # (d, d) of x, centred per image: a softmax ignores what keys share
+    value_mean: Tensor  # (H, d) of z
+    value_covariance: Tensor  # (H, d, d) of z, centred
+    tokens: int
+
+
+@dataclass
+class LinearFactors:
+    """y ≈ ((x V) Uᵀ) + b. ``errors[r]`` is E|y - ŷ|² at rank r, r = 0 … R."""
+
+    v: Tensor  # (in, R)
+    u: Tensor  # (out, R)
+    bias: Tensor  # (out,) of the dense layer
+    mean: Tensor  # (in,)
+    errors: Tensor  # (R + 1,)
+
+    def truncated_bias(self, rank: int) -> Tensor:
+        """b + (W - Ŵ) mean: the error of a truncation then has no mean."""
+        return self.bias + self.u[:, rank:] @ (self.mean @ self.v[:, rank:])
+
+
+class ScoreFactors(NamedTuple):
+    """Logits of head h: s (x wq_hᵀ + bq_h)(x wk_hᵀ)ᵀ."""
+
+    wq: Tensor  # (H, R, d)
+    bq: Tensor  # (H, R)
+    wk: Tensor  # (H, R, d)
+    errors: Tensor  # (R + 1,) of the scaled logits, summed over heads
+
+
+class ValueFactors(NamedTuple):
+    """Σ_h wo_h wv_h z_h + bo, where ``bo`` is that of the full rank."""
+
+    wv: Tensor  # (H, R, d)
+    wo: Tensor  # (H, out, R)
+    bo: Tensor  # (out,)
+    mean: Tensor  # (H, d)
+    errors: Tensor  # (R + 1,)
+
+    def truncated_bias(self, rank: int) -> Tensor:
+        lost = torch.einsum("hor,hrd,hd->o", self.wo[..., rank:], self.wv[:, rank:], self.mean)
+        return self.bo + lost
+
+
+def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale the columns of ``left`` and ``right`` to equal norms, as training wants them."""
+    ratio = right.norm(dim=-2, keepdim=True) / left.norm(dim=-2, keepdim=True).clamp_min(1e-300)
+    ratio = ratio.sqrt().clamp(1e-8, 1e8)
+    return left * ratio, right / ratio
+
+
+def factorize_linear(weight: Tensor, bias: Tensor | None,
+                     statistics: LinearStatistics | None = None, *,
+                     shrinkage: float = 0.0) -> LinearFactors:
+    """Ŵ = SVD_r(W C^½) C^-½: the best rank-r map in E|x Wᵀ - x Ŵᵀ|². C = I without statistics.
+
+    By the eigenvectors of the smaller Gram matrix of W C^½: with P on the output side
+    Ŵ_r = P_r P_rᵀ W, with Q on the input side Ŵ_r = W C^½ Q_r (C^-½ Q_r)ᵀ.
+    """
+    weight = weight.double()
+    out_features, in_features = weight.shape
+    mean = weight.new_zeros(in_features)
+    if statistics is not None:
+        covariance = shrink(statistics.covariance.double(), shrinkage)
+        mean = statistics.mean.double()
+    if out_features <= in_features:
+        product = gram(weight.mT) if statistics is None else weight @ covariance @ weight.mT
+        energy, u = descending_eigh(product)
+        v = weight.mT @ u
+    else:
+        whitened, inverse = weight, None
+        if statistics is not None:
+            root, inverse = square_roots(covariance)
+            whitened = weight @ root
+        energy, right = descending_eigh(gram(whitened))
+        u, v = whitened @ right, right if inverse is None else inverse @ right
+    bias = weight.new_zeros(out_features) if bias is None else bias.double()
+    return LinearFactors(*balance(v, u), bias, mean,
+                         truncation_errors(energy.sqrt().unsqueeze(0)))
+
+
+def linear_spectrum(weight: Tensor, bias: Tensor | None,
+                    statistics: LinearStatistics | None = None, *,
+                    shrinkage: float = 0.0) -> Tensor:
+    """(1, R) singular values of W C^½; the squared tails are ``factorize_linear(…).errors``."""
+    tall = weight.shape[0] > weight.shape[1]
+    if statistics is None:
+        product = gram(weight if tall else weight.mT)
+    else:
+        weight = weight.double()
+        covariance = shrink(statistics.covariance.double(), shrinkage)
+        product = (gram(weight @ square_root(covariance)) if tall
+                   else weight @ covariance @ weight.mT)
+    return eigenvalues(product).flip(-1).clamp_min(0).sqrt().unsqueeze(0)
+
+
+def factorize_scores(wq: Tensor, bq: Tensor, wk: Tensor, scale: float,
+                     statistics: AttentionStatistics | None = None, *,
+                     shrinkage: float = 0.0) -> ScoreFactors:
+    """M = [wq | bq]ᵀ wk per head, truncated in the metric of queries and keys.
+
+    With thin A = C̃q^½ [wq | bq]ᵀ and B = Ck^½ wkᵀ, and A = Qa Ra, B = Qb Rb, only the
+    head_dim × head_dim matrix Ra Rbᵀ = P S Tᵀ is decomposed. M̂_r = ŵqᵀ Ra⁻¹ P_r · P_rᵀ Ra wk.
+    """
+    wq, bq, wk = wq.double(), bq.double(), wk.double()
+    r_q, r_k, queries, keys = _score_triangles(wq, bq, wk, statistics, shrinkage)
+    left, singular, _ = batched_svd(r_q @ r_k.mT)
+    into = torch.linalg.pinv(r_q, rtol=1e-12) @ left
+    factor_q, factor_k = balance(queries @ into, keys @ (r_q.mT @ left))
+    return ScoreFactors(factor_q[:, :-1].mT, factor_q[:, -1], factor_k.mT,
+                        truncation_errors(singular * scale))
+
+
+def score_spectrum(wq: Tensor, bq: Tensor, wk: Tensor, scale: float,
+                   statistics: AttentionStatistics | None = None, *,
+                   shrinkage: float = 0.0) -> Tensor:
+    """(H, R) singular values of the logits' matrices, scaled."""
+    r_q, r_k, *_ = _score_triangles(wq, bq, wk, statistics, shrinkage)
+    return singular_values(r_q @ r_k.mT) * scale
+
+
+def _score_triangles(wq: Tensor, bq: Tensor, wk: Tensor, statistics: AttentionStatistics | None,
+                     shrinkage: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ra, Rb, [wq | bq]ᵀ and wkᵀ."""
+    queries = torch.cat([wq, bq.unsqueeze(-1)], -1).mT  # (H, d + 1, head_dim)
+    keys = wk.mT
+    metric_q = metric_k = None
+    if statistics is not None:
+        metric_q = _augmented_moment(statistics, shrinkage)
+        metric_k = shrink(statistics.key_covariance.double(), shrinkage)
+    return triangle(queries, metric_q), triangle(keys, metric_k), queries, keys
+
+
+def _augmented_moment(statistics: AttentionStatistics, shrinkage: float) -> Tensor:
+    """E[x̃ x̃ᵀ] for x̃ = [x, 1]."""
+    mean = statistics.mean.double()
+    covariance = shrink(statistics.covariance.double(), shrinkage)
+    moment = mean.new_ones(len(mean) + 1, len(mean) + 1)
+    moment[:-1, :-1] = covariance + torch.outer(mean, mean)
+    moment[:-1, -1] = moment[-1, :-1] = mean
+    return moment
+
+
+def factorize_values(wv: Tensor, bv: Tensor, wo: Tensor, bo: Tensor,
+                     statistics: AttentionStatistics | None = None, *,
+                     shrinkage: float = 0.0) -> ValueFactors:
+    """wo_h wv_h ≈ Q P_r · P_rᵀ R wv_h, Q R = wo_h and P the left singular vectors of R wv_h Cz^½.
+
+    The value bias passes the softmax unchanged (its rows sum to one), so bo + Σ_h wo_h bv_h.
+    """
+    wv, wo = wv.double(), wo.double()
+    bias = bo.double() + torch.einsum("hor,hr->o", wo, bv.double())
+    mean = wv.new_zeros(wv.shape[0], wv.shape[2])
+    if statistics is not None:
+        mean = statistics.value_mean.double()
+    basis, inner = torch.linalg.qr(wo)
+    left, singular, _ = batched_svd(inner @ _value_triangle(wv, statistics, shrinkage).mT)
+    factor_o, factor_v = balance(basis @ left, wv.mT @ (inner.mT @ left))
+    return ValueFactors(factor_v.mT, factor_o, bias, mean, truncation_errors(singular))
+
+
+def value_spectrum(wv: Tensor, bv: Tensor, wo: Tensor, bo: Tensor,
+                   statistics: AttentionStatistics | None = None, *,
+                   shrinkage: float = 0.0) -> Tensor:
+    """(H, R) singular values of wo_h wv_h Cz^½."""
+    values = _value_triangle(wv, statistics, shrinkage)
+    return singular_values(triangle(wo) @ values.mT)
+
+
+def _value_triangle(wv: Tensor, statistics: AttentionStatistics | None,
+                    shrinkage: float) -> Tensor:
+    """T with Tᵀ T = wv Cz wvᵀ: T has the singular values of Cz^½ wvᵀ."""
+    metric = None
+    if statistics is not None:
+        metric = shrink(statistics.value_covariance.double(), shrinkage)
+    return triangle(wv.mT, metric)

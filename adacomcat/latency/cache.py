@@ -1,0 +1,85 @@
+"""Measured milliseconds that outlive the process: one JSON file for each machine and its set-up."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import adacomcat
+from adacomcat.ops import backends
+
+Milliseconds = dict[str, dict[str, float]]  # what was timed → ranks → milliseconds
+
+
+def machine(model: nn.Module) -> dict[str, object]:
+    """What timings of ``model`` depend on beside shapes."""
+    parameter = next(model.parameters())
+    on_gpu = parameter.is_cuda
+    return {
+        "device": torch.cuda.get_device_name(parameter.device) if on_gpu else _cpu_name(),
+        "kernels": (backends.build_info() or {}).get("instruction_set"),
+        "threads": torch.get_num_threads(), "dtype": str(parameter.dtype),
+        "torch": torch.__version__, "adacomcat": adacomcat.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "adacomcat/latency"
+
+
+class LatencyCache:
+    """``milliseconds`` as the file of this machine has them; nothing where it cannot be read."""
+
+    def __init__(self, machine: dict[str, object]) -> None:
+        self.machine = machine
+        name = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = folder() / f"{name}.json"
+        self.milliseconds = self._read()
+
+    def _read(self) -> Milliseconds:
+        try:
+            found = json.loads(self.path.read_text())
+            entries = found["milliseconds"] if found["machine"] == self.machine else {}
+            return {str(key): times for key, times in entries.items() if _plausible(times)}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def add(self, key: str, times: dict[str, float]) -> None:
+        """Also in the file, where this user can write it; entries that others added stay."""
+        self.milliseconds = self._read() | self.milliseconds | {key: times}
+        try:
+            self._write()
+        except OSError:  # a read-only home: measure again next time
+            return
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({"machine": self.machine, "milliseconds": self.milliseconds}, indent=1)
+        descriptor, scratch = tempfile.mkstemp(dir=self.path.parent, suffix=".partial")
+        try:
+            with open(descriptor, "w") as file:
+                file.write(content)
+            os.replace(scratch, self.path)
+        except OSError:
+            os.unlink(scratch)
+            raise
+
+
+def _plausible(times: object) -> bool:
+    return isinstance(times, dict) and all(
+        type(value) is float and math.isfinite(value) and value > 0 for value in times.values())

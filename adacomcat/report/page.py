@@ -1,0 +1,106 @@
+"""Tables on the terminal, and one offline HTML page per run."""
+
+import base64
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from adacomcat.plan import RankPlan
+from adacomcat.report.tables import _LABELS, Comparison
+from adacomcat.sites import DENSE, Site
+
+
+def write_report(folder: str | Path, title: str, comparison: Comparison, sites: Sequence[Site],
+                 plan: RankPlan, history: Sequence[Mapping[str, float]] = ()) -> Path:
+    """report.html in ``folder``: models before and after, ranks as a heat map, the history.
+
+    history: one mapping per epoch, with 'epoch', and 'loss' or 'top1'
+    """
+    pictures = {"Ranks, as a part of the full rank": _rank_map(sites, plan)} if sites else {}
+    if history:
+        pictures["History"] = _curves(history)
+    page = jinja2.Template(_PAGE, autoescape=True).render(
+        title=title, columns=comparison.columns(), rows=comparison.cells(), pictures=pictures,
+        ranks=[(site.name, plan[site.name], site.full_rank) for site in sites])
+    path = Path(folder) / "report.html"
+    scratch = path.with_suffix(".partial")
+    scratch.write_text(page)
+    os.replace(scratch, path)
+    return path
+
+
+def _rank_map(sites: Sequence[Site], plan: RankPlan) -> str:
+    """Blocks down, kinds of sites across; a dense site counts as 1."""
+    import numpy as np
+    cells = {_position(site.name): site for site in sites}
+    rows = list(dict.fromkeys(row for row, _ in cells))
+    columns = list(dict.fromkeys(column for _, column in cells))
+    image = np.full((len(rows), len(columns)), np.nan)
+    axes = _axes(1.5 + 0.7 * len(columns), 1.0 + 0.3 * len(rows)).flat[0]
+    for (row, column), site in cells.items():
+        rank = plan[site.name]
+        y, x = rows.index(row), columns.index(column)
+        image[y, x] = 1.0 if rank == DENSE else rank / site.full_rank
+        axes.text(x, y, rank, ha="center", va="center", fontsize=7,
+                  color="white" if image[y, x] > 0.6 else "black")
+    axes.imshow(image, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    return _png(axes)
+
+
+def _position(name: str) -> tuple[str, str]:
+    """'blocks.3.mlp.fc1' → ('blocks.3', 'mlp.fc1')."""
+    parts = name.split(".")
+    last = max((i for i, part in enumerate(parts) if part.isdecimal()), default=-1)
+    return ".".join(parts[:last + 1]) or "model", ".".join(parts[last + 1:])
+
+
+def _curves(history: Sequence[Mapping[str, float]]) -> str:
+    from matplotlib.ticker import MaxNLocator
+    names = [name for name in _LABELS if any(name in row for row in history)]
+    axes = _axes(7, 2.2 * len(names), count=len(names))
+    for name, axis in zip(names, axes.flat, strict=True):
+        points = [(row.get("epoch", at), row[name]) for at, row in enumerate(history)
+                  if name in row]
+        axis.plot(*zip(*points, strict=True), marker=".")
+        axis.set(ylabel=_LABELS[name][0], xlabel="epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _png(axes.flat[0])
+
+
+def _axes(width: float, height: float, count: int = 1) -> Any:
+    """``count`` axes under each other, as an array."""
+    from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), layout="constrained").subplots(count, squeeze=False)
+
+
+def _png(axes: Any) -> str:
+    buffer = io.BytesIO()
+    axes.figure.savefig(buffer, format="png", dpi=110)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem }
+table { border-collapse: collapse } th, td { padding: .2rem .8rem; text-align: right }
+th:first-child, td:first-child { text-align: left } tr { border-bottom: 1px solid #ddd }
+img { max-width: 100% }
+</style></head><body>
+<h1>{{ title }}</h1>
+<table><tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+{% for name, picture in pictures.items() %}<h2>{{ name }}</h2>
+<img alt="{{ name }}" src="data:image/png;base64,{{ picture }}">
+{% endfor %}
+<details><summary>Ranks</summary><table><tr><th>site</th><th>rank</th><th>full rank</th></tr>
+{% for row in ranks %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table></details>
+</body></html>
+"""

@@ -1,0 +1,73 @@
+"""Tables on the terminal, and one offline HTML page per run."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+_LABELS = {
+    "params": ("parameters", "{:,.0f}"), "macs": ("MACs per image", "{:,.0f}"),
+    "top1": ("top-1 %", "{:.2f}"), "loss": ("loss", "{:.4f}"),
+    "test_loss": ("test loss", "{:.4f}"),
+    "latency_ms": ("latency, ms", "{:.2f}"), "images_per_second": ("images/s", "{:,.1f}"),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Model → measure → value; the first model is what the others are compared with."""
+
+    rows: dict[str, dict[str, float]]
+
+    def columns(self) -> list[str]:
+        measures = self._measures()
+        return ["", *(_LABELS.get(m, (m, ""))[0] for m in measures), "parameters kept"]
+
+    def cells(self) -> list[list[str]]:
+        first = next(iter(self.rows.values()))["params"]
+        return [[name, *(self._cell(row, m) for m in self._measures()),
+                 f"{row['params'] / first:.3f}"] for name, row in self.rows.items()]
+
+    def _measures(self) -> list[str]:
+        return list(dict.fromkeys(measure for row in self.rows.values() for measure in row))
+
+    @staticmethod
+    def _cell(row: dict[str, float], measure: str) -> str:
+        if measure not in row:
+            return ""
+        return _LABELS.get(measure, ("", "{:g}"))[1].format(row[measure])
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Whole lines, however narrow the pipe."""
+    width = None if sys.stdout.isatty() else 240
+    table = Table(title=title, title_justify="left", box=SIMPLE,
+                  show_header=any(columns), pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 or not column else "right",
+                         no_wrap=True)
+    for row in rows:
+        table.add_row(*(str(cell).replace("[", r"\[") for cell in row))
+    Console(width=width, highlight=False).print(table)
+
+
+def print_comparison(title: str, comparison: Comparison) -> None:
+    print_table(title, comparison.columns(), comparison.cells())
+
+
+def print_refinement(found: Mapping[str, Any] | None) -> None:
+    """What ``Refined.summary`` says; nothing where no plan was refined."""
+    if found is None:
+        return
+    result = (f"refined: loss on held-out images {found['start_loss']:.4f} → {found['loss']:.4f}, "
+              f"{found['tried']} plans tried")
+    if not found["changed"]:
+        print(f"{result}; the first one stays")
+        return
+    print(result)
+    print_table("", ["site", "before", "after"],
+                [[name, *ranks] for name, ranks in found["changed"].items()])

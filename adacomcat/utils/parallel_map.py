@@ -1,0 +1,44 @@
+"""Independent pieces of work side by side, each on one core."""
+
+import contextvars
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+from adacomcat.utils.progress import progress
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def one_by_one(work: Callable[[Item], Result], items: Sequence[Item], label: str) -> list[Result]:
+    """[work(item) for item in items], with a progress bar."""
+    return [work(item) for item in progress(items, label)]
+
+
+def side_by_side(work: Callable[[Item], Result], items: Sequence[Item],
+                 label: str) -> list[Result]:
+    """The same on as many threads as torch may use, with one for BLAS in each.
+
+    LAPACK's reductions to tridiagonal form gain little from a second thread, and lose much where
+    that has to share its core; different matrices share nothing. torch's number of threads is one
+    in the meantime, everywhere in the process. Choices of backend and of gradients reach the work.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return one_by_one(work, items, label)
+    context, gradients = contextvars.copy_context(), torch.is_grad_enabled()
+
+    def run(item: Item) -> Result:
+        with torch.set_grad_enabled(gradients):
+            return context.copy().run(work, item)
+
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads,
+                                initargs=(1,)) as pool:
+            return list(progress(pool.map(run, items), label, total=len(items)))
+    finally:
+        torch.set_num_threads(threads)

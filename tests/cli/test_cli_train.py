@@ -1,0 +1,137 @@
+"""The command line of `train`: flags, resumed runs, several processes."""
+
+import json
+import re
+
+import pytest
+import torch
+from helpers.command_line import ARCHITECTURE, SMALL, shell
+
+import adacomcat
+from adacomcat import cli
+
+GRAY = ["-m", ARCHITECTURE, "--img-size", "16", "--in-chans", "1", "--num-classes", "10",
+        "--model-kwargs", "patch_size=8", *(f"{key}={value}" for key, value in SMALL.items())]
+QUICK = ["--data", "digits", "-b", "128", "--calibration-images", "32", "--search-steps", "2"]
+
+
+def test_train_dense_then_search_and_evaluate(tmp_path, run_json):
+    dense = run_json("train", *GRAY, "--data", "digits", "--dense", "--epochs", 2, "--lr", "2e-3",
+                     "--model-ema", "--model-ema-decay", "0.9", "--output", tmp_path / "dense")
+    assert dense["params"] == dense["dense_params"] and len(dense["history"]) == 2
+    found = run_json("train", "-m", tmp_path / "dense", *QUICK, "--keep-params", "50%",
+                     "--epochs", 2, "--finetune-epochs", 1, "--output", tmp_path / "small")
+    assert 0.4 < found["keep"] <= 0.5 and found["dense_top1"] == dense["top1"]
+    assert [row["epoch"] for row in found["history"]] == [1, 2, 3]
+    model = adacomcat.load(tmp_path / "small")
+    assert sum(p.numel() for p in model.parameters()) == found["params"]
+    measured = run_json("evaluate", "-m", tmp_path / "small", "--data", "digits")
+    assert measured["top1"] == pytest.approx(found["top1"])
+    assert measured["loss"] == pytest.approx(found["loss"], rel=1e-3)
+    assert (tmp_path / "small" / "report.html").read_text().count("<img") == 2
+    assert not list(tmp_path.glob("*.state"))
+    tuned = run_json("train", "-m", tmp_path / "small", "--dense", "--teacher", tmp_path / "dense",
+                     "--data", "digits", "--epochs", 1, "--output", tmp_path / "tuned")
+    assert tuned["params"] == found["params"]
+    assert adacomcat.load(tmp_path / "tuned").rank_plan == model.rank_plan
+
+
+def test_no_epochs_and_a_plan_are_legal(tmp_path, run_json):
+    adacomcat.RankPlan({"blocks.0.mlp.fc1": 8}).save(tmp_path / "plan.json")
+    run_json("train", *GRAY, *QUICK, "--epochs", 0, "--plan", tmp_path / "plan.json",
+             "--output", tmp_path / "small")
+    model = adacomcat.load(tmp_path / "small")
+    assert model.blocks[0].mlp.fc1.rank == 8
+    assert isinstance(model.blocks[1].mlp.fc1, torch.nn.Linear)
+
+
+def test_flags_reach_the_training_unless_not_given(tmp_path, run_json, monkeypatch):
+    from adacomcat import train
+    from adacomcat.distill.config import TrainConfig
+
+    seen = []
+
+    class Stop(Exception):
+        pass
+
+    def remember(model, config, *rest, **kwargs):
+        seen.append(config)
+        raise Stop
+    monkeypatch.setattr(train, "run", remember)
+    base = ["train", *GRAY, "--data", "digits", "--keep-params", 0.5, "--output", tmp_path / "x"]
+    for flags in ([], ["--preset", "comcat"], ["--preset", "comcat", "--kd", "soft"],
+                  ["--lr", 0.1, "--mixup", 0.8, "--model-ema", "--amp", "-b", 64, "--no-augment",
+                   "--steps", 3]):
+        assert cli.main([str(word) for word in base + flags]) == 1
+    state = {"state_dir": f"{tmp_path}/x.state", "keep_params": 0.5}
+    assert seen == [TrainConfig(**state), TrainConfig.preset("comcat", **state),
+                    TrainConfig.preset("comcat", kd="soft", **state),
+                    TrainConfig(lr=0.1, mixup=0.8, ema_decay=0.9998, amp=True, batch_size=64,
+                                augment=False, steps=3, **state)]
+
+
+def test_defaults_in_the_help_are_those_of_the_training(run):
+    from adacomcat.cli.commands.train import FIELDS
+    from adacomcat.distill.config import TrainConfig
+    _, out, _ = run("train", "--help")
+    told = {}
+    for text in re.split(r"\s--(?=[a-z])", " ".join(out.split())):
+        default = re.search(r"default: ([\w.-]+)", text)
+        told[text.split()[0].replace("-", "_")] = default and default[1]
+    defaults = TrainConfig()
+    for name in set(FIELDS) - {"workers", "keep_params", "refine", "steps", "checkpoint_steps",
+                               "device", "seed"}:
+        assert told[name] == str(getattr(defaults, name)), name
+
+
+def test_interrupted_training_goes_on(tmp_path, run, run_json, monkeypatch):
+    from adacomcat.distill import trainer
+    flags = ["train", *GRAY, *QUICK, "--keep-params", 0.5, "--epochs", 3, "--lr", "2e-3"]
+    whole = run_json(*flags, "--output", tmp_path / "whole")
+    step = trainer.Trainer._train_step
+
+    def interrupted(self, *batch):
+        if (self.epoch, self.step) == (2, 4):
+            raise KeyboardInterrupt
+        return step(self, *batch)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_train_step", interrupted)
+        assert run(*flags, "--output", tmp_path / "cut")[0] == 130
+    assert not (tmp_path / "cut").exists()
+    code, _, err = run(*flags, "--output", tmp_path / "cut")
+    assert code == 2 and "pass --resume" in err
+    resumed = run_json(*flags, "--output", tmp_path / "cut", "--resume")
+    assert [row["loss"] for row in resumed["history"]] == [row["loss"] for row in whole["history"]]
+    assert resumed["plan"] == whole["plan"]
+    assert not (tmp_path / "cut.state").exists()
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    ([], "train needs --keep-params FRACTION, --plan FILE or --dense"),
+    (["--dense", "--keep-params", "0.5"], "leave out --keep-params"),
+    (["--keep-params", "0.01"], "at least"),
+    (["--keep-params", "0.5", "--num-classes", "7"], "pass --num-classes 10"),
+    (["--keep-params", "0.5", "--search", "never"], "invalid choice: 'never'"),
+    (["--dense", "--batch-size", "5000"], "larger than the training set"),
+])
+def test_bad_training_input_writes_nothing(flags, says, tmp_path, run):
+    code, out, err = run("train", *GRAY, "--data", "digits", "--output", tmp_path / "x", *flags)
+    lines = [line for line in err.splitlines() if "warning" not in line]
+    assert (code, out, len(lines)) == (2, "", 1), err
+    assert says in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_train_to_the_same_checkpoint(tmp_path, run_json):
+    flags = ["train", *GRAY, *QUICK, "--keep-params", 0.5, "--epochs", 1, "--device", "cpu",
+             "--no-report"]
+    alone = run_json(*flags, "--output", tmp_path / "one")
+    done = shell("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "adacomcat",
+                 *flags, "--output", tmp_path / "two", "--json")
+    assert done.returncode == 0, done.stderr
+    together = json.loads(done.stdout)
+    assert together["plan"] == alone["plan"]
+    assert together["history"][0]["loss"] == pytest.approx(alone["history"][0]["loss"], rel=1e-4)
+    one, two = (adacomcat.load(tmp_path / name) for name in ("one", "two"))
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], tensor, rtol=0, atol=1e-3)

@@ -1,0 +1,15 @@
+"""The command line in a process of its own, and flags of a tiny model."""
+
+import os
+import subprocess
+import sys
+
+ARCHITECTURE = "vit_tiny_patch16_224"
+SMALL = {"embed_dim": 64, "depth": 2, "num_heads": 2}
+MODEL = ["-m", ARCHITECTURE, "--img-size", "32", "--num-classes", "10",
+         "--model-kwargs", *(f"{key}={value}" for key, value in SMALL.items())]
+
+
+def shell(*argv, **env):
+    return subprocess.run([sys.executable, "-m", *map(str, argv)], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | env)

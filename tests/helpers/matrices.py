@@ -1,0 +1,47 @@
+"""Matrices that are hard to decompose, and what a decomposition must satisfy."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def check(a: Tensor, u: Tensor, s: Tensor, v: Tensor, factor: float = 1.0) -> None:
+    """Residual, orthogonality, order and signs, in units of ε."""
+    k, eps = s.shape[-1], torch.finfo(a.dtype).eps
+    bound = factor * 16 * eps * math.sqrt(max(a.shape[-2:]))
+    a, u, s, v = (t.double() for t in (a, u, s, v))
+    exact = torch.linalg.svdvals(a)
+    scale = exact[..., :1].clamp_min(1e-300)
+    assert ((s - exact[..., :k]).abs() <= bound * scale).all()
+    assert (s[..., 1:] <= s[..., :-1]).all() and (s >= 0).all()
+    best = exact[..., k:].square().sum(-1).sqrt()
+    residual = torch.linalg.matrix_norm(a - (u * s.unsqueeze(-2)) @ v.mT)
+    assert (residual <= best + bound * scale[..., 0] * math.sqrt(min(a.shape[-2:]))).all()
+    identity = torch.eye(k, dtype=torch.float64)
+    for basis in (u, v):
+        assert ((basis.mT @ basis - identity).abs() <= bound).all()
+    if k and a.numel():
+        largest = u.gather(-2, u.abs().argmax(-2, keepdim=True))
+        assert (largest >= 0).all()
+
+
+def hard(name: str, n: int, dtype: torch.dtype) -> Tensor:
+    q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
+    p = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
+    spectra = {
+        "condition 1e12": torch.logspace(0, -12, n, dtype=torch.float64),
+        "clusters": torch.ones(n, dtype=torch.float64).index_fill_(0, torch.arange(n // 2), 3.0),
+        "rank 3": torch.arange(n).lt(3).double(),
+        "huge": torch.linspace(1, 2, n, dtype=torch.float64) * 1e30,
+        "tiny": torch.linspace(1, 2, n, dtype=torch.float64) * 1e-30,
+    }
+    if name == "kahan":  # misleads pivoting by column norms
+        sine, cosine = math.sin(1.2), math.cos(1.2)
+        upper = torch.eye(n, dtype=torch.float64) - cosine * torch.ones(n, n).double().triu(1)
+        return (sine ** torch.arange(n).double().unsqueeze(-1) * upper).to(dtype)
+    if name == "zeros":
+        return torch.zeros(n, n, dtype=dtype)
+    if name == "identity":
+        return torch.eye(n, dtype=dtype)
+    return ((q * spectra[name]) @ p.mT).to(dtype)
