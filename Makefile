@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # One process for each core, one thread in each: most tests are too small for more.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -rs -n auto --dist worksteal
 
-.PHONY: install demo check test bench gpu-check gpu-reports lint types sanitize
+.PHONY: install demo check test bench gpu-check gpu-reports lint types docs sanitize
 
 install: $(INSTALLED)
 
@@ -51,6 +51,10 @@ lint: install
 
 types: install
 	$(PY) -m pyright
+
+# The site, in build/site. The build fails on every warning.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # The C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer. The build for it
 # stands apart in build/sanitize; libasan comes first, since python itself is built without.

@@ -197,12 +197,12 @@ def report(sizes: list[int], batches: list[int], dtypes: list[str], models: list
            whole: bool) -> str:
     load, cores = os.getloadavg()[0], os.cpu_count()
     about = ", ".join(f"{key} {value}" for key, value in machine().items() if key != "extension")
+    shared = ", so the machine was shared" if load > 0.5 else ""
     lines = ["# Decompositions on the CPU", "",
-             f"`{' '.join(['python', 'bench/test_svd.py', *sys.argv[1:]])}`, "
-             f"{time.strftime('%Y-%m-%d')}. {about}; {torch.get_num_threads()} threads. "
-             f"Load at the start {load:.1f} on {cores} cores"
-             + (": a shared machine." if load > 0.5 else ".")
-             + " Medians of alternating runs.", "",
+             f"Date: {time.strftime('%Y-%m-%d')}. Machine and versions: {about}; "
+             f"{torch.get_num_threads()} threads. The load was {load:.1f} on {cores} cores at the "
+             f"start{shared}. Times are medians of alternating runs. Command: "
+             f"`{' '.join(['python', 'bench/test_svd.py', *sys.argv[1:]])}`.", "",
              "## All ranks of all layers", ""]
     lines += _scoring_lines(models, whole)
     for dtype in dtypes:
@@ -212,9 +212,9 @@ def report(sizes: list[int], batches: list[int], dtypes: list[str], models: list
 
 def _svd_lines(sizes: list[int], batches: list[int], dtype: str) -> list[str]:
     lines = ["", f"## batched_svd, {dtype}", "",
-             "ms. torch.linalg.svd also on one thread, which is often faster; the ratio is to the "
-             f"better of the two. Target: {SVD_SPEEDUP} for 144 of 64 x 64 in float32, never below "
-             "1.", "",
+             "Milliseconds. `torch.linalg.svd` also runs on one thread, where it is often faster. "
+             "The ratio is the faster of its two times, divided by ours. Targets: "
+             f"{SVD_SPEEDUP} for 144 matrices of 64 x 64 in float32, and at least 1 everywhere.", "",
              "| matrices | ours | torch | torch, 1 thread | ratio |",
              "| --- | --- | --- | --- | --- |"]
     for size in sizes:
@@ -223,7 +223,7 @@ def _svd_lines(sizes: list[int], batches: list[int], dtype: str) -> list[str]:
             lines.append(f"| {batch} of {size} x {size} | {ms['ours']:.3f} | {ms['torch']:.3f} | "
                          f"{ms['torch, 1 thread']:.3f} | {ms['ratio']:.2f} |")
             print(lines[-1], flush=True)
-    lines += ["", "Largest errors, in float64: of the product relative to |A|, of UᵀU, of VᵀV.", "",
+    lines += ["", "Largest errors, computed in float64: |U S Vᵀ - A| / |A|, |UᵀU - I|, |VᵀV - I|.", "",
               "| 144 matrices | ours | torch |", "| --- | --- | --- |"]
     for size in sizes:
         a = torch.randn(144, size, size, dtype=DTYPES[dtype])
@@ -235,10 +235,12 @@ def _svd_lines(sizes: list[int], batches: list[int], dtype: str) -> list[str]:
 
 def _scoring_lines(models: list[str], whole: bool) -> list[str]:
     rate = product_rate()
-    lines = ["Seconds. ComCAT's way (bench/comcat_scoring.py) is measured on one matrix of each "
-             "shape and multiplied by their number; every candidate's dense matrix is made, for "
-             f"ranks in steps of {MULTIPLE} per head and {2 * MULTIPLE} elsewhere, or for every "
-             f"rank below break-even, as ours does. Target: {SPEEDUP} times.", "",
+    lines = ["Seconds to score every rank of every layer. ComCAT's way "
+             "(`bench/comcat_scoring.py`) makes the dense matrix of every candidate rank. It is "
+             "timed on one matrix of each shape, and the time is multiplied by their number. Its "
+             "candidates are every rank below break-even, as ours, or ranks in steps of "
+             f"{MULTIPLE} per head and {2 * MULTIPLE} elsewhere. The ratio is its time divided by "
+             f"ours; target: {SPEEDUP}.", "",
              "| model | ours | limit | ComCAT's, every rank | ratio | in steps | ratio | "
              "singular values differ by |", "|" + " --- |" * 8]
     notes = []
@@ -264,11 +266,12 @@ def _notes(name: str, seconds: float, rate: float) -> list[str]:
     peak, largest = allocation_peak(lambda: error_curves(block))
     torch.set_num_threads(threads)
     layer = layer_bytes(block)
-    return [f"- {name}: {needed:.0f} GFLOP in float64 at {rate:.0f} GFLOP/s a core, the library's "
-            f"rate for large products here, take {floor:.2f} s: {floor / seconds:.0%} of that is "
-            f"reached. Peak of memory for each thread {peak / 1e6:.1f} MB, {peak / layer:.2f} "
-            f"times the weights of one layer; largest tensor {largest / 1e6:.1f} MB. "
-            f"`adacomcat inspect`, imports included: {inspect_seconds(name):.1f} s."]
+    return [f"- {name}: the work is {needed:.0f} GFLOP in float64. At {rate:.0f} GFLOP/s a core, "
+            f"the library's rate for large products here, it would take {floor:.2f} s; "
+            f"{floor / seconds:.0%} of that rate is reached. Each thread needs at most "
+            f"{peak / 1e6:.1f} MB, {peak / layer:.2f} times the weights of one layer; the largest "
+            f"tensor has {largest / 1e6:.1f} MB. `adacomcat inspect` takes "
+            f"{inspect_seconds(name):.1f} s, imports included."]
 
 
 if __name__ == "__main__":

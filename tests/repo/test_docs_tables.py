@@ -1,0 +1,145 @@
+"""Tables of docs/: ops equal what stands beside them, generated ones are current."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import generate_docs
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from helpers.pages import DOCS, ROOT
+from torch import Tensor
+
+from adacomcat import ops
+
+BATCH, TOKENS, WIDTH, HEADS = 2, 7, 12, 3
+RANK_QK, RANK_VO, RANK = 2, 5, 4
+
+
+# Ops
+
+
+def table_of_ops() -> dict[str, tuple[list[str], str]]:
+    """Op → (argument names, equivalent)."""
+    rows = re.findall(r"^\| `(\w+)\((.*?)\)` \| `(.*)` \|$", (DOCS / "ops.md").read_text(),
+                      re.MULTILINE)
+    return {op: (arguments.split(", "), line) for op, arguments, line in rows}
+
+
+def operands() -> dict[str, object]:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64)
+
+    return {
+        "x": draw(BATCH, TOKENS, WIDTH), "v": draw(WIDTH, RANK), "u": draw(9, RANK),
+        "bias": draw(9), "gate": draw(RANK), "residual": draw(BATCH, TOKENS, 9),
+        "v1": draw(WIDTH, RANK), "u1": draw(20, RANK), "b1": draw(20), "v2": draw(20, 3),
+        "u2": draw(WIDTH, 3), "b2": draw(WIDTH), "w1": draw(20, WIDTH), "w2": draw(WIDTH, 20),
+        "activation": "gelu_tanh",
+        "wq": draw(HEADS * RANK_QK, WIDTH), "bq": draw(HEADS * RANK_QK),
+        "wk": draw(HEADS * RANK_QK, WIDTH), "wv": draw(HEADS * RANK_VO, WIDTH),
+        "wo": draw(WIDTH, HEADS * RANK_VO), "bo": draw(WIDTH), "num_heads": HEADS, "scale": 0.3,
+        "attn_mask": draw(BATCH, HEADS, TOKENS, TOKENS),
+    }
+
+
+HELPERS = {
+    "F": F, "sdpa": F.scaled_dot_product_attention,
+    "act": lambda x: F.gelu(x, approximate="tanh"),
+    "split": lambda x: x.unflatten(2, (HEADS, -1)).transpose(1, 2),
+    "merge": lambda x: x.transpose(1, 2).flatten(2),
+}
+
+
+@pytest.mark.parametrize("op", ops.__all__)
+def test_op_equals_the_line_beside_it(op):
+    arguments, line = table_of_ops()[op]
+    given = operands()
+    actual = getattr(ops, op)(**{name: given[name] for name in arguments})
+    torch.testing.assert_close(actual, eval(line, HELPERS | given), rtol=1e-9, atol=1e-9)
+
+
+# Generated tables
+
+
+@pytest.mark.parametrize("name", ["backends", "choices", "commands"])
+def test_generated_table_is_current(name):
+    page = (DOCS / generate_docs.PAGES[name]).read_text()
+    assert generate_docs.region(page, name) == generate_docs.TABLES[name](), (
+        f"run python tools/generate_docs.py {name}")
+
+
+def families() -> str:
+    return (DOCS / "families.md").read_text()
+
+
+@pytest.mark.parametrize("module", ["beit", "deit", "levit", "swin_transformer_v2",
+                                    "vision_transformer"])
+def test_family_is_current(module):
+    if f"timm {timm.__version__}." not in families():
+        pytest.skip(f"the table is of another timm than {timm.__version__}")
+    row = f"| {' | '.join(generate_docs.family(module))} |"
+    assert row in generate_docs.region(families(), "families")
+
+
+def test_families_are_those_of_timm():
+    if f"timm {timm.__version__}." not in families():
+        pytest.skip(f"the table is of another timm than {timm.__version__}")
+    listed = set(re.findall(r"^\| `(\w+)` \|", families(), re.MULTILINE))
+    assert len(listed) > 20
+    assert listed <= set(generate_docs.family_modules())
+
+
+def test_family_without_sites_is_left_out():
+    assert generate_docs.family("vgg") is None
+
+
+# Errors
+
+
+def message(node: ast.expr) -> list[str]:
+    """The messages that an expression can be, with … for what varies."""
+    if isinstance(node, ast.Constant):
+        return [str(node.value)]
+    if isinstance(node, ast.JoinedStr):
+        return ["".join(str(part.value) if isinstance(part, ast.Constant) else "…"
+                        for part in node.values)]
+    if isinstance(node, ast.BinOp):
+        return [a + b for a in message(node.left) for b in message(node.right)]
+    if isinstance(node, ast.IfExp):
+        return [*message(node.body), *message(node.orelse)]
+    return ["…"]
+
+
+def raised(*names: str) -> Iterator[tuple[Path, str]]:
+    """(file, message) of every call of these in the package."""
+    for path in sorted((ROOT / "adacomcat").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and node.args:
+                called = getattr(node.func, "id", None) or getattr(node.func, "attr", None)
+                if called in names:
+                    for text in message(node.args[0]):
+                        yield path, re.sub("…+", "…", " ".join(text.split()))
+
+
+def explained() -> set[str]:
+    """The messages that the page lists, one for each row."""
+    page = (DOCS / "troubleshooting.md").read_text()
+    rows = re.findall(r"^\| `(.+?)` \| .", page, re.MULTILINE)
+    return {re.sub("…+", "…", row) for row in rows}
+
+
+def test_every_error_of_users_is_explained():
+    messages = list(raised("UserError", "ArgumentTypeError", "warn"))
+    assert len(messages) > 80
+    missing = [(path.name, text) for path, text in messages
+               if text != "…" and not any(row in text for row in explained())]
+    assert not missing
+
+
+def test_no_error_is_explained_that_nothing_raises():
+    messages = [text for _, text in raised("UserError", "ArgumentTypeError", "warn")]
+    assert not [row for row in explained() if not any(row in text for text in messages)]

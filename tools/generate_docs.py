@@ -1,0 +1,191 @@
+"""Writes the tables of docs/ that the code knows best; tests compare them with the code.
+
+    python tools/generate_docs.py             # backends, command line and timm's families
+    python tools/generate_docs.py backends    # one of them
+
+A page marks the place of a table with ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``.
+"""
+
+import argparse
+import re
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = {"backends": "backends.md", "choices": "backends.md", "commands": "command-line.md",
+         "families": "families.md"}
+LEAST_SHARE = 0.5  # of the parameters, in sites: families below are not listed
+EXAMPLES = {"vision_transformer": "vit_base_patch16_224"}  # elsewhere the first by name
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def region(page: str, name: str) -> str:
+    """What stands between the two marks of ``name`` in the text of a page."""
+    return _marks(name).search(page)[2].strip()
+
+
+def _marks(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(<!-- generated: {name} -->\n)(.*?)(<!-- end: {name} -->)", re.DOTALL)
+
+
+# Backends
+
+
+def backends() -> str:
+    """Op × backend: the dtypes that a kernel takes."""
+    from adacomcat import kernels, ops
+    from adacomcat.ops import backends
+
+    def names(dtypes: Iterable[object]) -> str:
+        return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+    def cell(op: str, able: Sequence[str]) -> str:
+        if op not in able:
+            return "–"
+        decomposition = op in backends.DECOMPOSITIONS
+        return names(backends.DECOMPOSITION_DTYPES if decomposition else backends.KERNEL_DTYPES)
+
+    every = dict.fromkeys((*ops.__all__, *backends.CPP_OPS, *kernels.KERNELS, *backends.CUDA_OPS))
+    columns = (backends.CPP_OPS, kernels.KERNELS, backends.CUDA_OPS)
+    return markdown_table(
+        ("op", "`cpp`: CPU", "`triton`: GPU", "`cuda`: GPU"),
+        ((f"`{op}`", *(cell(op, able) for able in columns)) for op in every))
+
+
+def choices() -> str:
+    """Op × situation: the backend that runs where nobody asks for another."""
+    from adacomcat import kernels, ops
+    from adacomcat.ops import backends
+
+    def on_gpu(op: str, triton: Sequence[str]) -> str:
+        if op in backends.CUDA_FIRST:
+            return "`cuda`"
+        return "`triton`" if op in triton else "`reference`"
+
+    every = dict.fromkeys((*ops.__all__, *kernels.KERNELS, *backends.CUDA_OPS))
+    major, minor = backends.MEASURED_CAPABILITY
+    return markdown_table(
+        ("op", "CPU", f"GPU from {major}.{minor} on, 16 bits, inference",
+         f"GPU from {major}.{minor} on, 16 bits, training", "GPU, else"),
+        ((f"`{op}`", "`cpp`" if op in backends.CPP_OPS else "`reference`",
+          on_gpu(op, backends.TRITON_FOR_INFERENCE), on_gpu(op, backends.TRITON_FOR_TRAINING),
+          f"`cuda` from {major}.{minor} on, else `reference`" if op in backends.CUDA_FIRST
+          else "`reference`") for op in every))
+
+
+# Command line
+
+
+def commands() -> str:
+    """Every command with its flags, as the parsers know them."""
+    from adacomcat.cli.arguments import COMMANDS, REQUIRED, build_parser
+
+    parsers = next(action.choices for action in build_parser()._actions if action.choices)
+    return "\n\n".join(
+        f"## adacomcat {name}\n\n{summary}\n\n{_required(REQUIRED[name])}{_flags(parsers[name])}"
+        for name, (summary, _) in COMMANDS.items())
+
+
+def _required(names: Sequence[str]) -> str:
+    flags = ", ".join(f"`--{name.replace('_', '-')}`" for name in names)
+    return f"Required: {flags}.\n\n" if flags else ""
+
+
+def _flags(parser: argparse.ArgumentParser) -> str:
+    tables = []
+    for group in parser._action_groups:
+        rows = [(_spelling(action), _help(action)) for action in group._group_actions]
+        if rows:
+            title = {"options": "general"}.get(group.title, group.title)
+            tables.append(markdown_table((title, "meaning"), rows))
+    return "\n\n".join(tables)
+
+
+def _spelling(action: argparse.Action) -> str:
+    value = action.metavar or ""
+    if not value and action.choices:
+        value = "|".join(action.choices)
+    if not value and action.nargs != 0:
+        value = action.dest.upper()
+    return ", ".join(f"`{name}`" for name in action.option_strings) + (
+        f" `{value}`".replace("|", "\\|") if value and action.nargs != 0 else "")
+
+
+def _help(action: argparse.Action) -> str:
+    text = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
+    return text.replace("|", "\\|") or "–"
+
+
+# timm's families
+
+
+def families() -> str:
+    """Families whose parameters mostly lie in sites: those that fold, then the others."""
+    rows = [row for module in family_modules() if (row := family(module)) is not None]
+    folding = [row for row in rows if row[4] != "–" or row[5] != "–"]
+    others = [row for row in rows if row not in folding]
+    header = ("timm module", "architectures", "example", "parameters, M", "A", "B", "C",
+              "in sites")
+    return "\n\n".join(("### Attention folds", markdown_table(header, folding),
+                        "### Linear layers only", markdown_table(header, others)))
+
+
+def family_modules() -> list[str]:
+    import timm
+
+    import adacomcat  # noqa: F401  (its entry point is no family)
+    return sorted(set(timm.list_modules()) - {"entrypoint"})
+
+
+def family(module: str) -> tuple[str, ...] | None:
+    """One row: the part of an architecture's parameters that lies in sites of each tier.
+
+    None where all sites together hold less than LEAST_SHARE.
+    """
+    import timm
+    import torch
+
+    from adacomcat.sites import find_sites
+
+    names = sorted(timm.list_models(module=module))
+    if not names:
+        return None
+    example = EXAMPLES.get(module, names[0])
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        model = timm.create_model(example)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    inside: Counter[str] = Counter()
+    for site in find_sites(model):
+        inside[site.tier] += site.dense_params
+    share = inside.total() / whole
+    if share < LEAST_SHARE:
+        return None
+    parts = (f"{inside[tier] / whole:.2f}" if inside[tier] else "–" for tier in "ABC")
+    return (f"`{module}`", str(len(names)), f"`{example}`", f"{whole / 1e6:.1f}", *parts,
+            f"{share:.2f}")
+
+
+TABLES = {"backends": backends, "choices": choices, "commands": commands, "families": families}
+
+
+def write(name: str) -> None:
+    page = DOCS / PAGES[name]
+    table = TABLES[name]()
+    text = page.read_text()
+    page.write_text(_marks(name).sub(lambda found: f"{found[1]}\n{table}\n\n{found[3]}", text))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", choices=[*TABLES, []], default=list(TABLES))
+    for chosen in parser.parse_args().names:
+        print(f"{chosen} → docs/{PAGES[chosen]}", file=sys.stderr)
+        write(chosen)
