@@ -8,7 +8,8 @@ from torch import nn
 from adacomcat import RankPlan, UserError, find_sites
 from adacomcat.cost import model_params
 from adacomcat.layers.attention import LowRankAttention
-from adacomcat.sites import DENSE, attention_tier
+from adacomcat.layers.registry import attention_tier
+from adacomcat.sites import DENSE
 
 TINY = {"img_size": 32, "embed_dim": 64, "depth": 1, "num_heads": 2}
 
