@@ -12,7 +12,7 @@ from adacomcat.convert.model import BLOCKS, convert_, model_statistics
 from adacomcat.convert.sequential import sequential_blocks
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
-from adacomcat.sites import MULTIPLE, Site, find_sites, narrowable_mlps
+from adacomcat.sites import MULTIPLE, Site, find_sites, prunable_mlps
 
 
 def compress(model: nn.Module, *, keep_params: float | None = None,
@@ -56,7 +56,7 @@ def compress_(model: nn.Module, *, keep_params: float | None = None,
     if plan is not None:
         factors = _factors(model, _not_in_sequence(model, plan.validate(model), batches), batches)
     else:  # which neurons may go, only activations tell
-        sites = find_sites(model, () if batches is None else narrowable_mlps(model))
+        sites = find_sites(model, () if batches is None else prunable_mlps(model))
         budget = _budget(model, keep_params, keep_macs, max_latency_ms, multiple, latency_batch)
         # Allocation scores candidates by converting: it is imported late.
         if refine:

@@ -17,7 +17,7 @@ from typing import Any
 MOVED = {
     "allocate": ("allocation.budget", "allocation.knapsack", "allocation.sensitivity"),
     "arguments": ("cli.arguments",),
-    "attention": ("layers.attention",),
+    "attention": ("layers.attention", "layers.registry", "families.timm"),
     "augmentation": ("data.augmentation",),
     "backends": ("ops.backends",),
     "calibrate": ("convert.calibrate", "utils.model"),

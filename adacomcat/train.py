@@ -24,7 +24,7 @@ from adacomcat.plan import RankPlan
 from adacomcat.search.gates import RankGates, reachable_multiple, uniform_plan
 from adacomcat.search.search import RankSearch
 from adacomcat.search.supernet import build_supernet, explicit_plan, finalize, set_ranks_
-from adacomcat.sites import DENSE, Site, find_sites, narrowable_mlps
+from adacomcat.sites import DENSE, Site, find_sites, prunable_mlps
 from adacomcat.utils.distributed import Processes, start_processes
 from adacomcat.utils.random import derived_generator
 
@@ -223,7 +223,7 @@ def chosen_sites(model: nn.Module, images: Tensor | None, config: TrainConfig,
     if plan is not None:
         return plan.validate(model)
     neurons = config.mlp == "neurons" and images is not None
-    return find_sites(model, narrowable_mlps(model) if neurons else ())
+    return find_sites(model, prunable_mlps(model) if neurons else ())
 
 
 def _factors(model: nn.Module, images: Tensor | None, sites: list[Site]) -> Factors:

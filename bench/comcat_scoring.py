@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import nn
 
-from adacomcat.layers.attention import attention_weights
+from adacomcat.layers.registry import attention_weights
 from adacomcat.sites import DENSE, Site, find_sites
 
 

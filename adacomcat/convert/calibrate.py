@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from adacomcat.errors import UserError
 from adacomcat.factorize.factors import AttentionStatistics, LinearStatistics, factorize_scores
 from adacomcat.factorize.linalg import require_finite
-from adacomcat.layers.attention import LowRankAttention, attention_weights, low_rank_class
+from adacomcat.layers.attention import LowRankAttention, low_rank_class
+from adacomcat.layers.registry import attention_weights
 from adacomcat.sites import Site, find_sites
 from adacomcat.utils.model import evaluating
 from adacomcat.utils.progress import progress
@@ -99,9 +100,9 @@ class AttentionCollector:
 def scores_probe(attn: nn.Module, tier: str) -> LowRankAttention:
     """A module that attends exactly as ``attn`` does, over values of any width."""
     weights = attention_weights(attn)
-    probe = low_rank_class(attn, tier).like(attn, attn.proj.in_features // attn.num_heads, 1)
-    if tier == "A":
-        probe.set_scores_(factorize_scores(weights.wq, weights.bq, weights.wk, attn.scale))
+    probe = low_rank_class(attn, tier).like(attn, weights.wq.shape[1], 1)
+    if probe.folds_scores:
+        probe.set_scores_(factorize_scores(weights.wq, weights.bq, weights.wk, weights.scale))
     return probe.eval()
 
 

@@ -22,7 +22,7 @@ from adacomcat.factorize.factors import (
 )
 from adacomcat.factorize.linalg import require_finite
 from adacomcat.factorize.neurons import HiddenFactors, factorize_hidden
-from adacomcat.layers.attention import attention_weights
+from adacomcat.layers.registry import attention_weights
 from adacomcat.ops.decompositions import truncation_errors
 from adacomcat.sites import Site, find_sites
 from adacomcat.utils.parallel_map import one_by_one, side_by_side
@@ -69,7 +69,7 @@ def decompose_site(make: Decomposition, model: nn.Module, site: Site, statistics
                            shrinkage=shrinkage)
     weights = attention_weights(module)
     if site.kind == "qk":
-        return make.scores(weights.wq, weights.bq, weights.wk, module.scale, found,
+        return make.scores(weights.wq, weights.bq, weights.wk, weights.scale, found,
                            shrinkage=shrinkage)
     if site.kind == "vo":
         return make.values(weights.wv, weights.bv, weights.wo, weights.bo, found,

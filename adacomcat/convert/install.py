@@ -4,13 +4,13 @@ from collections.abc import Callable
 from itertools import groupby
 
 import torch
-from timm.layers import Mlp
 from torch import nn
 
 from adacomcat.convert.factors import Factors
 from adacomcat.layers.attention import low_rank_class
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.mlp import LowRankMlp, narrow, narrowed
+from adacomcat.layers.registry import mlp_parts
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Site
 
@@ -78,8 +78,10 @@ def skeleton_module(module: nn.Module, sites: list[Site], plan: RankPlan) -> nn.
 def join_mlps_(model: nn.Module) -> None:
     """An MLP whose two projections are low-rank runs as one op."""
     for name, module in list(model.named_modules()):
-        low_rank = type(module) is Mlp and all(
-            isinstance(part, LowRankLinear) for part in (module.fc1, module.fc2))
-        if low_rank and isinstance(module.norm, nn.Identity):
-            joined = LowRankMlp(module.fc1, module.act, module.fc2, module.drop1.p)
+        parts = mlp_parts(module)
+        if parts is None or not parts.plain:
+            continue
+        fc1, fc2 = parts.fc1, parts.fc2
+        if isinstance(fc1, LowRankLinear) and isinstance(fc2, LowRankLinear):
+            joined = LowRankMlp(fc1, parts.act, fc2, parts.drop)
             model.set_submodule(name, joined.train(module.training))

@@ -14,13 +14,13 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from adacomcat.convert.install import join_mlps_, skeleton_module
 from adacomcat.fuse import FusedBlock, sublayer
 from adacomcat.latency.timing import Timed
-from adacomcat.layers.fused import FewRowsLinear, FirstTokenVisionTransformer, meet_few_rows_
+from adacomcat.layers.fused import ClassTokenEncoder, GemvLinear, gemv_linear
+from adacomcat.layers.registry import mlp_parts
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Rank, Site
 
@@ -52,7 +52,7 @@ class Unit:
                 root.set_submodule(relative(name), made)
         join_mlps_(root)
         if self.few_rows:
-            meet_few_rows_(root.owner)
+            root.owner = gemv_linear(root.owner)
         if self.owner == self.module:
             return root.owner.eval()
         part = self.module.removeprefix(self.owner + ".")
@@ -87,14 +87,14 @@ def _joined(unit: Unit, other: Unit) -> Unit:
 def _unit(model: nn.Module, runs: nn.Module, site: Site) -> Unit:
     module = site.module
     parent = module.rpartition(".")[0]
-    if site.kind == "linear" and type(model.get_submodule(parent)) is Mlp:
+    if site.kind == "linear" and mlp_parts(model.get_submodule(parent)) is not None:
         module = parent  # its two projections become one op
     parts = module.split(".")
     for depth in range(len(parts)):
         block, part = ".".join(parts[:depth]), parts[depth]
         if type(runs.get_submodule(block)) is FusedBlock:
             return _unit_of_block(runs, block, part, module, site)
-    few_rows = type(runs.get_submodule(module)) is FewRowsLinear
+    few_rows = type(runs.get_submodule(module)) is GemvLinear
     return Unit(module, "forward", module, module, (site,), few_rows)
 
 
@@ -103,9 +103,9 @@ def _unit_of_block(runs: nn.Module, block: str, part: str, module: str, site: Si
     if module != whole:  # of a sublayer that stays what it is
         place = f"{whole}.inner.{module.removeprefix(whole + '.')}"
         return Unit(place, "forward", module, module, (site,))
-    last = (isinstance(runs, FirstTokenVisionTransformer) and part == "attn"
+    last = (isinstance(runs, ClassTokenEncoder) and part == "attn"
             and runs.get_submodule(block) is runs.blocks[-1])
-    return Unit(whole, "first_token" if last else "forward", block, module, (site,))
+    return Unit(whole, "class_token" if last else "forward", block, module, (site,))
 
 
 @torch.inference_mode()
@@ -119,7 +119,7 @@ def captured_calls(forward: Timed, units: list[Unit]) -> dict[str, Timed]:
 
 @contextmanager
 def _recording(model: nn.Module, units: list[Unit], calls: dict[str, Timed]) -> Iterator[None]:
-    """Methods are shadowed on the instance: hooks would not see ``first_token``."""
+    """Methods are shadowed on the instance: hooks would not see ``class_token``."""
     def recorder(place: str, module: nn.Module, method: str) -> Callable:
         inner = getattr(module, method)
 

@@ -30,7 +30,7 @@ from adacomcat.cost import model_macs, model_params
 from adacomcat.latency.table import LatencyTable
 from adacomcat.latency.timing import measure, model_latencies
 from adacomcat.plan import RankPlan
-from adacomcat.sites import MULTIPLE, Site, find_sites, narrowable_mlps
+from adacomcat.sites import MULTIPLE, Site, find_sites, prunable_mlps
 
 DINOV2 = Path(__file__).resolve().parents[2] / "examples/dinov2"
 ROUNDS = 8
@@ -112,7 +112,7 @@ def main() -> None:
     model = load(args)
     batches = calibration_batches(
         photos["calibration_crops"](calibration_files, args.crops, args.seed), model)
-    sites = find_sites(model, narrowable_mlps(model))
+    sites = find_sites(model, prunable_mlps(model))
     factors = factorize_model(model, model_statistics(model, batches), sites=sites)
     subject = Subject(model, sites, factors, batches)
 

@@ -25,7 +25,7 @@ from adacomcat.latency import cache as latency_cache
 from adacomcat.latency.table import Curve, LatencyTable, axis_knots
 from adacomcat.latency.timing import Timed, deployed, interleaved
 from adacomcat.ops import backends
-from adacomcat.sites import DENSE, Site, narrowable_mlps
+from adacomcat.sites import DENSE, Site, prunable_mlps
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 TINY = {"img_size": 32, "embed_dim": 64, "depth": 3, "num_heads": 2, "num_classes": 5}
@@ -189,7 +189,7 @@ def test_plans_have_less_error_than_rivals_of_equal_latency() -> None:
 def test_what_is_timed_is_what_will_run(name, path) -> None:
     """Every unit, at drawn ranks, has the types and shapes it has in the compressed model."""
     model = make(name)
-    hidden = narrowable_mlps(model)[:1] if name == "vit" else ()
+    hidden = prunable_mlps(model)[:1] if name == "vit" else ()
     sites = find_sites(model, hidden)
     table = LatencyTable(model, sites, 2, 8, CostModel())
     assert sorted(s.name for unit in table.units for s in unit.sites) == \
@@ -214,7 +214,7 @@ def test_only_the_class_token_of_the_last_block_counts_where_the_head_reads_no_o
                                                            CostModel()).units
                       if unit.place.endswith("attn")] for name in ("vit", "all tokens")}
     assert methods["all tokens"] == ["forward"] * 3
-    assert methods["vit"][-1] == ("first_token" if path == "fused" else "forward")
+    assert methods["vit"][-1] == ("class_token" if path == "fused" else "forward")
 
 
 def test_blocks_of_equal_shape_share_a_measurement() -> None:
