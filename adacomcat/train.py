@@ -115,7 +115,7 @@ def calibration_images(train_set: Any, count: int, seed: int,
     if not count:
         return None
     chosen = train_set.subset(_calibration_order(train_set, seed)[:count])
-    batches = data.loader(chosen, count, shuffle=False, seed=seed, epoch=0)
+    batches = data.Batches(chosen, count, shuffle=False, seed=seed, epoch=0)
     return torch.cat([images for images, _ in batches]).to(processes.device)
 
 

@@ -21,7 +21,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from adacomcat.data import datasets
+from adacomcat import data
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 HOLDOUT_FRACTION = 1 / 12  # 5,000 of 60,000
@@ -59,16 +59,16 @@ def model_arguments(args: argparse.Namespace) -> dict[str, int | str | bool]:
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, dataset: datasets.TensorImages) -> float:
+def accuracy(model: nn.Module, dataset: data.TensorImages) -> float:
     model.eval()
-    batches = datasets.loader(dataset, 500, shuffle=False, seed=0, epoch=0)
+    batches = data.Batches(dataset, 500, shuffle=False, seed=0, epoch=0)
     correct = sum((model(images).argmax(1) == labels).sum() for images, labels in batches)
     return int(correct) / len(dataset)
 
 
-def train(model: nn.Module, dataset: datasets.TensorImages, args: argparse.Namespace) -> nn.Module:
+def train(model: nn.Module, dataset: data.TensorImages, args: argparse.Namespace) -> nn.Module:
     """The exponential moving average of the weights after all epochs."""
-    train_part, holdout = datasets.split_holdout(dataset, HOLDOUT_FRACTION, args.seed)
+    train_part, holdout = data.split_holdout(dataset, HOLDOUT_FRACTION, args.seed)
     # timm orthogonalises in bfloat16, over 30 times slower than float32 on CPUs without it.
     muon.zeropower_via_newtonschulz = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
     optimizer = create_optimizer_v2(model, opt="nmuon", lr=args.lr, weight_decay=args.weight_decay)
@@ -87,7 +87,7 @@ def train(model: nn.Module, dataset: datasets.TensorImages, args: argparse.Names
     for epoch in range(args.epochs):
         start, total = time.perf_counter(), 0.0
         model.train()
-        batches = datasets.loader(
+        batches = data.Batches(
             train_part, args.batch_size, shuffle=True, seed=args.seed, epoch=epoch, augment=True
         )
         for step, (images, labels) in enumerate(batches):
@@ -137,8 +137,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)
     model = timm.create_model(ARCHITECTURE, **model_arguments(args))
-    model_cfg = datasets.model_data_config(model)
-    train_set, test_set = datasets.train_and_test("fashion-mnist", args.data_dir, model_cfg)
+    model_cfg = data.model_data_config(model)
+    train_set, test_set = data.train_and_test("fashion-mnist", args.data_dir, model_cfg)
     model = train(model, train_set, args)
     test_accuracy = accuracy(model, test_set)
     print(f"test accuracy {test_accuracy:.4f}", flush=True)
