@@ -17,8 +17,9 @@ from adacomcat.convert.factors import Factors, factorize_model, require_finite_m
 from adacomcat.convert.model import convert_
 from adacomcat.cost import model_params
 from adacomcat.distill.config import TrainConfig
+from adacomcat.distill.evaluation import evaluate
 from adacomcat.distill.state import has_state, load_state
-from adacomcat.distill.trainer import Trainer, evaluate
+from adacomcat.distill.trainer import Trainer
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.search.gates import RankGates, reachable_multiple, uniform_plan

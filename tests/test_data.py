@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from adacomcat.data import Batches, datasets, folder, split_holdout
+from adacomcat.data import Batches, datasets, image_tensor_files, split_holdout
 from adacomcat.data.augmentation import Augmentation
 from adacomcat.errors import UserError
 
@@ -242,7 +242,7 @@ def test_drawn_augmentation_stays_in_bounds_and_never_flips_digits() -> None:
 
 def test_calibration_pictures_equal_the_evaluation_transform(image_folder: Path) -> None:
     dataset = datasets.train_and_test("folder", image_folder, RGB_32)[1]
-    images = folder.image_tensor_files(image_folder / "val", RGB_32)
+    images = image_tensor_files(image_folder / "val", RGB_32)
     assert torch.equal(images, torch.stack([image for image, _ in dataset]))
 
 
@@ -296,7 +296,7 @@ def test_an_unreadable_picture_is_named(image_folder: Path) -> None:
     with pytest.raises(UserError, match="cat/0.png"):
         folder_train(image_folder)[0]
     with pytest.raises(UserError, match="cat/0.png"):
-        folder.image_tensor_files(image_folder / "train", RGB_32)
+        image_tensor_files(image_folder / "train", RGB_32)
 
 
 @pytest.mark.parametrize("name", ["absent", "empty"])
@@ -308,7 +308,7 @@ def test_folders_without_data_are_refused(tmp_path: Path, name: str) -> None:
         with pytest.raises(UserError, match=name):
             datasets.train_and_test(dataset, folder, RGB_32)
     with pytest.raises(UserError, match=name):
-        folder.image_tensor_files(folder, RGB_32)
+        image_tensor_files(folder, RGB_32)
     assert folder.exists() == (name == "empty")
 
 

@@ -14,7 +14,7 @@ from adacomcat.cli.arguments import at_least
 from adacomcat.data import datasets
 from adacomcat.data.collage import with_collages
 from adacomcat.distill.config import TrainConfig
-from adacomcat.distill.trainer import evaluate
+from adacomcat.distill.evaluation import evaluate
 from adacomcat.train import calibration_images
 from adacomcat.utils.distributed import Processes
 

@@ -4,7 +4,7 @@ import argparse
 
 from adacomcat import cost, data
 from adacomcat.cli.commands import Outcome, inputs
-from adacomcat.distill.trainer import evaluate
+from adacomcat.distill.evaluation import evaluate
 from adacomcat.report.tables import Comparison, print_comparison
 from adacomcat.utils.distributed import start_processes, stop_processes
 
