@@ -158,9 +158,9 @@ def _describe(model: nn.Module, architecture: str | None,
         raise UserError("this model does not know its timm architecture; pass architecture= and "
                         "model_args=")
     if model_args is None:
-        model_args = known.get("model_args", getattr(model, "_model_args", {}))
+        model_args = known.get("model_args", getattr(model, "_model_args", {})) or {}
     current = _current_args(model)
-    args = {k: v for k, v in (model_args or {}).items() if k not in _RUNTIME_ARGS} | current
+    args = {k: v for k, v in model_args.items() if k not in _RUNTIME_ARGS} | current
     ranks = getattr(model, "rank_plan", RankPlan()).ranks
     ranks = {name: rank for name, rank in ranks.items() if rank != DENSE}
     config = {

@@ -1,4 +1,4 @@
-"""adacomcat evaluate: top-1 accuracy and loss on the test images, on any number of processes."""
+"""adacomcat evaluate: accuracy and loss on the test images, on any number of processes."""
 
 import argparse
 
