@@ -26,7 +26,7 @@ MOVED = {
     "commands": ("cli.commands",),
     "cpu_gradients": ("ops.autograd_cpu",),
     "decompositions": ("ops.decompositions",),
-    "gauge": ("checkpoint.gauge",),
+    "gauge": ("checkpoint.gauge", "factorize.interpolative"),
     "gradients": ("ops.autograd",),
     "hidden": ("factorize.neurons", "layers.mlp"),
     "identities": ("factorize.gauge",),

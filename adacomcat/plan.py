@@ -1,7 +1,6 @@
 """A rank for every site of a model: the one thing that search and allocation decide."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from torch import nn
 
 from adacomcat.errors import UserError
 from adacomcat.sites import DENSE, MULTIPLE, Rank, Site, find_sites
+from adacomcat.utils.files import atomic_write_text
 
 HIDDEN = ".hidden"
 
@@ -111,10 +111,7 @@ class RankPlan:
         return cls(dict(ranks))
 
     def save(self, path: str | Path) -> None:
-        path = Path(path)
-        scratch = path.with_name(path.name + ".partial")
-        scratch.write_text(self.to_json())
-        os.replace(scratch, path)
+        atomic_write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> "RankPlan":

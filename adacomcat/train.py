@@ -17,8 +17,9 @@ from adacomcat.convert.factors import Factors, factorize_model, require_finite_m
 from adacomcat.convert.model import convert_
 from adacomcat.cost import model_params
 from adacomcat.distill.config import TrainConfig
+from adacomcat.distill.evaluation import evaluate
 from adacomcat.distill.state import has_state, load_state
-from adacomcat.distill.trainer import Trainer, evaluate
+from adacomcat.distill.trainer import Trainer
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.search.gates import RankGates, reachable_multiple, uniform_plan
@@ -115,7 +116,7 @@ def calibration_images(train_set: Any, count: int, seed: int,
     if not count:
         return None
     chosen = train_set.subset(_calibration_order(train_set, seed)[:count])
-    batches = data.loader(chosen, count, shuffle=False, seed=seed, epoch=0)
+    batches = data.Batches(chosen, count, shuffle=False, seed=seed, epoch=0)
     return torch.cat([images for images, _ in batches]).to(processes.device)
 
 

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import platform
-import tempfile
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 import adacomcat
 from adacomcat.ops import backends
+from adacomcat.utils.files import atomic_write_text
 
 Milliseconds = dict[str, dict[str, float]]  # what was timed → ranks → milliseconds
 
@@ -70,14 +70,7 @@ class LatencyCache:
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"machine": self.machine, "milliseconds": self.milliseconds}, indent=1)
-        descriptor, scratch = tempfile.mkstemp(dir=self.path.parent, suffix=".partial")
-        try:
-            with open(descriptor, "w") as file:
-                file.write(content)
-            os.replace(scratch, self.path)
-        except OSError:
-            os.unlink(scratch)
-            raise
+        atomic_write_text(self.path, content, shared=True)
 
 
 def _plausible(times: object) -> bool:

@@ -11,9 +11,10 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import peers
 import timm
@@ -33,7 +34,8 @@ REPEATS, CALLS = 9, 5
 BATCHES = (1, 8, 64, 256)
 SIZES = {"DeiT-S": (384, 128, 6), "DeiT-B": (768, 256, 12)}  # width, rank of the MLP, heads
 RANK, HEAD, TOKENS, EPSILON = 32, 64, 197, 1e-6
-Ways = dict[str, Callable[[], object]]
+Ways = Mapping[str, Callable[[], object]]  # label → a call that computes the same
+Row = dict[str, Any]  # one measurement, as it stands in the JSON file
 
 
 def interleaved(ways: Ways, calls: int = CALLS) -> dict[str, float]:
@@ -70,6 +72,7 @@ def peaks() -> dict[str, float]:
 
 
 def draw(*shape: int) -> Tensor:
+    """A random bfloat16 tensor, scaled so that products keep their size."""
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) / shape[-1] ** 0.5
 
 
@@ -143,7 +146,8 @@ def linear(model: str, batch: int) -> tuple[Ways, int, int]:
     return ways, 2 * rows * weights, 2 * (5 * rows * d + weights)
 
 
-def measure_ops() -> Iterator[dict[str, object]]:
+def measure_ops() -> Iterator[Row]:
+    """Each sublayer of each model at each batch size."""
     card = peaks()
     yield {"what": "peaks", **card}
     for sublayer in (mlp, attention, linear):
@@ -156,7 +160,7 @@ def measure_ops() -> Iterator[dict[str, object]]:
                        "fraction of the roofline": floor / next(iter(times.values()))}
 
 
-def measure_svd() -> Iterator[dict[str, object]]:
+def measure_svd() -> Iterator[Row]:
     """SVDs without CUDA graphs, since both functions read back whether they converged."""
     for count, side in ((144, 64), (4096, 32)):
         a = torch.randn(count, side, side, device="cuda")
@@ -174,7 +178,8 @@ def measure_svd() -> Iterator[dict[str, object]]:
                "seconds": {name: statistics.median(found) for name, found in times.items()}}
 
 
-def measure_models(dtype: torch.dtype, batches: tuple[int, ...]) -> Iterator[dict[str, object]]:
+def measure_models(dtype: torch.dtype, batches: tuple[int, ...]) -> Iterator[Row]:
+    """Whole models, and at batch 8 their relative error against float64."""
     for name in MODELS:
         torch.manual_seed(0)
         architecture, rank, rank_mlp = MODELS[name]
@@ -189,7 +194,7 @@ def measure_models(dtype: torch.dtype, batches: tuple[int, ...]) -> Iterator[dic
         for batch in batches:
             x = torch.randn(batch, 3, 224, 224, device="cuda", dtype=dtype)
             times = interleaved({label: partial(model, x) for label, model in models.items()}, 1)
-            row = {"what": f"{architecture} {dtype} b{batch}", "seconds": times}
+            row: Row = {"what": f"{architecture} {dtype} b{batch}", "seconds": times}
             if batch == 8:
                 reference = exact(x.double())
                 row["errors"] = {label: ((model(x).double() - reference).norm()
@@ -199,6 +204,7 @@ def measure_models(dtype: torch.dtype, batches: tuple[int, ...]) -> Iterator[dic
 
 
 def main(part: str = "") -> int:
+    """Test and measure; the exit code of the tests. ``part``: 'ops' or 'models' alone, untested."""
     if not torch.cuda.is_available():
         print("no GPU here: nothing was run and nothing was written")
         return 0
@@ -207,7 +213,7 @@ def main(part: str = "") -> int:
         tests = HERE.parents[1] / "tests" / "gpu"
         command = [sys.executable, "-m", "pytest", "-q", tests, "-k", "device"]
         failed = subprocess.run(command).returncode
-    found: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+    found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
                                 "triton": triton.__version__, "rows": []}
     name = found["gpu"].lower().replace(" ", "_") + (f"_{part}" if part else "")
     with torch.no_grad():
@@ -223,13 +229,13 @@ def main(part: str = "") -> int:
     return failed
 
 
-def told(row: dict[str, object]) -> str:
+def told(row: Row) -> str:
     """One line: the microseconds of each way with their ratio to ours, then all other values."""
     row = dict(row)
     times = row.pop("seconds", {})
-    ours = next(iter(times.values()), 1.0)
+    first = next(iter(times.values()), 1.0)
     return "; ".join([
-        *(f"{name} {time * 1e6:.1f} us ({time / ours:.2f})" for name, time in times.items()),
+        *(f"{name} {time * 1e6:.1f} us ({time / first:.2f})" for name, time in times.items()),
         *(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
           for key, value in row.items())])
 

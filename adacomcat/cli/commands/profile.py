@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> Outcome:
     device = inputs.device(args)
     counted = {name: model.to(device).eval() for name, model in _models(args).items()}
     timed = dict(counted)
-    if "compressed" in counted:  # the same model, whole sublayers at a time
+    if "compressed" in counted:  # parameters and MACs are counted before layers are fused
         counted["optimized"] = counted["compressed"]
         timed["optimized"] = optimize(counted["compressed"])
     milliseconds = latency(timed, args.batch_size, args.repeats)
@@ -33,7 +33,10 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def _models(args: argparse.Namespace) -> dict[str, nn.Module]:
-    """Latency does not depend on the weights: neither side needs trained ones."""
+    """The dense model, and the compressed one where there is one.
+
+    Their weights may be random, since latency does not depend on them.
+    """
     model = inputs.model(args, weights_matter=False)
     config = getattr(model, "adacomcat_config", None)
     if config is not None:

@@ -18,13 +18,13 @@ from adacomcat.report.page import write_report
 from adacomcat.report.tables import Comparison, print_comparison, print_refinement
 from adacomcat.utils.distributed import stop_processes
 
-# Flags that are fields of TrainConfig; those not given leave the preset's value.
+# Flags that are fields of TrainConfig; where one is not given, the preset's value stays.
 FIELDS = ("epochs", "finetune_epochs", "steps", "batch_size", "opt", "lr", "weight_decay", "sched",
           "warmup_epochs", "warmup_lr", "min_lr", "clip_grad", "mixup", "cutmix", "smoothing",
           "kd", "kd_alpha", "kd_temperature", "align", "align_weight", "keep_params", "search",
           "search_steps", "search_fraction", "refine", "mlp", "calibration_images",
           "checkpoint_steps", "seed", "workers", "device")
-EMA_DECAY = 0.9998
+EMA_DECAY = 0.9998  # of --model-ema without --model-ema-decay
 
 
 def run(args: argparse.Namespace) -> Outcome:
