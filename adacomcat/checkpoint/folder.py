@@ -28,9 +28,9 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from adacomcat.checkpoint.gauge import with_gauge, without_gauge
+from adacomcat.convert.record import compression_of
 from adacomcat.entrypoint import ENTRYPOINT
 from adacomcat.errors import UserError
-from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE
 from adacomcat.utils.model import evaluating, input_size
 
@@ -184,7 +184,8 @@ def _build(config: dict[str, Any], source: str) -> nn.Module:
 def _describe(model: nn.Module, architecture: str | None,
               model_args: Mapping[str, Any] | None) -> dict[str, Any]:
     source = dict(getattr(model, "pretrained_cfg", None) or {})
-    known = getattr(model, "adacomcat_config", {})
+    record = compression_of(model)
+    known = record.source or {}
     architecture = architecture or known.get("architecture") or source.get("architecture")
     if architecture is None:
         raise UserError("this model does not know its timm architecture; pass architecture= and "
@@ -193,8 +194,7 @@ def _describe(model: nn.Module, architecture: str | None,
         model_args = known.get("model_args", getattr(model, "_model_args", {}))
     current = _current_args(model)
     args = {k: v for k, v in model_args.items() if k not in _RUNTIME_ARGS} | current
-    ranks = getattr(model, "rank_plan", RankPlan()).ranks
-    ranks = {name: rank for name, rank in ranks.items() if rank != DENSE}
+    ranks = {name: rank for name, rank in record.ranks.items() if rank != DENSE}
     config = {
         "architecture": ENTRYPOINT if ranks else architecture,
         "num_classes": model.num_classes,
