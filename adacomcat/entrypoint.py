@@ -48,13 +48,14 @@ def _build(base: str, plan: dict[str, int | str], **model_args: Any) -> Any:
     import timm
 
     from adacomcat.convert.install import build_skeleton
+    from adacomcat.convert.record import record_
     from adacomcat.plan import RankPlan
 
     model: Any = build_skeleton(timm.create_model(base, **model_args), RankPlan(dict(plan)))
     runtime = ("device", "dtype")
-    model.adacomcat_config = {
+    record_(model, source={
         "architecture": base,
-        "model_args": {k: v for k, v in model_args.items() if k not in runtime}}
+        "model_args": {k: v for k, v in model_args.items() if k not in runtime}})
     return model
 
 

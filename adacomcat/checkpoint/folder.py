@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from adacomcat.checkpoint.gauge import with_gauge, without_gauge
 from adacomcat.checkpoint.weights import load_weights_, read_weights
+from adacomcat.convert.record import compression_of
 from adacomcat.errors import UserError
-from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE
 from adacomcat.utils.files import atomic_folder
 from adacomcat.utils.model import evaluating, input_size
@@ -152,7 +152,8 @@ def _describe(model: nn.Module, architecture: str | None,
               model_args: Mapping[str, Any] | None) -> dict[str, Any]:
     """The content of config.json."""
     source = dict(getattr(model, "pretrained_cfg", None) or {})
-    known = getattr(model, "adacomcat_config", {})
+    record = compression_of(model)
+    known = record.source or {}
     architecture = architecture or known.get("architecture") or source.get("architecture")
     if architecture is None:
         raise UserError("this model does not know its timm architecture; pass architecture= and "
@@ -161,8 +162,7 @@ def _describe(model: nn.Module, architecture: str | None,
         model_args = known.get("model_args", getattr(model, "_model_args", {})) or {}
     current = _current_args(model)
     args = {k: v for k, v in model_args.items() if k not in _RUNTIME_ARGS} | current
-    ranks = getattr(model, "rank_plan", RankPlan()).ranks
-    ranks = {name: rank for name, rank in ranks.items() if rank != DENSE}
+    ranks = {name: rank for name, rank in record.ranks.items() if rank != DENSE}
     config = {
         "architecture": ENTRYPOINT if ranks else architecture,
         "num_classes": model.num_classes,

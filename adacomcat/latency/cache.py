@@ -14,11 +14,11 @@ import adacomcat
 from adacomcat.ops import backends
 from adacomcat.utils.files import atomic_write_text
 
-Milliseconds = dict[str, dict[str, float]]  # what was timed → ranks → milliseconds
+Milliseconds = dict[str, dict[str, float]]  # key of a timed block → ranks → milliseconds
 
 
 def machine(model: nn.Module) -> dict[str, object]:
-    """What timings of ``model`` depend on beside shapes."""
+    """What the timings of ``model`` depend on beside its shapes."""
     parameter = next(model.parameters())
     on_gpu = parameter.is_cuda
     return {
@@ -39,11 +39,12 @@ def _cpu_name() -> str:
 
 
 def folder() -> Path:
+    """Where the files are: under XDG_CACHE_HOME, else under ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "adacomcat/latency"
 
 
 class LatencyCache:
-    """``milliseconds`` as the file of this machine has them; nothing where it cannot be read."""
+    """``milliseconds`` as the file of this machine has them; empty where it cannot be read."""
 
     def __init__(self, machine: dict[str, object]) -> None:
         self.machine = machine
@@ -60,7 +61,10 @@ class LatencyCache:
             return {}
 
     def add(self, key: str, times: dict[str, float]) -> None:
-        """Also in the file, where this user can write it; entries that others added stay."""
+        """Keep ``times``, in the file too where this user can write it.
+
+        Entries that other processes added to the file stay.
+        """
         self.milliseconds = self._read() | self.milliseconds | {key: times}
         try:
             self._write()

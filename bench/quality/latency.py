@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adacomcat.allocation.budget import choices
-from adacomcat.allocation.knapsack import knapsack
-from adacomcat.allocation.latency import choose_plan_for_latency
+from adacomcat.allocation.budget import Budget
+from adacomcat.allocation.candidates import choose, plan_of
+from adacomcat.allocation.fraction import FractionAllocator, parameter_cost
 from adacomcat.allocation.sensitivity import error_weights
 from adacomcat.convert.calibrate import calibration_batches
 from adacomcat.convert.factors import Factors, factorize_model
@@ -80,15 +80,14 @@ def load(args: argparse.Namespace) -> nn.Module:
 def plan_of_equal_latency(subject: Subject, milliseconds: float, table: LatencyTable) -> RankPlan:
     """The plan of a parameter budget, bisected until the table's latency is ``milliseconds``."""
     weights = error_weights(subject.model, subject.factors, subject.batches, subject.sites)
-    items = [choices(site, subject.factors, weights, lambda site, rank: site.params(rank), MULTIPLE)
-             for site in subject.sites]
-    least = sum(item[0].cost for item in items)
+    cost, whole = parameter_cost(subject.model, subject.sites)
+    allocator = FractionAllocator(subject.sites, subject.factors, cost, whole, keep=1.0)
+    items = [allocator.candidates(site, weights, MULTIPLE) for site in subject.sites]
+    least = sum(item.choices[0].cost for item in items)
     most = sum(site.dense_params for site in subject.sites)
     for _ in range(ROUNDS):
         budget = (least + most) / 2
-        chosen = knapsack(items, budget)
-        plan = RankPlan({site.name: site.candidates(MULTIPLE)[index]
-                         for site, index in zip(subject.sites, chosen, strict=True)})
+        plan = plan_of(items, choose(items, budget))
         found = table.plan_ms(plan)
         if abs(found / milliseconds - 1) < EQUAL:
             break
@@ -126,8 +125,8 @@ def main() -> None:
     budget = args.share * model_latencies({"dense": model}, args.batch)["dense"]
     print(f"{args.model}, batch {args.batch}, {torch.get_num_threads()} threads; budget "
           f"{budget:.2f} ms", flush=True)
-    plan = choose_plan_for_latency(model, factors, max_latency_ms=budget, batch=args.batch,
-                                   calibration=batches, sites=sites)
+    allocator = Budget("latency_ms", budget, args.batch).allocator(model, factors, sites)
+    plan = allocator.plan(error_weights(model, factors, batches, sites))
     table = LatencyTable(model, sites, args.batch, MULTIPLE, measure)
     rival = plan_of_equal_latency(subject, table.plan_ms(plan), table)
     models = {"dense": model, "max_latency_ms": subject.converted(plan),

@@ -8,6 +8,7 @@ from torch import nn
 
 from adacomcat import cost
 from adacomcat.cli.commands import Outcome, inputs
+from adacomcat.convert.record import compression_of
 from adacomcat.fuse import optimize
 from adacomcat.latency.timing import latency
 from adacomcat.report.tables import Comparison, print_comparison
@@ -38,9 +39,9 @@ def _models(args: argparse.Namespace) -> dict[str, nn.Module]:
     Their weights may be random, since latency does not depend on them.
     """
     model = inputs.model(args, weights_matter=False)
-    config = getattr(model, "adacomcat_config", None)
-    if config is not None:
-        dense = timm.create_model(config["architecture"], **config["model_args"])
+    source = compression_of(model).source
+    if source is not None:
+        dense = timm.create_model(source["architecture"], **source["model_args"])
         return {"dense": dense, "compressed": model}
     if not inputs.has_budget(args):
         return {"dense": model}

@@ -10,6 +10,7 @@ from torch import nn
 from adacomcat import checkpoint, cost, data, train
 from adacomcat.cli.commands import Outcome, inputs
 from adacomcat.cli.main import first_process
+from adacomcat.convert.record import compression_of
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.state import has_state
 from adacomcat.errors import UserError
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> Outcome:
     stop_processes()
     comparison = _comparison(model, trained, results)
     if first and not args.no_report:
-        found = getattr(trained, "rank_plan", RankPlan())
+        found = compression_of(trained).plan or RankPlan()
         write_report(args.output, f"{args.model} trained on {args.data}", comparison,
                      found.sites(model), found, results["history"])
     return Outcome({"output": args.output, "models": comparison.rows} | results,
