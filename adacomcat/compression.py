@@ -1,7 +1,7 @@
 """Compression without training, every step in order: ``compress_`` calls them from top to bottom.
 
     images    checked and cut into batches                                convert.calibrate
-    sites     where a rank or a number of neurons is chosen               convert.select
+    sites     where a rank or a number of neurons is chosen               sites
     factors   of every site, whitened by what the images show             convert.factors
     plan      within the budget, and refined where asked                  allocation
     model     every site replaced, blocks fitted in sequence              convert.model
@@ -20,11 +20,10 @@ from adacomcat.convert.calibrate import calibration_batches
 from adacomcat.convert.factors import Factors, factorize_model, require_finite_model
 from adacomcat.convert.model import BLOCKS, convert_, model_statistics
 from adacomcat.convert.record import Refined, record_
-from adacomcat.convert.select import Filters, select_sites
 from adacomcat.convert.sequential import sequential_blocks
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
-from adacomcat.sites import MULTIPLE, Site, prunable_mlps
+from adacomcat.sites import MULTIPLE, Filters, Site, find_sites, prunable_mlps
 
 
 def compress(model: nn.Module, *, keep_params: float | None = None,
@@ -51,7 +50,7 @@ def compress(model: nn.Module, *, keep_params: float | None = None,
             module holds for everything inside. All sites where not given.
         exclude: the sites that stay dense, named in the same way. Where blocks are fitted in
             sequence, dense layers may still get other weights, which repair what came before.
-        multiple: the step of ranks per head, and half the step elsewhere. It is halved where a
+        multiple: the step of ranks per head, and twice that elsewhere. It is halved where a
             fraction cannot be reached otherwise.
         latency_batch: images in the forward pass that ``max_latency_ms`` is about.
         refine: how many more plans at the budget are tried. The best is the one that keeps closest
@@ -134,7 +133,7 @@ def _sites(model: nn.Module, goal: Budget | RankPlan, batches: list[Tensor] | No
     if isinstance(goal, RankPlan):
         return goal.validate(model)
     prunable = () if batches is None else prunable_mlps(model)
-    sites = select_sites(model, prunable, include, exclude)
+    sites = find_sites(model, prunable, include, exclude)
     if not sites and not (include is None and exclude is None):
         raise UserError("include and exclude leave no projection to compress")
     return sites
