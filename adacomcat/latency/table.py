@@ -70,7 +70,7 @@ class LatencyTable:
 
     def __init__(self, model: nn.Module, sites: list[Site], batch: int, multiple: int,
                  measure: Measure) -> None:
-        self.model, self.batch, self.measure = model, batch
+        self.model, self.batch, self.measure = model, batch, measure
         dense = deployed(model)
         self.dense = forward_pass(dense, batch)
         self.units = find_units(model, dense, sites)
