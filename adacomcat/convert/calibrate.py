@@ -22,11 +22,10 @@ Statistics = dict[str, LinearStatistics | AttentionStatistics]
 class Moments:
     """Running first and second moments of (..., M, d) rows; batches are summed up in float64."""
 
-    sum: Tensor  # (..., d)
-    products: Tensor  # (..., d, d); both are there once rows are
-
     def __init__(self) -> None:
         self.count = 0
+        self.sum: Tensor | None = None
+        self.products: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
         if not self.count:
@@ -47,11 +46,7 @@ class Moments:
 
 
 def calibration_batches(calibration: Tensor | Iterable, model: nn.Module) -> list[Tensor]:
-    """Images as small batches on the model's device, from one tensor or an iterable of batches.
-
-    Raises:
-        UserError: There is no image, or images are not finite or of another shape.
-    """
+    """Images as small batches: from one tensor (N, C, H, W) or from an iterable of batches."""
     if isinstance(calibration, Tensor):
         calibration = [calibration]
     parameter = next(model.parameters())
@@ -69,17 +64,11 @@ def calibration_batches(calibration: Tensor | Iterable, model: nn.Module) -> lis
 
 
 class LinearCollector:
-    """Moments of what enters a linear layer; a forward pre-hook with keyword arguments."""
-
     def __init__(self) -> None:
         self.moments = Moments()
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.moments.add(args[0].detach().flatten(0, -2).float())
-
-    @property
-    def tokens(self) -> int:
-        return self.moments.count
 
     def result(self) -> LinearStatistics:
         m = self.moments
@@ -87,10 +76,7 @@ class LinearCollector:
 
 
 class AttentionCollector:
-    """Moments of x, of x centred per image, and of each head's attention-averaged tokens.
-
-    A forward pre-hook with keyword arguments; the attention's tokens are its first argument.
-    """
+    """Moments of x, of x centred per image, and of each head's attention-averaged tokens."""
 
     def __init__(self, attn: nn.Module, tier: str) -> None:
         self.inputs, self.keys, self.values = Moments(), Moments(), Moments()
@@ -105,17 +91,10 @@ class AttentionCollector:
         averaged = self.probe.average(x, x.unsqueeze(1), *context)  # (B, H, N, d)
         self.values.add(averaged.transpose(0, 1).flatten(1, 2).float())
 
-    @property
-    def tokens(self) -> int:
-        return self.inputs.count
-
     def result(self) -> AttentionStatistics:
         keys = self.keys.products / self.keys.count
         return AttentionStatistics(self.inputs.mean, self.inputs.covariance, keys,
                                    self.values.mean, self.values.covariance, self.inputs.count)
-
-
-Collector = LinearCollector | AttentionCollector
 
 
 def scores_probe(attn: nn.Module, tier: str) -> LowRankAttention:
@@ -127,9 +106,8 @@ def scores_probe(attn: nn.Module, tier: str) -> LowRankAttention:
     return probe.eval()
 
 
-def collectors(model: nn.Module, sites: list[Site]) -> dict[str, Collector]:
-    """Module name → what collects its statistics, for linear layers and attentions."""
-    made: dict[str, Collector] = {}
+def collectors(model: nn.Module, sites: list[Site]) -> dict[str, LinearCollector]:
+    made: dict[str, LinearCollector | AttentionCollector] = {}
     for site in sites:
         if site.kind == "linear":
             made[site.module] = LinearCollector()
@@ -143,14 +121,7 @@ def calibrate(model: nn.Module, calibration: Tensor | Iterable,
               share: float = 1.0) -> Statistics:
     """Module name → statistics of its inputs, for every module that holds a site.
 
-    Args:
-        model: The dense model.
-        calibration: Images (N, C, H, W) as the model sees them, or an iterable of batches.
-        share: Which part of all images these are. A layer that sees fewer tokens than it has
-            dimensions brings a warning only where all images together would be too few.
-
-    Raises:
-        UserError: There is no image, or images are not finite or of another shape.
+    ``share``: which part of all images these are; it warns only where all would be too few.
     """
     sites = find_sites(model)
     watching = collectors(model, sites)
@@ -164,8 +135,8 @@ def calibrate(model: nn.Module, calibration: Tensor | Iterable,
     finally:
         for hook in hooks:
             hook.remove()
-    statistics: Statistics = {name: collect.result() for name, collect in watching.items()
-                              if collect.tokens}
+    statistics = {name: collect.result() for name, collect in watching.items()
+                  if (getattr(collect, "moments", None) or collect.inputs).count}
     _check(statistics, share)
     return statistics
 
