@@ -7,7 +7,6 @@ shrunk towards the dense weights, for calibration knows only the directions that
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -84,8 +83,7 @@ class Regression:
         self.weight, self.shrinkage = weight.double(), shrinkage
         self.stride = row_stride(tokens, weight.shape[1])
         self.inputs = Moments()
-        self.cross: Tensor | float = 0.0
-        self.target_sum: Tensor | float = 0.0
+        self.cross = self.target_sum = torch.zeros((), dtype=torch.float64)
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         inputs, targets = (rows.flatten(0, -2)[::self.stride] for rows in (inputs, targets))
@@ -262,7 +260,7 @@ def _linears(part: Residual) -> tuple[nn.Linear, nn.Linear]:
     """fc1 and fc2; those of the compressed block only while they are dense."""
     mlp = mlp_parts(part.inner)
     assert mlp is not None, "sequential_blocks admits known MLPs only"
-    return cast(nn.Linear, mlp.fc1), cast(nn.Linear, mlp.fc2)
+    return mlp.linears
 
 
 def _added(part: Residual, stream: Tensor) -> Tensor:
