@@ -203,7 +203,7 @@ def _list_split(root: Path, names: tuple[str, ...]) -> Any:
         raise UserError(f"no folder {' or '.join(names)} in the data folder {root}; "
                         "it must hold train/CLASS/* and val/CLASS/*")
     try:
-        reader = create_reader("", root=str(found[0]))
+        reader: Any = create_reader("", root=str(found[0]))
     except (RuntimeError, OSError) as error:
         raise UserError(f"no readable pictures in class folders under {found[0]}") from error
     if "" in reader.class_to_idx:
