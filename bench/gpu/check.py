@@ -11,9 +11,10 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import peers
 import timm
@@ -32,7 +33,7 @@ REPEATS, CALLS = 9, 5
 BATCHES = (1, 8, 64, 256)
 SIZES = {"DeiT-S": (384, 128, 6), "DeiT-B": (768, 256, 12)}  # width, rank of the MLP, heads
 RANK, HEAD, TOKENS, EPSILON = 32, 64, 197, 1e-6
-Ways = dict[str, Callable[[], object]]
+Ways = Mapping[str, Callable[[], object]]
 
 
 def interleaved(ways: Ways, calls: int = CALLS) -> dict[str, float]:
@@ -206,7 +207,7 @@ def main(part: str = "") -> int:
         tests = HERE.parents[1] / "tests" / "gpu"
         command = [sys.executable, "-m", "pytest", "-q", tests, "-k", "device"]
         failed = subprocess.run(command).returncode
-    found: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+    found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
                                 "triton": triton.__version__, "rows": []}
     name = found["gpu"].lower().replace(" ", "_") + (f"_{part}" if part else "")
     with torch.no_grad():
@@ -222,7 +223,7 @@ def main(part: str = "") -> int:
     return failed
 
 
-def told(row: dict[str, object]) -> str:
+def told(row: dict[str, Any]) -> str:
     """One line: the microseconds of each way with their ratio to ours, then all other values."""
     row = dict(row)
     times = row.pop("seconds", {})

@@ -1,4 +1,4 @@
-"""Device memory that knows what may be touched: allocated, initialised, and by whom."""
+"""Memory that records which bytes are allocated and initialised, and which threads used them."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ EPOCH = 2048
 
 
 def _whole(table: np.ndarray, runs: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The table in as few elements for a run as can be, and the indices of these."""
+    """A view of the table with few large elements a run, and the indices of a run's elements."""
     size = table.itemsize * count
     if size > 16:
         pieces = size // 16
@@ -25,13 +25,13 @@ def _whole(table: np.ndarray, runs: np.ndarray, count: int) -> tuple[np.ndarray,
 
 
 def take(table: np.ndarray, runs: np.ndarray, count: int) -> np.ndarray:
-    """(runs, count): of each run i the elements from i * count on."""
+    """(runs, count): the elements from i * count on, for each run i."""
     whole, at = _whole(table, runs, count)
     return whole[at].view(table.dtype).reshape(-1, count)
 
 
 def put(table: np.ndarray, runs: np.ndarray, count: int, values: np.ndarray | int) -> None:
-    """Store what `take` gives; of runs that are named several times the last one stays."""
+    """Store values at the places that `take` reads; the last one of equal runs stays."""
     whole, at = _whole(table, runs, count)
     if isinstance(values, int):
         whole[at] = np.full(count, values, table.dtype).view(whole.dtype)
@@ -43,7 +43,7 @@ def put(table: np.ndarray, runs: np.ndarray, count: int, values: np.ndarray | in
 
 
 class Fault(AssertionError):
-    """Something that a kernel may not do."""
+    """A kernel did something that it may not do."""
 
 
 class Memory:
