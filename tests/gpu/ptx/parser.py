@@ -65,7 +65,7 @@ def parse(text: str, name: str = "") -> Kernel:
     text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M))
     name = re.escape(name)
-    head = search(rf"\.entry\s+([\w$]*{name}[\w$]*)\s*\((.*?)\)([^{{]*)\{{", text, re.S)
+    head = search(rf"(?s)\.entry\s+([\w$]*{name}[\w$]*)\s*\((.*?)\)([^{{]*)\{{", text)
     parameters = [(p[2], p[1] + (p[3] or "")) for p in _PARAMETER.finditer(head[2])]
     kernel = Kernel(head[1], parameters)
     for name in re.findall(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[", text):

@@ -135,7 +135,8 @@ def unaligned_splits() -> None:
     partial[:, 1::2] = torch.nan
     out = torch.empty(50, 50, dtype=torch.float16)
     with patch.object(tiles, "multiprocessors", lambda: 4):
-        low_rank_mlp._expand_splits(partial, apart(normal(50, 30)), normal(50), None, out, None, TILE)
+        low_rank_mlp._expand_splits(
+            partial, apart(normal(50, 30)), normal(50), None, out, None, TILE)
 
 
 TILE = tiles.Tile(64, 32, 32, 4, 3)
