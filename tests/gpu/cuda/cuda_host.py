@@ -136,15 +136,15 @@ def truncation_errors(host: Host, s: Tensor) -> Tensor:
 
 def low_rank_linear(host: Host, x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None,
                     activation: str | None = None, residual: Tensor | None = None,
-                    keep: bool = False) -> tuple[Tensor, Tensor]:
+                    keep_intermediates: bool = False) -> tuple[Tensor, Tensor]:
     """y and x V; the rows of x (m, in), V, U and the residual (m, out) may lie apart."""
     (m, k), r, n = x.shape, v.shape[1], u.shape[0]
-    y, middle = x.new_empty(m, n), x.new_empty((m, r) if keep else (0,))
+    y, middle = x.new_empty(m, n), x.new_empty((m, r) if keep_intermediates else (0,))
     strided = [x, v, u, x[:0] if residual is None else residual]
     inputs = [memory(t) for t in strided]
     inputs.insert(3, x.new_empty(0) if bias is None else bias)
     host.run("low_rank_linear",
-             [TYPES[x.dtype], m, k, r, n, ACTIVATIONS.index(activation), keep,
+             [TYPES[x.dtype], m, k, r, n, ACTIVATIONS.index(activation), keep_intermediates,
               *(t.stride(0) for t in strided), *(t.numel() * t.element_size() for t in inputs)],
              inputs, [y, middle])
     return y, middle

@@ -49,7 +49,7 @@ def test_low_rank_linear(shape: tuple[int, int, int, int], dtype: str, tile: str
     tensors = draw(shape, TYPES[dtype])
     activation = ACTIVATIONS[list(SHAPES.values()).index(shape) % len(ACTIVATIONS)]
     found = cuda_host.low_rank_linear(host(tile, seed=1), **tensors, activation=activation,
-                                      keep=True)
+                                      keep_intermediates=True)
     assert complaints(found, tensors, activation, dtype) == []
 
 
@@ -60,7 +60,8 @@ def test_activations_without_bias_and_residual(dtype: str, activation: str | Non
     plain = {name: tensors[name] for name in "xvu"}
     y, middle = cuda_host.low_rank_linear(Host(), **plain, activation=activation)
     assert middle.numel() == 0
-    _, middle = cuda_host.low_rank_linear(Host(), **plain, activation=activation, keep=True)
+    _, middle = cuda_host.low_rank_linear(
+        Host(), **plain, activation=activation, keep_intermediates=True)
     assert complaints((y, middle), plain, activation, dtype) == []
 
 
@@ -95,5 +96,5 @@ def test_under_sanitizers(shape: tuple[int, int, int, int], dtype: str, tile: st
     """The first shape is copied 16 bytes at a time, the second one element by element."""
     tensors = draw(shape, TYPES[dtype])
     found = cuda_host.low_rank_linear(host(tile, mode, seed=3), **tensors, activation="gelu",
-                                      keep=True)
+                                      keep_intermediates=True)
     assert complaints(found, tensors, "gelu", dtype) == []
