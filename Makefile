@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # One process for each core, one thread in each: most tests are too small for more.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -rs -n auto --dist worksteal
 
-.PHONY: install demo check test bench gpu-check lint types docs sanitize
+.PHONY: install demo check test bench gpu-check gpu-reports lint types docs sanitize
 
 install: $(INSTALLED)
 
@@ -38,7 +38,13 @@ bench: install
 
 # Correctness and timings of the Triton kernels, where there is a GPU.
 gpu-check: install
-	$(PY) bench/gpu/check.py
+	PYTHONPATH=bench $(PY) bench/gpu/check.py
+
+# What compilers and emulator say of the GPU kernels, without a GPU: bench/gpu/*.md, kernels/known.json.
+gpu-reports: install
+	PYTHONPATH=tests/gpu $(PY) tools/gpu_resources.py
+	PYTHONPATH=tests/gpu $(PY) tools/gpu_traffic.py
+	PYTHONPATH=tests:tests/gpu:tests/gpu/cuda $(PY) tools/cuda_report.py
 
 lint: install
 	$(PY) -m ruff check .

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         distill,
         errors,
         factorize,
+        families,
         fuse,
         latency,
         layers,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from adacomcat.data.collage import collages, with_collages
     from adacomcat.distill.recovery import RecoveryConfig, recover
     from adacomcat.errors import UserError
+    from adacomcat.families import register_attention
     from adacomcat.fuse import optimize
     from adacomcat.layers import LowRankAttention, LowRankLinear, LowRankMlp
     from adacomcat.plan import RankPlan
@@ -59,14 +61,15 @@ _HOME = {
     "load": "checkpoint",
     "optimize": "fuse",
     "recover": "distill.recovery",
+    "register_attention": "families",
     "save": "checkpoint",
     "with_collages": "data.collage",
 }
 __all__ = ["LowRankAttention", "LowRankLinear", "LowRankMlp", "RankPlan", "RecoveryConfig", "Site",
            "UserError", "allocation", "checkpoint", "collages", "compress", "compress_",
-           "compression", "convert", "cost", "data", "distill", "errors", "factorize", "find_sites",
-           "fuse", "latency", "layers", "load", "ops", "optimize", "plan", "recover", "report",
-           "save", "search", "sites", "train", "with_collages"]
+           "compression", "convert", "cost", "data", "distill", "errors", "factorize", "families",
+           "find_sites", "fuse", "latency", "layers", "load", "ops", "optimize", "plan", "recover",
+           "register_attention", "report", "save", "search", "sites", "train", "with_collages"]
 
 # Public modules.
 _MODULES = frozenset(__all__) - frozenset(_HOME)

@@ -1,98 +1,179 @@
-"""A plan and a model → the compressed model."""
+"""Compression without training, every step in order: ``compress_`` calls them from top to bottom.
+
+    images    checked and cut into batches                                convert.calibrate
+    sites     where a rank or a number of neurons is chosen               sites
+    factors   of every site, whitened by what the images show             convert.factors
+    plan      within the budget, and refined where asked                  allocation
+    model     every site replaced, blocks fitted in sequence              convert.model
+"""
 
 import copy
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from adacomcat.allocation.budget import Budget, Kind
+from adacomcat.allocation.refine import refined_on_images
+from adacomcat.allocation.sensitivity import error_weights
 from adacomcat.convert.calibrate import calibration_batches
 from adacomcat.convert.factors import Factors, factorize_model, require_finite_model
 from adacomcat.convert.model import BLOCKS, convert_, model_statistics
+from adacomcat.convert.record import Refined, record_
 from adacomcat.convert.sequential import sequential_blocks
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
-from adacomcat.sites import MULTIPLE, Site, find_sites, narrowable_mlps
+from adacomcat.sites import MULTIPLE, Filters, Site, find_sites, prunable_mlps
 
 
 def compress(model: nn.Module, *, keep_params: float | None = None,
              keep_macs: float | None = None, max_latency_ms: float | None = None,
              plan: RankPlan | None = None, calibration: Tensor | Iterable | None = None,
+             include: Filters | None = None, exclude: Filters | None = None,
              multiple: int = MULTIPLE, latency_batch: int = 1, refine: int = 0,
              refine_images: Tensor | Iterable | None = None) -> nn.Module:
-    """A compressed copy of ``model``, training-free.
+    """A compressed copy of ``model``, without training.
 
-    keep_params, keep_macs: fraction of the whole model's parameters or multiply-accumulates to
-    keep, in (0, 1]; or max_latency_ms: milliseconds for ``latency_batch`` images, measured on this
-    machine with its threads as they are set, of ``adacomcat.optimize`` of the result where the CPU
-    kernels are built; or a ``plan`` of your own. calibration: images (N, C, H, W), or an iterable
-    of batches, as the model sees them; without it the decomposition is data-free. multiple: the
-    step of ranks per head (twice that elsewhere), halved where a fraction cannot be reached
-    otherwise. refine: so many more plans at the budget are tried; one is kept where it keeps closer
-    to the dense model on images that its factors do not know: the second half of ``refine_images``,
-    else of ``calibration``. Give them where images of the two halves would share a picture.
+    Exactly one of the first four arguments says how small it becomes.
+
+    Args:
+        model: a dense model, in the mode and on the device that it will be used on.
+        keep_params: the fraction of the whole model's parameters to keep, in (0, 1].
+        keep_macs: the fraction of its multiply-accumulates for one image to keep, in (0, 1].
+        max_latency_ms: milliseconds of one forward pass, measured on this machine with its threads
+            as they are set. On a CPU with our kernels ``adacomcat.optimize`` of the result counts.
+        plan: ranks of your own.
+        calibration: images (N, C, H, W) as the model sees them, or an iterable of batches. Without
+            them the decomposition is data-free, and MLPs get two ranks instead of fewer neurons.
+        include: the sites that may be compressed: globs over names ('blocks.*.mlp'), compiled
+            regular expressions, or functions of (module name, module). What a filter says of a
+            module holds for everything inside. All sites where not given.
+        exclude: the sites that stay dense, named in the same way. Where blocks are fitted in
+            sequence, dense layers may still get other weights, which repair what came before.
+        multiple: the step of ranks per head, and twice that elsewhere. It is halved where a
+            fraction cannot be reached otherwise.
+        latency_batch: images in the forward pass that ``max_latency_ms`` is about.
+        refine: how many more plans at the budget are tried. The best is the one that keeps closest
+            to the dense model on images which made no factors.
+        refine_images: images for the refinement; the first half makes factors, the second half
+            judges. ``calibration`` where not given. Give them where the halves of ``calibration``
+            would show the same pictures.
+
+    Returns:
+        The model with low-rank modules in place; ``.rank_plan`` has its ranks, and ``.refinement``
+        what a refinement changed.
+
+    Raises:
+        UserError: arguments contradict each other or are out of range, a weight or an image is not
+            finite, a filter or the plan names what the model does not have, or the budget cannot
+            be reached; the message names the least that can.
     """
     return compress_(copy.deepcopy(model), keep_params=keep_params, keep_macs=keep_macs,
                      max_latency_ms=max_latency_ms, plan=plan, calibration=calibration,
-                     multiple=multiple, latency_batch=latency_batch, refine=refine,
-                     refine_images=refine_images)
+                     include=include, exclude=exclude, multiple=multiple,
+                     latency_batch=latency_batch, refine=refine, refine_images=refine_images)
 
 
 def compress_(model: nn.Module, *, keep_params: float | None = None,
               keep_macs: float | None = None, max_latency_ms: float | None = None,
               plan: RankPlan | None = None, calibration: Tensor | Iterable | None = None,
+              include: Filters | None = None, exclude: Filters | None = None,
               multiple: int = MULTIPLE, latency_batch: int = 1, refine: int = 0,
               refine_images: Tensor | Iterable | None = None) -> nn.Module:
-    """``compress`` in place."""
-    budgets = (keep_params, keep_macs, max_latency_ms, plan)
-    if sum(choice is not None for choice in budgets) != 1:
-        raise UserError("say exactly one of keep_params, keep_macs, max_latency_ms and plan")
-    if refine and (plan is not None or calibration is None):
-        raise UserError("refine tries plans at a budget and judges them by images: give both, and "
-                        "no plan")
+    """``compress`` in place, with its arguments and errors; returns ``model``."""
+    goal = _goal(keep_params, keep_macs, max_latency_ms, plan, multiple, latency_batch)
+    _require_agreement(goal, calibration, include, exclude, refine)
     require_finite_model(model)
-    batches = None if calibration is None else calibration_batches(calibration, model)
-    refined = None
-    if plan is not None:
-        factors = _factors(model, _not_in_sequence(model, plan.validate(model), batches), batches)
-    else:  # which neurons may go, only activations tell
-        sites = find_sites(model, () if batches is None else narrowable_mlps(model))
-        budget = _budget(model, keep_params, keep_macs, max_latency_ms, multiple, latency_batch)
-        # Allocation scores candidates by converting: it is imported late.
-        if refine:
-            from adacomcat.allocation.refine import refined_on_images
-            images = batches if refine_images is None else calibration_batches(refine_images, model)
-            refined = refined_on_images(model, sites, budget, images, refine)
-            plan = refined.plan
-            factors = _factors(model, _not_in_sequence(model, sites, batches), batches)
-        else:
-            from adacomcat.allocation.sensitivity import error_weights
-            factors = _factors(model, sites, batches)
-            plan = budget(factors, sites)(error_weights(model, factors, batches, sites))
-    convert_(model, plan, factors, batches)
-    model.refinement = refined
+    batches = _batches(calibration, model, "calibration")
+    sites = _sites(model, goal, batches, include, exclude)
+    if isinstance(goal, RankPlan):
+        chosen = _given(model, goal, sites, batches)
+    elif refine and batches is not None:
+        judged = _batches(refine_images, model, "refine_images") or batches
+        chosen = _refined(model, sites, goal, batches, judged, refine)
+    else:
+        chosen = _allocated(model, sites, goal, batches)
+    convert_(model, chosen.plan, chosen.factors, batches)
+    record_(model, refinement=chosen.refinement)
     return model
 
 
-def _budget(model: nn.Module, keep_params: float | None, keep_macs: float | None,
-            max_latency_ms: float | None, multiple: int, latency_batch: int) -> Callable:
-    """(factors, sites) → the ``Allocate`` of this budget."""
-    from adacomcat.allocation.budget import allocator
-    from adacomcat.allocation.latency import latency_allocator
-    if max_latency_ms is not None:
-        return partial(latency_allocator, model, max_latency_ms=max_latency_ms,
-                       batch=latency_batch, multiple=multiple)
-    return partial(allocator, model, keep_params=keep_params, keep_macs=keep_macs,
-                   multiple=multiple)
+def _goal(keep_params: float | None, keep_macs: float | None, max_latency_ms: float | None,
+          plan: RankPlan | None, multiple: int, latency_batch: int) -> Budget | RankPlan:
+    """What was asked for: a plan, or a budget that is checked."""
+    budgets: dict[Kind, float | None] = {"params": keep_params, "macs": keep_macs,
+                                         "latency_ms": max_latency_ms}
+    given: list[tuple[Kind, float]] = [(kind, value) for kind, value in budgets.items()
+                                       if value is not None]
+    if len(given) + (plan is not None) != 1:
+        raise UserError("say exactly one of keep_params, keep_macs, max_latency_ms and plan")
+    if plan is not None:
+        return plan
+    [(kind, value)] = given
+    return Budget(kind, value, latency_batch, multiple)
+
+
+def _require_agreement(goal: Budget | RankPlan, calibration: object, include: object,
+                       exclude: object, refine: int) -> None:
+    planned = isinstance(goal, RankPlan)
+    if refine and (planned or calibration is None):
+        raise UserError("refine tries plans at a budget and judges them by images: give both, and "
+                        "no plan")
+    if planned and not (include is None and exclude is None):
+        raise UserError("a plan names its own sites: leave out include and exclude, or the plan")
+
+
+def _batches(images: Tensor | Iterable | None, model: nn.Module, name: str) -> list[Tensor] | None:
+    return None if images is None else calibration_batches(images, model, name)
+
+
+def _sites(model: nn.Module, goal: Budget | RankPlan, batches: list[Tensor] | None,
+           include: Filters | None, exclude: Filters | None) -> list[Site]:
+    """The decisions to take. Only activations tell which neurons an MLP can spare."""
+    if isinstance(goal, RankPlan):
+        return goal.validate(model)
+    prunable = () if batches is None else prunable_mlps(model)
+    sites = find_sites(model, prunable, include, exclude)
+    if not sites and not (include is None and exclude is None):
+        raise UserError("include and exclude leave no projection to compress")
+    return sites
+
+
+class _Chosen(NamedTuple):
+    """Ranks, and the factors that the conversion cuts to them."""
+
+    plan: RankPlan
+    factors: Factors
+    refinement: Refined | None = None
+
+
+def _given(model: nn.Module, plan: RankPlan, sites: list[Site],
+           batches: list[Tensor] | None) -> _Chosen:
+    return _Chosen(plan, _factors(model, _outside_sequence(model, sites, batches), batches))
+
+
+def _allocated(model: nn.Module, sites: list[Site], budget: Budget,
+               batches: list[Tensor] | None) -> _Chosen:
+    factors = _factors(model, sites, batches)
+    allocator = budget.allocator(model, factors, sites)
+    return _Chosen(allocator.plan(error_weights(model, factors, batches, sites)), factors)
+
+
+def _refined(model: nn.Module, sites: list[Site], budget: Budget, batches: list[Tensor],
+             judged: list[Tensor], candidates: int) -> _Chosen:
+    """The refinement makes factors of a part of the images, the conversion of all of them."""
+    refined = refined_on_images(model, sites, budget, judged, candidates)
+    factors = _factors(model, _outside_sequence(model, sites, batches), batches)
+    return _Chosen(refined.plan, factors, refined)
 
 
 def _factors(model: nn.Module, sites: list[Site], batches: list[Tensor] | None) -> Factors:
     return factorize_model(model, model_statistics(model, batches), sites=sites) if sites else {}
 
 
-def _not_in_sequence(model: nn.Module, sites: list[Site],
-                     batches: list[Tensor] | None) -> list[Site]:
-    """Those that ``convert_`` takes factors for: it fits blocks in sequence itself."""
+def _outside_sequence(model: nn.Module, sites: list[Site],
+                      batches: list[Tensor] | None) -> list[Site]:
+    """The sites that ``convert_`` takes factors for: it fits blocks in sequence by itself."""
     if batches is None or not sequential_blocks(model):
         return sites
     return [site for site in sites if not site.name.startswith(BLOCKS)]

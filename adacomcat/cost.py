@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-accumulates, measured latency."""
+"""What a model costs, counted: parameters and multiply-accumulates."""
 
 from collections.abc import Callable, Iterable
 
@@ -27,7 +27,7 @@ def plan_params(model: nn.Module, plan: RankPlan) -> int:
 
 @torch.no_grad()
 def module_tokens(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Module → (rows that it sees for one image, rows that attend to each other)."""
+    """Module name → (rows that it sees for one image, rows that attend to each other)."""
     seen: dict[str, tuple[int, int]] = {}
 
     def watch(name: str) -> Callable:
@@ -66,7 +66,7 @@ def model_macs(model: nn.Module) -> int:
     sites = find_sites(model)
     low_rank = {name: module for name, module in model.named_modules()
                 if isinstance(module, LowRankLinear | LowRankMlp | LowRankAttention)}
-    low_rank = {name: module for name, module in low_rank.items()  # an MLP counts its linears
+    low_rank = {name: module for name, module in low_rank.items()  # an MLP counts its own linears
                 if not isinstance(low_rank.get(name.rpartition(".")[0]), LowRankMlp)}
     tokens = module_tokens(model, [*(site.module for site in sites), *low_rank])
     dense = sum(site_macs(site, DENSE, tokens) for site in sites)
@@ -74,7 +74,8 @@ def model_macs(model: nn.Module) -> int:
         _low_rank_macs(module, *tokens.get(name, (0, 0))) for name, module in low_rank.items())
 
 
-def _low_rank_macs(module: nn.Module, rows: int, span: int) -> int:
+def _low_rank_macs(module: LowRankLinear | LowRankMlp | LowRankAttention, rows: int,
+                   span: int) -> int:
     if isinstance(module, LowRankLinear):
         return rows * (module.v.numel() + module.u.numel())
     if isinstance(module, LowRankMlp):

@@ -1,4 +1,8 @@
-"""The timm entry point that rebuilds a compressed model from a checkpoint folder's config.json."""
+"""timm's entry point for compressed models: it rebuilds one from a checkpoint folder's config.json.
+
+``adacomcat/__init__`` calls ``register`` as soon as timm is imported. Importing this module loads
+no other module of this package; the functions import what they need.
+"""
 
 import inspect
 import sys
@@ -11,15 +15,21 @@ from adacomcat.utils.names import ENTRYPOINT
 
 
 def register(timm: ModuleType) -> None:
-    """Called once ``timm`` is imported."""
+    """Make ``adacomcat_vit`` known to timm."""
     if not timm.is_model(ENTRYPOINT):
         register_model(adacomcat_vit)
 
 
 def adacomcat_vit(pretrained: bool = False, **kwargs: Any) -> Any:
-    """timm's ``base`` architecture with the low-rank modules of ``plan`` (site name → rank).
+    """The architecture ``base`` of timm with the low-rank modules of ``plan``.
 
-    Both stand in config.json's ``model_args``, beside the keyword arguments of ``base``.
+    Args:
+        pretrained: load the weights of the checkpoint folder.
+        kwargs: the ``model_args`` of config.json: ``base``, ``plan`` (site name → rank) and the
+            keyword arguments of ``base``.
+
+    Raises:
+        UserError: ``base`` is missing, as when the model is created by its name.
     """
     from timm.models import build_model_with_cfg
 
@@ -38,23 +48,25 @@ def _build(base: str, plan: dict[str, int | str], **model_args: Any) -> Any:
     import timm
 
     from adacomcat.convert.install import build_skeleton
+    from adacomcat.convert.record import record_
     from adacomcat.plan import RankPlan
 
-    model = build_skeleton(timm.create_model(base, **model_args), RankPlan(dict(plan)))
+    model: Any = build_skeleton(timm.create_model(base, **model_args), RankPlan(dict(plan)))
     runtime = ("device", "dtype")
-    model.adacomcat_config = {
+    record_(model, source={
         "architecture": base,
-        "model_args": {k: v for k, v in model_args.items() if k not in runtime}}
+        "model_args": {k: v for k, v in model_args.items() if k not in runtime}})
     return model
 
 
 def classifiers(pretrained_cfg: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the modules that timm calls the classifier."""
     names = pretrained_cfg.get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _without_new_classifier(plan: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Another number of classes makes a fresh, dense classifier, as everywhere in timm."""
+    """The plan; without the classifier where another number of classes makes a new, dense one."""
     saved = kwargs.get("pretrained_cfg") or {}
     if kwargs.get("num_classes", saved.get("num_classes")) == saved.get("num_classes"):
         return plan
@@ -62,7 +74,11 @@ def _without_new_classifier(plan: dict[str, Any], kwargs: dict[str, Any]) -> dic
 
 
 def _adapt_weights(weights: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Saved weights fit as they are, unless the caller asked for other classes or another size."""
+    """The saved weights for ``model``, which may have other classes or another image size.
+
+    A new classifier gets none. Another size is left to the filter of the base architecture's
+    module, which resamples position embeddings.
+    """
     from adacomcat.checkpoint.gauge import with_gauge
 
     weights = with_gauge(weights)

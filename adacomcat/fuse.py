@@ -1,38 +1,41 @@
-"""Whole sublayers on the fused kernels: for inference, after everything else is decided.
+"""A trained model → a copy for inference on the fused kernels, after everything else is decided.
 
-x + ls · f(norm(x)) becomes one op: the weight and bias of the layer norm and the layer scale are
-folded into the projections, exactly, and the residual is added as the last of it.
+``layers/fused.py`` has the modules that take the place of sublayers; here is decided which do.
 """
 
 import copy
 
-from timm.layers import Attention, Mlp, PatchEmbed
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from adacomcat.layers.attention import LowRankAttention
 from adacomcat.layers.fused import (
-    FirstTokenVisionTransformer,
     FusedAttention,
     FusedDenseMlp,
     FusedMlp,
     FusedPatches,
     Sublayer,
-    _affine,
-    _embedding,
-    meet_few_rows_,
+    is_layer_norm,
 )
 from adacomcat.layers.mlp import LowRankMlp, activation_name
+from adacomcat.layers.registry import (
+    BlockParts,
+    attention_family,
+    attention_parts,
+    attention_tier,
+    block_parts,
+    encoder_parts,
+    mlp_parts,
+    patch_projection,
+)
 from adacomcat.moved import forward
-from adacomcat.sites import attention_tier
 
 
 class FusedBlock(nn.Module):
-    """A timm ``Block`` in eval mode; its signature."""
+    """A pre-norm block in eval mode, with the signature of timm's ``Block``."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: BlockParts) -> None:
         super().__init__()
-        self.attn, self.mlp = sublayer(block, "attn"), sublayer(block, "mlp")
+        self.attn, self.mlp = fused_attention(block), fused_mlp(block)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
@@ -42,49 +45,69 @@ class FusedBlock(nn.Module):
 def optimize(model: nn.Module) -> nn.Module:
     """A copy of ``model`` for inference, its blocks on the fused path; same outputs.
 
-    Low-rank and dense sublayers alike; blocks that are not timm's ``Block`` stay as they are. Where
-    the head reads the class token only, the last block computes only that. Save and train the model
-    that went in, not this one: norms are folded into weights here.
+    Low-rank and dense sublayers alike. Blocks of classes that no family knows stay as they are.
+    Where the head reads the class token only, the last block computes only that token. Save and
+    train the model that went in, not this one: norms are folded into weights here.
+
+    Args:
+        model: A dense or a compressed model. It is left as it is.
+
+    Returns:
+        The copy, in eval mode, without gradients. Modules keep their names, and the model keeps
+        the methods of its class (``forward_features``, ``forward_head``, ``set_input_size`` …).
     """
     optimized = copy.deepcopy(model).eval().requires_grad_(False)
     for name, module in list(optimized.named_modules()):
-        if type(module) is Block:
-            optimized.set_submodule(name, FusedBlock(module).eval())
-        elif type(module) is PatchEmbed and _takes_patches(module.proj):
-            module.proj.__class__ = FusedPatches  # what asks it for its channels finds them
-    if _head_reads_first_token(optimized):
-        optimized.__class__ = FirstTokenVisionTransformer  # its parts, names and API stay
-        optimized.embedding = _embedding(optimized)
-        meet_few_rows_(optimized.head)
-    return optimized
+        block, proj = block_parts(module), patch_projection(module)
+        if block is not None:
+            optimized.set_submodule(name, FusedBlock(block).eval())
+        elif proj is not None and _takes_patches(conv := getattr(module, proj)):
+            setattr(module, proj, FusedPatches(conv))
+    encoder = encoder_parts(optimized)
+    if encoder is None or encoder.class_token_only is None or not _ends_fused(encoder.blocks):
+        return optimized
+    return encoder.class_token_only()
 
 
-def sublayer(block: Block, part: str) -> nn.Module:
-    """What runs in the place of 'attn' or 'mlp' with its norm, scale and residual."""
-    if part == "attn":
-        return _attention_class(block)(block.norm1, block.attn, block.ls1)
-    return _mlp_class(block)(block.norm2, block.mlp, block.ls2)
+def sublayer(block: nn.Module, name: str) -> nn.Module:
+    """What runs in the place of a block's 'attn' or 'mlp' with its norm, scale and residual."""
+    parts = block_parts(block)
+    return fused_attention(parts) if name == parts.attn.name else fused_mlp(parts)
 
 
-def _attention_class(block: Block) -> type[nn.Module]:
-    attn = block.attn
-    # Elsewhere than on a CPU one library product for q, k and v serves a dense attention better.
-    fits = type(attn) is LowRankAttention or (
-        type(attn) is Attention and attention_tier(attn) == "A"
-        and type(attn.qkv) is type(attn.proj) is nn.Linear and attn.qkv.weight.is_cpu)
-    return FusedAttention if fits and _affine(block.norm1) is not None else Sublayer
+def fused_attention(block: BlockParts) -> nn.Module:
+    """x + scale(attn(norm(x))), as one op where there is one."""
+    part = block.attn
+    fits = is_layer_norm(part.norm) and (
+        type(part.inner) is LowRankAttention or _fuses_dense(part.inner))
+    return FusedAttention(part) if fits else Sublayer(part)
 
 
-def _mlp_class(block: Block) -> type[nn.Module]:
-    mlp = block.mlp
-    if _affine(block.norm2) is None or type(mlp) not in (Mlp, LowRankMlp):
-        return Sublayer
-    if activation_name(mlp.act) is None:
-        return Sublayer
+def _fuses_dense(attn: nn.Module) -> bool:
+    """Whether the op computes this dense attention, faster than PyTorch does.
+
+    Elsewhere than on a CPU a dense attention gains more from one library product for q, k and v.
+    """
+    family = attention_family(attn)
+    if family is None or family.low_rank.get("A") is not LowRankAttention:
+        return False  # its forward takes other arguments
+    if attention_tier(attn) != "A":
+        return False
+    parts = attention_parts(attn)
+    return parts.plain and parts.q.weight.is_cpu
+
+
+def fused_mlp(block: BlockParts) -> nn.Module:
+    """x + scale(mlp(norm(x))), as one op where there is one."""
+    part = block.mlp
+    mlp = part.inner
+    if not is_layer_norm(part.norm):
+        return Sublayer(part)
     if type(mlp) is LowRankMlp:
-        return FusedMlp
-    dense = type(mlp.fc1) is type(mlp.fc2) is nn.Linear and type(mlp.norm) is nn.Identity
-    return FusedDenseMlp if dense else Sublayer
+        return FusedMlp(part) if activation_name(mlp.act) is not None else Sublayer(part)
+    parts = mlp_parts(mlp)
+    fits = parts is not None and parts.dense and activation_name(parts.act) is not None
+    return FusedDenseMlp(part) if fits else Sublayer(part)
 
 
 def _takes_patches(proj: nn.Module) -> bool:
@@ -92,11 +115,9 @@ def _takes_patches(proj: nn.Module) -> bool:
             and proj.padding == (0, 0) and proj.dilation == (1, 1))
 
 
-def _head_reads_first_token(model: nn.Module) -> bool:
-    return (type(model) is VisionTransformer and model.global_pool == "token"
-            and model.attn_pool is None and len(model.blocks) > 0
-            and type(model.blocks[-1]) is FusedBlock
-            and type(model.blocks[-1].attn) is FusedAttention)
+def _ends_fused(blocks: nn.Sequential) -> bool:
+    return (len(blocks) > 0 and type(blocks[-1]) is FusedBlock
+            and type(blocks[-1].attn) is FusedAttention)
 
 
 # Names that left this module in 0.2.

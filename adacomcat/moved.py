@@ -17,7 +17,7 @@ from typing import Any
 MOVED = {
     "allocate": ("allocation.budget", "allocation.knapsack", "allocation.sensitivity"),
     "arguments": ("cli.arguments",),
-    "attention": ("layers.attention",),
+    "attention": ("layers.attention", "layers.registry", "families.timm"),
     "augmentation": ("data.augmentation",),
     "backends": ("ops.backends",),
     "calibrate": ("convert.calibrate", "utils.model"),
@@ -26,7 +26,7 @@ MOVED = {
     "commands": ("cli.commands",),
     "cpu_gradients": ("ops.autograd_cpu",),
     "decompositions": ("ops.decompositions",),
-    "gauge": ("checkpoint.gauge",),
+    "gauge": ("checkpoint.gauge", "factorize.interpolative"),
     "gradients": ("ops.autograd",),
     "hidden": ("factorize.neurons", "layers.mlp"),
     "identities": ("factorize.gauge",),

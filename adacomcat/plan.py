@@ -1,7 +1,6 @@
 """A rank for every site of a model: the one thing that search and allocation decide."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from torch import nn
 
 from adacomcat.errors import UserError
 from adacomcat.sites import DENSE, MULTIPLE, Rank, Site, find_sites
+from adacomcat.utils.files import atomic_write_text
 
 HIDDEN = ".hidden"
 
@@ -18,24 +18,41 @@ HIDDEN = ".hidden"
 class RankPlan:
     """Site name → rank or 'dense'; sites not named stay dense.
 
-    Ranks are per head for '.qk' and '.vo'; for '.hidden', which excludes '.fc1' and '.fc2', they
-    are numbers of neurons.
+    Args:
+        ranks: Ranks per head for '.qk' and '.vo', numbers of neurons for '.hidden', ranks of the
+            weight elsewhere. An MLP has either '.hidden' or '.fc1' and '.fc2'.
     """
 
     ranks: dict[str, Rank] = field(default_factory=dict)
 
     @classmethod
     def full(cls, model: nn.Module) -> "RankPlan":
-        """Every site at its full rank: the same function, in factors."""
+        """Every site at its full rank: the same function, in factors.
+
+        Args:
+            model: The dense model that the plan is for.
+        """
         return cls({site.name: site.full_rank for site in find_sites(model)})
 
     @classmethod
     def dense(cls, model: nn.Module) -> "RankPlan":
+        """Every site named, and dense.
+
+        Args:
+            model: The dense model that the plan is for.
+        """
         return cls({site.name: DENSE for site in find_sites(model)})
 
     @classmethod
     def uniform(cls, model: nn.Module, fraction: float, multiple: int = MULTIPLE) -> "RankPlan":
-        """The largest candidate up to ``fraction`` of the break-even rank, everywhere."""
+        """The largest candidate up to ``fraction`` of the break-even rank, everywhere.
+
+        Args:
+            model: The dense model that the plan is for.
+            fraction: Of the rank below which factors save parameters, in (0, 1]. Where no
+                candidate is that small, the smallest one is taken.
+            multiple: Step of ranks per head; elsewhere it is twice as large.
+        """
         def largest(site: Site) -> Rank:
             *ranks, _ = site.candidates(multiple)
             fitting = [rank for rank in ranks if rank <= fraction * site.break_even]
@@ -46,12 +63,19 @@ class RankPlan:
         return self.ranks.get(name, DENSE)
 
     def sites(self, model: nn.Module) -> list[Site]:
-        """The decisions that this plan takes: an MLP has two ranks or one width."""
+        """The decisions that this plan takes: an MLP has two ranks or one number of neurons."""
         return find_sites(model, {name.removesuffix(HIDDEN) for name in self.ranks
                                   if name.endswith(HIDDEN)})
 
     def validate(self, model: nn.Module) -> list[Site]:
-        """``sites``, or an error that names the entry that does not fit the model."""
+        """The sites of this plan.
+
+        Args:
+            model: The dense model that the plan is to be applied to.
+
+        Raises:
+            UserError: An entry names no site of the model, or a rank that it cannot have.
+        """
         sites = {site.name: site for site in self.sites(model)}
         for name, rank in self.ranks.items():
             if name not in sites:
@@ -64,6 +88,7 @@ class RankPlan:
         return list(sites.values())
 
     def params(self, sites: Iterable[Site]) -> int:
+        """Parameters of these sites under this plan, biases included."""
         return sum(site.params(self[site.name]) for site in sites)
 
     def to_json(self) -> str:
@@ -71,6 +96,11 @@ class RankPlan:
 
     @classmethod
     def from_json(cls, text: str) -> "RankPlan":
+        """The plan that ``to_json`` wrote.
+
+        Raises:
+            UserError: ``text`` is no such JSON.
+        """
         try:
             ranks = json.loads(text)["ranks"]
         except (ValueError, KeyError, TypeError):
@@ -81,13 +111,15 @@ class RankPlan:
         return cls(dict(ranks))
 
     def save(self, path: str | Path) -> None:
-        path = Path(path)
-        scratch = path.with_name(path.name + ".partial")
-        scratch.write_text(self.to_json())
-        os.replace(scratch, path)
+        atomic_write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> "RankPlan":
+        """The plan in a JSON file.
+
+        Raises:
+            UserError: The file cannot be read, or holds no plan.
+        """
         try:
             return cls.from_json(Path(path).read_text())
         except (OSError, UnicodeDecodeError) as error:

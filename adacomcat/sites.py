@@ -1,48 +1,77 @@
-"""Where a rank is chosen: every projection of a timm model that low-rank factors can replace.
+"""Where a rank is chosen: every projection of a model that low-rank factors can replace.
 
-Exact type decides what may be done (subclasses may compute something else):
+The tier of a module says what may be done:
 
 A  fold QK and VO head by head: plain softmax attention, additive biases on the logits allowed
 B  fold VO only, q and k become low-rank linears: rotary embeddings, normalised queries and keys,
    cosine attention
-C  every other ``nn.Linear``; of an MLP instead the number of its hidden neurons may be chosen
+C  every other ``nn.Linear``; in a prunable MLP the number of hidden neurons may be chosen instead
+
+``adacomcat/families`` knows the tiers of each library's attentions.
 """
 
-from collections.abc import Container, Iterator
+import re
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
 
-from timm.layers import Attention, AttentionRope, Mlp
-from timm.models.beit import Attention as BeitAttention
-from timm.models.eva import EvaAttention
-from timm.models.swin_transformer import WindowAttention
-from timm.models.swin_transformer_v2 import WindowAttention as CosineAttention
 from torch import nn
 
-DENSE = "dense"
-Rank = int | str
+from adacomcat.errors import UserError
+from adacomcat.layers.registry import (
+    AttentionParts,
+    Tier,
+    attention_parts,
+    attention_tier,
+    is_position_network,
+    mlp_parts,
+)
+
+DENSE: Literal["dense"] = "dense"
+Rank = int | Literal["dense"]
+Kind = Literal["linear", "q", "k", "qk", "vo", "hidden"]
+
+# A glob ('blocks.0.*', 'head'), a compiled regular expression, which is searched for, or a test of
+# (module name, module). What a filter says of a module holds for everything inside.
+Filter = str | re.Pattern[str] | Callable[[str, nn.Module], bool]
+Filters = Filter | Iterable[Filter]
 
 # Ranks are multiples of 8 per head and 16 elsewhere: tensor cores and fused attention need it.
 MULTIPLE = 8
 
-FOLDABLE = (Attention, AttentionRope, EvaAttention, BeitAttention, WindowAttention,
-            CosineAttention)
-
 
 @dataclass(frozen=True)
 class Site:
-    """One rank decision. ``rank`` is per head for kinds 'qk' and 'vo', neurons for 'hidden'."""
+    """One rank decision. ``rank`` is per head for kinds 'qk' and 'vo', neurons for 'hidden'.
+
+    Args:
+        name: Unique in the model: the module's name, with '.qk', '.vo', '.q', '.k' or '.hidden'
+            where the module holds more than one projection.
+        module: Name of the module that is replaced.
+        kind: 'linear'; 'qk' and 'vo' of an attention, in tier B 'q' and 'k' instead of 'qk';
+            'hidden' of an MLP.
+        in_features: Width of the tokens that enter.
+        out_features: Width of what comes out.
+        num_heads: Heads of an attention.
+        head_dim: Rows of one head in a dense projection.
+        tier: 'A', 'B' or 'C', as above.
+        dense_bias: Bias parameters of the dense projection.
+        bias: Bias parameters that stay, whatever the rank.
+        hidden: Neurons of a dense MLP.
+    """
 
     name: str
     module: str
-    kind: str  # 'linear', 'q', 'k' (tier B projections), 'qk', 'vo', 'hidden'
+    kind: Kind
     in_features: int
     out_features: int
     num_heads: int = 1
     head_dim: int = 0
-    tier: str = "C"
-    dense_bias: int = 0  # bias parameters of the dense projection
-    bias: int = 0  # bias parameters that stay, whatever the rank
-    hidden: int = 0  # neurons of a dense MLP
+    tier: Literal["A", "B", "C"] = "C"
+    dense_bias: int = 0
+    bias: int = 0
+    hidden: int = 0
 
     @property
     def folded(self) -> bool:
@@ -66,14 +95,12 @@ class Site:
         return self.in_features * self.out_features / (self.in_features + self.out_features)
 
     def _weights(self, rank: Rank) -> int:
-        if self.folded:
-            rank = self.head_dim if rank == DENSE else rank
-            return self.num_heads * rank * (self.in_features + self.out_features)
-        if rank == DENSE and self.kind == "hidden":
-            rank = self.hidden
         if rank == DENSE:
-            return self.in_features * self.out_features
-        return rank * (self.in_features + self.out_features)
+            if self.kind != "hidden" and not self.folded:
+                return self.in_features * self.out_features
+            rank = self.full_rank
+        heads = self.num_heads if self.folded else 1
+        return heads * rank * (self.in_features + self.out_features)
 
     def params(self, rank: Rank) -> int:
         """Parameters at this rank, biases included."""
@@ -100,88 +127,131 @@ class Site:
         return (*(rank for rank in ranks if rank < self.break_even), DENSE)
 
 
-def attention_tier(attn: nn.Module, rotary: bool = False) -> str | None:
-    """'A', 'B', or None where not even the value path folds."""
-    if type(attn) not in FOLDABLE:
-        return None
-    between = (getattr(attn, "norm", None), getattr(attn, "gate", None))
-    if any(part is not None and not isinstance(part, nn.Identity) for part in between):
-        return None  # something stands between the values and the output projection
-    if getattr(attn, "num_kv_groups", 1) != 1:
-        return None  # grouped queries share keys and values
-    norms = (getattr(attn, "q_norm", None), getattr(attn, "k_norm", None))
-    normed = any(part is not None and not isinstance(part, nn.Identity) for part in norms)
-    return "B" if normed or rotary else "A"
+def prunable(module: nn.Module) -> bool:
+    """Whether hidden neurons of this module can be left out: a known plain MLP, dense."""
+    parts = mlp_parts(module)
+    return parts is not None and parts.dense
 
 
-def _rotary(model: nn.Module, attn: nn.Module) -> bool:
-    """Rotary models hand the embedding to every attention at call time; ask the model."""
-    if type(attn) in (AttentionRope, CosineAttention):
-        return True
-    return type(attn) is EvaAttention and getattr(model, "rope", None) is not None
+def prunable_mlps(model: nn.Module) -> list[str]:
+    """The names of all MLPs of ``model`` whose hidden neurons can be left out."""
+    return [name for name, module in model.named_modules() if prunable(module)]
 
 
-def has_bias(attn: nn.Module, part: str) -> bool:
-    """Whether the projection ``part`` ('q', 'k' or 'v') of a dense attention has a bias."""
-    projection = attn.qkv if attn.qkv is not None else getattr(attn, f"{part}_proj")
-    separate = getattr(attn, f"{part}_bias", None)
-    return projection.bias is not None or isinstance(separate, nn.Parameter)
-
-
-def _attention_sites(name: str, attn: nn.Module, tier: str) -> Iterator[Site]:
-    heads, width, out = attn.num_heads, attn.proj.in_features, attn.proj.out_features
-    dim = (attn.qkv if attn.qkv is not None else attn.q_proj).in_features
-    bias = {part: width * has_bias(attn, part) for part in "qkv"}
-    shape = dict(num_heads=heads, head_dim=width // heads, tier=tier)
-    if tier == "A":
-        yield Site(f"{name}.qk", name, "qk", dim, dim, dense_bias=bias["q"] + bias["k"], **shape)
-    else:
-        for part in "qk":
-            yield Site(f"{name}.{part}", name, part, dim, width,
-                       dense_bias=bias[part], bias=bias[part], **shape)
-    proj_bias = 0 if attn.proj.bias is None else out
-    yield Site(f"{name}.vo", name, "vo", dim, out, dense_bias=bias["v"] + proj_bias, bias=out,
-               **shape)
-
-
-def narrowable(module: nn.Module) -> bool:
-    """Whether hidden neurons of this module can be left out: timm's plain MLP, dense."""
-    return type(module) is Mlp and isinstance(module.norm, nn.Identity) and all(
-        type(part) is nn.Linear for part in (module.fc1, module.fc2))
-
-
-def narrowable_mlps(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if narrowable(module)]
-
-
-def _hidden_site(name: str, mlp: Mlp) -> Site:
-    biases = [0 if part.bias is None else part.out_features for part in (mlp.fc1, mlp.fc2)]
-    return Site(f"{name}.hidden", name, "hidden", mlp.fc1.in_features, mlp.fc2.out_features,
-                dense_bias=sum(biases), bias=biases[1], hidden=mlp.fc1.out_features)
-
-
-def find_sites(model: nn.Module, narrowing: Container[str] = ()) -> list[Site]:
+def find_sites(model: nn.Module, pruning: Container[str] = (), include: Filters | None = None,
+               exclude: Filters | None = None) -> list[Site]:
     """Every rank decision of ``model``, in the order of its modules.
 
-    narrowing: names of MLPs whose hidden neurons are counted, in place of two ranks
+    Args:
+        model: A dense model, or one that is compressed in part.
+        pruning: Names of MLPs whose hidden neurons are counted, in place of two ranks. An MLP one
+            of whose projections the filters leave out keeps its two ranks.
+        include: Only what one of these filters names. Names are those of sites and of modules.
+        exclude: Nothing that one of these filters names.
+
+    Raises:
+        UserError: A glob or a regular expression fits nothing in the model.
     """
     sites: list[Site] = []
+    wanted = _Wanted(model, include, exclude)
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
             continue
-        if name in narrowing and narrowable(module):
+        found: list[Site] | None = None
+        if name in pruning and prunable(module) and wanted.pruned(name):
             sites.append(_hidden_site(name, module))
-            inside = (*inside, name + ".")
-            continue
-        tier = attention_tier(module, _rotary(model, module))
-        if tier is not None:
-            sites.extend(_attention_sites(name, module, tier))
-            inside = (*inside, name + ".")
-        elif name.endswith(".cpb_mlp"):  # swin v2's position bias: coordinates, not tokens
-            inside = (*inside, name + ".")
+            found = []
+        elif (tier := attention_tier(module, model)) is not None:
+            found = list(_attention_sites(name, attention_parts(module), tier))
+        elif is_position_network(name):
+            found = []
         elif type(module) is nn.Linear:
             bias = 0 if module.bias is None else module.out_features
-            sites.append(Site(name, name, "linear", module.in_features, module.out_features,
-                              dense_bias=bias, bias=bias))
+            found = [Site(name, name, "linear", module.in_features, module.out_features,
+                          dense_bias=bias, bias=bias)]
+        if found is not None:
+            sites.extend(site for site in found if wanted(site.name))
+            inside = (*inside, name + ".")
+    wanted.require_patterns_used()
     return sites
+
+
+def _attention_sites(name: str, attn: AttentionParts, tier: Tier) -> Iterator[Site]:
+    width, dim, out = attn.out.weight.shape[1], attn.dim, attn.dim_out
+    bias = {part: 0 if projection.bias is None else width
+            for part, projection in (("q", attn.q), ("k", attn.k), ("v", attn.v))}
+    shape: dict[str, Any] = dict(num_heads=attn.num_heads, head_dim=attn.head_dim, tier=tier)
+    if tier == "A":
+        yield Site(f"{name}.qk", name, "qk", dim, dim, dense_bias=bias["q"] + bias["k"], **shape)
+    else:
+        yield Site(f"{name}.q", name, "q", dim, width, dense_bias=bias["q"], bias=bias["q"],
+                   **shape)
+        yield Site(f"{name}.k", name, "k", dim, width, dense_bias=bias["k"], bias=bias["k"],
+                   **shape)
+    out_bias = 0 if attn.out.bias is None else out
+    yield Site(f"{name}.vo", name, "vo", dim, out, dense_bias=bias["v"] + out_bias, bias=out,
+               **shape)
+
+
+def _hidden_site(name: str, mlp: nn.Module) -> Site:
+    parts = mlp_parts(mlp)
+    assert parts is not None
+    fc1, fc2 = parts.fc1, parts.fc2
+    assert isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear)
+    biases = [0 if part.bias is None else part.out_features for part in (fc1, fc2)]
+    return Site(f"{name}.hidden", name, "hidden", fc1.in_features, fc2.out_features,
+                dense_bias=sum(biases), bias=biases[1], hidden=fc1.out_features)
+
+
+class _Wanted:
+    """Whether ``include`` and ``exclude`` want a site; which of their patterns fitted anything."""
+
+    def __init__(self, model: nn.Module, include: Filters | None, exclude: Filters | None) -> None:
+        self.modules = dict(model.named_modules())
+        self.include, self.exclude = _filters(include), _filters(exclude)
+        self.everything = include is None
+        self.used: set[Filter] = set()
+
+    def __call__(self, name: str) -> bool:
+        included, excluded = self._fits(self.include, name), self._fits(self.exclude, name)
+        return (self.everything or included) and not excluded
+
+    def pruned(self, name: str) -> bool:
+        """Whether the neurons of the MLP ``name`` may be counted."""
+        hidden, *projections = (f"{name}.{part}" for part in ("hidden", "fc1", "fc2"))
+        included = self._fits(self.include, hidden) or all(
+            self._fits(self.include, part) for part in projections)
+        excluded = any(self._fits(self.exclude, part) for part in (hidden, *projections))
+        return (self.everything or included) and not excluded
+
+    def _fits(self, filters: tuple[Filter, ...], name: str) -> bool:
+        """Whether one of ``filters`` names this site, or a module that it is inside of."""
+        parts = name.split(".")
+        chain = [".".join(parts[:depth]) for depth in range(len(parts), 0, -1)]
+        fitting = [one for one in filters if any(self._fits_one(one, part) for part in chain)]
+        self.used.update(fitting)
+        return bool(fitting)
+
+    def _fits_one(self, one: Filter, name: str) -> bool:
+        if isinstance(one, str):
+            return fnmatchcase(name, one)
+        if isinstance(one, re.Pattern):
+            return one.search(name) is not None
+        return name in self.modules and bool(one(name, self.modules[name]))
+
+    def require_patterns_used(self) -> None:
+        for one in (*self.include, *self.exclude):
+            if isinstance(one, str | re.Pattern) and one not in self.used:
+                text = one if isinstance(one, str) else one.pattern
+                raise UserError(f"no projection of this model is called {text!r}; its sites are "
+                                "what find_sites(model) lists, and a glob such as 'blocks.0.*' "
+                                "names all that is inside")
+
+
+def _filters(filters: Filters | None) -> tuple[Filter, ...]:
+    if filters is None:
+        return ()
+    if isinstance(filters, str | re.Pattern) or callable(filters):
+        return (filters,)
+    return tuple(filters)

@@ -1,35 +1,41 @@
-"""Dense model in, compressed and distilled model out: calibrate, allocate, search, train."""
+"""One training run: a dense model in, a compressed and distilled model out.
+
+``run`` makes the dense model ready (calibrates and factorises it), starts a search from an
+allocated plan, trains and distils the supernet, and cuts it to the plan that was found. Without
+epochs it compresses at the plan where training would have started.
+"""
 
 import copy
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from adacomcat import data
-from adacomcat.allocation.budget import allocator
-from adacomcat.allocation.refine import refined_allocation
-from adacomcat.allocation.sensitivity import error_weights
-from adacomcat.convert.calibrate import calibrate
+from adacomcat.allocation.budget import Budget
+from adacomcat.allocation.refine import Loss, refined_allocation
+from adacomcat.allocation.sensitivity import ErrorWeights, error_weights
+from adacomcat.convert.calibrate import calibration_batches, collect_statistics
 from adacomcat.convert.factors import Factors, factorize_model, require_finite_model
 from adacomcat.convert.model import convert_
+from adacomcat.convert.record import Refined, compression_of
 from adacomcat.cost import model_params
 from adacomcat.distill.config import TrainConfig
+from adacomcat.distill.evaluation import evaluate
 from adacomcat.distill.state import has_state, load_state
-from adacomcat.distill.trainer import Trainer, evaluate
+from adacomcat.distill.trainer import Trainer
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.search.gates import RankGates, reachable_multiple, uniform_plan
 from adacomcat.search.search import RankSearch
 from adacomcat.search.supernet import build_supernet, explicit_plan, finalize, set_ranks_
-from adacomcat.sites import DENSE, Site, find_sites, narrowable_mlps
+from adacomcat.sites import DENSE, Site, find_sites, prunable_mlps
 from adacomcat.utils.distributed import Processes, start_processes
 from adacomcat.utils.random import derived_generator
 
 CALIBRATION = 100  # the stream of random numbers that picks calibration images
-JUDGES = 1024  # images that judge the plans of a refinement
+MOST_JUDGES = 1024  # labelled images that judge the plans of a refinement
 
 
 class TrainResult(NamedTuple):
@@ -43,8 +49,23 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
         teacher: nn.Module | None = None, plan: RankPlan | None = None) -> TrainResult:
     """Compress and train a copy of ``model``; without keep_params and plan, train it as it is.
 
-    The dense model is its own teacher unless another is given. ``plan`` fixes the ranks and so
-    turns the search off.
+    Args:
+        model: a dense model; one that is compressed already is only trained as it is.
+        config: everything else that decides the run.
+        train_set: labelled images, from ``data.train_and_test``. A part of them calibrates, and a
+            part is held out for the search.
+        test_set: labelled images that judge the result, and every epoch.
+        teacher: what is distilled; the dense model where not given.
+        plan: the ranks, in place of an allocation and a search.
+
+    Returns:
+        The trained model in eval mode, and the results: parameters, history, searches, seconds,
+        and with ``test_set`` the loss and top-1 accuracy in percent.
+
+    Raises:
+        UserError: settings contradict each other, the budget cannot be reached, the model has no
+            site or is compressed already, a weight is not finite, the loss diverges, or the state
+            to resume from belongs to another run.
     """
     config = config.checked()
     if config.threads is not None:
@@ -58,7 +79,7 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
     if config.keep_params is None and plan is None:
         trainer = _dense_trainer(model, config, train_set, processes, teacher)
     elif config.total_epochs == 0:
-        return _training_free(model, config, train_set, test_set, plan, processes)
+        return _without_epochs(model, config, train_set, test_set, plan, processes)
     else:
         trainer = _search_trainer(model, config, train_set, processes, teacher, plan)
     _resume(trainer, config)
@@ -86,8 +107,9 @@ def _search_trainer(model: nn.Module, config: TrainConfig, train_set: Any, proce
     train_part, search_part = train_set, None
     if searching:
         train_part, search_part = data.split_holdout(train_set, config.search_fraction, config.seed)
-    source, images = prepared(model, config, train_set, processes)
-    search = start_search(source, images, config, plan, processes, _judges(train_set, config))
+    judges = _judges(train_set, config)
+    ready = make_ready(model, config, train_set, plan, processes)
+    search = start_search(ready, config, plan, processes, judges)
     return Trainer(search.supernet, config, train_part, processes,
                    teacher=teacher if config.has_teacher else None, search=search,
                    search_part=search_part)
@@ -100,13 +122,25 @@ def _frozen(teacher: nn.Module | None, processes: Processes) -> nn.Module | None
     return teacher.requires_grad_(False).eval()
 
 
-def prepared(model: nn.Module, config: TrainConfig, train_set: Any,
-             processes: Processes) -> tuple[nn.Module, Tensor | None]:
-    """The model whose weights are decomposed, and the calibration images, if any."""
-    if config.drop_attention_biases:
-        model = copy.deepcopy(model)
-        drop_attention_biases_(model, find_sites(model))
-    return model, calibration_images(train_set, config.calibration_images, config.seed, processes)
+def _without_epochs(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any,
+                    plan: RankPlan | None, processes: Processes) -> TrainResult:
+    """Compression at the plan that training would start from, with the factors that gave it.
+
+    Without images the supernet is cut, whose factors have the model's dtype: this differs by
+    rounding from factors that are cut in float64.
+    """
+    start = time.perf_counter()
+    judges = _judges(train_set, config)
+    ready = make_ready(model, config, train_set, plan, processes)
+    search = start_search(ready, config, plan, processes, judges)
+    if ready.batches is None:
+        trained = finalize(search.supernet, search.plan)
+    else:
+        trained = convert_(copy.deepcopy(ready.model), search.plan, ready.factors, ready.batches)
+    results = _summary(model, trained, test_set, config, processes)
+    results |= _refinement(search)
+    results["seconds"] = time.perf_counter() - start
+    return TrainResult(trained.eval(), results)
 
 
 def calibration_images(train_set: Any, count: int, seed: int,
@@ -115,7 +149,7 @@ def calibration_images(train_set: Any, count: int, seed: int,
     if not count:
         return None
     chosen = train_set.subset(_calibration_order(train_set, seed)[:count])
-    batches = data.loader(chosen, count, shuffle=False, seed=seed, epoch=0)
+    batches = data.Batches(chosen, count, shuffle=False, seed=seed, epoch=0)
     return torch.cat([images for images, _ in batches]).to(processes.device)
 
 
@@ -129,11 +163,63 @@ def _judges(train_set: Any, config: TrainConfig) -> Any:
     if not config.refine or resumed:  # the state knows its plan
         return None
     order = _calibration_order(train_set, config.seed)
-    chosen = order[config.calibration_images:][:JUDGES]
+    chosen = order[config.calibration_images:][:MOST_JUDGES]
     if not len(chosen):
         raise UserError(f"all {len(train_set)} training images calibrate, and refine needs others "
                         "to judge plans: lower calibration_images")
     return train_set.subset(chosen)
+
+
+class Ready(NamedTuple):
+    """A dense model with what every plan for it is made of."""
+
+    model: nn.Module  # its weights are decomposed
+    batches: list[Tensor] | None  # calibration images
+    sites: list[Site]
+    factors: Factors
+
+    @property
+    def params(self) -> int:
+        return model_params(self.model)
+
+    @property
+    def fixed(self) -> int:
+        """Parameters that belong to no site."""
+        return self.params - sum(site.dense_params for site in self.sites)
+
+
+def make_ready(model: nn.Module, config: TrainConfig, train_set: Any, plan: RankPlan | None,
+               processes: Processes) -> Ready:
+    """Calibrate ``model`` with training images and factorise its sites."""
+    if config.drop_attention_biases:
+        model = copy.deepcopy(model)
+        drop_attention_biases_(model, find_sites(model))
+    images = calibration_images(train_set, config.calibration_images, config.seed, processes)
+    _require_uncompressed(model)
+    sites = chosen_sites(model, images, config, plan)
+    if not sites:
+        raise UserError("this model has no projection that can be made low-rank")
+    batches = None if images is None else calibration_batches(images, model)
+    statistics = None if batches is None else collect_statistics(model, batches)
+    return Ready(model, batches, sites, factorize_model(model, statistics, sites=sites))
+
+
+def _require_uncompressed(model: nn.Module) -> None:
+    if any(rank != DENSE for rank in compression_of(model).ranks.values()):
+        raise UserError("this model is compressed already; start from the dense model, or train "
+                        "this one as it is, without a budget or a plan (--dense)")
+
+
+def chosen_sites(model: nn.Module, images: Tensor | None, config: TrainConfig,
+                 plan: RankPlan | None) -> list[Site]:
+    """The decisions of a given plan, else those that ``config.mlp`` names.
+
+    Only activations tell which neurons an MLP can spare: without images it gets two ranks.
+    """
+    if plan is not None:
+        return plan.validate(model)
+    neurons = config.mlp == "neurons" and images is not None
+    return find_sites(model, prunable_mlps(model) if neurons else ())
 
 
 @torch.no_grad()
@@ -146,116 +232,91 @@ def drop_attention_biases_(model: nn.Module, sites: list[Site]) -> None:
                 parameter.zero_()
 
 
-def start_search(model: nn.Module, images: Tensor | None, config: TrainConfig,
-                 plan: RankPlan | None, processes: Processes, judges: Any = None) -> RankSearch:
-    """Supernet, architecture parameters and the plan that training starts from.
-
-    judges: labelled images; with them the plan of the allocation is refined
-    """
-    _require_uncompressed(model)
-    sites = chosen_sites(model, images, config, plan)
-    if not sites:
-        raise UserError("this model has no projection that can be made low-rank")
-    whole = model_params(model)
-    fixed = whole - sum(site.dense_params for site in sites)
-    target = fixed + plan.params(sites) if plan is not None else config.keep_params * whole
-    factors = _factors(model, images, sites)
-    supernet = build_supernet(model, factors, sites)
-    supernet.requires_grad_(True)
-    if config.drop_attention_biases:
-        _freeze_attention_biases(supernet)
-    processes.broadcast_(supernet)
-    searching = plan is None and config.search != "off"
-    multiple = reachable_multiple(sites, target - fixed) if plan is None else 1
-    gates = RankGates(sites, multiple)
-    refinement = None
-    if plan is None and config.start_from_allocation:
-        loss = None
-        if judges is not None:
-            loss = _cross_entropy(supernet, sites, judges, config, processes)
-        plan, refinement = _allocation(model, factors, images, sites, config, processes, loss)
-        gates.start_at_(explicit_plan(plan, sites))
-    elif plan is None:
-        plan = uniform_plan(sites, target - fixed, multiple)
-    plan = processes.broadcast_object(explicit_plan(plan, sites))
-    policy = config.search if searching else "off"
-    search = RankSearch(supernet, sites, gates.to(processes.device), plan,
-                        config.with_(search=policy).search_config(), target=target, fixed=fixed)
-    search.refinement = refinement
-    return search
-
-
-def _allocation(model: nn.Module, factors: Factors, images: Tensor | None, sites: list[Site],
-                config: TrainConfig, processes: Processes,
-                loss: Callable[[RankPlan], float] | None) -> tuple[RankPlan, dict | None]:
-    """The knapsack's plan; with a loss a refined one, and what that changed."""
-    weights = error_weights(model, factors, images, sites)
-    least_error = allocator(model, factors, sites, keep_params=config.keep_params)
-
-    def allocate(weights: dict[str, float]) -> RankPlan:
-        return processes.broadcast_object(least_error(weights))
-
-    if loss is None:
-        return allocate(weights), None
-    refined = refined_allocation(allocate, weights, sites, loss, config.refine)
-    return refined.plan, refined.summary()
-
-
-def _cross_entropy(supernet: nn.Module, sites: list[Site], judges: Any, config: TrainConfig,
-                   processes: Processes) -> Callable[[RankPlan], float]:
-    """plan → loss of the supernet cut to it."""
-    def loss(plan: RankPlan) -> float:
-        set_ranks_(supernet, explicit_plan(plan, sites))
-        return evaluate(supernet, judges, 4 * config.batch_size, processes, config.workers)["loss"]
-    return loss
-
-
-def _require_uncompressed(model: nn.Module) -> None:
-    if any(rank != DENSE for rank in getattr(model, "rank_plan", RankPlan()).ranks.values()):
-        raise UserError("this model is compressed already; start from the dense model, or train "
-                        "this one as it is, without a budget or a plan (--dense)")
-
-
-def chosen_sites(model: nn.Module, images: Tensor | None, config: TrainConfig,
-                 plan: RankPlan | None) -> list[Site]:
-    """A given plan's decisions; else widths or ranks of the MLPs. Which neurons may go, only
-    activations tell: without images, ranks."""
-    if plan is not None:
-        return plan.validate(model)
-    neurons = config.mlp == "neurons" and images is not None
-    return find_sites(model, narrowable_mlps(model) if neurons else ())
-
-
-def _factors(model: nn.Module, images: Tensor | None, sites: list[Site]) -> Factors:
-    statistics = None if images is None else calibrate(model, images)
-    return factorize_model(model, statistics, sites=sites)
-
-
-def _freeze_attention_biases(supernet: nn.Module) -> None:
+def _freeze_attention_biases_(supernet: nn.Module) -> None:
+    """The biases that were dropped stay zero in training."""
     for name, parameter in supernet.named_parameters():
         if name.endswith(("full.bq", "full.bo", "full.q.bias", "full.k.bias")):
             parameter.requires_grad_(False)
 
 
-def _training_free(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any,
-                   plan: RankPlan | None, processes: Processes) -> TrainResult:
-    """No epochs: decompose at the plan that training would start from."""
-    start = time.perf_counter()
-    source, images = prepared(model, config, train_set, processes)
-    search = start_search(source, images, config, plan, processes, _judges(train_set, config))
-    if images is None:
-        trained = finalize(search.supernet, search.plan)
+def start_search(ready: Ready, config: TrainConfig, plan: RankPlan | None, processes: Processes,
+                 judges: Any = None) -> RankSearch:
+    """A supernet, its architecture parameters, and the plan that training starts from.
+
+    Args:
+        ready: the dense model with its sites and factors.
+        config: the budget, and how ranks are searched.
+        plan: ranks that are given; nothing is searched then.
+        processes: who shares the run.
+        judges: labelled images; with them the allocation's plan is refined.
+
+    Raises:
+        UserError: the projections cannot have as few parameters as the budget leaves them.
+    """
+    target = _target(ready, config, plan)
+    supernet = _trainable_supernet(ready, config, processes)
+    multiple = 1 if plan is not None else reachable_multiple(ready.sites, target - ready.fixed)
+    gates = RankGates(ready.sites, multiple)
+    refined = None
+    if plan is not None:
+        start = plan
+    elif config.start_from_allocation:
+        start, refined = _allocated_plan(ready, supernet, config, processes, judges)
+        gates.start_at_(explicit_plan(start, ready.sites))
     else:
-        trained = _sequential(source, search.plan, images)
-    results = _summary(model, trained, test_set, config, processes)
-    results |= _refinement(search)
-    results["seconds"] = time.perf_counter() - start
-    return TrainResult(trained.eval(), results)
+        start = uniform_plan(ready.sites, target - ready.fixed, multiple)
+    start = processes.broadcast_object(explicit_plan(start, ready.sites))
+    policy = "off" if plan is not None else config.search
+    search = RankSearch(supernet, ready.sites, gates.to(processes.device), start,
+                        config.with_(search=policy).search_config(), target=target,
+                        fixed=ready.fixed)
+    search.refinement = None if refined is None else refined.summary()
+    return search
 
 
-def _sequential(model: nn.Module, plan: RankPlan, images: Tensor) -> nn.Module:
-    factors = _factors(model, images, plan.sites(model))
-    return convert_(copy.deepcopy(model), plan, factors, images)
+def _target(ready: Ready, config: TrainConfig, plan: RankPlan | None) -> float:
+    """Parameters of the whole compressed model."""
+    if plan is not None:
+        return ready.fixed + plan.params(ready.sites)
+    assert config.keep_params is not None  # without both the model is trained as it is
+    return config.keep_params * ready.params
+
+
+def _trainable_supernet(ready: Ready, config: TrainConfig, processes: Processes) -> nn.Module:
+    """The same on every process."""
+    supernet = build_supernet(ready.model, ready.factors, ready.sites)
+    supernet.requires_grad_(True)
+    if config.drop_attention_biases:
+        _freeze_attention_biases_(supernet)
+    processes.broadcast_(supernet)
+    return supernet
+
+
+def _allocated_plan(ready: Ready, supernet: nn.Module, config: TrainConfig, processes: Processes,
+                    judges: Any) -> tuple[RankPlan, Refined | None]:
+    """The allocation's plan at ``config.keep_params``; with judges a refined one."""
+    assert config.keep_params is not None  # an allocation has a budget
+    weights = error_weights(ready.model, ready.factors, ready.batches, ready.sites)
+    allocator = Budget("params", config.keep_params).allocator(ready.model, ready.factors,
+                                                               ready.sites)
+
+    def plan_for(weights: ErrorWeights) -> RankPlan:
+        return processes.broadcast_object(allocator.plan(weights))
+
+    if judges is None:
+        return plan_for(weights), None
+    loss_of = _cross_entropy(supernet, ready.sites, judges, config, processes)
+    refined = refined_allocation(plan_for, weights, ready.sites, loss_of, config.refine)
+    return refined.plan, refined
+
+
+def _cross_entropy(supernet: nn.Module, sites: list[Site], judges: Any, config: TrainConfig,
+                   processes: Processes) -> Loss:
+    """plan → loss of the supernet cut to it."""
+    def loss_of(plan: RankPlan) -> float:
+        set_ranks_(supernet, explicit_plan(plan, sites))
+        return evaluate(supernet, judges, 4 * config.batch_size, processes, config.workers)["loss"]
+    return loss_of
 
 
 def _resume(trainer: Trainer, config: TrainConfig) -> None:
@@ -272,8 +333,9 @@ def _summary(dense: nn.Module, trained: nn.Module, test_set: Any, config: TrainC
     results: dict[str, Any] = {"params": model_params(trained), "dense_params": model_params(dense),
                                "history": [], "searches": [], "search_seconds": 0.0}
     results["keep"] = results["params"] / results["dense_params"]
-    if getattr(trained, "rank_plan", None) is not None:
-        results["plan"] = dict(trained.rank_plan.ranks)
+    plan = compression_of(trained).plan
+    if plan is not None:
+        results["plan"] = dict(plan.ranks)
     if test_set is not None:
         size = 4 * config.batch_size
         results |= evaluate(trained, test_set, size, processes, config.workers)

@@ -1,31 +1,35 @@
-"""ComCAT's way to score the ranks of a model, as a baseline.
+"""The errors of all candidate ranks of a model, computed as ComCAT does: a baseline for timings.
 
-numpy decomposes the dense d × d products W_qᵀ W_k and W_vᵀ W_oᵀ of every head, and every matrix of
-an MLP; every candidate rank's dense matrix is made, and compared with the original. float32, as
-the weights are, on all of numpy's threads.
+numpy decomposes the dense d × d products W_qᵀ W_k and W_o W_v of every head, and every matrix of an
+MLP. For each candidate rank the dense matrix of that rank is computed and compared with the
+original. All is float32, the weights' dtype, on numpy's threads.
 """
 
 import time
 from collections import defaultdict
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
 
-from adacomcat.layers.attention import attention_weights
-from adacomcat.sites import DENSE, Site, find_sites
+from adacomcat.layers.registry import attention_weights
+from adacomcat.sites import Site, find_sites
 
 
-class Task(NamedTuple):
-    """Matrices of one shape: those of every head of every site of one kind."""
+@dataclass(frozen=True)
+class Task:
+    """Matrices of one shape: those of all heads of all sites of one kind."""
 
     sites: list[Site]
-    count: int
+    count: int  # of matrices
     ranks: list[int]  # the candidates
-    every: int  # as many times the candidates' work is that of every rank up to the last of them
+    every: int  # step between candidates: to score every rank is so many times the work
 
 
 class Score(NamedTuple):
+    """One matrix: its spectrum, the candidates' errors, and what they took."""
+
     values: np.ndarray  # singular values
     errors: dict[int, float]  # candidate rank → squared error
     svd: float  # seconds
@@ -33,13 +37,13 @@ class Score(NamedTuple):
 
 
 def tasks(model: nn.Module, multiple: int) -> dict[str, Task]:
-    """Shape → what there is to do, for a model whose attentions fold (tier A)."""
+    """'KIND ROWS x COLUMNS' → its task, for a model whose attentions are all of tier A."""
     groups = defaultdict(list)
     for site in find_sites(model):
         groups[site.kind, site.in_features, site.out_features].append(site)
     result = {}
     for (kind, columns, rows), sites in groups.items():
-        ranks = [rank for rank in sites[0].candidates(multiple) if rank != DENSE]
+        ranks = [rank for rank in sites[0].candidates(multiple) if isinstance(rank, int)]
         heads = sites[0].num_heads if kind in ("qk", "vo") else 1
         result[f"{kind} {rows} x {columns}"] = Task(sites, heads * len(sites), ranks,
                                                     ranks[1] - ranks[0])
@@ -47,7 +51,8 @@ def tasks(model: nn.Module, multiple: int) -> dict[str, Task]:
 
 
 def dense_matrix(model: nn.Module, site: Site, head: int = 0) -> np.ndarray:
-    module = model.get_submodule(site.module)
+    """The site's weight (out, in), or one head's product."""
+    module: Any = model.get_submodule(site.module)
     if site.kind == "linear":
         return module.weight.detach().numpy()
     weights = attention_weights(module)
@@ -57,6 +62,7 @@ def dense_matrix(model: nn.Module, site: Site, head: int = 0) -> np.ndarray:
 
 
 def score(matrix: np.ndarray, ranks: list[int]) -> Score:
+    """Decompose one matrix and measure the error of every candidate rank."""
     start = time.perf_counter()
     u, values, vh = np.linalg.svd(matrix, full_matrices=False)
     decomposed = time.perf_counter()
@@ -68,7 +74,7 @@ def score(matrix: np.ndarray, ranks: list[int]) -> Score:
 
 
 def score_model(model: nn.Module, multiple: int) -> float:
-    """Seconds for the whole model, candidates in steps; minutes for a large one."""
+    """Seconds to score the candidates of the whole model; a large model takes minutes."""
     start = time.perf_counter()
     for task in tasks(model, multiple).values():
         for site in task.sites:

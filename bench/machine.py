@@ -1,7 +1,8 @@
-"""What a measurement stands on: the machine, the versions, and the fastest product found here."""
+"""The machine and versions of a measurement, and the rate of the fastest gemm on this machine."""
 
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -13,6 +14,7 @@ from adacomcat.ops import backends
 
 
 def machine() -> dict[str, object]:
+    """CPU, versions, and the build of the C++ extension."""
     info = Path("/proc/cpuinfo")
     model = platform.processor()
     if info.exists():
@@ -22,8 +24,8 @@ def machine() -> dict[str, object]:
             "extension": backends.build_info()}
 
 
-def fastest(run: object, repeats: int = 8) -> float:
-    """Seconds of the fastest of a few calls."""
+def fastest(run: Callable[[], object], repeats: int = 8) -> float:
+    """Seconds of the fastest of ``repeats`` calls."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -33,12 +35,12 @@ def fastest(run: object, repeats: int = 8) -> float:
 
 
 def gemm_peak(dtype: torch.dtype) -> float:
-    """GFLOP/s of the fastest large product here, be it the library's or our own kernel's."""
+    """GFLOP/s of the fastest large gemm here: PyTorch's, or that of ``ops.low_rank_linear``."""
     rates = []
     with torch.inference_mode():
         for size in (512, 1024):
             a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-            product = 2 * size**3
-            rates.append(product / fastest(lambda a=a, b=b: F.linear(a, b)))
-            rates.append(2 * product / fastest(lambda a=a, b=b: ops.low_rank_linear(a, b, b)))
+            flops = 2 * size**3
+            rates.append(flops / fastest(lambda a=a, b=b: F.linear(a, b)))
+            rates.append(2 * flops / fastest(lambda a=a, b=b: ops.low_rank_linear(a, b, b)))
     return max(rates) / 1e9

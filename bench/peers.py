@@ -1,13 +1,15 @@
-"""The runtimes that a user could pick instead, on the dense model and on the same low ranks.
+"""Other runtimes for the dense model and for the same low ranks in PyTorch's own modules.
 
-A peer is a callable on a NumPy-shareable batch (B, 3, H, W); making one may fail where a runtime is
-not installed or takes no such dtype, and says so.
+A peer is a callable on a batch (B, 3, H, W) in CPU memory. A function here that makes one raises an
+error where the runtime is not installed or does not take the dtype.
 """
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch._inductor.config as inductor
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ Peer = Callable[[Tensor], object]
 
 
 class PlainLinear(nn.Module):
-    """Two library linears, the weights laid out as the library likes them."""
+    """The factors as two ``nn.Linear``, each with its weight (out, in)."""
 
     def __init__(self, low_rank: LowRankLinear) -> None:
         super().__init__()
@@ -28,6 +30,7 @@ class PlainLinear(nn.Module):
         with torch.no_grad():
             self.down.weight.copy_(low_rank.v.T)
             self.up.weight.copy_(low_rank.u)
+            assert low_rank.bias is not None
             self.up.bias.copy_(low_rank.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,6 +38,8 @@ class PlainLinear(nn.Module):
 
 
 class PlainMlp(nn.Module):
+    """An MLP of two ``PlainLinear``."""
+
     def __init__(self, mlp: LowRankMlp) -> None:
         super().__init__()
         self.fc1, self.act, self.fc2 = PlainLinear(mlp.fc1), mlp.act, PlainLinear(mlp.fc2)
@@ -44,7 +49,7 @@ class PlainMlp(nn.Module):
 
 
 class PlainAttention(nn.Module):
-    """One library product for q, k and v, the library's fused attention, one product out."""
+    """One ``nn.Linear`` for q, k and v, PyTorch's fused attention, and the output's ``nn.Linear``."""
 
     def __init__(self, attn: LowRankAttention) -> None:
         super().__init__()
@@ -67,8 +72,9 @@ class PlainAttention(nn.Module):
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """In place: the same factors in library modules only, for exporters and as a baseline."""
-    kinds = {LowRankAttention: PlainAttention, LowRankMlp: PlainMlp, LowRankLinear: PlainLinear}
+    """Put the factors into PyTorch's own modules, in place: for exporters, and as a baseline."""
+    kinds: dict[type, Callable[[Any], nn.Module]] = {
+        LowRankAttention: PlainAttention, LowRankMlp: PlainMlp, LowRankLinear: PlainLinear}
     for name, module in list(model.named_modules()):
         inside_mlp = type(module) is LowRankLinear and name.rpartition(".")[0].endswith("mlp")
         if type(module) in kinds and not inside_mlp:
@@ -77,27 +83,33 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 def eager(model: nn.Module, dtype: torch.dtype) -> Peer:
+    """The model as PyTorch runs it."""
     model = model.to(dtype)
     return lambda x: model(x.to(dtype))
 
 
 def compiled(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Peer:
-    """torch.compile with its weights frozen."""
-    torch._inductor.config.freezing = True
+    """torch.compile with frozen weights, already compiled for the example's shape."""
+    inductor.freezing = True
     torch.compiler.reset()
-    model = torch.compile(model.to(dtype))
-    run = lambda x: model(x.to(dtype))  # noqa: E731
+    compiled_model = torch.compile(model.to(dtype))
+
+    def run(x: Tensor) -> object:
+        return compiled_model(x.to(dtype))
+
     run(example)
     return run
 
 
 def onnxruntime(model: nn.Module, dtype: torch.dtype, example: Tensor, threads: int) -> Peer:
+    """ONNX Runtime on the CPU, for the example's shape."""
     import onnxruntime as ort
 
     if dtype != torch.float32:
         raise NotImplementedError("its CPU kernels for this model are float32")
     buffer = io.BytesIO()
-    torch.onnx.export(model, (example,), dynamo=True, verbose=False).save(buffer)
+    program: Any = torch.onnx.export(model, (example,), dynamo=True, verbose=False)
+    program.save(buffer)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     session = ort.InferenceSession(buffer.getvalue(), options,
@@ -107,6 +119,7 @@ def onnxruntime(model: nn.Module, dtype: torch.dtype, example: Tensor, threads: 
 
 
 def openvino(model: nn.Module, dtype: torch.dtype, example: Tensor, threads: int) -> Peer:
+    """OpenVINO on the CPU, for the example's shape."""
     import openvino as ov
 
     converted = ov.convert_model(model, example_input=example, input=list(example.shape))

@@ -18,7 +18,7 @@ from adacomcat.cost import model_params
 from adacomcat.distill.config import MLP
 from adacomcat.search import RankGates, RankSearch, SearchConfig, build_supernet, uniform_plan
 from adacomcat.search.search import frozen
-from adacomcat.sites import find_sites, narrowable_mlps
+from adacomcat.sites import find_sites, prunable_mlps
 from adacomcat.utils.distributed import Processes
 from adacomcat.utils.random import derived_generator
 
@@ -31,7 +31,7 @@ def make_steps(mlp: str, depth: int = 3,
     torch.manual_seed(0)
     model = timm.create_model("deit_small_patch16_224", depth=depth)
     images, labels = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
-    sites = find_sites(model, narrowable_mlps(model) if mlp == "neurons" else ())
+    sites = find_sites(model, prunable_mlps(model) if mlp == "neurons" else ())
     whole = model_params(model)
     fixed = whole - sum(site.dense_params for site in sites)
     factors = factorize_model(model, calibrate(model, images), sites=sites)

@@ -19,8 +19,8 @@ import comcat_scoring
 import pytest
 import timm
 import torch
+from helpers.memory import allocation_peak
 from machine import fastest, machine
-from memory import allocation_peak
 from torch import Tensor, nn
 
 from adacomcat.convert.factors import SPECTRA, decompose_site, error_curves

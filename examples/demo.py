@@ -1,7 +1,8 @@
-"""The main job on real images, nothing downloaded: train, compress, search, distil, save, reload.
+"""The whole way on real images, without a download: train, compress, search, distil, save, reload.
 
-A small timm ViT learns scikit-learn's handwritten digits, is compressed without training, then by
-rank search with distillation; what was saved is loaded again by timm itself and measured.
+A small timm ViT learns scikit-learn's handwritten digits. It is compressed without training, and
+once more by rank search with distillation. timm itself loads the saved model, and all four models
+are measured side by side.
 """
 
 import argparse
@@ -16,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import adacomcat
-from adacomcat import cost, train
+from adacomcat import cost, data, train
 from adacomcat.cli.arguments import at_least, fraction
-from adacomcat.data import datasets
 from adacomcat.distill import TrainConfig, evaluate
 from adacomcat.errors import UserError
 from adacomcat.latency.timing import latency as measured_latency
@@ -26,19 +26,19 @@ from adacomcat.report.tables import Comparison, print_comparison
 from adacomcat.utils.distributed import Processes
 
 ARCHITECTURE = "vit_tiny_patch16_224"
-SIZE = {"img_size": 16, "patch_size": 4, "in_chans": 1, "num_classes": 10,
-        "embed_dim": 96, "depth": 4, "num_heads": 3}
+SIZE: dict[str, Any] = {"img_size": 16, "patch_size": 4, "in_chans": 1, "num_classes": 10,
+                        "embed_dim": 96, "depth": 4, "num_heads": 3}
 CALIBRATION_IMAGES = 256
 BATCH = 64
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--keep-params", type=fraction, default=0.1, metavar="FRACTION",
-                        help="part of the parameters to keep (default: %(default)s)")
+                        help="share of the parameters to keep (default: %(default)s)")
     parser.add_argument("--epochs", type=at_least(1), default=20, metavar="N",
-                        help="of dense training; search and distillation take a third of it "
-                             "(default: %(default)s)")
+                        help="epochs of dense training; search and distillation take a third as "
+                             "many (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="DIR",
                         help="checkpoint folder, absent or empty (default: a temporary one)")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
@@ -53,7 +53,7 @@ def train_dense(epochs: int, seed: int, train_set: Any, model: nn.Module) -> nn.
 
 def search_and_distil(epochs: int, seed: int, train_set: Any, dense: nn.Module,
                       keep_params: float) -> nn.Module:
-    """Ranks are searched while the compressed model learns from the dense one."""
+    """Search ranks while the compressed model learns from the dense one."""
     config = TrainConfig(keep_params=keep_params, epochs=max(1, epochs // 3), lr=1e-3,
                          batch_size=BATCH, search_steps=10, seed=seed,
                          calibration_images=CALIBRATION_IMAGES)
@@ -86,7 +86,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     model = timm.create_model(ARCHITECTURE, **SIZE)
-    train_set, test_set = datasets.train_and_test("digits", None, datasets.model_data_config(model))
+    train_set, test_set = data.train_and_test("digits", None, data.model_data_config(model))
     say(f"training a dense ViT on {len(train_set):,} digits, {args.epochs} epochs")
     dense = train_dense(args.epochs, args.seed, train_set, model)
     say(f"compressing it to {args.keep_params:g} of its parameters, training-free")

@@ -13,14 +13,14 @@ KERNELS = (
     "low_rank_mlp",
     "low_rank_attention",
 )
-# Those whose forward pass takes a layer norm before and a residual after, for inference.
+# For inference these ops also take the layer norm before and the residual after the sublayer.
 SUBLAYERS = ("low_rank_mlp", "low_rank_attention")
-# Resources of each kernel by architecture, written by tests/gpu/resources.py, and what shows that
-# it is right: tests execute the PTX instruction by instruction; elsewhere it is only compiled.
+# Registers, shared memory and occupancy of each kernel, written by tools/gpu_resources.py.
 KNOWN = Path(__file__).with_name("known.json")
+# How the kernels of an architecture were tested; on all others they are only compiled.
 SHOWN_BY = {"sm_80": "its PTX, executed", "sm_90": "its tests on an H200"}
 
 
 def load(op: str) -> ModuleType:
-    """The module of one op, with its launchers `forward` and `backward`."""
+    """Import the module of one op; its launchers are `forward` and `backward`."""
     return import_module(f"{__name__}.{op}")

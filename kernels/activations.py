@@ -1,7 +1,7 @@
-"""Activations and their derivatives, elementwise in float32, for use inside kernels.
+"""Activations and their derivatives for use inside kernels, elementwise in float32.
 
-GELU of a 16-bit type takes a polynomial, far cheaper than erf: at rank 128 the tensor cores need
-as long for a hidden unit as scalar units for its erf.
+For 16-bit outputs GELU evaluates a polynomial instead of erf. At rank 128 erf takes the scalar
+units as long as the tensor cores need for the products of the same hidden unit.
 """
 
 import triton
@@ -16,9 +16,10 @@ CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def normal_tail(x, TYPE: tl.constexpr):
-    """t = min(|x|, limit) and 1 - Φ(t), 0 at the limit; minimax polynomials, NaN stays.
+    """t = min(|x|, limit) and a minimax polynomial for 1 - Φ(t), which is 0 at the limit.
 
-    Absolute error of 1 - Φ(t), and of t times it: 4e-4 for bfloat16, 3e-5 for float16.
+    The absolute errors of 1 - Φ(t) and of t (1 - Φ(t)) are 4e-4 for bfloat16 and 3e-5 for float16.
+    NaN in x propagates to both results.
     """
     if TYPE == tl.bfloat16:
         t = tl.minimum(tl.abs(x), 4.04, propagate_nan=tl.PropagateNan.ALL)
@@ -30,7 +31,7 @@ def normal_tail(x, TYPE: tl.constexpr):
         tail = tail * t + 0.499654442
     else:
         t = tl.minimum(tl.abs(x), 4.5, propagate_nan=tl.PropagateNan.ALL)
-        s = t * (2.0 / 4.5) - 1.0  # powers of t up to 4.5⁹ would cancel
+        s = t * (2.0 / 4.5) - 1.0  # in [-1, 1]: powers of t up to 4.5⁹ would cancel
         tail = -0.0195002463 * s + 0.0296074655
         tail = tail * s + 0.0500208102
         tail = tail * s - 0.129262939
@@ -45,7 +46,7 @@ def normal_tail(x, TYPE: tl.constexpr):
 
 @triton.jit
 def normal_distribution(x, TYPE: tl.constexpr):
-    """Φ(x), as exact as a value of TYPE."""
+    """Φ(x), the normal distribution, to the precision of TYPE."""
     if TYPE == tl.float32:
         return 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
     t, tail = normal_tail(x, TYPE)
@@ -59,7 +60,7 @@ def relu(x):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr, TYPE: tl.constexpr):
-    """act(x), to be rounded to TYPE; ACTIVATION None is the identity."""
+    """act(x) in float32, to the precision of TYPE; ACTIVATION None is the identity."""
     if ACTIVATION == "gelu":
         if TYPE == tl.float32:
             x = x * normal_distribution(x, TYPE)
@@ -67,7 +68,7 @@ def activate(x, ACTIVATION: tl.constexpr, TYPE: tl.constexpr):
             t, tail = normal_tail(x, TYPE)
             x = relu(x) - t * tail
     elif ACTIVATION == "gelu_tanh":
-        # 0.5 (1 + tanh z) = sigmoid(2 z): no tanh is needed.
+        # 0.5 (1 + tanh z) = sigmoid(2 z)
         x = x * tl.sigmoid(x * TWO_SQRT_2_OVER_PI * (1.0 + x * x * CUBIC))
     elif ACTIVATION == "silu":
         x = x * tl.sigmoid(x)
@@ -77,8 +78,8 @@ def activate(x, ACTIVATION: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
-def slope(x, ACTIVATION: tl.constexpr, TYPE: tl.constexpr):
-    """act'(x), to be rounded to TYPE."""
+def activation_grad(x, ACTIVATION: tl.constexpr, TYPE: tl.constexpr):
+    """act'(x) in float32, to the precision of TYPE."""
     if ACTIVATION == "gelu":
         density = INVERSE_SQRT_2PI * tl.exp(-0.5 * x * x)
         result = normal_distribution(x, TYPE) + x * density

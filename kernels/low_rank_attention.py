@@ -1,17 +1,18 @@
 """low_rank_attention: concat_h[softmax(q_h k_hᵀ · scale + mask) v_h] Woᵀ + bo, and its gradients.
 
-For inference x may be its layer norm, and the output gets a residual.
+For inference the layer norm of x may take the place of x, and a residual is added to the output.
 
-Three launches: the projections of all heads as one product, attention over the head ranks without
-ever writing the logits, and the output projection. One kernel for all of it would be smaller in
-traffic by q, k and v, but it has no shape to be chosen for: each tile of queries needs the keys
-and values of all tokens, so either every tile projects them again (at 197 tokens and 16 queries a
-program 13 times the work), or one program takes a whole head, which is 6 programs for an image of
-DeiT-S on 132 multiprocessors, and at batch 64 reads x once for each head.
+There are three launches: the projections of all heads, attention over the head ranks (online
+softmax; the logits are never written), and the output projection. A single kernel would save the
+traffic of q, k and v, but every tile of queries needs the keys and values of all tokens. Either
+each tile projects them again, which is 13 times the work at 197 tokens and 16 queries a program. Or
+one program takes a whole head: then DeiT-S has 6 programs an image for 132 multiprocessors, and
+reads x once for each head at batch 64.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +22,15 @@ from torch import Tensor
 
 from adacomcat.kernels import tiles
 from adacomcat.kernels.blocks import (
-    is_shared,
+    load_mn_major,
     load_row,
     load_tile,
-    load_transposed,
+    reads_rhs_from_shared,
     store_tile,
 )
-from adacomcat.kernels.launching import launch
-from adacomcat.kernels.normalization import normalize
-from adacomcat.kernels.products import gather, project
+from adacomcat.kernels.launch import launch
+from adacomcat.kernels.layer_norm import layer_norm
+from adacomcat.kernels.matmul import matmul_sum, project
 from adacomcat.kernels.reductions import row_sum, weight_grad
 
 Gradient = Tensor | None
@@ -37,14 +38,31 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def batch_and_head(HEADS):
+    """The image (int64) and the head of this program."""
+    return (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+
+
+@triton.jit
+def head_offset(batch, head, N, stride, RANK: tl.constexpr):
+    """Where the rows of one head begin in a tensor (batch, N, heads * RANK) of that row stride."""
+    return batch * N * stride + head * RANK
+
+
+@triton.jit
 def masked_logits(
-    logits, mask_ptr, stride_mask_q, stride_mask_k, queries, keys, N, IS_BOOL: tl.constexpr
-):
-    """logits in base 2 with the mask applied, -inf for keys past the end; (queries, keys)."""
-    inside = keys[None, :] < N
+    a, b, scale, mask_ptr, stride_mask_rows, stride_mask_columns, rows, columns, N,
+    IS_BOOL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """log2(e) · (a bᵀ · scale + mask), -inf where masked: a (rows, rank), b (columns, rank).
+
+    The factor log2(e) turns exp into exp2. Rows are queries and columns keys, or the reverse.
+    """
+    logits = tl.dot(a, tl.trans(b), input_precision=PRECISION) * (scale * LOG2_E)
+    inside = columns[None, :] < N
     if mask_ptr is not None:
-        ptrs = mask_ptr + queries[:, None] * stride_mask_q + keys[None, :] * stride_mask_k
-        mask = tl.load(ptrs, mask=(queries[:, None] < N) & inside, other=0)
+        ptrs = mask_ptr + rows[:, None] * stride_mask_rows + columns[None, :] * stride_mask_columns
+        mask = tl.load(ptrs, mask=(rows[:, None] < N) & inside, other=0)
         if IS_BOOL:
             inside = inside & (mask != 0)
         else:
@@ -53,8 +71,8 @@ def masked_logits(
 
 
 @triton.jit
-def finite(maximum):
-    """The maximum of a row, or 0 where all of the row is masked: -inf minus -inf is no number."""
+def finite_maximum(maximum):
+    """The maximum of a row, or 0 where the whole row is masked, since -inf - -inf is NaN."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
@@ -66,13 +84,15 @@ def attention_kernel(
     BLOCK_QK: tl.constexpr, BLOCK_VO: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """softmax((q + bias) kᵀ · scale + mask) v for BLOCK_M queries of a head, online, in base 2."""
-    batch = (tl.program_id(1) // HEADS).to(tl.int64)
-    head = tl.program_id(1) % HEADS
+    """context = softmax((q + bias) kᵀ · scale + mask) v for BLOCK_M queries of one head.
+
+    The softmax is online: it rescales its sums whenever a tile of keys raises the maximum.
+    """
+    batch, head = batch_and_head(HEADS)
     stride_vo = HEADS * RANK_VO
-    at_qk = batch * N * stride_qk + head * RANK_QK
-    at_v = batch * N * stride_v + head * RANK_VO
-    at_vo = batch * N * stride_vo + head * RANK_VO
+    at_qk = head_offset(batch, head, N, stride_qk, RANK_QK)
+    at_v = head_offset(batch, head, N, stride_v, RANK_VO)
+    at_vo = head_offset(batch, head, N, stride_vo, RANK_VO)
     if mask_ptr is not None:
         mask_ptr += batch * stride_mask_b + head * stride_mask_h
     queries = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -84,17 +104,17 @@ def attention_kernel(
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     context = tl.zeros((BLOCK_M, BLOCK_VO), tl.float32)
-    shared: tl.constexpr = is_shared(PRECISION, BLOCK_M)
+    transpose: tl.constexpr = reads_rhs_from_shared(PRECISION, BLOCK_M)
     for start in range(0, N, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k = load_tile(k_ptr + at_qk, stride_qk, keys, ranks_qk, N, RANK_QK)
-        v = load_transposed(v_ptr + at_v, stride_v, keys, ranks_vo, N, RANK_VO, shared)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+        v = load_mn_major(v_ptr + at_v, stride_v, keys, ranks_vo, N, RANK_VO, transpose)
         logits = masked_logits(
-            logits, mask_ptr, stride_mask_q, stride_mask_k, queries, keys, N, IS_BOOL
-        )
+            q, k, scale, mask_ptr, stride_mask_q, stride_mask_k, queries, keys, N,
+            IS_BOOL, PRECISION,
+        )  # fmt: skip
         higher = tl.maximum(maximum, tl.max(logits, 1))
-        base = finite(higher)
+        base = finite_maximum(higher)
         p = tl.exp2(logits - base[:, None])
         shrink = tl.exp2(maximum - base)
         total = total * shrink + tl.sum(p, 1)
@@ -108,18 +128,20 @@ def attention_kernel(
 
 @triton.jit
 def attention_queries_backward_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, context_ptr, dcontext_ptr, dq_ptr, log_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, context_ptr, dcontext_ptr, dq_ptr, lse_ptr, delta_ptr,
     N, HEADS, scale, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
     IS_BOOL: tl.constexpr, RANK_QK: tl.constexpr, RANK_VO: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_VO: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of BLOCK_M queries, and for the keys' kernel log2 Σ 2^logits and Σ context * dcontext."""
-    batch = (tl.program_id(1) // HEADS).to(tl.int64)
-    head = tl.program_id(1) % HEADS
+    """dq of BLOCK_M queries, and two numbers a query that the keys' kernel needs.
+
+    These are lse = log2 Σ_keys 2^logits and delta = Σ_ranks context * dcontext.
+    """
+    batch, head = batch_and_head(HEADS)
     stride_qk, stride_vo = HEADS * RANK_QK, HEADS * RANK_VO
-    at_qk = batch * N * stride_qk + head * RANK_QK
-    at_vo = batch * N * stride_vo + head * RANK_VO
+    at_qk = head_offset(batch, head, N, stride_qk, RANK_QK)
+    at_vo = head_offset(batch, head, N, stride_vo, RANK_VO)
     if mask_ptr is not None:
         mask_ptr += batch * stride_mask_b + head * stride_mask_h
     queries = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -130,32 +152,32 @@ def attention_queries_backward_kernel(
     for start in range(0, N, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k = load_tile(k_ptr + at_qk, stride_qk, keys, ranks_qk, N, RANK_QK)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
         logits = masked_logits(
-            logits, mask_ptr, stride_mask_q, stride_mask_k, queries, keys, N, IS_BOOL
-        )
+            q, k, scale, mask_ptr, stride_mask_q, stride_mask_k, queries, keys, N,
+            IS_BOOL, PRECISION,
+        )  # fmt: skip
         higher = tl.maximum(maximum, tl.max(logits, 1))
-        base = finite(higher)
+        base = finite_maximum(higher)
         total = total * tl.exp2(maximum - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
         maximum = higher
-    # Where all of a row is masked, +inf: 2^(logits - log) is then 0, as in the forward pass.
-    log = tl.where(total == 0.0, float("inf"), finite(maximum) + tl.log2(total))
+    # A row that is masked entirely gets +inf, so that p = 2^(logits - lse) is 0 as in the forward.
+    lse = tl.where(total == 0.0, float("inf"), finite_maximum(maximum) + tl.log2(total))
     context = load_tile(context_ptr + at_vo, stride_vo, queries, ranks_vo, N, RANK_VO)
     dcontext = load_tile(dcontext_ptr + at_vo, stride_vo, queries, ranks_vo, N, RANK_VO)
     delta = tl.sum(context.to(tl.float32) * dcontext.to(tl.float32), 1)
     row = tl.program_id(1).to(tl.int64) * N + queries
-    tl.store(log_ptr + row, log, mask=queries < N)
+    tl.store(lse_ptr + row, lse, mask=queries < N)
     tl.store(delta_ptr + row, delta, mask=queries < N)
     dq = tl.zeros((BLOCK_M, BLOCK_QK), tl.float32)
     for start in range(0, N, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k = load_tile(k_ptr + at_qk, stride_qk, keys, ranks_qk, N, RANK_QK)
         v = load_tile(v_ptr + at_vo, stride_vo, keys, ranks_vo, N, RANK_VO)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
         logits = masked_logits(
-            logits, mask_ptr, stride_mask_q, stride_mask_k, queries, keys, N, IS_BOOL
-        )
-        p = tl.exp2(logits - log[:, None])
+            q, k, scale, mask_ptr, stride_mask_q, stride_mask_k, queries, keys, N,
+            IS_BOOL, PRECISION,
+        )  # fmt: skip
+        p = tl.exp2(logits - lse[:, None])  # pyright: ignore[reportArgumentType]
         dp = tl.dot(dcontext, tl.trans(v), input_precision=PRECISION)
         dlogits = p * (dp - delta[:, None])
         dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -164,19 +186,21 @@ def attention_queries_backward_kernel(
 
 @triton.jit
 def attention_keys_backward_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, dcontext_ptr, log_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, dcontext_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     N, HEADS, scale, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
     IS_BOOL: tl.constexpr, RANK_QK: tl.constexpr, RANK_VO: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_VO: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BLOCK_M keys. Everything is transposed, (keys, queries), so that p is not."""
-    batch = (tl.program_id(1) // HEADS).to(tl.int64)
-    head = tl.program_id(1) % HEADS
+    """dk and dv of BLOCK_M keys.
+
+    Logits and p are (keys, queries) here, so that pᵀ dcontext needs no transposition.
+    """
+    batch, head = batch_and_head(HEADS)
     stride_qk, stride_vo = HEADS * RANK_QK, HEADS * RANK_VO
-    at_qk = batch * N * stride_qk + head * RANK_QK
-    at_vo = batch * N * stride_vo + head * RANK_VO
-    log_ptr += tl.program_id(1).to(tl.int64) * N
+    at_qk = head_offset(batch, head, N, stride_qk, RANK_QK)
+    at_vo = head_offset(batch, head, N, stride_vo, RANK_VO)
+    lse_ptr += tl.program_id(1).to(tl.int64) * N
     delta_ptr += tl.program_id(1).to(tl.int64) * N
     if mask_ptr is not None:
         mask_ptr += batch * stride_mask_b + head * stride_mask_h
@@ -190,14 +214,13 @@ def attention_keys_backward_kernel(
         queries = start + tl.arange(0, BLOCK_N)
         q = load_tile(q_ptr + at_qk, stride_qk, queries, ranks_qk, N, RANK_QK)
         dcontext = load_tile(dcontext_ptr + at_vo, stride_vo, queries, ranks_vo, N, RANK_VO)
-        log = tl.load(log_ptr + queries, mask=queries < N, other=float("inf"))
+        lse = tl.load(lse_ptr + queries, mask=queries < N, other=float("inf"))
         delta = tl.load(delta_ptr + queries, mask=queries < N, other=0.0)
-        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E)
-        # Rows are keys here, so the strides of the mask change places.
         logits = masked_logits(
-            logits, mask_ptr, stride_mask_k, stride_mask_q, keys, queries, N, IS_BOOL
-        )
-        p = tl.exp2(logits - log[None, :])
+            k, q, scale, mask_ptr, stride_mask_k, stride_mask_q, keys, queries, N,
+            IS_BOOL, PRECISION,
+        )  # fmt: skip
+        p = tl.exp2(logits - lse[None, :])
         dv = tl.dot(p.to(v.dtype), dcontext, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(dcontext), input_precision=PRECISION)
         dlogits = p * (dp - delta[None, :])
@@ -217,24 +240,32 @@ def forward(
     num_heads: int,
     scale: float,
     attn_mask: Tensor | None = None,
-    keep: bool = True,
+    keep_intermediates: bool = True,
     tile: tiles.Tile | None = None,
     epsilon: float | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output, q, k, v and the context, which gradients want as dense as they are with `keep`.
+    """y = concat_h[softmax(q_h k_hᵀ · scale + mask) v_h] Woᵀ + bo + residual; q, k, v, context.
 
-    Of x's layer norm if there is an `epsilon`: in a launch of its own, since each tile of the
-    projections' columns would take it again.
+    Args:
+        x, residual: (batch, tokens, dim).
+        wq, wk, bq: (heads * rank_qk, dim) twice, and (heads * rank_qk,).
+        wv, wo, bo: (heads * rank_vo, dim), (dim, heads * rank_vo), (dim,).
+        attn_mask: additive, or bool with True where a query may attend; it is broadcast to
+            (batch, heads, tokens, tokens).
+        keep_intermediates: `backward` needs the contiguous q, k and v that this gives.
+        epsilon: if given, the layer norm of x takes the place of x. It is a launch of its own,
+            since each tile of the projections' columns would compute it again.
     """
     if epsilon is not None:
-        x = normalize(x, epsilon)
-    joint = None if keep or x.element_size() > 2 else joined(wq, wk, wv)
+        x = layer_norm(x, epsilon)
+    joint = None if keep_intermediates or x.element_size() > 2 else joined(wq, wk, wv)
     if joint is None:
         q, k, v = project(x, bq, wq, wk, wv)
         bq = None
     else:
-        # One product of 16-bit types is faster in the library, which has no bias for a part of it.
+        # One torch product is faster in 16-bit types. The kernel adds bq, since the product cannot
+        # take a bias for q alone.
         q, k, v = F.linear(x, joint).split([w.shape[0] for w in (wq, wk, wv)], -1)
     context = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     heads = _Heads(q, v, num_heads, scale, attn_mask)
@@ -253,9 +284,9 @@ def forward(
 
 
 def joined(*weights: Tensor) -> Tensor | None:
-    """The matrix of which these are the rows, one after the other, if there is one in memory.
+    """The weights as one matrix, as a view, if they lie one after the other in one storage.
 
-    A product with it has tiles of any columns, one with each has tiles of its own.
+    One product with the joint matrix wastes fewer partial tiles than one product a weight.
     """
     first, storage = weights[0], weights[0].untyped_storage().data_ptr()
     end, width = first.data_ptr(), first.shape[1]
@@ -286,45 +317,58 @@ def backward(
     needs: Sequence[bool],
     tile: tiles.Tile | None = None,
 ) -> tuple[Gradient, ...]:
-    """The gradients of x, Wq, bq, Wk, Wv, Wo and bo; None for those that are not needed.
+    """The gradients of x, Wq, bq, Wk, Wv, Wo and bo; None where `needs` is False.
 
-    Logits are computed again, tile by tile; only two numbers a query and head are stored.
+    Args:
+        grad: the gradient of y, (batch, tokens, dim).
+        q, k, v, context: from `forward` with `keep_intermediates`.
+
+    The logits are computed again tile by tile.
     """
     need_x, need_wq, need_bq, need_wk, need_wv, need_wo, need_bo = needs
-    dx = dq = dk = dv = None
+    dx = dwq = dbq = dwk = dwv = None
     if need_x or need_wq or need_bq or need_wk or need_wv:
-        dcontext = gather((grad, wo))
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dcontext = matmul_sum((grad, wo))
         heads = _Heads(q, v, num_heads, scale, attn_mask)
-        log, delta = (
-            q.new_empty(q.shape[0], num_heads, q.shape[1], dtype=torch.float32) for _ in range(2)
-        )
-        tile = tile or heads.tile()
-        heads.launch(
-            attention_queries_backward_kernel, tile,
-            q, k, v, heads.mask, context, dcontext, dq, log, delta,
-        )  # fmt: skip
-        # Two sums are alive there: half as many queries at a time, or registers spill.
-        keys_tile = replace(tile, BLOCK_N=max(16, tile.BLOCK_N // 2))
-        heads.launch(
-            attention_keys_backward_kernel, keys_tile,
-            q, k, v, heads.mask, dcontext, log, delta, dk, dv,
-        )  # fmt: skip
-    if need_x:
-        dx = gather((dq, wq), (dk, wk), (dv, wv))
-    return (
-        dx,
-        weight_grad(dq, x) if need_wq else None,
-        row_sum(dq) if need_bq else None,
-        weight_grad(dk, x) if need_wk else None,
-        weight_grad(dv, x) if need_wv else None,
-        weight_grad(grad, context) if need_wo else None,
-        row_sum(grad) if need_bo else None,
-    )
+        dq, dk, dv = _attention_backward(heads, q, k, v, context, dcontext, tile)
+        dx = matmul_sum((dq, wq), (dk, wk), (dv, wv)) if need_x else None
+        dwq = weight_grad(dq, x) if need_wq else None
+        dbq = row_sum(dq) if need_bq else None
+        dwk = weight_grad(dk, x) if need_wk else None
+        dwv = weight_grad(dv, x) if need_wv else None
+    dwo = weight_grad(grad, context) if need_wo else None
+    return dx, dwq, dbq, dwk, dwv, dwo, row_sum(grad) if need_bo else None
+
+
+def _attention_backward(
+    heads: "_Heads",
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: Tensor,
+    dcontext: Tensor,
+    tile: tiles.Tile | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv from the gradient of the context, (batch, tokens, heads * rank_vo)."""
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    size = q.shape[0], heads.num_heads, q.shape[1]
+    lse, delta = (q.new_empty(*size, dtype=torch.float32) for _ in range(2))
+    tile = tile or heads.tile()
+    heads.launch(
+        attention_queries_backward_kernel, tile,
+        q, k, v, heads.mask, context, dcontext, dq, lse, delta,
+    )  # fmt: skip
+    # This kernel accumulates dk and dv at once, and spills unless it takes half as many queries.
+    keys_tile = replace(tile, BLOCK_N=max(16, tile.BLOCK_N // 2))
+    heads.launch(
+        attention_keys_backward_kernel, keys_tile,
+        q, k, v, heads.mask, dcontext, lse, delta, dk, dv,
+    )  # fmt: skip
+    return dq, dk, dv
 
 
 class _Heads:
-    """What the kernels over head ranks have in common: grid, strides, ranks and the mask."""
+    """The grid, strides, ranks and mask that all kernels over the head ranks take."""
 
     def __init__(
         self, q: Tensor, v: Tensor, num_heads: int, scale: float, attn_mask: Tensor | None
@@ -335,7 +379,7 @@ class _Heads:
         self.mask, self.is_bool = attn_mask, False
         if attn_mask is not None:
             self.is_bool = attn_mask.dtype == torch.bool
-            # Broadcasting is a stride of zero: nothing is copied.
+            # `expand` broadcasts by a stride of zero and copies nothing.
             mask = attn_mask.view(torch.uint8) if self.is_bool else attn_mask
             self.mask = mask.expand(self.batch, num_heads, self.tokens, self.tokens)
 
@@ -346,8 +390,9 @@ class _Heads:
         )
 
     def launch(
-        self, kernel: object, tile: tiles.Tile, *tensors: Tensor | None, **options: int
+        self, kernel: Any, tile: tiles.Tile, *tensors: Tensor | None, **options: object
     ) -> None:
+        """Launch one program for each tile of tokens, image and head."""
         grid = (triton.cdiv(self.tokens, tile.BLOCK_M), self.batch * self.num_heads)
         strides = (0, 0, 0, 0) if self.mask is None else self.mask.stride()
         launch(

@@ -8,15 +8,16 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 import adacomcat
+from adacomcat.families.timm import ClassTokenVisionTransformer
 from adacomcat.fuse import FusedBlock
 from adacomcat.layers.fused import (
-    FewRowsLinear,
-    FirstTokenVisionTransformer,
     FusedAttention,
     FusedDenseMlp,
     FusedMlp,
+    GemvLinear,
     Sublayer,
 )
+from adacomcat.layers.registry import block_parts
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4,
         "num_classes": 7}
@@ -80,9 +81,9 @@ def test_what_is_fused() -> None:
 def test_a_head_that_reads_the_class_token_gets_no_other(kwargs: dict, shortcut: bool) -> None:
     model = compressed(**kwargs)
     optimized, x = adacomcat.optimize(model), torch.randn(6, 3, *model.patch_embed.img_size)
-    assert (type(optimized) is FirstTokenVisionTransformer) == shortcut
+    assert (type(optimized) is ClassTokenVisionTransformer) == shortcut
     if shortcut and model.num_classes:
-        assert type(model.head) is torch.nn.Linear and type(optimized.head) is FewRowsLinear
+        assert type(model.head) is torch.nn.Linear and type(optimized.head) is GemvLinear
     for images in (x, x[:3], x[:1]):
         assert relative(optimized(images), model(images)) < 1e-5
     assert relative(optimized.forward_features(x), model.forward_features(x)) < 1e-5
@@ -156,7 +157,7 @@ def test_dense_sublayers_give_the_same(kwargs: dict, dtype: torch.dtype) -> None
 def test_which_dense_sublayers_are_fused(kwargs: dict, attention: type, mlp: type) -> None:
     optimized = adacomcat.optimize(dense(**kwargs))
     assert type(optimized.blocks[0].attn) is attention and type(optimized.blocks[0].mlp) is mlp
-    assert (type(optimized) is FirstTokenVisionTransformer) == (attention is FusedAttention)
+    assert (type(optimized) is ClassTokenVisionTransformer) == (attention is FusedAttention)
 
 
 def test_linears_of_another_kind_are_left_alone() -> None:
@@ -189,6 +190,7 @@ def test_an_mlp_of_fewer_hidden_neurons() -> None:
 @torch.no_grad()
 def test_masks_reach_a_dense_attention() -> None:
     block = randomize_(Block(48, 4, qkv_bias=True))
-    fused, x, mask = FusedBlock(block), torch.randn(2, 17, 48), torch.randn(2, 1, 17, 17)
+    fused = FusedBlock(block_parts(block))
+    x, mask = torch.randn(2, 17, 48), torch.randn(2, 1, 17, 17)
     torch.testing.assert_close(fused(x, attn_mask=mask), block(x, attn_mask=mask))
     torch.testing.assert_close(fused(x, is_causal=True), block(x, is_causal=True))

@@ -1,4 +1,6 @@
-"""Tiers by exact type, and the arithmetic of every site."""
+"""Tiers by exact type, the arithmetic of every site, and filters."""
+
+import re
 
 import pytest
 import timm
@@ -8,7 +10,8 @@ from torch import nn
 from adacomcat import RankPlan, UserError, find_sites
 from adacomcat.cost import model_params
 from adacomcat.layers.attention import LowRankAttention
-from adacomcat.sites import DENSE, attention_tier
+from adacomcat.layers.registry import attention_tier
+from adacomcat.sites import DENSE, prunable_mlps
 
 TINY = {"img_size": 32, "embed_dim": 64, "depth": 1, "num_heads": 2}
 
@@ -62,3 +65,47 @@ def test_a_plan_validates_against_its_model() -> None:
     RankPlan.full(model).validate(model)
     with pytest.raises(UserError, match="from 1 to 32"):
         RankPlan({"blocks.0.attn.qk": 33}).validate(model)
+
+
+ATTENTION, MLP = ["attn.qk", "attn.vo"], ["mlp.fc1", "mlp.fc2"]
+
+
+def inside(blocks: str, parts: list[str]) -> list[str]:
+    return [f"blocks.{block}.{part}" for block in blocks for part in parts]
+
+
+@pytest.mark.parametrize(("filters", "names"), [
+    ({"include": "head"}, ["head"]),
+    ({"include": "blocks.1"}, inside("1", ATTENTION + MLP)),
+    ({"include": "*.attn", "exclude": "*.0.*"}, inside("1", ATTENTION)),
+    ({"include": ["*.vo", "head"]}, [*inside("01", ["attn.vo"]), "head"]),
+    ({"exclude": ["blocks.*"]}, ["head"]),
+    ({"exclude": re.compile(r"\.fc\d|head")}, inside("01", ATTENTION)),
+    ({"exclude": lambda name, module: isinstance(module, Attention)},
+     [*inside("01", MLP), "head"]),
+    ({"include": lambda name, module: name == "blocks.0", "exclude": "*.qk"},
+     inside("0", ["attn.vo", *MLP])),
+    ({"include": ()}, []),
+], ids=str)
+def test_filters_by_name_and_by_module(filters: dict, names: list[str]) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", **TINY | {"depth": 2})
+    assert [site.name for site in find_sites(model, **filters)] == names
+
+
+@pytest.mark.parametrize(("filters", "parts"), [
+    ({}, ["hidden"]), ({"exclude": "*.fc1"}, ["fc2"]), ({"exclude": "*.hidden"}, ["fc1", "fc2"]),
+    ({"include": "*.mlp"}, ["hidden"]), ({"include": "*.hidden"}, ["hidden"]),
+    ({"include": "*.fc[12]"}, ["hidden"]), ({"include": "*.fc2"}, ["fc2"]),
+    ({"exclude": "*.mlp"}, [])], ids=str)
+def test_filters_of_mlps_whose_neurons_are_counted(filters: dict, parts: list[str]) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", **TINY)
+    names = [site.name for site in find_sites(model, prunable_mlps(model), **filters)]
+    assert [name for name in names if ".mlp." in name] == [f"blocks.0.mlp.{part}" for part in parts]
+
+
+@pytest.mark.parametrize("pattern", ["haed", re.compile("atn")], ids=str)
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_a_filter_that_fits_nothing_is_a_mistake(argument: str, pattern: object) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", **TINY)
+    with pytest.raises(UserError, match="haed|atn"):
+        find_sites(model, **{argument: [pattern, "head"]})

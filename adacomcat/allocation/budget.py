@@ -1,75 +1,70 @@
-"""Budget → plan, without a search: a multiple-choice knapsack over truncation errors."""
+"""What the compressed model may cost, as one value, and what makes plans within it."""
 
-from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
-from adacomcat.allocation.knapsack import Choice, knapsack
-from adacomcat.allocation.sensitivity import error_weights, weighted_error
+from adacomcat.allocation.fraction import FractionAllocator, mac_cost, parameter_cost
+from adacomcat.allocation.latency import LatencyAllocator
+from adacomcat.allocation.sensitivity import ErrorWeights
 from adacomcat.convert.factors import Factors
-from adacomcat.cost import model_params, module_tokens, plan_macs, site_macs
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
-from adacomcat.sites import DENSE, MULTIPLE, Rank, Site, find_sites
+from adacomcat.sites import MULTIPLE, Site
+
+Kind = Literal["params", "macs", "latency_ms"]
+KINDS: tuple[Kind, ...] = ("params", "macs", "latency_ms")
 
 
-def choices(site: Site, factors: Factors, weights: dict[str, float], cost: "Cost",
-            multiple: int) -> list[Choice]:
-    return [Choice(cost(site, rank), weighted_error(factors, weights, site, rank))
-            for rank in site.candidates(multiple)]
+class Allocator(Protocol):
+    """Makes plans at one budget for one model."""
+
+    def plan(self, weights: ErrorWeights, /) -> RankPlan:
+        """The plan of least error within the budget. ``weights``: what each site's error counts."""
+        ...
 
 
-# Weights of all sites' errors → the plan of least error within a budget.
-Allocate = Callable[[dict[str, float]], RankPlan]
+@dataclass(frozen=True)
+class Budget:
+    """What the compressed model may cost.
 
+    Args:
+        kind: 'params' or 'macs' for a fraction of the whole dense model's parameters or
+            multiply-accumulates; 'latency_ms' for measured milliseconds.
+        value: the fraction, in (0, 1], or the milliseconds, above 0.
+        batch: images in one measured forward pass; 'latency_ms' alone reads it.
+        multiple: the step of ranks per head; elsewhere ranks go in steps of twice that.
 
-def choose_plan(model: nn.Module, factors: Factors, *, keep_params: float | None = None,
-                keep_macs: float | None = None, calibration: Tensor | Iterable | None = None,
-                multiple: int = MULTIPLE, sites: list[Site] | None = None) -> RankPlan:
-    """The knapsack's plan for a budget given as a fraction of the whole model.
-
-    sites: the decisions to take; every rank where not given.
-
-    Where the budget cannot be reached with ranks in steps of ``multiple``, the steps are halved.
+    Raises:
+        UserError: a field is out of its range.
     """
-    sites = find_sites(model) if sites is None else sites
-    allocate = allocator(model, factors, sites, keep_params=keep_params, keep_macs=keep_macs,
-                         multiple=multiple)
-    return allocate(error_weights(model, factors, calibration, sites))
 
+    kind: Kind
+    value: float
+    batch: int = 1
+    multiple: int = MULTIPLE
 
-def allocator(model: nn.Module, factors: Factors, sites: list[Site], *,
-              keep_params: float | None = None, keep_macs: float | None = None,
-              multiple: int = MULTIPLE) -> Allocate:
-    """``choose_plan`` for any weights."""
-    keep = keep_params if keep_params is not None else keep_macs
-    if not 0 < keep <= 1:
-        raise UserError(f"keep must be a fraction in (0, 1], like 0.5; got {keep}")
-    cost, whole = _parameter_cost(model) if keep_macs is None else _mac_cost(model, sites)
-    fixed = whole - sum(cost(site, DENSE) for site in sites)
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"unknown budget {self.kind!r}; choose one of {', '.join(KINDS)}")
+        if self.kind == "latency_ms":
+            if not self.value > 0:
+                raise UserError(f"max_latency_ms must be above 0; got {self.value}")
+        elif not 0 < self.value <= 1:
+            raise UserError(f"keep must be a fraction in (0, 1], like 0.5; got {self.value}")
+        for name, count in (("multiple", self.multiple), ("latency_batch", self.batch)):
+            if count < 1:
+                raise UserError(f"{name} must be at least 1; got {count}")
 
-    def allocate(weights: dict[str, float]) -> RankPlan:
-        step = multiple
-        while step:
-            items = [choices(site, factors, weights, cost, step) for site in sites]
-            chosen = knapsack(items, keep * whole - fixed)
-            if chosen is not None:
-                return RankPlan({site.name: site.candidates(step)[index]
-                                 for site, index in zip(sites, chosen, strict=True)})
-            step //= 2
-        least = (fixed + sum(min(c.cost for c in item) for item in items)) / whole
-        raise UserError(f"keep {keep:g} is below what is reachable here; the least is {least:.4f}")
+    def allocator(self, model: nn.Module, factors: Factors, sites: list[Site]) -> Allocator:
+        """What makes plans for ``model`` at this budget.
 
-    return allocate
-
-
-Cost = Callable[[Site, Rank], float]
-
-
-def _parameter_cost(model: nn.Module) -> tuple[Cost, float]:
-    return (lambda site, rank: site.params(rank)), model_params(model)
-
-
-def _mac_cost(model: nn.Module, sites: list[Site]) -> tuple[Cost, float]:
-    tokens = module_tokens(model, (site.module for site in sites))
-    return (lambda site, rank: site_macs(site, rank, tokens)), plan_macs(model, RankPlan())
+        For 'latency_ms' this times the model's parts and takes a while; the plans share them.
+        """
+        if self.kind == "latency_ms":
+            return LatencyAllocator(model, factors, sites, max_latency_ms=self.value,
+                                    batch=self.batch, multiple=self.multiple)
+        cost, whole = (parameter_cost if self.kind == "params" else mac_cost)(model, sites)
+        return FractionAllocator(sites, factors, cost, whole, keep=self.value,
+                                 multiple=self.multiple)

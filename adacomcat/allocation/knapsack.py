@@ -1,4 +1,7 @@
-"""Budget → plan, without a search: a multiple-choice knapsack over truncation errors."""
+"""A multiple-choice knapsack: one choice of every item, the least total error within a budget.
+
+The allocation and the rank search call it. It knows costs and errors, not models.
+"""
 
 from dataclasses import dataclass
 
@@ -31,8 +34,17 @@ def knapsack(items: list[list[Choice]], budget: float) -> list[int] | None:
             blocked.add(k)
         else:
             chosen[k], spent = j, spent + extra
-    _spend_rest(items, chosen, budget - spent)
+    _spend(items, chosen, budget - spent)
     return chosen
+
+
+def fill(items: list[list[Choice]], chosen: list[int], budget: float) -> None:
+    """In place: raise single items to dearer choices while ``budget`` pays for one.
+
+    The upgrade that adds the least error comes first, the first item's among equals.
+    """
+    spent = sum(item[i].cost for item, i in zip(items, chosen, strict=True))
+    _spend(items, chosen, budget - spent, dearer=True)
 
 
 def _hull_steps(item: list[Choice], start: int) -> list[tuple[float, int, int]]:
@@ -49,13 +61,22 @@ def _hull_steps(item: list[Choice], start: int) -> list[tuple[float, int, int]]:
         here = best
 
 
-def _spend_rest(items: list[list[Choice]], chosen: list[int], rest: float) -> None:
+def _spend(items: list[list[Choice]], chosen: list[int], rest: float, *,
+           dearer: bool = False) -> None:
+    """In place: take upgrades of single items while ``rest`` pays for one, the best one first.
+
+    An upgrade saves error; of equally good ones the last item's is taken. Where ``dearer``, an
+    upgrade costs more instead, whatever it does to the error, and the first item's is taken.
+    """
+    order = -1 if dearer else 1
     while True:
-        upgrades = [(items[k][i].error - c.error, k, j)
+        upgrades = [(items[k][i].error - c.error, order * k, order * j)
                     for k, i in enumerate(chosen) for j, c in enumerate(items[k])
-                    if c.error < items[k][i].error and c.cost - items[k][i].cost <= rest]
+                    if c.cost - items[k][i].cost <= rest
+                    and (c.cost > items[k][i].cost if dearer else c.error < items[k][i].error)]
         if not upgrades:
             return
         _, k, j = max(upgrades)
+        k, j = order * k, order * j
         rest -= items[k][j].cost - items[k][chosen[k]].cost
         chosen[k] = j

@@ -1,24 +1,23 @@
-"""Milliseconds → plan: the knapsack over measured times, corrected by whole models.
+"""Milliseconds → a plan: the knapsack over measured times, corrected by whole models.
 
-The sum of its parts is not a model's latency (parts are timed one after the other, their weights
-nearer in cache), so the model that a plan makes is measured too, and the budget that the knapsack
-gets is corrected by what the sum was wrong, a few times.
+A model's latency is not the sum of its parts' latencies: parts are timed one after the other, with
+their weights nearer in cache. So the model that a plan makes is measured too. The budget that the
+knapsack gets is then corrected by the error of the sum, a few times.
 """
 
 import logging
 import warnings
-from collections.abc import Iterable
 from itertools import product
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
-from adacomcat.allocation.budget import Allocate
-from adacomcat.allocation.knapsack import Choice, knapsack
-from adacomcat.allocation.sensitivity import error_weights, weighted_error
+from adacomcat.allocation.candidates import Candidates, choose, plan_of
+from adacomcat.allocation.knapsack import Choice
+from adacomcat.allocation.sensitivity import ErrorWeights, weighted_error
 from adacomcat.convert.factors import Factors
 from adacomcat.errors import UserError
-from adacomcat.latency.blocks import Unit
+from adacomcat.latency.blocks import TimedBlock
 from adacomcat.latency.table import LatencyTable
 from adacomcat.latency.timing import Measure, measure
 from adacomcat.plan import RankPlan
@@ -26,84 +25,83 @@ from adacomcat.sites import MULTIPLE, Rank, Site
 
 LOG = logging.getLogger(__name__)
 
-AIM, NEAR = 0.985, 0.015  # from 97 to 100 % of the budget
-ROUNDS = 6
-
-Ranks = tuple[Rank, ...]
-
-
-class Candidates(NamedTuple):
-    """Of one unit: ranks, and what they cost and lose."""
-
-    unit: Unit
-    ranks: list[Ranks]
-    choices: list[Choice]
+AIM, NEAR = 0.985, 0.015  # a model from 97 to 100 % of the budget is near enough
+MOST_MODELS = 6  # whole models that one plan may take to measure
 
 
 class Measured(NamedTuple):
+    """A plan, its model's measured latency, and the sum of parts that the knapsack was held to."""
+
     plan: RankPlan
     ms: float
-    target: float  # that the sum of the parts was held to
+    target: float
 
 
-def choose_plan_for_latency(model: nn.Module, factors: Factors, *, max_latency_ms: float,
-                            batch: int = 1, calibration: Tensor | Iterable | None = None,
-                            multiple: int = MULTIPLE, sites: list[Site],
-                            measure: Measure = measure) -> RankPlan:
-    """The plan of least error whose model, as deployed, takes ``max_latency_ms`` for ``batch``
-    images on this machine, measured, or up to 3 % less where ranks allow no more.
+class LatencyAllocator:
+    """Plans whose model, as deployed, takes ``max_latency_ms`` at most, measured on this machine.
 
-    Ranks go in steps of ``multiple``; UserError where the fastest model is too slow.
+    The model's parts are timed once, here; every plan uses these times.
+
+    Args:
+        model: the dense model, on the device that counts.
+        factors: factors of every site, whose error curves say what a rank loses.
+        sites: the decisions to take.
+        max_latency_ms: milliseconds of one forward pass, above 0.
+        batch: images in one forward pass.
+        multiple: the step of ranks.
+        measure: the clock; tests put a model of cost in its place.
     """
-    allocate = latency_allocator(model, factors, sites, max_latency_ms=max_latency_ms,
-                                 batch=batch, multiple=multiple, measure=measure)
-    return allocate(error_weights(model, factors, calibration, sites))
 
+    def __init__(self, model: nn.Module, factors: Factors, sites: list[Site], *,
+                 max_latency_ms: float, batch: int = 1, multiple: int = MULTIPLE,
+                 measure: Measure = measure) -> None:
+        self.factors, self.max_latency_ms, self.multiple = factors, max_latency_ms, multiple
+        self.table = LatencyTable(model, sites, batch, multiple, measure)
 
-def latency_allocator(model: nn.Module, factors: Factors, sites: list[Site], *,
-                      max_latency_ms: float, batch: int = 1, multiple: int = MULTIPLE,
-                      measure: Measure = measure) -> Allocate:
-    """``choose_plan_for_latency`` for any weights; parts are timed once."""
-    if not max_latency_ms > 0:
-        raise UserError(f"max_latency_ms must be above 0; got {max_latency_ms}")
-    table = LatencyTable(model, sites, batch, multiple, measure)
+    def plan(self, weights: ErrorWeights) -> RankPlan:
+        """The plan of least weighted error within the budget, or up to 3 % below it where ranks
+        allow no more.
 
-    def allocate(weights: dict[str, float]) -> RankPlan:
-        items = [_candidates(unit, factors, weights, table, multiple) for unit in table.units]
-        plan, ms, _ = _fitted(items, table, max_latency_ms)
-        LOG.info("%.2f ms of a budget of %g ms; dense %.2f ms", ms, max_latency_ms,
-                 table.dense_ms)
-        if ms > max_latency_ms:
-            warnings.warn(f"the fastest model tried takes {ms:.2f} ms, above {max_latency_ms:g} "
-                          "ms; timings vary here, a quieter machine would serve better",
-                          stacklevel=2)
+        Raises:
+            UserError: even the fastest model is too slow; the message names its latency.
+        """
+        items = [self._candidates(block, weights) for block in self.table.blocks]
+        plan, ms, _ = _fitted(items, self.table, self.max_latency_ms)
+        LOG.info("%.2f ms of a budget of %g ms; dense %.2f ms", ms, self.max_latency_ms,
+                 self.table.dense_ms)
+        if ms > self.max_latency_ms:
+            warnings.warn(f"the fastest model tried takes {ms:.2f} ms, above "
+                          f"{self.max_latency_ms:g} ms; timings vary here, a quieter machine "
+                          "would serve better", stacklevel=2)
         return plan
 
-    return allocate
+    def _candidates(self, block: TimedBlock, weights: ErrorWeights) -> Candidates:
+        """Every combination of the block's ranks that no other beats in both time and error."""
+        errors: list[dict[Rank, float]] = [
+            {rank: weighted_error(self.factors, weights, site, rank)
+             for rank in site.candidates(self.multiple)} for site in block.sites]
 
+        def choice(ranks: tuple[Rank, ...]) -> Choice:
+            return Choice(self.table(block, ranks), sum(error[rank] for error, rank in
+                                                        zip(errors, ranks, strict=True)))
 
-def _candidates(unit: Unit, factors: Factors, weights: dict[str, float], table: LatencyTable,
-                multiple: int) -> Candidates:
-    """Every combination of the unit's ranks that no other beats in both time and error."""
-    errors = [{rank: weighted_error(factors, weights, site, rank)
-               for rank in site.candidates(multiple)} for site in unit.sites]
-    combined = [(Choice(table(unit, ranks), sum(e[rank] for e, rank in
-                                                zip(errors, ranks, strict=True))), ranks)
-                for ranks in product(*errors)]
-    combined.sort(key=lambda pair: (pair[0].cost, pair[0].error))
-    kept: list[tuple[Choice, Ranks]] = []
-    for choice, ranks in combined:
-        if not kept or choice.error < kept[-1][0].error:
-            kept.append((choice, ranks))
-    return Candidates(unit, [ranks for _, ranks in kept], [choice for choice, _ in kept])
+        combined = [(choice(ranks), ranks) for ranks in product(*errors)]
+        combined.sort(key=lambda pair: (pair[0].cost, pair[0].error))
+        kept = combined[:1]
+        for pair in combined[1:]:
+            if pair[0].error < kept[-1][0].error:
+                kept.append(pair)
+        return Candidates(block.sites, [ranks for _, ranks in kept],
+                          [choice for choice, _ in kept])
 
 
 def _fitted(items: list[Candidates], table: LatencyTable, budget: float) -> Measured:
+    """The best of the plans measured: the nearest to ``AIM`` of those within ``budget``."""
     aim, target = AIM * budget, AIM * budget
     tried: list[Measured] = []
-    for _ in range(ROUNDS):
-        chosen = _chosen(items, target - table.fixed_ms)
-        plan = _plan(items, chosen)
+    for _ in range(MOST_MODELS):
+        chosen = choose(items, target - table.fixed_ms) or [0] * len(items)  # else the fastest
+        plan = plan_of(items, chosen)
         if any(plan == known.plan for known in tried):
             break
         ms = table.plan_ms(plan)
@@ -118,27 +116,20 @@ def _fitted(items: list[Candidates], table: LatencyTable, budget: float) -> Meas
 
 
 def _next_target(tried: list[Measured], aim: float) -> float:
-    """What to ask of the knapsack, for the model to take ``aim``: between the nearest models on
-    either side of it, or else by the factor that the sum was wrong."""
+    """The sum of parts to ask of the knapsack next, for the model to take ``aim``.
+
+    Between the nearest models on either side of ``aim`` it is interpolated. Where all are on one
+    side, the nearest model's target is scaled by what its sum was wrong.
+    """
     below = max((known for known in tried if known.ms <= aim), default=None, key=_ms)
     above = min((known for known in tried if known.ms > aim), default=None, key=_ms)
-    if below is None or above is None:
-        nearest = below or above
-        return nearest.target * aim / nearest.ms
-    share = (aim - below.ms) / (above.ms - below.ms)
-    return below.target + share * (above.target - below.target)
+    if below is not None and above is not None:
+        share = (aim - below.ms) / (above.ms - below.ms)
+        return below.target + share * (above.target - below.target)
+    nearest = below if below is not None else above
+    assert nearest is not None  # a model was tried
+    return nearest.target * aim / nearest.ms
 
 
 def _ms(known: Measured) -> float:
     return known.ms
-
-
-def _chosen(items: list[Candidates], budget: float) -> list[int]:
-    """The knapsack's choices; the fastest of each where not even those fit."""
-    return knapsack([item.choices for item in items], budget) or [0] * len(items)
-
-
-def _plan(items: list[Candidates], chosen: list[int]) -> RankPlan:
-    ranks = {site.name: rank for item, index in zip(items, chosen, strict=True)
-             for site, rank in zip(item.unit.sites, item.ranks[index], strict=True)}
-    return RankPlan(ranks)

@@ -1,13 +1,7 @@
 """Compressed models on disk, and ComCAT's released files."""
 
-from adacomcat.checkpoint.folder import (
-    load,
-    load_weights_,
-    read_weights,
-    require_architecture,
-    require_empty,
-    save,
-)
+from adacomcat.checkpoint.folder import load, require_architecture, require_empty, save
+from adacomcat.checkpoint.weights import load_weights_, read_weights
 from adacomcat.moved import forward
 
 __all__ = ["load", "load_weights_", "read_weights", "require_architecture", "require_empty", "save"]

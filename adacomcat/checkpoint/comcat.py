@@ -1,31 +1,45 @@
-"""ComCAT's released checkpoints: ranks.txt and checkpoint.pth → the same function, folded.
+"""ComCAT's released checkpoints, ranks.txt and checkpoint.pth, as a low-rank model of this library.
 
-    ranks.txt   per block: total QK rank, total VO rank, fc1, fc2; then the head
-    w_qs, w_ks  (H·r, d), head-major rows; logits q kᵀ · head_dim^-½ of the dense model
-    w_vs, proj  (H·r, d), (d, H·r)
-    first_factor, last_factor   (r, in), (out, r): y = (x Fᵀ + f) Lᵀ + l
+    ranks.txt     for each block: total QK rank, total VO rank, fc1, fc2; at the end the head
+    w_qs, w_ks    (H·r, d), the rows of a head together; logits q kᵀ · head_dim^-½
+    w_vs, proj    (H·r, d) and (d, H·r)
+    first_factor  (r, in) F, bias f; last_factor (out, r) L, bias l: y = (x Fᵀ + f) Lᵀ + l
+
+H is the number of heads, r the rank of one head or layer, head_dim that of the dense model.
 """
 
 import re
 from pathlib import Path
+from typing import Any
 
 import timm
 from torch import Tensor, nn
 
-from adacomcat.checkpoint.folder import load_weights_, read_weights, require_architecture
+from adacomcat.checkpoint.folder import require_architecture
+from adacomcat.checkpoint.weights import StateDict, load_weights_, read_weights
 from adacomcat.convert.install import build_skeleton
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
-from adacomcat.sites import attention_tier
-
-Weights = dict[str, Tensor]
+from adacomcat.sites import Rank, attention_tier
 
 _FACTORS = ".selected_rank_layer."
+_ATTENTION_PARTS = ("w_qs", "w_ks", "w_vs", "proj")
+_LINEAR_PARTS = ("first_factor", "last_factor")
 
 
 def import_comcat(ranks: str | Path, checkpoint: str | Path, architecture: str,
-                  **model_args: object) -> nn.Module:
-    """The low-rank model of a released checkpoint, in eval mode; ``save`` writes its folder."""
+                  **model_args: Any) -> nn.Module:
+    """The low-rank model of a released checkpoint, in eval mode; ``save`` writes its folder.
+
+    Args:
+        ranks: path of ranks.txt.
+        checkpoint: path of checkpoint.pth, read with ``weights_only=True``.
+        architecture: timm's name of the dense model, a plain ViT or DeiT.
+        model_args: timm's keyword arguments for it.
+
+    Raises:
+        UserError: a file cannot be read or does not fit the architecture.
+    """
     require_architecture(architecture)
     model = timm.create_model(architecture, **model_args)
     blocks = _require_plain_vit(model, architecture)
@@ -44,7 +58,11 @@ def import_comcat(ranks: str | Path, checkpoint: str | Path, architecture: str,
 
 
 def read_ranks(path: str | Path, depth: int) -> list[int]:
-    """The 4·depth + 1 numbers of ranks.txt."""
+    """The 4 · depth + 1 numbers of ranks.txt.
+
+    Raises:
+        UserError: the file cannot be read, or holds anything else.
+    """
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -60,17 +78,19 @@ def read_ranks(path: str | Path, depth: int) -> list[int]:
     return [int(word) for word in words]
 
 
-def _require_plain_vit(model: nn.Module, architecture: str) -> list[tuple[str, nn.Module]]:
+def _require_plain_vit(model: nn.Module, architecture: str) -> list[tuple[str, Any]]:
     """(name, attention) of every block."""
-    blocks = [(f"blocks.{i}", getattr(block, "attn", None))
-              for i, block in enumerate(getattr(model, "blocks", ()))]
+    blocks: list[tuple[str, Any]] = [
+        (f"blocks.{i}", getattr(block, "attn", None))
+        for i, block in enumerate(getattr(model, "blocks", ()))]
     if not blocks or any(attn is None or attention_tier(attn) != "A" for _, attn in blocks):
         raise UserError(f"ComCAT compresses plain ViT and DeiT models; {architecture} is none")
     return blocks
 
 
-def _plan(blocks: list[tuple[str, nn.Module]], numbers: list[int]) -> RankPlan:
-    plan = {}
+def _plan(blocks: list[tuple[str, Any]], numbers: list[int]) -> RankPlan:
+    """Ranks per head from the total ranks of ranks.txt."""
+    plan: dict[str, Rank] = {}
     for (name, attn), (qk, vo, fc1, fc2) in zip(
             blocks, zip(*[iter(numbers[:-1])] * 4, strict=True), strict=True):
         for part, total in (("qk", qk), ("vo", vo)):
@@ -82,10 +102,10 @@ def _plan(blocks: list[tuple[str, nn.Module]], numbers: list[int]) -> RankPlan:
     return RankPlan(plan | {"head": numbers[-1]})
 
 
-def _require_bias(model: nn.Module, plan: RankPlan, weights: Weights) -> None:
-    """A linear site of ours has a bias exactly where the dense layer has one."""
+def _require_bias(model: nn.Module, plan: RankPlan, weights: StateDict) -> None:
+    """Refuse a bias where the dense layer has none: a low-rank layer would have no room for it."""
     for name in plan.ranks:
-        biases = [f"{name}{_FACTORS}{part}.bias" for part in ("first_factor", "last_factor")]
+        biases = [f"{name}{_FACTORS}{part}.bias" for part in _LINEAR_PARTS]
         found = [key for key in biases if key in weights]
         if found and model.get_submodule(_module(name)).bias is None:
             raise UserError(f"the checkpoint has {found[0]}, but {name} has no bias in this model")
@@ -95,18 +115,16 @@ def _module(site: str) -> str:
     return site.removesuffix(".qk").removesuffix(".vo")
 
 
-def fold_weights(weights: Weights, model: nn.Module, plan: RankPlan, source: str) -> Weights:
-    """The released weights under the names and in the shapes of the folded model."""
+def fold_weights(weights: StateDict, model: nn.Module, plan: RankPlan,
+                 source: str) -> StateDict:
+    """The released weights under the names and in the shapes of the low-rank ``model``.
+
+    Raises:
+        UserError: the weights of a module are missing.
+    """
     wanted = model.state_dict()
     modules = list(dict.fromkeys(_module(site) for site in plan.ranks))
-    required = [f"{module}{_FACTORS}{part}.weight" for module in modules
-                for part in (("w_qs", "w_ks", "w_vs", "proj") if module.endswith(".attn")
-                             else ("first_factor", "last_factor"))]
-    missing = [key for key in required if key not in weights]
-    if missing:
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        raise UserError(f"{source} lacks {', '.join(missing[:4])}{more}; is it a checkpoint of "
-                        "this architecture?")
+    _require_factors(weights, modules, source)
     folded = {name: tensor for name, tensor in weights.items()
               if _FACTORS not in name and not name.endswith("rank_alpha")}
     for module in modules:
@@ -119,20 +137,39 @@ def fold_weights(weights: Weights, model: nn.Module, plan: RankPlan, source: str
     return folded
 
 
-def _fold_attention(layer: Weights) -> Weights:
-    """w_ks.bias adds the same to all logits of a query and cancels; w_vs.bias passes into bo."""
+def _require_factors(weights: StateDict, modules: list[str], source: str) -> None:
+    required = [f"{module}{_FACTORS}{part}.weight" for module in modules
+                for part in (_ATTENTION_PARTS if module.endswith(".attn") else _LINEAR_PARTS)]
+    missing = [key for key in required if key not in weights]
+    if missing:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise UserError(f"{source} lacks {', '.join(missing[:4])}{more}; is it a checkpoint of "
+                        "this architecture?")
+
+
+def _fold_attention(layer: StateDict) -> StateDict:
+    """Weights of the low-rank attention.
+
+    w_ks.bias adds the same number to all logits of a query, which softmax ignores. w_vs.bias
+    reaches the output as a constant, so bo takes it.
+    """
     wo = layer["proj.weight"]
-    bo = layer.get("proj.bias", wo.new_zeros(len(wo)))
-    if "w_vs.bias" in layer:
-        bo = (bo.double() + wo.double() @ layer["w_vs.bias"].double()).to(bo.dtype)
+    bo = _folded_bias(wo, layer.get("proj.bias"), layer.get("w_vs.bias"))
     wq = layer["w_qs.weight"]
     return {"wq": wq, "bq": layer.get("w_qs.bias", wq.new_zeros(len(wq))),
             "wk": layer["w_ks.weight"], "wv": layer["w_vs.weight"], "wo": wo, "bo": bo}
 
 
-def _fold_linear(layer: Weights) -> Weights:
+def _fold_linear(layer: StateDict) -> StateDict:
     u = layer["last_factor.weight"]
-    bias = layer.get("last_factor.bias", u.new_zeros(len(u)))
-    if "first_factor.bias" in layer:
-        bias = (bias.double() + u.double() @ layer["first_factor.bias"].double()).to(bias.dtype)
+    bias = _folded_bias(u, layer.get("last_factor.bias"), layer.get("first_factor.bias"))
     return {"v": layer["first_factor.weight"].T, "u": u, "bias": bias}
+
+
+def _folded_bias(weight: Tensor, bias: Tensor | None, inner: Tensor | None) -> Tensor:
+    """bias + weight · inner: the bias of a layer whose input has the bias ``inner``."""
+    if bias is None:
+        bias = weight.new_zeros(len(weight))
+    if inner is None:
+        return bias
+    return (bias.double() + weight.double() @ inner.double()).to(bias.dtype)

@@ -1,7 +1,7 @@
-"""Checkpoint folders: model.safetensors and a config.json in timm's layout, the plan inside.
+"""Checkpoint folders: model.safetensors, and a config.json in timm's layout that has the plan.
 
-    config.json   architecture   'adacomcat_vit', or timm's own name where nothing was compressed
-                  model_args     base, plan (site → rank) and the keyword arguments of ``base``
+    config.json   architecture   'adacomcat_vit'; where nothing was compressed timm's own name
+                  model_args     base (timm's name), plan (site → rank), and base's arguments
                   num_classes, num_features, pretrained_cfg   as timm writes them
 
 After ``import adacomcat``, unmodified timm loads such a folder:
@@ -9,11 +9,7 @@ After ``import adacomcat``, unmodified timm loads such a folder:
 """
 
 import json
-import os
-import pickle
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,35 +17,47 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from timm.models import PretrainedCfg, clean_state_dict
+from safetensors.torch import save_file
+from timm.models import PretrainedCfg
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from adacomcat.checkpoint.gauge import with_gauge, without_gauge
+from adacomcat.checkpoint.weights import load_weights_, read_weights
+from adacomcat.convert.record import compression_of
 from adacomcat.errors import UserError
-from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE
+from adacomcat.utils.files import atomic_folder
 from adacomcat.utils.model import evaluating, input_size
 from adacomcat.utils.names import ENTRYPOINT
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
-# Where the weights came from says nothing about where they are now.
+# Entries of timm's pretrained_cfg that say where the weights came from, and not what they need.
 _SOURCE_KEYS = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source",
                 "architecture", "tag", "custom_load", "label_offset"}
+# Arguments of a timm model that a folder leaves to whoever loads it, or writes in its own way.
 _RUNTIME_ARGS = {"base", "plan", "device", "dtype", "drop_rate", "drop_path_rate",
                  "proj_drop_rate", "attn_drop_rate", "pos_drop_rate", "patch_drop_rate"}
 
 
 def save(model: nn.Module, folder: str | Path, *, architecture: str | None = None,
          model_args: Mapping[str, Any] | None = None, gauge: bool = False) -> None:
-    """Write ``model`` to an absent or empty ``folder``; ``load(folder)`` gives it back.
+    """Write ``model`` to a checkpoint folder; ``load(folder)`` gives it back.
 
-    architecture, model_args: the timm name and keyword arguments that built the dense model, where
-    the model does not know them itself. gauge: leave r² redundant numbers of each factorisation of
-    rank r out of the file; what is loaded is the same map, its factors rounded once more.
+    The model is rebuilt from what is to be written and compared on a random image first.
+
+    Args:
+        model: a timm model, compressed or not.
+        folder: absent or empty; it appears when all of it is written.
+        architecture: timm's name of the dense model, where the model does not know it itself.
+        model_args: the keyword arguments that built the dense model, likewise.
+        gauge: leave the redundant numbers out of the file, r² for each factorisation of rank r.
+            What is loaded is the same map, its factors rounded once more.
+
+    Raises:
+        UserError: the folder holds something or cannot be written, or the description in
+            config.json would not give this model back.
     """
     folder = Path(folder)
     require_empty(folder)
@@ -60,13 +68,23 @@ def save(model: nn.Module, folder: str | Path, *, architecture: str | None = Non
     if gauge:
         weights = without_gauge(model, weights)
     _require_same(model, _rebuilt(config, with_gauge(weights)), config)
-    with written_whole(folder) as scratch:
-        save_file(weights, scratch / WEIGHTS, metadata={"format": "pt"})
-        (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    try:
+        with atomic_folder(folder) as scratch:
+            save_file(weights, scratch / WEIGHTS, metadata={"format": "pt"})
+            (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error}") from error
 
 
 def load(folder: str | Path) -> nn.Module:
-    """The model of a checkpoint folder, on the CPU, in eval mode."""
+    """The model of a checkpoint folder that ``save`` or timm wrote, on the CPU, in eval mode.
+
+    Args:
+        folder: holds model.safetensors and config.json.
+
+    Raises:
+        UserError: the folder is absent, damaged, or describes no model that can be built.
+    """
     folder = Path(folder)
     config = read_config(folder)
     weights = with_gauge(read_weights(folder / WEIGHTS))
@@ -76,7 +94,7 @@ def load(folder: str | Path) -> nn.Module:
 
 
 def require_empty(folder: str | Path) -> None:
-    """Refuse to write where something is already."""
+    """Raise a ``UserError`` unless ``folder`` is absent or an empty folder."""
     folder = Path(folder)
     if folder.is_dir() and not any(folder.iterdir()):
         return
@@ -84,21 +102,12 @@ def require_empty(folder: str | Path) -> None:
         raise UserError(f"{folder} already holds something; name an absent or empty folder")
 
 
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A scratch folder beside ``folder`` that takes its name only once everything is in it."""
-    scratch = folder.absolute().with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        scratch.mkdir(parents=True)
-        yield scratch
-        os.replace(scratch, folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
 def read_config(folder: Path) -> dict[str, Any]:
+    """The content of config.json.
+
+    Raises:
+        UserError: it cannot be read, or names no architecture.
+    """
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint folder {folder}")
     try:
@@ -114,50 +123,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Name → tensor, from .safetensors or from a pickle read with ``weights_only=True``."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no weights file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError,
-            KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is truncated or no weights file: {reason}") from error
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-            break
-    if not isinstance(found, dict) or not any(isinstance(v, Tensor) for v in found.values()):
-        raise UserError(f"{path} holds no state dict")
-    return clean_state_dict(found)
-
-
-def load_weights_(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load in place, or name what does not fit."""
-    wanted = model.state_dict()
-    differing = [f"{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
-                 for name, tensor in wanted.items()
-                 if name in weights and weights[name].shape != tensor.shape]
-    problems = [f"{what}: {_some(names)}" for what, names in (
-        ("missing", [name for name in wanted if name not in weights]),
-        ("unexpected", [name for name in weights if name not in wanted]),
-        ("of another shape", differing)) if names]
-    if problems:
-        raise UserError(f"{source} does not fit the model; {'; '.join(problems)}")
-    model.load_state_dict(weights)
-
-
-def _some(names: list[str], shown: int = 4) -> str:
-    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + rest
-
-
 def require_architecture(name: str) -> None:
-    """An error with near names where timm does not know ``name``."""
+    """Raise a ``UserError`` with similar names where timm does not know ``name``."""
     if timm.is_model(name):
         return
     near = get_close_matches(name, timm.list_models(), n=3)
@@ -166,7 +133,7 @@ def require_architecture(name: str) -> None:
 
 
 def _build(config: dict[str, Any], source: str) -> nn.Module:
-    """The model that ``config`` describes, weights not yet filled."""
+    """The model that ``config`` describes, with random weights."""
     args = dict(config.get("model_args", {}))
     require_architecture(args.get("base", config["architecture"]))
     require_architecture(config["architecture"])
@@ -183,18 +150,19 @@ def _build(config: dict[str, Any], source: str) -> nn.Module:
 
 def _describe(model: nn.Module, architecture: str | None,
               model_args: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The content of config.json."""
     source = dict(getattr(model, "pretrained_cfg", None) or {})
-    known = getattr(model, "adacomcat_config", {})
+    record = compression_of(model)
+    known = record.source or {}
     architecture = architecture or known.get("architecture") or source.get("architecture")
     if architecture is None:
         raise UserError("this model does not know its timm architecture; pass architecture= and "
                         "model_args=")
     if model_args is None:
-        model_args = known.get("model_args", getattr(model, "_model_args", {}))
+        model_args = known.get("model_args", getattr(model, "_model_args", {})) or {}
     current = _current_args(model)
     args = {k: v for k, v in model_args.items() if k not in _RUNTIME_ARGS} | current
-    ranks = getattr(model, "rank_plan", RankPlan()).ranks
-    ranks = {name: rank for name, rank in ranks.items() if rank != DENSE}
+    ranks = {name: rank for name, rank in record.ranks.items() if rank != DENSE}
     config = {
         "architecture": ENTRYPOINT if ranks else architecture,
         "num_classes": model.num_classes,
@@ -206,7 +174,7 @@ def _describe(model: nn.Module, architecture: str | None,
 
 
 def _current_args(model: nn.Module) -> dict[str, Any]:
-    """What may have changed since the model was built."""
+    """Arguments that reset_classifier and the like change after a model was built."""
     args = {"num_classes": model.num_classes, "in_chans": input_size(model)[0]}
     pool = getattr(model, "global_pool", None)
     if isinstance(pool, str):
@@ -218,13 +186,18 @@ def _current_args(model: nn.Module) -> dict[str, Any]:
 
 
 def _pretrained_cfg(model: nn.Module, source: dict[str, Any]) -> dict[str, Any]:
+    """``source`` without where its weights came from, with the model's size and classes."""
     allowed = {field.name for field in fields(PretrainedCfg)} - _SOURCE_KEYS
     kept = {k: v for k, v in source.items() if k in allowed and v is not None}
     return kept | {"input_size": input_size(model), "num_classes": model.num_classes}
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back, or an error that names what JSON cannot hold."""
+    """``config`` as JSON gives it back.
+
+    Raises:
+        UserError: names the argument that JSON cannot hold.
+    """
     for name, value in config["model_args"].items():
         try:
             json.dumps(value)
@@ -243,7 +216,11 @@ def _rebuilt(config: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
 
 @torch.inference_mode()
 def _require_same(model: nn.Module, rebuilt: nn.Module, config: dict[str, Any]) -> None:
-    """What a state dict does not tell (pooling, activations) must be in the description too."""
+    """Compare both on one image: pooling and activations are in no state dict.
+
+    Raises:
+        UserError: they differ by more than 1% of the largest output, plus 1% of the output.
+    """
     parameter = next(model.parameters())
     image = torch.randn(1, *input_size(model), generator=torch.Generator().manual_seed(0))
     image = image.to(parameter.device, parameter.dtype)

@@ -1,16 +1,20 @@
-"""Flags of every command, in timm's spelling. Imports neither torch nor timm: --help is instant."""
+"""The flags of every command, in timm's spelling.
+
+This module imports neither torch nor timm, so that --help answers at once. ``COMMANDS`` lists the
+groups of flags that each command has, ``REQUIRED`` those it cannot do without.
+"""
 
 import argparse
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from adacomcat.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """One line instead of a page of usage on wrong use; no abbreviated flags."""
+    """A parser whose errors are one line, without the usage; flags cannot be abbreviated."""
 
-    def __init__(self, **kwargs: object) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
@@ -18,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def fraction(text: str) -> float:
-    """'0.5' or '50%' → 0.5, in (0, 1]."""
+    """0.5 from '0.5' or '50%'; what lies outside (0, 1] is refused."""
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -30,6 +34,7 @@ def fraction(text: str) -> float:
 
 
 def at_least(least: int) -> Callable[[str], int]:
+    """The type of a flag whose value is a whole number from ``least`` on."""
     def whole(text: str) -> int:
         try:
             value = int(text)
@@ -43,6 +48,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
+    """A finite number above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -53,6 +59,7 @@ def positive(text: str) -> float:
 
 
 def key_value(text: str) -> tuple[str, str]:
+    """(key, value) from 'key=value'."""
     key, equals, value = text.partition("=")
     if not (key and equals):
         raise argparse.ArgumentTypeError(f"must be KEY=VALUE, like depth=6; got {text!r}")
@@ -60,16 +67,17 @@ def key_value(text: str) -> tuple[str, str]:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="adacomcat", description="Makes pretrained Vision Transformers smaller "
+    """The parser of the whole command line, with a subparser for each command."""
+    parser = Parser(prog="adacomcat", description="Make pretrained Vision Transformers smaller "
                     "and faster by low-rank factors.")
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (summary, groups) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         command.add_argument("-c", "--config", metavar="FILE.yaml",
-                             help="defaults for these flags; the command line wins")
+                             help="values of these flags; the command line wins")
         command.add_argument("--json", action="store_true",
-                             help="print one JSON object on stdout and nothing else")
+                             help="print one JSON object on stdout, and nothing else there")
         for add in groups:
             add(command)
     return parser
@@ -80,32 +88,35 @@ def _model(parser: Parser) -> None:
     group.add_argument("-m", "--model", metavar="NAME|DIR",
                        help="timm architecture, or a checkpoint folder")
     group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=False,
-                       help="timm's pretrained weights")
+                       help="use timm's pretrained weights")
     group.add_argument("--checkpoint", metavar="FILE",
-                       help="weights for the architecture: .safetensors, or .pth read with "
-                            "weights_only")
+                       help="weights of the architecture: .safetensors, or .pth, which is "
+                            "read with weights_only=True")
     _model_size(group)
 
 
 def _model_size(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--num-classes", type=at_least(0), metavar="N")
-    group.add_argument("--img-size", type=at_least(1), metavar="N")
-    group.add_argument("--in-chans", type=at_least(1), metavar="N")
+    group.add_argument("--num-classes", type=at_least(0), metavar="N",
+                       help="classes of the model (default: the architecture's)")
+    group.add_argument("--img-size", type=at_least(1), metavar="N",
+                       help="side of the images, in pixels (default: the architecture's)")
+    group.add_argument("--in-chans", type=at_least(1), metavar="N",
+                       help="channels of the images (default: the architecture's)")
     group.add_argument("--model-kwargs", type=key_value, nargs="*", default=[], metavar="K=V",
-                       help="more arguments of the timm architecture, like depth=6")
+                       help="further arguments of the timm architecture, like depth=6")
 
 
 def _device(parser: Parser) -> None:
-    parser.add_argument("--device", help="cpu, cuda …; default: a GPU where there is one")
+    parser.add_argument("--device", help="cpu, cuda, … (default: a GPU where there is one)")
 
 
 def _data(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--data", metavar="digits|fashion-mnist|FOLDER",
                        help="a dataset, or a folder with train/CLASS/* and val/CLASS/*")
-    group.add_argument("--data-dir", metavar="FOLDER", help="where the dataset's files lie")
+    group.add_argument("--data-dir", metavar="FOLDER", help="where the files of the dataset lie")
     group.add_argument("-j", "--workers", type=at_least(0), default=0, metavar="N",
-                       help="processes that decode pictures")
+                       help="processes that decode pictures (default: %(default)s)")
 
 
 def _batch(default: int) -> Callable[[Parser], None]:
@@ -116,14 +127,16 @@ def _batch(default: int) -> Callable[[Parser], None]:
 
 
 def _seed(parser: Parser) -> None:
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="seed of all random choices (default: %(default)s)")
 
 
 def _output(parser: Parser) -> None:
     parser.add_argument("-o", "--output", metavar="DIR",
-                        help="checkpoint folder to write; must be absent or empty")
+                        help="checkpoint folder to write, absent or empty")
     parser.add_argument("--gauge", action="store_true",
-                        help="a smaller file: r² numbers less for each factorisation of rank r")
+                        help="leave redundant numbers out of the file: r² for each "
+                             "factorisation of rank r")
 
 
 def _report(parser: Parser) -> None:
@@ -135,72 +148,75 @@ def _budget(parser: Parser) -> None:
     group = parser.add_argument_group("budget (one of)")
     _keep_params_or_plan(group)
     group.add_argument("--keep-macs", type=fraction, metavar="FRACTION",
-                       help="part of the multiply-accumulates to keep")
+                       help="share of the model's multiply-accumulates to keep")
     group.add_argument("--max-latency-ms", type=positive, metavar="MS",
-                       help="milliseconds of adacomcat.optimize(compressed), or of the plain model "
-                            "where no CPU kernels are built; measured here, with these threads")
+                       help="latency of the compressed model after adacomcat.optimize, or of the "
+                            "model itself where no CPU kernels are built; measured on this machine "
+                            "with torch's number of threads")
     parser.add_argument("--latency-batch", type=at_least(1), default=1, metavar="N",
-                        help="images that --max-latency-ms is for (default: %(default)s)")
+                        help="images of the batch that --max-latency-ms is measured on "
+                             "(default: %(default)s)")
     parser.add_argument("--rank-multiple", type=at_least(1), default=8, metavar="N",
-                        help="step of the ranks per head; twice that elsewhere "
+                        help="ranks per head are multiples of N, other ranks of 2 N "
                              "(default: %(default)s)")
 
 
 def _keep_params_or_plan(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--keep-params", type=fraction, metavar="FRACTION",
-                       help="part of the whole model's parameters to keep: 0.5 or 50%%")
-    group.add_argument("--plan", metavar="FILE", help="ranks of your own, as JSON")
+                       help="share of the model's parameters to keep: 0.5 or 50%%")
+    group.add_argument("--plan", metavar="FILE", help="a rank plan, as JSON")
 
 
 def _calibration(default: int) -> Callable[[Parser], None]:
     def add(parser: Parser) -> None:
-        group = parser.add_argument_group("calibration (without images: data-free)")
+        group = parser.add_argument_group("calibration (without images, weights alone decide)")
         group.add_argument("--calibration-images", type=at_least(0), default=default, metavar="N",
-                           help="taken at random from the training images "
-                                "(default: %(default)s)")
+                           help="take N random training images (default: %(default)s)")
         group.add_argument("--calibration-dir", metavar="FOLDER",
-                           help="take them from the pictures under this folder instead")
+                           help="take them from the pictures under this folder")
         group.add_argument("--collages", type=at_least(0), default=0, metavar="N",
-                           help="and so many scenes made of them, where pictures are few")
+                           help="add N collages of these images; they help where pictures are "
+                                "few")
     return add
 
 
 def _refine(parser: Parser) -> None:
     parser.add_argument("--refine", type=at_least(1), default=0, metavar="N",
-                        help="try N more plans at the budget; one is kept where it does better on "
-                             "held-out images")
+                        help="try N more plans at the budget, and keep the one with the least "
+                             "loss on held-out images")
 
 
 def _train(parser: Parser) -> None:
-    """Defaults are TrainConfig's or the preset's: a flag that is not given stays None."""
+    """A flag that is not given stays None, and TrainConfig or the preset decides."""
     group = parser.add_argument_group("budget (one of)")
     _keep_params_or_plan(group)
     group.add_argument("--dense", action="store_true", help="train the model as it is")
     _add(parser.add_argument_group("training"), {
         "-b --batch-size": (at_least(1), "N", "images per step over all processes (default: 128)"),
-        "--epochs": (at_least(0), "N", "0 is legal (default: 10)"),
-        "--finetune-epochs": (at_least(0), "N", "more epochs at the ranks found (default: 0)"),
+        "--epochs": (at_least(0), "N", "0 compresses without training (default: 10)"),
+        "--finetune-epochs": (at_least(0), "N", "further epochs, at the ranks found (default: 0)"),
         "--steps": (at_least(1), "N", "end every epoch after N steps (default: after all images)"),
         "--opt": (str, "NAME", "timm's name of an optimiser (default: adamw)"),
-        "--lr": (float, "LR", "default: 0.0005"),
+        "--lr": (float, "LR", "the highest learning rate (default: 0.0005)"),
         "--weight-decay": (float, "W", "default: 0.05"),
-        "--clip-grad": (float, "NORM", "default: 1.0"),
+        "--clip-grad": (float, "NORM", "the largest norm of the gradient (default: 1.0)"),
         "--sched": (str, "NAME", "timm's name of a schedule (default: cosine)"),
-        "--warmup-epochs": (float, "N", "default: 0.0"),
-        "--warmup-lr": (float, "LR", "default: 1e-06"),
-        "--min-lr": (float, "LR", "default: 1e-06"),
-        "--mixup": (float, "ALPHA", "default: 0.0"),
-        "--cutmix": (float, "ALPHA", "default: 0.0"),
+        "--warmup-epochs": (float, "N", "epochs until the highest learning rate (default: 0.0)"),
+        "--warmup-lr": (float, "LR", "learning rate at the start of the warmup (default: 1e-06)"),
+        "--min-lr": (float, "LR", "learning rate at the end (default: 1e-06)"),
+        "--mixup": (float, "ALPHA", "α of mixup (default: 0.0)"),
+        "--cutmix": (float, "ALPHA", "α of CutMix (default: 0.0)"),
         "--smoothing": (float, "S", "label smoothing (default: 0.1)"),
         "--model-ema-decay": (float, "D", "decay of the averaged weights (with --model-ema: "
                                           "0.9998)"),
-        "--checkpoint-steps": (at_least(0), "N", "write the training state also every N steps"),
+        "--checkpoint-steps": (at_least(0), "N", "write the training state every N steps, too "
+                                                 "(default: after each epoch only)"),
         "--state-dir": (str, "DIR", "where the training state goes (default: OUTPUT.state)"),
     })
-    for flag, text in (("--model-ema", "average the weights; the average is what is saved"),
+    for flag, text in (("--model-ema", "average the weights, and save the average"),
                        ("--no-augment", "train on the images as they are"),
                        ("--amp", "bfloat16 autocast"),
-                       ("--resume", "go on from the training state")):
+                       ("--resume", "go on from the training state of an interrupted run")):
         parser.add_argument(flag, action="store_true", help=text)
 
 
@@ -211,55 +227,62 @@ def _search(parser: Parser) -> None:
     group.add_argument("--search", choices=("adaptive", "every", "graded", "off"),
                        help="when to search (default: adaptive)")
     group.add_argument("--mlp", choices=("neurons", "ranks"),
-                       help="what is chosen of MLPs: how many hidden neurons stay, where images "
-                            "calibrate, or ranks (default: neurons)")
+                       help="what is chosen of MLPs: how many hidden neurons stay, which needs "
+                            "calibration images, or ranks (default: neurons)")
     group.add_argument("--kd", choices=("soft", "hard", "none"),
-                       help="distillation from the teacher (default: soft)")
+                       help="distillation of the teacher's outputs (default: soft)")
     group.add_argument("--align", choices=("mse", "manifold", "none"),
-                       help="alignment of block outputs (default: mse)")
-    _teacher(group, "default: the dense model that is given")
+                       help="alignment of block outputs with the teacher's (default: mse)")
+    _teacher(group, "timm architecture, or a checkpoint folder (default: the model itself)")
     _add(group, {
         "--kd-alpha": (float, "A", "weight of distillation (default: 0.5)"),
-        "--kd-temperature": (float, "T", "default: 2.0"),
-        "--align-weight": (float, "W", "default: 1.0"),
-        "--search-steps": (at_least(1), "N", "batches per search (default: 50)"),
-        "--search-fraction": (fraction, "F", "training images held out for it (default: 0.1)"),
-        "--calibration-images": (at_least(0), "N", "0: data-free (default: 256)"),
+        "--kd-temperature": (float, "T", "temperature of soft distillation (default: 2.0)"),
+        "--align-weight": (float, "W", "weight of the alignment (default: 1.0)"),
+        "--search-steps": (at_least(1), "N", "batches of one search (default: 50)"),
+        "--search-fraction": (fraction, "F", "share of the training images that is held out for "
+                                             "the search (default: 0.1)"),
+        "--calibration-images": (at_least(0), "N", "training images that calibrate; with 0, "
+                                                   "weights alone decide (default: 256)"),
     })
 
 
 def _recovery(parser: Parser) -> None:
     group = parser.add_argument_group("recovery")
-    _teacher(group, "the dense model")
+    _teacher(group, "the dense model: timm architecture, or a checkpoint folder")
     group.add_argument("--images", metavar="FOLDER",
-                       help="pictures without labels; --data takes those of a training set")
+                       help="pictures to train on, without labels; --data instead takes the "
+                            "training images of a dataset")
     group.add_argument("--minutes", type=float, default=15.0, metavar="N",
-                       help="of training (default: %(default)s)")
-    group.add_argument("--steps", type=at_least(0), metavar="N", help="so many instead")
+                       help="minutes of training (default: %(default)s)")
+    group.add_argument("--steps", type=at_least(0), metavar="N",
+                       help="end after N steps, and not after minutes")
     group.add_argument("--lr", type=float, default=3e-5, metavar="LR",
-                       help="default: %(default)s")
+                       help="the highest learning rate (default: %(default)s)")
     group.add_argument("--block-weight", type=float, default=0.5, metavar="W",
-                       help="of the blocks' features beside the last ones (default: %(default)s)")
+                       help="weight of the blocks' features beside the final tokens "
+                            "(default: %(default)s)")
     group.add_argument("--model-ema-decay", type=float, metavar="D",
-                       help="average the weights; the average is what is saved")
+                       help="average the weights with this decay, and save the average")
     group.add_argument("--amp", action="store_true", help="bfloat16 autocast")
 
 
 def _teacher(group: argparse._ArgumentGroup, default: str) -> None:
     _add(group, {
         "--teacher": (str, "NAME|DIR", default),
-        "--teacher-checkpoint": (str, "FILE", "its weights (default: timm's pretrained ones)"),
+        "--teacher-checkpoint": (str, "FILE", "the teacher's weights (default: timm's "
+                                              "pretrained ones)"),
     })
 
 
-def _add(group: argparse._ArgumentGroup, flags: dict[str, tuple]) -> None:
+def _add(group: argparse._ArgumentGroup, flags: dict[str, tuple[Any, str, str]]) -> None:
+    """Add flags: names → (type, metavar, help)."""
     for names, (kind, metavar, text) in flags.items():
         group.add_argument(*names.split(), type=kind, metavar=metavar, help=text)
 
 
 def _gate(parser: Parser) -> None:
     parser.add_argument("--min-accuracy", type=float, metavar="PERCENT",
-                        help="exit code 3 where top-1 is below")
+                        help="exit with code 3 where top-1 is below")
 
 
 def _repeats(parser: Parser) -> None:
@@ -268,14 +291,14 @@ def _repeats(parser: Parser) -> None:
 
 
 def _comcat(parser: Parser) -> None:
-    parser.add_argument("--ranks", metavar="FILE", help="the released ranks.txt")
-    parser.add_argument("--checkpoint", metavar="FILE", help="the released checkpoint.pth")
+    parser.add_argument("--ranks", metavar="FILE", help="ComCAT's ranks.txt")
+    parser.add_argument("--checkpoint", metavar="FILE", help="ComCAT's checkpoint.pth")
     group = parser.add_argument_group("model")
     group.add_argument("-m", "--model", metavar="NAME", help="timm architecture")
     _model_size(group)
 
 
-# name → (summary, what adds its flags)
+# command → (summary, functions that add its flags)
 COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
     "doctor": ("Say what is installed and what runs here.", ()),
     "inspect": ("List where ranks are chosen in a model, and what truncation costs there.",
@@ -283,22 +306,24 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
     "compress": ("Compress a model without training.",
                  (_model, _budget, _refine, _data, _calibration(256), _output, _report, _seed,
                   _device)),
-    "train": ("Search ranks, train and distil; or train a dense model.",
+    "train": ("Search ranks, train and distil; or train a model as it is.",
               (_model, _data, _train, _refine, _search, _output, _report, _seed, _device)),
-    "recover": ("Distil the dense model's features into a compressed one, without labels.",
+    "recover": ("Distil the dense model's features into a compressed model, without labels.",
                 (_model, _data, _recovery, _batch(16), _output, _seed, _device)),
     "evaluate": ("Measure accuracy on a dataset's test images.",
                  (_model, _data, _batch(256), _gate, _device)),
     "profile": ("Measure parameters, MACs and latency, dense against compressed.",
                 (_model, _budget, _batch(1), _repeats, _device)),
-    "import-comcat": ("Make a checkpoint folder of ComCAT's released files.",
+    "import-comcat": ("Make a checkpoint folder from ComCAT's released files.",
                       (_comcat, _output)),
 }
 
+# command → destinations of the flags that it needs, from the command line or the YAML file
 REQUIRED = {
     "doctor": (), "inspect": ("model",), "compress": ("model", "output"),
     "train": ("model", "data", "output"), "evaluate": ("model", "data"), "profile": ("model",),
     "recover": ("model", "teacher", "output"),
     "import-comcat": ("ranks", "checkpoint", "model", "output"),
 }
+# Destinations of the budget's flags; at most one of them is given.
 EXCLUSIVE = ("keep_params", "keep_macs", "max_latency_ms", "plan")

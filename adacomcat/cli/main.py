@@ -1,6 +1,7 @@
-"""The command line: flags and YAML in, one exit code out.
+"""The command line: parses flags and the YAML file, runs the command, gives the exit code.
 
-0 done, 1 failed, 2 wrong use or bad input, 3 a gate failed, 130 interrupted.
+Exit codes: 0 done, 1 a bug or a failure of the machine, 2 wrong use or bad input, 3 a gate failed,
+130 interrupted.
 """
 
 import argparse
@@ -22,6 +23,11 @@ FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; errors go to stderr.
+
+    Args:
+        argv: the words after the program's name; None: those of this process.
+    """
     try:
         args = parse(sys.argv[1:] if argv is None else list(argv))
         with _told_on_stderr():
@@ -42,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _told_on_stderr() -> Iterator[None]:
-    """What long work says as it goes, an epoch a line, beside the progress bars."""
+    """Inside, messages of the package's logger go to stderr: one line for each epoch."""
     logger, handler = logging.getLogger("adacomcat"), logging.StreamHandler(sys.stderr)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -53,7 +59,11 @@ def _told_on_stderr() -> Iterator[None]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Flags of the command line over those of ``-c FILE.yaml`` over the defaults."""
+    """The arguments: the command line's flags, else those of ``-c FILE.yaml``, else the defaults.
+
+    Raises:
+        UserError: a flag is unknown, wrong or missing, or two exclude each other.
+    """
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.command is None:
@@ -77,28 +87,36 @@ def _flag(name: str) -> str:
 
 
 def _yaml_flags(args: argparse.Namespace, given: list[str]) -> list[str]:
-    """The file's entries as flags, so that the parser checks both alike."""
+    """The file's entries as words of a command line, so that the parser checks both alike.
+
+    A budget on the command line replaces the one in the file. ``given``: the flags of the command
+    line.
+    """
     known = vars(args).keys() - {"command", "config", "version"}
     entries = {str(key).replace("-", "_"): value for key, value in _read_yaml(args.config).items()}
     unknown = sorted(entries.keys() - known)
     if unknown:
         raise UserError(f"{args.config}: {args.command} has no {', '.join(map(_flag, unknown))}")
     budget_given = any(_flag(name) in given for name in EXCLUSIVE)
-    flags: list[str] = []
+    words: list[str] = []
     for name, value in entries.items():
         if value is None or (budget_given and name in EXCLUSIVE):
             continue
-        if isinstance(getattr(args, name), bool) or isinstance(value, bool):
-            if not (isinstance(getattr(args, name), bool) and isinstance(value, bool)):
-                raise UserError(f"{args.config}: {name}: {value!r} is no value of {_flag(name)}")
-            flags += [_flag(name)] * value
-        elif isinstance(value, dict):
-            flags += [_flag(name), *(f"{key}={item}" for key, item in value.items())]
-        elif isinstance(value, list):
-            flags += [_flag(name), *map(str, value)]
-        else:
-            flags.append(f"{_flag(name)}={value}")
-    return flags
+        if isinstance(getattr(args, name), bool) != isinstance(value, bool):
+            raise UserError(f"{args.config}: {name}: {value!r} is no value of {_flag(name)}")
+        words += _words(_flag(name), value)
+    return words
+
+
+def _words(flag: str, value: object) -> list[str]:
+    """A flag and its value from YAML as words of a command line."""
+    if isinstance(value, bool):
+        return [flag] * value
+    if isinstance(value, dict):
+        return [flag, *(f"{key}={item}" for key, item in value.items())]
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [f"{flag}={value}"]
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -114,6 +132,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _run(args: argparse.Namespace) -> int:
+    """Run the command and show its outcome; the exit code."""
     if args.version:
         import adacomcat
         print(f"adacomcat {adacomcat.__version__}")
@@ -135,19 +154,20 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def first_process() -> bool:
-    """Under torchrun one process speaks for all."""
+    """Whether this process prints and writes: under torchrun only the first does."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
 def _stdout_for_json(wanted: bool) -> Iterator[None]:
-    """Whatever a library prints must not end up in the JSON."""
+    """Inside, what libraries print goes to stderr where ``wanted``: stdout has the JSON alone."""
     with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
         yield
 
 
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
+    """Inside, warnings for users are one line on stderr; those for programmers are left out."""
     def show(message: Warning | str, category: type[Warning], *rest: object) -> None:
         if first_process() and issubclass(category, UserWarning | RuntimeWarning):
             print(f"adacomcat: warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,4 +1,7 @@
-"""A model and images → statistics of what flows into every projection, in one dense pass."""
+"""A model and images → statistics of what flows into every projection, in one dense pass.
+
+``compress`` and ``inspect`` call it. Images are checked and cut into batches here, once.
+"""
 
 import warnings
 from collections.abc import Iterable
@@ -9,7 +12,8 @@ from torch import Tensor, nn
 from adacomcat.errors import UserError
 from adacomcat.factorize.factors import AttentionStatistics, LinearStatistics, factorize_scores
 from adacomcat.factorize.linalg import require_finite
-from adacomcat.layers.attention import LowRankAttention, attention_weights, low_rank_class
+from adacomcat.layers.attention import LowRankAttention, low_rank_class
+from adacomcat.layers.registry import attention_weights
 from adacomcat.sites import Site, find_sites
 from adacomcat.utils.model import evaluating
 from adacomcat.utils.progress import progress
@@ -21,10 +25,11 @@ Statistics = dict[str, LinearStatistics | AttentionStatistics]
 class Moments:
     """Running first and second moments of (..., M, d) rows; batches are summed up in float64."""
 
+    sum: Tensor  # (..., d), from the first ``add`` on
+    products: Tensor  # (..., d, d) sums of outer products
+
     def __init__(self) -> None:
         self.count = 0
-        self.sum: Tensor | None = None
-        self.products: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
         if not self.count:
@@ -44,27 +49,52 @@ class Moments:
         return self.products / self.count - mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
 
-def calibration_batches(calibration: Tensor | Iterable, model: nn.Module) -> list[Tensor]:
-    """Images as small batches: from one tensor (N, C, H, W) or from an iterable of batches."""
-    if isinstance(calibration, Tensor):
-        calibration = [calibration]
+def calibration_batches(images: Tensor | Iterable, model: nn.Module,
+                        name: str = "calibration") -> list[Tensor]:
+    """Images as a user gives them → batches of at most ``BATCH``, on the model's device.
+
+    Public functions that take images call this once; inside the package, images are such batches.
+
+    Args:
+        images: one tensor (N, C, H, W), or an iterable of such tensors or of tuples that start
+            with one, as a DataLoader gives them.
+        model: whose device and dtype the batches get.
+        name: what the user calls these images, for the errors.
+
+    Raises:
+        UserError: there is no image, or something else than finite images.
+    """
+    if isinstance(images, Tensor):
+        images = [images]
+    elif not isinstance(images, Iterable):
+        raise UserError(_not_images(name, images))
     parameter = next(model.parameters())
     batches: list[Tensor] = []
-    for batch in calibration:
-        images = batch[0] if isinstance(batch, list | tuple) else batch
-        if not isinstance(images, Tensor) or images.ndim != 4:
-            raise UserError("calibration must be a tensor (N, C, H, W) or an iterable of such "
-                            f"batches; got {type(images).__name__}")
-        require_finite("calibration", images=images)
-        batches.extend(images.to(parameter.device, parameter.dtype).split(BATCH))
+    for given in images:
+        batch = given[0] if isinstance(given, list | tuple) else given
+        if not isinstance(batch, Tensor) or batch.ndim != 4:
+            raise UserError(_not_images(name, batch))
+        require_finite(name, images=batch)
+        batches.extend(batch.to(parameter.device, parameter.dtype).split(BATCH))
     if not sum(len(batch) for batch in batches):
-        raise UserError("calibration holds no image; give at least one")
+        raise UserError(f"{name} holds no image; give at least one")
     return batches
 
 
+def _not_images(name: str, found: object) -> str:
+    return (f"{name} must be a tensor (N, C, H, W) or an iterable of such batches; got "
+            f"{type(found).__name__}")
+
+
 class LinearCollector:
+    """Moments of the rows that enter a linear layer."""
+
     def __init__(self) -> None:
         self.moments = Moments()
+
+    @property
+    def count(self) -> int:
+        return self.moments.count
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.moments.add(args[0].detach().flatten(0, -2).float())
@@ -80,6 +110,10 @@ class AttentionCollector:
     def __init__(self, attn: nn.Module, tier: str) -> None:
         self.inputs, self.keys, self.values = Moments(), Moments(), Moments()
         self.probe = scores_probe(attn, tier)
+
+    @property
+    def count(self) -> int:
+        return self.inputs.count
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         x, *rest = args
@@ -99,14 +133,18 @@ class AttentionCollector:
 def scores_probe(attn: nn.Module, tier: str) -> LowRankAttention:
     """A module that attends exactly as ``attn`` does, over values of any width."""
     weights = attention_weights(attn)
-    probe = low_rank_class(attn, tier).like(attn, attn.proj.in_features // attn.num_heads, 1)
-    if tier == "A":
-        probe.set_scores_(factorize_scores(weights.wq, weights.bq, weights.wk, attn.scale))
+    probe = low_rank_class(attn, tier).like(attn, weights.wq.shape[1], 1)
+    if probe.folds_scores:
+        probe.set_scores_(factorize_scores(weights.wq, weights.bq, weights.wk, weights.scale))
     return probe.eval()
 
 
-def collectors(model: nn.Module, sites: list[Site]) -> dict[str, LinearCollector]:
-    made: dict[str, LinearCollector | AttentionCollector] = {}
+Collector = LinearCollector | AttentionCollector
+
+
+def collectors(model: nn.Module, sites: list[Site]) -> dict[str, Collector]:
+    """Module name → what collects its inputs, for every module that holds one of ``sites``."""
+    made: dict[str, Collector] = {}
     for site in sites:
         if site.kind == "linear":
             made[site.module] = LinearCollector()
@@ -115,18 +153,34 @@ def collectors(model: nn.Module, sites: list[Site]) -> dict[str, LinearCollector
     return made
 
 
-@torch.no_grad()
-def calibrate(model: nn.Module, calibration: Tensor | Iterable,
-              share: float = 1.0) -> Statistics:
-    """Module name → statistics of its inputs, for every module that holds a site.
+def calibrate(model: nn.Module, calibration: Tensor | Iterable) -> Statistics:
+    """Statistics of what flows into every module that holds a site, in one dense pass.
 
-    ``share``: which part of all images these are; it warns only where all would be too few.
+    Args:
+        model: the dense model; its mode and its weights stay.
+        calibration: images (N, C, H, W) as the model sees them, or an iterable of batches.
+
+    Returns:
+        Module name → ``LinearStatistics`` or ``AttentionStatistics``: means (d,) and centred
+        covariances (d, d) of the tokens, in float64.
+
+    Raises:
+        UserError: ``calibration`` holds no image or something else, or an activation is not
+            finite.
     """
-    sites = find_sites(model)
-    watching = collectors(model, sites)
+    return collect_statistics(model, calibration_batches(calibration, model))
+
+
+@torch.no_grad()
+def collect_statistics(model: nn.Module, batches: list[Tensor], share: float = 1.0) -> Statistics:
+    """``calibrate`` for batches that are checked.
+
+    share: the part that these images are of all that the caller has. The warning of too few images
+    comes only where all of them would be too few.
+    """
+    watching = collectors(model, find_sites(model))
     hooks = [model.get_submodule(name).register_forward_pre_hook(collect, with_kwargs=True)
              for name, collect in watching.items()]
-    batches = calibration_batches(calibration, model)
     try:
         with evaluating(model):
             for batch in progress(batches, "calibrating"):
@@ -134,8 +188,8 @@ def calibrate(model: nn.Module, calibration: Tensor | Iterable,
     finally:
         for hook in hooks:
             hook.remove()
-    statistics = {name: collect.result() for name, collect in watching.items()
-                  if (getattr(collect, "moments", None) or collect.inputs).count}
+    statistics: Statistics = {name: collect.result() for name, collect in watching.items()
+                              if collect.count}
     _check(statistics, share)
     return statistics
 

@@ -1,4 +1,7 @@
-"""A plan and a model → the compressed model."""
+"""Factors of every site, or only what truncation would cost: weights and statistics decomposed.
+
+The allocation reads the error curves, the surgery cuts the factors to a plan's ranks.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 from adacomcat.convert.calibrate import Statistics
 from adacomcat.errors import UserError
 from adacomcat.factorize.factors import (
+    AttentionStatistics,
     LinearFactors,
     LinearStatistics,
     ScoreFactors,
@@ -22,7 +26,7 @@ from adacomcat.factorize.factors import (
 )
 from adacomcat.factorize.linalg import require_finite
 from adacomcat.factorize.neurons import HiddenFactors, factorize_hidden
-from adacomcat.layers.attention import attention_weights
+from adacomcat.layers.registry import attention_weights
 from adacomcat.ops.decompositions import truncation_errors
 from adacomcat.sites import Site, find_sites
 from adacomcat.utils.parallel_map import one_by_one, side_by_side
@@ -35,41 +39,37 @@ SHRINKAGE = 0.1
 
 
 class Decomposition(NamedTuple):
-    """What to make of each kind of site; the three take the same arguments at a site."""
+    """What to make of each kind of site: factors, or spectra alone. Both take the same arguments.
+    """
 
-    linear: Callable
-    scores: Callable
-    values: Callable
+    linear: Callable[..., Any]
+    scores: Callable[..., Any]
+    values: Callable[..., Any]
 
 
 FACTORS = Decomposition(factorize_linear, factorize_scores, factorize_values)
 SPECTRA = Decomposition(linear_spectrum, score_spectrum, value_spectrum)
 
 
-def factorize_site(model: nn.Module, site: Site, statistics: Statistics,
-                   shrinkage: float = SHRINKAGE) -> SiteFactors:
-    """Full-rank nested factors of one site."""
-    return decompose_site(FACTORS, model, site, statistics, shrinkage)
-
-
 def decompose_site(make: Decomposition, model: nn.Module, site: Site, statistics: Statistics,
                    shrinkage: float) -> Any:
-    module = model.get_submodule(site.module)
+    """What ``make`` makes of one site, in float64.
+
+    Raises:
+        UserError: a weight is not finite, or neurons are to be chosen without statistics.
+    """
+    module: Any = model.get_submodule(site.module)
     require_finite(site.module, **{name.replace(".", "_"): p for name, p in
                                    module.named_parameters()})
     if site.kind == "hidden":
-        found = statistics.get(f"{site.module}.fc2")
-        if found is None:
-            raise UserError(f"{site.name}: only activations tell which neurons can go; give "
-                            "calibration images")
-        return factorize_hidden(*_weight_and_bias(module.fc2), found)
+        return _neurons(module.fc2, site, statistics)
     found = statistics.get(site.module)
     if site.kind == "linear":
-        return make.linear(*_weight_and_bias(module), _for_linear(found, site),
-                           shrinkage=shrinkage)
+        weight, bias = _weight_and_bias(module)
+        return make.linear(weight, bias, _for_linear(found, site), shrinkage=shrinkage)
     weights = attention_weights(module)
     if site.kind == "qk":
-        return make.scores(weights.wq, weights.bq, weights.wk, module.scale, found,
+        return make.scores(weights.wq, weights.bq, weights.wk, weights.scale, found,
                            shrinkage=shrinkage)
     if site.kind == "vo":
         return make.values(weights.wv, weights.bv, weights.wo, weights.bo, found,
@@ -79,9 +79,17 @@ def decompose_site(make: Decomposition, model: nn.Module, site: Site, statistics
                        shrinkage=shrinkage)
 
 
+def _neurons(fc2: nn.Linear, site: Site, statistics: Statistics) -> HiddenFactors:
+    found = statistics.get(f"{site.module}.fc2")
+    if not isinstance(found, LinearStatistics):
+        raise UserError(f"{site.name}: only activations tell which neurons can go; give "
+                        "calibration images")
+    return factorize_hidden(*_weight_and_bias(fc2), found)
+
+
 def decompose_sites(make: Decomposition, model: nn.Module, sites: list[Site],
                     statistics: Statistics, shrinkage: float, label: str) -> list[Any]:
-    """``decompose_site`` of each; on a CPU one site on each core."""
+    """``decompose_site`` of every site, on a CPU one site on each core."""
     def decompose(site: Site) -> Any:
         return decompose_site(make, model, site, statistics, shrinkage)
 
@@ -107,8 +115,12 @@ def _weight_and_bias(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
     return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
 
 
-def _for_linear(found: object | None, site: Site) -> LinearStatistics | None:
-    """Without a bias to absorb the mean error, the mean belongs to the metric."""
+def _for_linear(found: LinearStatistics | AttentionStatistics | None,
+                site: Site) -> LinearStatistics | None:
+    """Statistics of what enters one projection.
+
+    Without a bias to absorb the mean error, the mean belongs to the metric.
+    """
     if found is None:
         return None
     if site.bias:
@@ -119,12 +131,26 @@ def _for_linear(found: object | None, site: Site) -> LinearStatistics | None:
 
 def factorize_model(model: nn.Module, statistics: Statistics | None = None,
                     shrinkage: float = SHRINKAGE, sites: list[Site] | None = None) -> Factors:
-    """Site name → full-rank nested factors, for every site."""
+    """Full-rank nested factors of every site: rank r is their first r columns.
+
+    Args:
+        model: the dense model.
+        statistics: what ``calibrate`` gave; without them every input direction counts alike.
+        shrinkage: λ of every covariance C + λ m I, m the mean of C's diagonal.
+        sites: the sites to factorise; every rank of ``model`` where not given.
+
+    Returns:
+        Site name → factors with ``errors``, the squared error of every rank.
+
+    Raises:
+        UserError: a weight is not finite, or neurons are to be chosen without statistics.
+    """
     sites = find_sites(model) if sites is None else sites
     factors = decompose_sites(FACTORS, model, sites, statistics or {}, shrinkage, "factorising")
     return {site.name: made for site, made in zip(sites, factors, strict=True)}
 
 
 def require_finite_model(model: nn.Module) -> None:
+    """A ``UserError`` that names the first parameter with NaN or infinite values."""
     for name, parameter in model.named_parameters():
         require_finite(name.rpartition(".")[0] or name, **{name.rpartition(".")[2]: parameter})

@@ -1,16 +1,22 @@
-"""A plan and a model → the compressed model."""
+"""Surgery: what a plan names becomes its low-rank drop-in, empty or filled with factors.
+
+Compression, the latency table and the timm entry point call it. The record of the model then
+names the plan.
+"""
 
 from collections.abc import Callable
 from itertools import groupby
+from typing import Any, cast
 
 import torch
-from timm.layers import Mlp
 from torch import nn
 
 from adacomcat.convert.factors import Factors
+from adacomcat.convert.record import record_
 from adacomcat.layers.attention import low_rank_class
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.mlp import LowRankMlp, narrow, narrowed
+from adacomcat.layers.registry import mlp_parts
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Site
 
@@ -26,42 +32,47 @@ def install_(model: nn.Module, plan: RankPlan, factors: Factors) -> nn.Module:
     return _swap(model, plan, lambda module, sites: low_rank_module(module, sites, plan, factors))
 
 
-def _swap(model: nn.Module, plan: RankPlan, make: Callable) -> nn.Module:
+def _swap(model: nn.Module, plan: RankPlan,
+          make: Callable[[nn.Module, list[Site]], nn.Module]) -> nn.Module:
     for name, group in groupby(plan.validate(model), key=lambda site: site.module):
         sites = list(group)
         if any(plan[site.name] != DENSE for site in sites):
             model.set_submodule(name, make(model.get_submodule(name), sites))
     join_mlps_(model)
-    model.rank_plan = plan
+    record_(model, plan=plan)
     return model
 
 
 def low_rank_module(module: nn.Module, sites: list[Site], plan: RankPlan,
                     factors: Factors) -> nn.Module:
-    """The drop-in for one dense module, filled. ``sites``: those of this module that shrink."""
+    """The drop-in for one dense module, filled. ``sites``: the sites of this module that shrink."""
+    # The kind of a site says which class its factors and its module have.
+    found = cast(dict[str, Any], factors)
     if sites[0].kind == "hidden":
-        return narrowed(module, *factors[sites[0].name].narrowed(plan[sites[0].name]))
-    replacement = skeleton_module(module, sites, plan)
+        return narrowed(cast(Any, module), *found[sites[0].name].narrowed(plan[sites[0].name]))
+    replacement: Any = skeleton_module(module, sites, plan)
     if isinstance(replacement, LowRankLinear):
-        replacement.set_(factors[sites[0].name])
+        replacement.set_(found[sites[0].name])
         return replacement
     prefix = sites[0].module
     if hasattr(replacement, "wq"):
-        replacement.set_scores_(factors[f"{prefix}.qk"])
+        replacement.set_scores_(found[f"{prefix}.qk"])
     for part in "qk":
         if isinstance(projection := getattr(replacement, part, None), LowRankLinear):
-            projection.set_(factors[f"{prefix}.{part}"])
-    replacement.set_values_(factors[f"{prefix}.vo"])
+            projection.set_(found[f"{prefix}.{part}"])
+    replacement.set_values_(found[f"{prefix}.vo"])
     return replacement
 
 
 def skeleton_module(module: nn.Module, sites: list[Site], plan: RankPlan) -> nn.Module:
     """The drop-in for one dense module, its factors not yet filled."""
     site, prefix = sites[0], sites[0].module
-    if site.kind == "linear":
-        return LowRankLinear.like(module, plan[site.name])
-    if site.kind == "hidden":
-        return narrow(module, plan[site.name])
+    found: Any = module  # the kind of its site says which class it has
+    rank = plan[site.name]
+    if rank != DENSE and site.kind == "linear":
+        return LowRankLinear.like(found, rank)
+    if rank != DENSE and site.kind == "hidden":
+        return narrow(found, rank)
 
     def folded(part: str) -> int:
         rank = plan[f"{prefix}.{part}"]
@@ -78,8 +89,10 @@ def skeleton_module(module: nn.Module, sites: list[Site], plan: RankPlan) -> nn.
 def join_mlps_(model: nn.Module) -> None:
     """An MLP whose two projections are low-rank runs as one op."""
     for name, module in list(model.named_modules()):
-        low_rank = type(module) is Mlp and all(
-            isinstance(part, LowRankLinear) for part in (module.fc1, module.fc2))
-        if low_rank and isinstance(module.norm, nn.Identity):
-            joined = LowRankMlp(module.fc1, module.act, module.fc2, module.drop1.p)
+        parts = mlp_parts(module)
+        if parts is None or not parts.plain:
+            continue
+        fc1, fc2 = parts.fc1, parts.fc2
+        if isinstance(fc1, LowRankLinear) and isinstance(fc2, LowRankLinear):
+            joined = LowRankMlp(fc1, parts.act, fc2, parts.drop)
             model.set_submodule(name, joined.train(module.training))

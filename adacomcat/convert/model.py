@@ -1,37 +1,45 @@
-"""A plan and a model → the compressed model."""
-
-from collections.abc import Iterable
+"""The last step of every compression: at a given plan, factors and weights into the model."""
 
 from torch import Tensor, nn
 
-from adacomcat.convert.calibrate import BATCH, Statistics, calibrate
+from adacomcat.convert.calibrate import BATCH, Statistics, collect_statistics
 from adacomcat.convert.factors import SHRINKAGE, Factors
 from adacomcat.convert.install import install_
+from adacomcat.convert.record import record_
 from adacomcat.convert.sequential import compress_blocks_, sequential_blocks
 from adacomcat.plan import RankPlan
 
 # Images that measure the error curves of a model whose blocks are then fitted to all images.
 ALLOCATION_IMAGES = 64
 
-BLOCKS = "blocks."  # how the names begin of what is fitted in sequence
+BLOCKS = "blocks."  # how the names of all sites that are fitted in sequence begin
 
 
 def model_statistics(model: nn.Module, batches: list[Tensor] | None) -> Statistics:
-    """Statistics of the dense model. Where the blocks will be fitted one after the other, they
-    only serve the allocation, and a part of the images is enough."""
+    """Statistics of the dense model; none without images.
+
+    Where the blocks are fitted in sequence afterwards, these statistics serve the allocation and
+    the sites outside the blocks only, and a part of the images is enough.
+    """
     if batches is None:
         return {}
     few = batches[:ALLOCATION_IMAGES // BATCH] if sequential_blocks(model) else batches
-    return calibrate(model, few, share=len(few) / len(batches))
+    return collect_statistics(model, few, share=len(few) / len(batches))
 
 
 def convert_(model: nn.Module, plan: RankPlan, factors: Factors,
-             calibration: Tensor | Iterable | None = None) -> nn.Module:
-    """In place, at a given plan: block by block where the model allows it, else site by site."""
-    if calibration is None or not sequential_blocks(model):
+             batches: list[Tensor] | None = None) -> nn.Module:
+    """In place: ``model`` compressed to ``plan``.
+
+    With images the blocks are fitted one after the other where the model allows it; the factors
+    then serve the sites outside the blocks. Elsewhere every site takes its factors, cut to its
+    rank.
+    """
+    if batches is None or not sequential_blocks(model):
         return install_(model, plan, factors)
-    compress_blocks_(model, plan, calibration, SHRINKAGE)
-    outside = {name: rank for name, rank in plan.ranks.items() if not name.startswith(BLOCKS)}
-    install_(model, RankPlan(outside), factors)
-    model.rank_plan = plan
+    compress_blocks_(model, plan, batches, SHRINKAGE)
+    outside = RankPlan({name: rank for name, rank in plan.ranks.items()
+                        if not name.startswith(BLOCKS)})
+    install_(model, outside, factors)
+    record_(model, plan=plan)
     return model

@@ -1,4 +1,7 @@
-"""Augmentation of a whole batch of images as a few tensor operations."""
+"""Augmentation of a batch of images that lies in memory, in a few tensor operations.
+
+``Batches`` draws the parameters for the global batch and applies its own rows of them.
+"""
 
 from dataclasses import dataclass, fields
 
@@ -11,17 +14,26 @@ ERASE_PROBABILITY = 0.25
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Parameters of a batch: flip (n,), shift (n, 2), erase (n, 4) = top, left, bottom, right."""
+    """One row of parameters for each of n images.
+
+    Args:
+        flip: (n,), whether to mirror the image.
+        shift: (n, 2), pixels down and to the right.
+        erase: (n, 4), the box to erase: top, left, bottom, right; the last two are outside of it.
+    """
 
     flip: Tensor
     shift: Tensor
     erase: Tensor
 
     @classmethod
-    def draw(
-        cls, count: int, size: tuple[int, int], flips: bool, generator: torch.Generator
-    ) -> "Augmentation":
-        """Shifts reach 1/28 of a side, erased boxes a third; larger ones slow short runs down."""
+    def draw(cls, count: int, size: tuple[int, int], flips: bool,
+             generator: torch.Generator) -> "Augmentation":
+        """Random parameters for ``count`` images of ``size`` (H, W).
+
+        A shift is at most 1/28 of the side and an erased box at most a third of it: with more, a
+        run of few epochs learns more slowly.
+        """
         sides = torch.tensor(size)
         reach = sides // 28
         coin, erased = torch.rand(2, count, generator=generator)
@@ -29,17 +41,15 @@ class Augmentation:
         lengths = (torch.rand(count, 2, generator=generator) * (sides // 3)).long() + 1
         corner = (torch.rand(count, 2, generator=generator) * (sides - lengths + 1)).long()
         lengths = lengths * (erased < ERASE_PROBABILITY).long()[:, None]
-        return cls(
-            flip=(coin < 0.5) & flips,
-            shift=shift.long() - reach,
-            erase=torch.cat([corner, corner + lengths], dim=1),
-        )
+        return cls(flip=(coin < 0.5) & flips, shift=shift.long() - reach,
+                   erase=torch.cat([corner, corner + lengths], dim=1))
 
     def shard(self, rows: slice) -> "Augmentation":
+        """The parameters of these images alone."""
         return Augmentation(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     def apply(self, images: Tensor) -> Tensor:
-        """Shifts (black flows in), flips, then erases to black; images: (n, C, H, W)."""
+        """Images (n, C, H, W) shifted, mirrored, then erased; what has no pixel becomes 0."""
         count, channels, height, width = images.shape
         reach = int(self.shift.abs().amax()) if count else 0
         padded = F.pad(images, (reach,) * 4)

@@ -1,8 +1,8 @@
-"""More images out of few: scenes of blobs whose colours and textures come from other images.
+"""Collages: scenes of overlapping random blobs, filled with parts of given images.
 
-Calibration overfits to the pictures that it sees. Scenes of overlapping random shapes, as in the
-dead-leaves model of natural images (Lee, Mumford and Huang, 2001; as training images: Baradad et
-al., arXiv 2106.05963), put known textures beside each other in ways that no picture had.
+Calibration overfits to few pictures. A collage puts their textures beside each other in ways that
+no picture had. The scenes follow the dead-leaves model of natural images (Lee, Mumford and Huang,
+2001), which Baradad et al. (arXiv 2106.05963) use for training images.
 """
 
 import math
@@ -14,17 +14,26 @@ from torchvision.transforms import v2
 
 from adacomcat.utils.progress import progress
 
-BLOBS = (1, 1, 2, 3, 6, 12)  # of a scene
-BLOB_SIDE = (0.25, 0.8)  # of the image's
-CORNERS = (3, 9)
-RADIUS = (0.35, 1.0)  # of a corner, of half the blob's side
-RECOLOURED = 0.5  # of all textures
-SOFTNESS = 0.02  # of an outline, of the image's side
+BLOBS = (1, 1, 2, 3, 6, 12)  # blobs of a scene: one of these numbers, at random
+BLOB_SIDE = (0.25, 0.8)  # a blob's side ÷ the image's side
+CORNERS = (3, 9)  # corners of a blob
+RADIUS = (0.35, 1.0)  # a corner's distance from the blob's centre ÷ half the blob's side
+RECOLOURED = 0.5  # probability that a texture changes its colours
+SOFTNESS = 0.02  # width of a blob's soft edge ÷ the image's side
+BACKGROUND_SCALE = (0.05, 0.6)  # area of the crop that fills a scene ÷ area of its image
+TEXTURE_SCALE = (0.02, 0.5)  # area of the crop that fills a blob ÷ area of its image
 
 
 def with_collages(images: Tensor, count: int, seed: int = 0) -> Tensor:
-    """The images and ``count`` collages of them, (N + count, C, H, W), shuffled, since compression
-    takes the first ones for some of its measurements."""
+    """The images and ``count`` collages of them, in random order: (N + count, C, H, W).
+
+    The order is random because compression takes the first images for some of its measurements.
+
+    Args:
+        images: (N, C, H, W).
+        count: the number of collages; 0 returns ``images`` itself.
+        seed: decides the collages and the order.
+    """
     if not count:
         return images
     mixed = torch.cat([images, collages(images, count, seed)])
@@ -32,10 +41,16 @@ def with_collages(images: Tensor, count: int, seed: int = 0) -> Tensor:
 
 
 def collages(images: Tensor, count: int, seed: int = 0) -> Tensor:
-    """``count`` scenes made of images (N, C, H, W), in their value range: (count, C, H, W)."""
+    """Scenes made of parts of the images, in the images' range of values: (count, C, H, W).
+
+    Args:
+        images: (N, C, H, W).
+        count: the number of scenes.
+        seed: decides all that is random; torch's generator keeps its state.
+    """
     if not count:
         return images[:0]
-    # Colours are jittered between 0 and 1.
+    # Scenes are made between 0 and 1, where colours can be jittered.
     low, high = (value.item() for value in images.aminmax())
     span = max(high - low, 1e-6)
 
@@ -44,16 +59,18 @@ def collages(images: Tensor, count: int, seed: int = 0) -> Tensor:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        scenes = [_scene(images.shape[-2:], texture) for _ in progress(range(count), "collages")]
+        height, width = images.shape[-2:]
+        scenes = [_scene((height, width), texture) for _ in progress(range(count), "collages")]
     return torch.stack(scenes) * span + low
 
 
 def _scene(size: tuple[int, int], cut: Callable[..., Tensor]) -> Tensor:
+    """(C, *size); ``cut(size, scale)`` gives a texture (C, *size)."""
     height, width = size
-    scene = cut((height, width), (0.05, 0.6))
+    scene = cut((height, width), BACKGROUND_SCALE)
     for _ in range(BLOBS[_integer(0, len(BLOBS) - 1)]):
         side = round(min(height, width) * _uniform(*BLOB_SIDE))
-        texture = cut((side, side), (0.02, 0.5))
+        texture = cut((side, side), TEXTURE_SCALE)
         mask = _blob(side, max(1.0, SOFTNESS * min(height, width)))
         _paste_(scene, texture, mask, *(_integer(-side // 3, extent - 2 * side // 3)
                                         for extent in (height, width)))
@@ -61,7 +78,7 @@ def _scene(size: tuple[int, int], cut: Callable[..., Tensor]) -> Tensor:
 
 
 def _paste_(scene: Tensor, texture: Tensor, mask: Tensor, top: int, left: int) -> None:
-    """The corner may lie outside: what sticks out is cut off."""
+    """Blend a square texture into the scene; the part of it outside the scene is left out."""
     side = len(mask)
     rows, columns = (slice(max(first, 0), min(first + side, extent))
                      for first, extent in zip((top, left), scene.shape[-2:], strict=True))
@@ -73,7 +90,7 @@ def _paste_(scene: Tensor, texture: Tensor, mask: Tensor, top: int, left: int) -
 
 def _texture(images: Tensor, low: float, span: float, size: tuple[int, int],
              scale: tuple[float, float]) -> Tensor:
-    """A random part of a random image, (C, *size) between 0 and 1, at times in other colours."""
+    """A random part of a random image, (C, *size) from 0 to 1, at times in other colours."""
     image = (images[_integer(0, len(images) - 1)] - low) / span
     part = v2.RandomResizedCrop(size, scale=scale, antialias=True)(image)
     if _uniform(0, 1) < RECOLOURED and len(image) in (1, 3):
@@ -83,7 +100,7 @@ def _texture(images: Tensor, low: float, span: float, size: tuple[int, int],
 
 
 def _blob(side: int, softness: float) -> Tensor:
-    """(side, side): 1 inside a star of random corners, 0 outside, a soft edge between."""
+    """The mask of a star with random corners, (side, side): 1 inside, 0 outside, soft between."""
     corners = _integer(*CORNERS)
     radii = torch.empty(corners).uniform_(*RADIUS)
     radii = torch.cat([radii, radii[:1]])
@@ -100,5 +117,5 @@ def _uniform(low: float, high: float) -> float:
 
 
 def _integer(low: int, high: int) -> int:
-    """From low to high, both included."""
+    """A random whole number from low to high, both included."""
     return int(torch.randint(low, high + 1, ()))

@@ -1,7 +1,7 @@
-"""Picture files as a model sees them: plain, or augmented from a seed."""
+"""Picture files as a model sees them: as they are, or augmented from a seed."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from adacomcat.errors import UserError
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What the model wants to see: (C, H, W), and (pixel - mean) / std per channel."""
+    """What a model wants to see: the size (C, H, W), and (pixel - mean) / std per channel."""
 
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -28,7 +28,7 @@ class ImageFormat:
 
     @classmethod
     def from_config(cls, model_cfg: dict[str, Any]) -> "ImageFormat":
-        """Reads timm's data configuration; statistics of RGB are averaged for one channel."""
+        """From timm's data configuration; one channel gets the mean of RGB's statistics."""
         channels = model_cfg["input_size"][0]
         return cls(
             input_size=tuple(model_cfg["input_size"]),
@@ -40,16 +40,12 @@ class ImageFormat:
 
     def transform(self, is_training: bool) -> Any:
         """timm's transform from a PIL image to a normalised tensor (C, H, W)."""
-        return create_transform(
-            self.input_size,
-            is_training=is_training,
-            interpolation=self.interpolation,
-            mean=self.mean,
-            std=self.std,
-            crop_pct=self.crop_pct,
-        )
+        return create_transform(self.input_size, is_training=is_training,
+                                interpolation=self.interpolation, mean=self.mean, std=self.std,
+                                crop_pct=self.crop_pct)
 
     def pil_mode(self) -> str:
+        """PIL's name for this number of channels."""
         return "L" if self.input_size[0] == 1 else "RGB"
 
 
@@ -60,20 +56,33 @@ def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
 
 
 class FolderImages(Dataset):
-    """Picture files (path, label); an index (i, seed) asks for the augmented picture."""
+    """Picture files; an item is (normalised image (C, H, W), label).
+
+    An index is a whole number i, for the picture as it is, or (i, seed), for the picture augmented
+    with that seed.
+
+    Args:
+        samples: (path, label) of every file.
+        indices: which of the samples belong to this dataset, in its order.
+        image_format: the size and the normalisation that the model wants.
+    """
 
     def __init__(self, samples: list[tuple[str | Path, int]], indices: Tensor,
                  image_format: ImageFormat) -> None:
         self.samples, self.indices, self.image_format = samples, indices, image_format
         self.transforms = {flag: image_format.transform(flag) for flag in (False, True)}
 
+    @classmethod
+    def of(cls, samples: list[tuple[str | Path, int]], image_format: ImageFormat) -> "FolderImages":
+        """All of the samples, in their order."""
+        return cls(samples, torch.arange(len(samples)), image_format)
+
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int | tuple[int, int | None]) -> tuple[Tensor, int]:
         index, seed = index if isinstance(index, tuple) else (index, None)
-        position = int(self.indices[index])
-        path, label = self.samples[position]
+        path, label = self.samples[int(self.indices[index])]
         picture = open_picture(path, self.image_format)
         if seed is None:
             return self.transforms[False](picture), label
@@ -83,8 +92,8 @@ class FolderImages(Dataset):
         return FolderImages(self.samples, self.indices[indices], self.image_format)
 
 
-def _seeded(seed: int, function: Any) -> Any:
-    """Runs with every generator that transforms draw from seeded, and puts them back."""
+def _seeded(seed: int, function: Callable[[], Tensor]) -> Tensor:
+    """``function()`` with all generators seeded that transforms draw from; their states return."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -97,6 +106,11 @@ def _seeded(seed: int, function: Any) -> Any:
 
 
 def open_picture(path: str | Path, image_format: ImageFormat) -> Image.Image:
+    """The picture in the channels of ``image_format``.
+
+    Raises:
+        UserError: the file is no picture that PIL can read.
+    """
     try:
         with Image.open(path) as picture:
             return picture.convert(image_format.pil_mode())
@@ -105,16 +119,31 @@ def open_picture(path: str | Path, image_format: ImageFormat) -> Image.Image:
 
 
 def pictures_under(folder: str | Path, model_cfg: dict[str, Any]) -> FolderImages:
-    """Every picture under a folder, in the order of their names; labels are 0."""
+    """Every picture under a folder, in the order of the paths; all labels are 0.
+
+    Args:
+        folder: it and the folders in it are searched.
+        model_cfg: what ``model_data_config`` gives.
+
+    Raises:
+        UserError: there is no picture.
+    """
     root = Path(folder).expanduser()
     extensions = get_img_extensions(as_set=True)
     files = sorted(path for path in root.rglob("*") if path.suffix.lower() in extensions)
     if not files:
         raise UserError(f"no pictures in the folder {root}; give one that holds some")
-    return FolderImages([(file, 0) for file in files], torch.arange(len(files)),
-                        ImageFormat.from_config(model_cfg))
+    return FolderImages.of([(file, 0) for file in files], ImageFormat.from_config(model_cfg))
 
 
 def image_tensor_files(folder: str | Path, model_cfg: dict[str, Any]) -> Tensor:
-    """All of them at once: NCHW."""
+    """Every picture under a folder as one tensor (N, C, H, W), in the order of the paths.
+
+    Args:
+        folder: it and the folders in it are searched.
+        model_cfg: what ``model_data_config`` gives.
+
+    Raises:
+        UserError: there is no picture, or a file cannot be read.
+    """
     return torch.stack([picture for picture, _ in pictures_under(folder, model_cfg)])

@@ -1,6 +1,7 @@
-"""Everything that decides a training run, beside the model and the data."""
+"""The settings of a training run: all that decides it beside the model and the data."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from adacomcat.distill.losses import ALIGN, KD
 from adacomcat.errors import UserError
@@ -9,9 +10,10 @@ from adacomcat.search.search import SearchConfig
 
 MLP = ("neurons", "ranks")
 
-# What ComCAT's published code does where it differs: plain SVD without attention biases, uniform
-# start, a search every epoch with τ annealed per search, hard distillation, no aligned blocks.
-PRESETS = {
+# The preset 'comcat' holds what ComCAT's published code does differently: plain SVD without the
+# attentions' biases, uniform ranks at the start, a search in every epoch with τ annealed over the
+# search, hard distillation, no aligned blocks.
+PRESETS: dict[str, dict[str, Any]] = {
     "adacomcat": {},
     "comcat": {"search": "every", "kd": "hard", "align": "none", "calibration_images": 0,
                "drop_attention_biases": True, "start_from_allocation": False, "tau_per": "search",
@@ -21,16 +23,65 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Epochs count from 1. ``keep_params`` None trains the model as it is, without a search.
+    """All settings of ``train.run``; ``checked`` and ``with_`` refuse those that cannot be.
 
-    Stage one searches and trains for ``epochs``, stage two trains ``finetune_epochs`` at the ranks
-    found; one learning-rate schedule spans both.
+    Epochs count from 1. The first ``epochs`` search ranks and train; ``finetune_epochs`` more train
+    at the ranks found. One schedule of the learning rate spans both.
+
+    Args:
+        epochs: epochs with searches; 0 compresses without training.
+        finetune_epochs: epochs after them, without a search.
+        steps: end every epoch after this many steps; None: after all images.
+        batch_size: images of a step, over all processes.
+        opt: timm's name of an optimiser.
+        lr: the highest learning rate.
+        weight_decay: the optimiser's.
+        sched: timm's name of a schedule.
+        warmup_epochs: epochs in which the learning rate rises from ``warmup_lr`` to ``lr``.
+        warmup_lr: the first learning rate of the warmup.
+        min_lr: the last learning rate.
+        clip_grad: the largest norm of the gradient; None: any.
+        mixup: α of mixup; 0: none.
+        cutmix: α of CutMix; 0: none.
+        smoothing: label smoothing.
+        augment: train on augmented images.
+        ema_decay: decay of the averaged weights, which are then kept; None: no average.
+        kd: 'soft' or 'hard' distillation of the teacher's outputs, or 'none'.
+        kd_alpha: weight of distillation; that of the labels is 1 - kd_alpha.
+        kd_temperature: T of soft distillation.
+        align: 'mse' or 'manifold' alignment of block outputs with the teacher's, or 'none'.
+        align_weight: weight of the alignment in the first epoch.
+        align_blocks: indices of the blocks that are aligned; None: the first two and last two.
+        keep_params: share of the model's parameters to keep, in (0, 1]; None trains the model as
+            it is, without a search.
+        mlp: what is chosen of MLPs: 'neurons' (how many hidden neurons stay), or 'ranks'.
+        search: when ranks are searched: 'adaptive', 'every' epoch, 'graded', or 'off'.
+        search_steps: batches of one search.
+        search_fraction: share of the training images that is held out for the search.
+        alpha_lr: learning rate of the architecture parameters.
+        beta: exponent of the search's penalty for parameters beyond the budget.
+        tau_start: temperature at which annealing starts.
+        tau_end: temperature at which it ends.
+        tau_per: what the temperature is annealed over: the epochs ('epoch'), or each search.
+        confirm_plans: adopt a searched plan only where held-out images like it better.
+        start_from_allocation: start at the plan of the allocation instead of uniform ranks.
+        refine: plans to try before the first epoch, each judged by its loss on held-out images.
+        calibration_images: training images that calibrate; 0: none.
+        drop_attention_biases: train without the biases of the attentions.
+        seed: decides all that is random.
+        threads: torch's number of threads; None leaves it as it is.
+        workers: processes that decode pictures.
+        device: torch's name of a device; None: a GPU where there is one.
+        amp: bfloat16 autocast.
+        state_dir: folder of the training state; None keeps none.
+        checkpoint_steps: write the state also every so many steps of an epoch; 0: at its end only.
+        resume: go on from the state in ``state_dir``.
     """
 
     epochs: int = 10
     finetune_epochs: int = 0
-    steps: int | None = None  # every epoch ends after so many; None: after all images
-    batch_size: int = 128  # over all processes
+    steps: int | None = None
+    batch_size: int = 128
     opt: str = "adamw"
     lr: float = 5e-4
     weight_decay: float = 0.05
@@ -51,10 +102,10 @@ class TrainConfig:
     align_weight: float = 1.0
     align_blocks: tuple[int, ...] | None = None
     keep_params: float | None = None
-    mlp: str = "neurons"  # what search and allocation choose of MLPs: 'neurons', or 'ranks'
+    mlp: str = "neurons"
     search: str = "adaptive"
-    search_steps: int = 50  # per search
-    search_fraction: float = 0.1  # of the training images, held out for the search
+    search_steps: int = 50
+    search_fraction: float = 0.1
     alpha_lr: float = 1e-2
     beta: float = 1.5
     tau_start: float = 5.0
@@ -62,20 +113,25 @@ class TrainConfig:
     tau_per: str = "epoch"
     confirm_plans: bool = True
     start_from_allocation: bool = True
-    refine: int = 0  # plans tried before the first epoch, judged by held-out images
+    refine: int = 0
     calibration_images: int = 256
     drop_attention_biases: bool = False
     seed: int = 0
     threads: int | None = None
     workers: int = 0
     device: str | None = None
-    amp: bool = False  # bfloat16 autocast
-    state_dir: str | None = None  # where the training state goes; None keeps none
-    checkpoint_steps: int = 0  # also every so many steps, beside every epoch
+    amp: bool = False
+    state_dir: str | None = None
+    checkpoint_steps: int = 0
     resume: bool = False
 
     @classmethod
-    def preset(cls, name: str, **changes: object) -> "TrainConfig":
+    def preset(cls, name: str, **changes: Any) -> "TrainConfig":
+        """The settings of 'adacomcat' or 'comcat', with changes by keyword.
+
+        Raises:
+            UserError: the preset or a setting is unknown, or a value cannot be.
+        """
         if name not in PRESETS:
             raise UserError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
         known = {field.name for field in fields(cls)}
@@ -89,9 +145,15 @@ class TrainConfig:
 
     @property
     def has_teacher(self) -> bool:
+        """Whether a teacher takes part in the loss."""
         return self.kd != "none" or self.align != "none"
 
+    @property
+    def mixes_images(self) -> bool:
+        return bool(self.mixup or self.cutmix)
+
     def checked(self) -> "TrainConfig":
+        """These settings, or a ``UserError`` that names the one that cannot be."""
         if self.keep_params is not None and not 0 < self.keep_params <= 1:
             raise UserError(f"keep must be a fraction in (0, 1], like 0.5; got {self.keep_params}")
         for name, value, known in (("kd", self.kd, KD), ("align", self.align, ALIGN),
@@ -109,16 +171,18 @@ class TrainConfig:
                 raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
         return self
 
-    def with_(self, **changes: object) -> "TrainConfig":
+    def with_(self, **changes: Any) -> "TrainConfig":
+        """A checked copy with other values."""
         return replace(self, **changes).checked()
 
     def search_config(self) -> SearchConfig:
+        """The settings that concern the search."""
         return SearchConfig(self.search, self.search_steps, self.alpha_lr, self.beta,
                             self.tau_start, self.tau_end, self.tau_per,
                             self.confirm_plans)
 
     def identity(self) -> dict[str, object]:
-        """What must agree between a run and its resumption."""
+        """The settings that must agree between a run and its resumption, as plain values."""
         apart = ("state_dir", "resume", "checkpoint_steps", "threads", "workers", "device")
         return {field.name: list(value) if isinstance(value, tuple) else value
                 for field in fields(self) if field.name not in apart

@@ -1,4 +1,4 @@
-"""What the student is asked: labels, the teacher's outputs, the teacher's blocks."""
+"""Losses of a student against its teacher: of the outputs, and of the blocks' features."""
 
 import math
 import warnings
@@ -13,11 +13,24 @@ from adacomcat.errors import UserError
 
 KD = ("soft", "hard", "none")
 ALIGN = ("mse", "manifold", "none")
-RANDOM_TOKENS = 192  # of a batch, for the third Gram matrix of the manifold loss
+RANDOM_TOKENS = 192  # tokens of a batch that the manifold loss compares with each other
 
 
 def distillation_loss(kind: str, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """soft: T² KL(teacher/T ‖ student/T); hard: CE against the teacher's argmax. (B, classes)"""
+    """'soft': T² KL(teacher/T ‖ student/T); 'hard': CE against the teacher's argmax.
+
+    Soft distillation is Hinton, Vinyals and Dean's (arXiv 1503.02531), hard DeiT's (Touvron et al.,
+    arXiv 2012.12877). A scalar, in nats.
+
+    Args:
+        kind: 'soft' or 'hard'.
+        student: logits (B, classes).
+        teacher: logits (B, classes).
+        temperature: T.
+
+    Raises:
+        UserError: the kind is unknown.
+    """
     if kind == "hard":
         return F.cross_entropy(student, teacher.argmax(-1))
     if kind == "soft":
@@ -29,14 +42,14 @@ def distillation_loss(kind: str, student: Tensor, teacher: Tensor, temperature: 
 
 
 def mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """|student - teacher|² / |teacher|²."""
+    """|student - teacher|² / |teacher|², over all elements of two tensors of one shape."""
     return (student - teacher).square().mean() / teacher.square().mean().clamp_min(1e-12)
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """|student - teacher|² / |teacher - mean|², the mean over all but the last dimension; float32.
+    """|student - teacher|² / |teacher - mean teacher|², in float32.
 
-    1 is no better than that mean.
+    The mean is over all dimensions but the last. A student that always gives that mean has error 1.
     """
     student, teacher = student.float().flatten(0, -2), teacher.float().flatten(0, -2)
     spread = (teacher - teacher.mean(0)).square().sum().clamp_min(1e-30)
@@ -44,10 +57,15 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def manifold_loss(student: Tensor, teacher: Tensor, chosen: Tensor) -> Tensor:
-    """Σ |M(student) - M(teacher)|² over three Gram matrices of normalised tokens (B, N, d).
+    """Mean square difference between student and teacher, summed over three Gram matrices.
 
-    Tokens of one image (B, N, N), tokens of one place in all images (N, B, B), and ``chosen``
-    tokens of the whole batch.
+    The matrices are of normalised tokens: those of one image (B, N, N), those at one place in all
+    images (N, B, B), and the ``chosen`` ones. The loss is that of Hao et al. (arXiv 2107.01378).
+
+    Args:
+        student: features (B, N, d).
+        teacher: features (B, N, d).
+        chosen: indices into the B · N tokens of the batch.
     """
     student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
     total = student.new_zeros(())
@@ -67,11 +85,12 @@ def alignment_decay(epoch: int, epochs: int) -> float:
 
 
 class BlockFeatures:
-    """Keeps the outputs of chosen ``model.blocks`` of the latest forward pass."""
+    """The outputs of some of ``model.blocks`` in the latest forward pass, kept by hooks."""
 
     def __init__(self, model: nn.Module, indices: Sequence[int]) -> None:
         self.outputs: dict[int, Tensor] = {}
-        self._handles = [model.blocks[index].register_forward_hook(self._keep(index))
+        blocks: Any = model.blocks if indices else ()
+        self._handles = [blocks[index].register_forward_hook(self._keep(index))
                          for index in indices]
 
     def _keep(self, index: int) -> Any:
@@ -80,18 +99,23 @@ class BlockFeatures:
         return hook
 
     def take(self) -> list[Tensor]:
-        """The outputs, (B, N, d) each, which are then forgotten."""
+        """The outputs, (B, N, d) each; they are forgotten afterwards."""
         kept = [output.flatten(1, -2) for _, output in sorted(self.outputs.items())]
         self.outputs = {}
         return kept
 
     def remove(self) -> None:
+        """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
 
 
 def aligned_blocks(model: nn.Module, chosen: Sequence[int] | None) -> list[int]:
-    """Block indices: the chosen ones, by default the first two and the last two."""
+    """Ascending indices of the blocks to align: the chosen ones, else the first and last two.
+
+    Raises:
+        UserError: there is no such block.
+    """
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, nn.Sequential | nn.ModuleList):
         warnings.warn(f"{type(model).__name__} has no .blocks: no features are aligned",
@@ -107,7 +131,10 @@ def aligned_blocks(model: nn.Module, chosen: Sequence[int] | None) -> list[int]:
 
 
 class FeatureAlignment:
-    """Mean loss over the chosen blocks of student and teacher, after both have run."""
+    """The mean loss over blocks, on the outputs that hooks on student and teacher keep.
+
+    ``bool`` is False where no block is aligned.
+    """
 
     def __init__(self, kind: str, student: nn.Module, teacher: nn.Module,
                  chosen: Sequence[int] | None) -> None:
@@ -122,6 +149,7 @@ class FeatureAlignment:
         return bool(self.features)
 
     def loss(self, generator: torch.Generator) -> Tensor:
+        """A scalar, of the latest forward pass of both; ``generator`` chooses tokens."""
         pairs = list(zip(*(features.take() for features in self.features), strict=True))
         losses = [self._pair_loss(student.float(), teacher.float(), generator)
                   for student, teacher in pairs]
@@ -135,5 +163,6 @@ class FeatureAlignment:
         return manifold_loss(student, teacher, chosen)
 
     def remove(self) -> None:
+        """Take the hooks away."""
         for features in self.features:
             features.remove()

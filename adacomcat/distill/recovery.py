@@ -1,7 +1,9 @@
 """Recovery: a compressed model learns the dense model's features, on images without labels.
 
-loss = ρ(tokens) + |s - t|² / |t|² (the head's outputs) + w · mean over blocks of ρ(its stream),
-ρ(s, t) = |s - t|² / |t - mean t|² of student s and teacher t, so 1 is no better than the mean.
+    loss = ρ(final tokens) + |s - t|² / |t|² of the head's outputs + w · mean over blocks of ρ
+    ρ(s, t) = |s - t|² / |t - mean t|²
+
+s is the student's tensor, t the teacher's. ρ is 1 for a student that always gives the mean.
 """
 
 import copy
@@ -9,6 +11,7 @@ import itertools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -22,45 +25,72 @@ from adacomcat.errors import UserError
 from adacomcat.utils.model import tokens_and_outputs
 from adacomcat.utils.progress import progress
 
-SCHEDULE = 10_000  # the learning rate follows the part done, in this many steps
+SCHEDULE = 10_000  # steps of the learning rate's schedule, over the whole recovery
 
 
 @dataclass(frozen=True)
 class RecoveryConfig:
-    """Ends after ``minutes`` of training, or after ``steps`` where they are given."""
+    """Settings of ``recover``, which ends after ``minutes``, or after ``steps`` where given.
+
+    Args:
+        minutes: of training.
+        steps: a number of steps instead of minutes.
+        opt: timm's name of an optimiser.
+        lr: the highest learning rate; it falls to a hundredth of it along a cosine.
+        weight_decay: the optimiser's.
+        warmup: share of the recovery in which the learning rate rises from lr / 100 to lr.
+        block_weight: weight of the blocks' features beside the final tokens.
+        clip_grad: the largest norm of the gradient.
+        ema_decay: decay of the averaged weights, which are then kept; None: no average.
+        amp: bfloat16 autocast.
+        seed: for the images, where the caller draws them.
+    """
 
     minutes: float = 15.0
     steps: int | None = None
     opt: str = "adamw"
     lr: float = 3e-5
     weight_decay: float = 0.0
-    warmup: float = 0.02  # part of the whole
+    warmup: float = 0.02
     block_weight: float = 0.5
     clip_grad: float = 1.0
     ema_decay: float | None = None
-    amp: bool = False  # bfloat16 autocast
+    amp: bool = False
     seed: int = 0
 
     def checked(self) -> "RecoveryConfig":
+        """These settings, or a ``UserError`` that names the one that cannot be."""
         if self.steps is None and not self.minutes > 0:
             raise UserError(f"recovery needs some minutes; got {self.minutes}")
         if self.steps is not None and self.steps < 0:
             raise UserError(f"steps must not be negative; got {self.steps}")
         return self
 
-    def with_(self, **changes: object) -> "RecoveryConfig":
+    def with_(self, **changes: Any) -> "RecoveryConfig":
+        """A checked copy with other values."""
         return replace(self, **changes).checked()
 
 
 def recover(student: nn.Module, teacher: nn.Module, batches: Iterable,
             config: RecoveryConfig | None = None) -> nn.Module:
-    """A copy of ``student`` whose matrices are trained; its shapes, and so its plan, stay.
+    """A copy of ``student`` whose matrices learned the teacher's features; its plan stays.
 
-    Norms, layer scales, biases and embeddings are the teacher's and stay: moved as fast as matrices
-    they cost more than is won (examples/dinov2).
+    Only parameters of two dimensions are trained. Norms, layer scales, biases and embeddings stay:
+    with them the features' error was higher, at each learning rate that was tried
+    (examples/dinov2/RESULTS.md).
 
-    batches: images (N, C, H, W) as the models see them, or tuples that start with them; begun anew
-    when they end.
+    Args:
+        student: the compressed model.
+        teacher: the dense model, on the same device.
+        batches: images (N, C, H, W) as the models see them, or tuples that start with them; an
+            iterable that can be gone through again, since it is begun anew when it ends.
+        config: the settings; None: all defaults.
+
+    Returns:
+        A model in eval mode whose parameters all require gradients.
+
+    Raises:
+        UserError: there are no images, a setting cannot be, or the gradient is not finite.
     """
     config = (config or RecoveryConfig()).checked()
     student = copy.deepcopy(student).train()
@@ -84,6 +114,8 @@ def _endless(batches: Iterable) -> Iterator[Tensor]:
 
 
 class _Recovery:
+    """One run: trains those parameters of ``student``, in place, that require gradients."""
+
     def __init__(self, student: nn.Module, teacher: nn.Module, config: RecoveryConfig) -> None:
         self.student, self.teacher, self.config = student, teacher, config
         indices = aligned_blocks(student, range(len(getattr(student, "blocks", ()))))
@@ -100,23 +132,23 @@ class _Recovery:
 
     def run(self, batches: Iterator[Tensor]) -> None:
         device = next(self.student.parameters()).device
-        for step, part in enumerate(progress(self._parts(), "recovering",
-                                             total=self.config.steps)):
-            self.scheduler.step_update(int(part * SCHEDULE))
+        shares = progress(self._shares(), "recovering", total=self.config.steps)
+        for step, done in enumerate(shares):
+            self.scheduler.step_update(int(done * SCHEDULE))
             self._step(next(batches).to(device), step)
         for features in self.features:
             features.remove()
         if self.ema is not None:
             self.student.load_state_dict(self.ema.module.state_dict())
 
-    def _parts(self) -> Iterator[float]:
-        """The part of the training that is done, before every step."""
+    def _shares(self) -> Iterator[float]:
+        """Before every step: the share of the recovery that is done, from 0 to 1."""
         if self.config.steps is not None:
             yield from (step / self.config.steps for step in range(self.config.steps))
             return
         start, limit = time.perf_counter(), 60 * self.config.minutes
-        while (part := (time.perf_counter() - start) / limit) < 1:
-            yield part
+        while (done := (time.perf_counter() - start) / limit) < 1:
+            yield done
 
     def _step(self, images: Tensor, step: int) -> None:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.amp):
@@ -134,16 +166,22 @@ class _Recovery:
         with torch.no_grad():
             wanted = tokens_and_outputs(self.teacher, images)
         found = tokens_and_outputs(self.student, images)
-        # The head of few images has no spread to speak of.
+        # ρ would divide the head's outputs by their spread over images, which is 0 for one image.
         loss = relative_error(found[0], wanted[0]) + sum(map(mse_loss, found[1:], wanted[1:]))
-        ours, theirs = (features.take() for features in self.features)
-        blocks = [relative_error(s, t) for s, t in zip(ours, theirs, strict=True)]
+        students, teachers = (features.take() for features in self.features)
+        blocks = [relative_error(s, t) for s, t in zip(students, teachers, strict=True)]
         return loss + self.config.block_weight * sum(blocks) / max(1, len(blocks))
 
 
 @torch.inference_mode()
 def feature_error(student: nn.Module, teacher: nn.Module, images: Tensor) -> float:
-    """ρ of the tokens, over all images."""
+    """ρ of the final tokens over all images: 0 is exact, 1 no better than the mean token.
+
+    Args:
+        student: the compressed model.
+        teacher: the dense model, on the same device.
+        images: (N, C, H, W), as the models see them.
+    """
     def tokens(model: nn.Module) -> Tensor:
         return torch.cat([tokens_and_outputs(model, batch)[0] for batch in images.split(BATCH)])
 

@@ -1,6 +1,8 @@
-"""Training state on disk: tensors and plain containers only, written whole or not at all."""
+"""The state of a training run on disk: tensors, numbers, lists and dicts, in one file.
 
-import os
+``Trainer.save`` writes it after every epoch; ``train.run`` reads it to resume.
+"""
+
 import pickle
 from pathlib import Path
 from typing import Any
@@ -8,28 +10,31 @@ from typing import Any
 import torch
 
 from adacomcat.errors import UserError
+from adacomcat.utils.files import atomic_file
 
 FILE = "training_state.pt"
 FORMAT = 1
 
 
 def save_state(folder: str | Path, state: dict[str, Any]) -> None:
-    """A reader sees the previous state or this one, also if the process dies in between."""
+    """Replace the state in ``folder``; whoever reads it finds the previous state or this one."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f"{FILE}.partial"
-    with scratch.open("wb") as file:
+    with atomic_file(folder / FILE, durable=True) as scratch, scratch.open("wb") as file:
         torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, folder / FILE)
 
 
 def has_state(folder: str | Path) -> bool:
+    """Whether a run left its state in ``folder``."""
     return (Path(folder) / FILE).is_file()
 
 
 def load_state(folder: str | Path) -> dict[str, Any]:
+    """The state that ``save_state`` wrote to ``folder``.
+
+    Raises:
+        UserError: the file cannot be read, or another program wrote it.
+    """
     path = Path(folder) / FILE
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

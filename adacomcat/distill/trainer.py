@@ -1,175 +1,128 @@
-"""The training loop: steps, epochs, searches between them, and a state that can go on anywhere."""
+"""The training loop: epochs of steps, searches between them, and a state to resume from."""
 
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import AverageMeter, ModelEmaV3, accuracy
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from adacomcat import data
+from adacomcat.data import Batches, LabelledImages
 from adacomcat.distill.config import TrainConfig
-from adacomcat.distill.losses import FeatureAlignment, alignment_decay, distillation_loss
+from adacomcat.distill.evaluation import evaluate
+from adacomcat.distill.objective import BatchMixing, Objective
 from adacomcat.distill.state import save_state
 from adacomcat.errors import UserError
 from adacomcat.search.search import RankSearch
 from adacomcat.search.supernet import set_ranks_
 from adacomcat.utils.distributed import Processes
 from adacomcat.utils.progress import progress
-from adacomcat.utils.random import derived_generator, derived_seed, numpy_seeded
+from adacomcat.utils.random import derived_generator, derived_seed
 
 LOG = logging.getLogger(__name__)
 
-# Streams of random numbers that must not be each other's.
+# Part of the seeds' keys: each use of random numbers has a stream of its own.
 MIXUP, TOKENS, DROPOUT, SEARCH = range(101, 105)
 
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, dataset: Any, batch_size: int, processes: Processes,
-             workers: int = 0) -> dict[str, float]:
-    """Top-1 in percent and mean cross-entropy over ``dataset``, shared by all processes."""
-    training = model.training
-    model.eval()
-    top1, loss = AverageMeter(), AverageMeter()
-    batches = data.loader(dataset, batch_size, shuffle=False, seed=0, epoch=0,
-                          rank=processes.rank, world_size=processes.world_size,
-                          num_workers=workers)
-    for images, labels in progress(batches, "evaluating"):
-        if not len(labels):
-            continue
-        images, labels = images.to(processes.device), labels.to(processes.device)
-        logits = model(images).float()
-        top1.update(accuracy(logits, labels)[0].item(), len(labels))
-        loss.update(F.cross_entropy(logits, labels).item(), len(labels))
-    sums = torch.tensor([top1.sum, loss.sum, top1.count], dtype=torch.float64,
-                        device=processes.device)
-    right, total, count = processes.sum(sums).tolist()
-    model.train(training)
-    return {"top1": right / count, "loss": total / count, "images": int(count)}
+# Where a run stands; with the weights and the optimisers' states that is all of it.
+POSITION = ("epoch", "step", "searched", "loss_sum", "history", "searches")
 
 
 class Trainer:
-    """Trains ``student`` (a supernet where ``search`` is given) on ``train_part``.
+    """Trains ``student`` in place: ``train`` goes from where the state stands to the last epoch.
 
     Every random choice is derived from (seed, epoch, step), and every step sees the same global
-    batch on any number of processes: a state of weights, optimisers and position is complete.
+    batch on any number of processes, so weights, optimisers and position are the complete state.
+
+    Args:
+        student: the model; the supernet of ``search`` where ranks are searched.
+        config: all settings.
+        train_part: the images that weights are trained on.
+        processes: those that train together.
+        teacher: a model in eval mode without gradients, to distil from; None: labels alone.
+        search: chooses ranks at the start of the epochs that its policy names.
+        search_part: the images that ranks are searched on; none of them is in ``train_part``.
+
+    Raises:
+        UserError: the settings do not fit the data or the model.
     """
 
-    def __init__(self, student: nn.Module, config: TrainConfig, train_part: Any,
+    def __init__(self, student: nn.Module, config: TrainConfig, train_part: LabelledImages,
                  processes: Processes, *, teacher: nn.Module | None = None,
-                 search: RankSearch | None = None, search_part: Any = None) -> None:
+                 search: RankSearch | None = None,
+                 search_part: LabelledImages | None = None) -> None:
         self.student, self.config, self.processes = student, config, processes
-        self.teacher, self.search = teacher, search
-        self.train_part, self.search_part = train_part, search_part
+        self.search, self.train_part, self.search_part = search, train_part, search_part
         self.steps = len(self._batches(epoch=1))
         self.optimizer = create_optimizer_v2(student, opt=config.opt, lr=config.lr,
                                              weight_decay=config.weight_decay)
-        self.scheduler = create_scheduler_v2(
-            self.optimizer, config.sched, num_epochs=max(1, config.total_epochs),
-            warmup_epochs=config.warmup_epochs, warmup_lr=config.warmup_lr, warmup_prefix=True,
-            min_lr=config.min_lr, step_on_epochs=False, updates_per_epoch=self.steps)[0]
+        self.scheduler = _scheduler(self.optimizer, config, self.steps)
         self.ema = None
         if config.ema_decay is not None:
             self.ema = ModelEmaV3(student, decay=config.ema_decay, use_warmup=True)
-        self.alignment = None
-        if teacher is not None:
-            self.alignment = FeatureAlignment(config.align, student, teacher, config.align_blocks)
-        self.mixup = self._make_mixup()
+        self.objective = Objective(config, student, teacher)
+        self.mixing = BatchMixing(config, student, processes)
         self.epoch, self.step = 1, 0
-        self.searched = False  # in the epoch under way
-        self.loss_sum = 0.0
+        self.searched = False  # whether this epoch has asked the policy for a search
+        self.loss_sum = 0.0  # over the steps of this epoch
         self.history: list[dict[str, Any]] = []
         self.searches: list[dict[str, Any]] = []
 
-    def _make_mixup(self) -> Mixup | None:
-        if not (self.config.mixup or self.config.cutmix):
-            return None
-        if self.config.batch_size % 2:
-            raise UserError(f"mixup needs an even batch size; got {self.config.batch_size}")
-        return Mixup(self.config.mixup, self.config.cutmix,
-                     label_smoothing=self.config.smoothing, num_classes=self.student.num_classes)
-
-    def _batches(self, epoch: int, start_step: int = 0) -> data.Batches:
-        return data.loader(self.train_part, self.config.batch_size, shuffle=True,
-                           seed=self.config.seed, epoch=epoch, rank=self.processes.rank,
-                           world_size=self.processes.world_size, augment=self.config.augment,
-                           start_step=start_step, num_workers=self.config.workers,
-                           steps=self.config.steps)
-
     @property
     def best_model(self) -> nn.Module:
-        """What is evaluated and kept: the averaged weights where there are any."""
+        """The model to evaluate and keep: the averaged weights where there are any."""
         if self.ema is None:
             return self.student
         if self.search is not None:
             set_ranks_(self.ema.module, self.search.plan)
         return self.ema.module
 
-    def train(self, test_set: Any = None) -> None:
-        """From where the state stands to the last epoch."""
+    def train(self, test_set: LabelledImages | None = None) -> None:
+        """Every epoch that is left; with a test set, accuracy after each."""
         while self.epoch <= self.config.total_epochs:
             start = time.perf_counter()
             self._maybe_search()
-            trained = time.perf_counter()
+            searched = time.perf_counter()
             self._run_epoch()
             record = {"epoch": self.epoch, "loss": self.loss_sum / self.steps,
                       "lr": self.optimizer.param_groups[0]["lr"],
-                      "search_seconds": trained - start,
-                      "train_seconds": time.perf_counter() - trained}
+                      "search_seconds": searched - start,
+                      "train_seconds": time.perf_counter() - searched}
             if test_set is not None:
                 found = evaluate(self.best_model, test_set, 4 * self.config.batch_size,
                                  self.processes, self.config.workers)
                 record |= {"top1": found["top1"], "test_loss": found["loss"]}
             self.history.append(record)
-            self._tell(record)
+            if self.processes.first:
+                _log(record, self.config.total_epochs)
             self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
             self.searched = False
             self.save()
 
-    def _tell(self, record: dict[str, Any]) -> None:
-        if self.processes.first:
-            top1 = f", top-1 {record['top1']:.2f} %" if "top1" in record else ""
-            seconds = record["search_seconds"] + record["train_seconds"]
-            LOG.info("epoch %d of %d: loss %.4f%s, %.0f s", record["epoch"],
-                     self.config.total_epochs, record["loss"], top1, seconds)
-
     def _maybe_search(self) -> None:
         search, config = self.search, self.config
-        due = (search is not None and not self.searched and self.epoch <= config.epochs
-               and search.policy.due(self.epoch))
-        self.searched = True
-        if not due:
+        if self.searched:
             return
-        batches = progress(self._search_batches(), f"epoch {self.epoch}: searching",
-                           total=config.search_steps)
+        self.searched = True
+        if (search is None or self.search_part is None or self.epoch > config.epochs
+                or not search.policy.due(self.epoch)):
+            return
+        batches = progress(search_batches(self.search_part, config, self.epoch, self.processes),
+                           f"epoch {self.epoch}: searching", total=config.search_steps)
         self.searches.append(search.run(batches, epoch=self.epoch, epochs=config.epochs,
                                         seed=config.seed + SEARCH, processes=self.processes))
 
-    def _search_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """``search_steps`` shuffled batches of the held-out part of the training images."""
+    def _batches(self, epoch: int, start_step: int = 0) -> Batches:
         config, processes = self.config, self.processes
-        size, held_out = config.batch_size, len(self.search_part)
-        if size > held_out:  # a power of two: the same on one process and on several
-            size = 1 << (held_out.bit_length() - 1)
-        left, turn = config.search_steps, 0
-        while left:
-            for batch in data.loader(self.search_part, size, shuffle=True,
-                                     seed=derived_seed(config.seed, SEARCH, turn),
-                                     epoch=self.epoch, rank=processes.rank,
-                                     world_size=processes.world_size,
-                                     num_workers=config.workers):
-                if not left:
-                    return
-                yield batch
-                left -= 1
-            turn += 1
+        return Batches(self.train_part, config.batch_size, shuffle=True, seed=config.seed,
+                       epoch=epoch, rank=processes.rank, world_size=processes.world_size,
+                       augment=config.augment, start_step=start_step, num_workers=config.workers,
+                       steps=config.steps)
 
     def _run_epoch(self) -> None:
         self.student.train()
@@ -182,21 +135,16 @@ class Trainer:
                 self.save()
 
     def _train_step(self, images: Tensor, labels: Tensor) -> float:
-        update = (self.epoch - 1) * self.steps + self.step
+        """One update of the weights; the loss, a mean over all processes."""
+        update, device = (self.epoch - 1) * self.steps + self.step, self.processes.device
         self.scheduler.step_update(update)
-        images, targets = self._targets(images.to(self.processes.device),
-                                        labels.to(self.processes.device))
-        # Dropout is each process's own.
+        images, targets = self.mixing.mix(images.to(device), labels.to(device), self._key(MIXUP))
+        # Each process drops other activations.
         torch.manual_seed(derived_seed(*self._key(DROPOUT), self.processes.rank))
-        with self._autocast():
-            loss = self._loss(images, targets)
-        self.optimizer.zero_grad()
-        loss.backward()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.processes.average_gradients_(parameters)
-        if self.config.clip_grad is not None:
-            nn.utils.clip_grad_norm_(parameters, self.config.clip_grad)
-        self.optimizer.step()
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp):
+            loss = self.objective.loss(images, targets, self.epoch,
+                                       derived_generator(*self._key(TOKENS)))
+        self._update_weights(loss)
         if self.ema is not None:
             self.ema.update(self.student, step=update + 1)
         mean = self.processes.mean(loss)
@@ -205,62 +153,38 @@ class Trainer:
                             "a lower lr or clip_grad may mend it")
         return mean
 
+    def _update_weights(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.processes.average_gradients_(parameters)
+        if self.config.clip_grad is not None:
+            nn.utils.clip_grad_norm_(parameters, self.config.clip_grad)
+        self.optimizer.step()
+
     def _key(self, stream: int) -> tuple[int, ...]:
         return (self.config.seed, stream, self.epoch, self.step)
 
-    @contextmanager
-    def _autocast(self) -> Iterator[None]:
-        with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self.config.amp):
-            yield
-
-    def _targets(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixup pairs images of the whole global batch, so that shards change nothing."""
-        if self.mixup is None:
-            return images, labels
-        images = self.processes.gather_interleaved(images)
-        labels = self.processes.gather_interleaved(labels)
-        with numpy_seeded(*self._key(MIXUP)):
-            images, targets = self.mixup(images.clone(), labels)
-        return self.processes.shard(images), self.processes.shard(targets)
-
-    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """(1 - a) CE + a KD + w cos(π/2 · …) alignment."""
-        config = self.config
-        smoothing = config.smoothing if self.mixup is None else 0.0
-        logits = self.student(images)
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-        if self.teacher is None:
-            return loss
-        with torch.no_grad():
-            teacher_logits = self.teacher(images)
-        if config.kd != "none":
-            distilled = distillation_loss(config.kd, logits.float(), teacher_logits.float(),
-                                          config.kd_temperature)
-            loss = (1 - config.kd_alpha) * loss + config.kd_alpha * distilled
-        if self.alignment:
-            weight = config.align_weight * alignment_decay(self.epoch, config.total_epochs)
-            loss = loss + weight * self.alignment.loss(derived_generator(*self._key(TOKENS)))
-        return loss
-
     def save(self) -> None:
+        """Write the state where the settings name a folder for it."""
         if self.config.state_dir is not None and self.processes.first:
             save_state(self.config.state_dir, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
+        """Settings, weights, optimisers and position."""
         return {"config": self.config.identity(), "student": self.student.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "ema": None if self.ema is None else self.ema.module.state_dict(),
                 "search": None if self.search is None else self.search.state_dict(),
-                "epoch": self.epoch, "step": self.step, "searched": self.searched,
-                "loss_sum": self.loss_sum, "history": self.history, "searches": self.searches}
+                **{name: getattr(self, name) for name in POSITION}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        ours, theirs = self.config.identity(), state["config"]
-        differing = sorted(name for name in ours if ours[name] != theirs.get(name))
-        if differing:
-            raise UserError("cannot resume: the training state was made with other settings for "
-                            + ", ".join(f"{name} ({theirs.get(name)!r}, now {ours[name]!r})"
-                                        for name in differing))
+        """Go on from ``state``.
+
+        Raises:
+            UserError: it was made with other settings or is of another model.
+        """
+        _require_same_settings(self.config.identity(), state["config"])
         try:
             self.student.load_state_dict(state["student"])
         except RuntimeError as error:
@@ -270,5 +194,50 @@ class Trainer:
             self.ema.module.load_state_dict(state["ema"])
         if self.search is not None:
             self.search.load_state_dict(state["search"])
-        for name in ("epoch", "step", "searched", "loss_sum", "history", "searches"):
+        for name in POSITION:
             setattr(self, name, state[name])
+
+
+def search_batches(part: LabelledImages, config: TrainConfig, epoch: int,
+                   processes: Processes) -> Iterator[tuple[Tensor, Tensor]]:
+    """``config.search_steps`` shuffled batches of ``part``, which is begun anew when it ends."""
+    size = config.batch_size
+    if size > len(part):  # a power of two: the same on one process and on several
+        size = 1 << (len(part).bit_length() - 1)
+    left, turn = config.search_steps, 0
+    while left:
+        for batch in Batches(part, size, shuffle=True,
+                             seed=derived_seed(config.seed, SEARCH, turn), epoch=epoch,
+                             rank=processes.rank, world_size=processes.world_size,
+                             num_workers=config.workers):
+            if not left:
+                return
+            yield batch
+            left -= 1
+        turn += 1
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Scheduler:
+    """One schedule of the learning rate over all epochs, updated at every step."""
+    warmup: Any = config.warmup_epochs  # a fraction of an epoch serves too, whatever timm declares
+    scheduler, _ = create_scheduler_v2(
+        optimizer, config.sched, num_epochs=max(1, config.total_epochs), warmup_epochs=warmup,
+        warmup_lr=config.warmup_lr, warmup_prefix=True, min_lr=config.min_lr,
+        step_on_epochs=False, updates_per_epoch=steps)
+    assert scheduler is not None
+    return scheduler
+
+
+def _log(record: dict[str, Any], epochs: int) -> None:
+    top1 = f", top-1 {record['top1']:.2f} %" if "top1" in record else ""
+    seconds = record["search_seconds"] + record["train_seconds"]
+    LOG.info("epoch %d of %d: loss %.4f%s, %.0f s", record["epoch"], epochs, record["loss"], top1,
+             seconds)
+
+
+def _require_same_settings(ours: dict[str, object], theirs: dict[str, object]) -> None:
+    differing = sorted(name for name in ours if ours[name] != theirs.get(name))
+    if differing:
+        raise UserError("cannot resume: the training state was made with other settings for "
+                        + ", ".join(f"{name} ({theirs.get(name)!r}, now {ours[name]!r})"
+                                    for name in differing))

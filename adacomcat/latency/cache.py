@@ -5,7 +5,6 @@ import json
 import math
 import os
 import platform
-import tempfile
 from pathlib import Path
 
 import torch
@@ -13,12 +12,13 @@ from torch import nn
 
 import adacomcat
 from adacomcat.ops import backends
+from adacomcat.utils.files import atomic_write_text
 
-Milliseconds = dict[str, dict[str, float]]  # what was timed → ranks → milliseconds
+Milliseconds = dict[str, dict[str, float]]  # key of a timed block → ranks → milliseconds
 
 
 def machine(model: nn.Module) -> dict[str, object]:
-    """What timings of ``model`` depend on beside shapes."""
+    """What the timings of ``model`` depend on beside its shapes."""
     parameter = next(model.parameters())
     on_gpu = parameter.is_cuda
     return {
@@ -39,11 +39,12 @@ def _cpu_name() -> str:
 
 
 def folder() -> Path:
+    """Where the files are: under XDG_CACHE_HOME, else under ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "adacomcat/latency"
 
 
 class LatencyCache:
-    """``milliseconds`` as the file of this machine has them; nothing where it cannot be read."""
+    """``milliseconds`` as the file of this machine has them; empty where it cannot be read."""
 
     def __init__(self, machine: dict[str, object]) -> None:
         self.machine = machine
@@ -60,7 +61,10 @@ class LatencyCache:
             return {}
 
     def add(self, key: str, times: dict[str, float]) -> None:
-        """Also in the file, where this user can write it; entries that others added stay."""
+        """Keep ``times``, in the file too where this user can write it.
+
+        Entries that other processes added to the file stay.
+        """
         self.milliseconds = self._read() | self.milliseconds | {key: times}
         try:
             self._write()
@@ -70,14 +74,7 @@ class LatencyCache:
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"machine": self.machine, "milliseconds": self.milliseconds}, indent=1)
-        descriptor, scratch = tempfile.mkstemp(dir=self.path.parent, suffix=".partial")
-        try:
-            with open(descriptor, "w") as file:
-                file.write(content)
-            os.replace(scratch, self.path)
-        except OSError:
-            os.unlink(scratch)
-            raise
+        atomic_write_text(self.path, content, shared=True)
 
 
 def _plausible(times: object) -> bool:

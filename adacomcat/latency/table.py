@@ -1,9 +1,8 @@
-"""Measured latency of what ranks decide, and of whole models, on this machine.
+"""The latency table of one model: milliseconds of its timed blocks at any ranks.
 
-What is timed is what one deploys: where our CPU kernels are built, the fused sublayers of
-``adacomcat.optimize``; elsewhere the plain modules. Ranks that one op takes together (``qk`` and
-``vo`` of an attention, ``fc1`` and ``fc2`` of an MLP) are timed together, on a grid, so nothing is
-said of how they interact; between its points the time is multilinear in the ranks.
+Every block is timed on a grid of ranks, which the cache keeps. The ranks that one op takes
+together, like ``fc1`` and ``fc2`` of an MLP, are the axes of one grid, so that their interaction is
+measured and not assumed. Between grid points the time is multilinear in the ranks.
 """
 
 import copy
@@ -14,38 +13,43 @@ from itertools import product
 from torch import nn
 
 from adacomcat.convert.install import build_skeleton
-from adacomcat.latency.blocks import Unit, captured_calls, find_units
+from adacomcat.latency.blocks import TimedBlock, captured_calls, find_blocks
 from adacomcat.latency.cache import LatencyCache, machine
-from adacomcat.latency.timing import Measure, Timed, deployed, forward_pass
+from adacomcat.latency.timing import Call, Measure, deployed, forward_pass
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Rank, Site
 from adacomcat.utils.progress import progress
 
-# Ranks timed along each axis, beside 'dense', of a grid with so many axes.
+# Number of axes of a grid → ranks that are timed along each axis, beside 'dense'.
 GRID = {1: 8, 2: 4}
 GRID_OTHERWISE = 3
 
 
-class Curve:
-    """Milliseconds of a unit at any ranks, from those on a grid."""
+class Interpolation:
+    """Milliseconds of a timed block at any ranks, from the milliseconds on a grid of ranks.
+
+    Args:
+        axes: for each site the ranks on the grid, ascending, with 'dense' as the last.
+        grid: ranks of a grid point, joined by commas → milliseconds.
+    """
 
     def __init__(self, axes: list[list[Rank]], grid: dict[str, float]) -> None:
         self.axes, self.grid = axes, grid
 
     def __call__(self, ranks: Sequence[Rank]) -> float:
-        weights = [_weights(axis, rank) for axis, rank in zip(self.axes, ranks, strict=True)]
-        return sum(math.prod(weight for _, weight in corner)
+        shares = [_shares(axis, rank) for axis, rank in zip(self.axes, ranks, strict=True)]
+        return sum(math.prod(share for _, share in corner)
                    * self.grid[_point(knot for knot, _ in corner)]
-                   for corner in product(*(axis.items() for axis in weights)))
+                   for corner in product(*(axis.items() for axis in shares)))
 
 
 def _point(ranks: Iterable[Rank]) -> str:
     return ",".join(map(str, ranks))
 
 
-def _weights(axis: list[Rank], rank: Rank) -> dict[Rank, float]:
-    """Linear interpolation of ``rank`` between the knots of ``axis``; 'dense' is one of them."""
-    if rank in axis:
+def _shares(axis: list[Rank], rank: Rank) -> dict[Rank, float]:
+    """The knots of ``axis`` around ``rank``, and how much each counts; 'dense' is a knot."""
+    if rank == DENSE or rank in axis:
         return {rank: 1.0}
     knots = [knot for knot in axis if knot != DENSE]
     below = max(knot for knot in knots if knot < rank)
@@ -55,54 +59,64 @@ def _weights(axis: list[Rank], rank: Rank) -> dict[Rank, float]:
 
 
 def axis_knots(site: Site, count: int, multiple: int) -> list[Rank]:
-    """At most ``count`` of the site's candidates, the first and the last among them, and DENSE."""
-    *ranks, _ = site.candidates(multiple)
+    """At most ``count`` of the site's candidates, with the first and the last, and then DENSE."""
+    ranks = site.candidates(multiple)[:-1]
     if len(ranks) > count:
         ranks = [ranks[round(i * (len(ranks) - 1) / (count - 1))] for i in range(count)]
     return [*ranks, DENSE]
 
 
 class LatencyTable:
-    """Measured milliseconds of every unit at any ranks, of the dense model, and of other models.
+    """Measured milliseconds of every timed block at any ranks, of the dense model and of others.
 
-    Units of equal shape share one measurement, which the cache keeps.
+    Blocks of equal shape share one measurement.
+
+    Args:
+        model: the dense model.
+        sites: the decisions to take.
+        batch: images in one forward pass.
+        multiple: the step of ranks.
+        measure: the clock.
     """
 
     def __init__(self, model: nn.Module, sites: list[Site], batch: int, multiple: int,
                  measure: Measure) -> None:
-        self.model, self.batch, self.measure = model, batch
+        self.model, self.batch, self.measure = model, batch, measure
         dense = deployed(model)
         self.dense = forward_pass(dense, batch)
-        self.units = find_units(model, dense, sites)
-        calls = captured_calls(self.dense, self.units)
-        self.units = [unit for unit in self.units if unit.place in calls]
+        found = find_blocks(model, dense, sites)
+        calls = captured_calls(self.dense, found)
+        self.blocks = [block for block in found if block.place in calls]
         cache = LatencyCache(machine(model))
-        self.curves = {unit.place: self._curve(unit, calls[unit.place], multiple, cache)
-                       for unit in progress(self.units, "timing")}
+        self.interpolations = {
+            block.place: self._interpolation(block, calls[block.place], multiple, cache)
+            for block in progress(self.blocks, "timing")}
         self.dense_ms = measure({"dense": self.dense})["dense"]
-        decided = sum(self(unit, [DENSE] * len(unit.sites)) for unit in self.units)
+        decided = sum(self(block, [DENSE for _ in block.sites]) for block in self.blocks)
+        # What no rank changes, like the patch embedding.
         self.fixed_ms = max(0.0, self.dense_ms - decided)
 
-    def __call__(self, unit: Unit, ranks: Sequence[Rank]) -> float:
-        return self.curves[unit.place](ranks)
+    def __call__(self, block: TimedBlock, ranks: Sequence[Rank]) -> float:
+        return self.interpolations[block.place](ranks)
 
-    def _curve(self, unit: Unit, run: Timed, multiple: int, cache: LatencyCache) -> Curve:
-        count = GRID.get(len(unit.sites), GRID_OTHERWISE)
-        axes = [axis_knots(site, count, multiple) for site in unit.sites]
-        key = unit.key(self.model, run, axes)
+    def _interpolation(self, block: TimedBlock, call: Call, multiple: int,
+                       cache: LatencyCache) -> Interpolation:
+        count = GRID.get(len(block.sites), GRID_OTHERWISE)
+        axes = [axis_knots(site, count, multiple) for site in block.sites]
+        key = block.key(self.model, call, axes)
         points = {_point(ranks): ranks for ranks in product(*axes)}
         grid = cache.milliseconds.get(key, {})
         if grid.keys() != points.keys():
-            grid = self.measure({point: run._replace(module=unit.built(self.model, ranks))
+            grid = self.measure({point: call._replace(module=block.built(self.model, ranks))
                                  for point, ranks in points.items()})
             cache.add(key, grid)
-        return Curve(axes, grid)
+        return Interpolation(axes, grid)
 
     def plan_ms(self, plan: RankPlan) -> float:
-        """Measured, of the whole model at ``plan``; its weights do not matter.
+        """Measured milliseconds of the whole model at ``plan``; its weights do not matter.
 
-        The dense model runs in turn with it, and their ratio counts: a machine that is slower for
-        a while slows down both.
+        The dense model runs in turn with it, and their ratio counts, because a machine that is
+        slower for a while slows down both.
         """
         made = deployed(build_skeleton(copy.deepcopy(self.model), plan))
         times = self.measure({"dense": self.dense, "plan": forward_pass(made, self.batch)})

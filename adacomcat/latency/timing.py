@@ -1,9 +1,7 @@
-"""Measured latency of what ranks decide, and of whole models, on this machine.
+"""The clock: median milliseconds of calls, measured in turn, and models as they are deployed.
 
-What is timed is what one deploys: where our CPU kernels are built, the fused sublayers of
-``adacomcat.optimize``; elsewhere the plain modules. Ranks that one op takes together (``qk`` and
-``vo`` of an attention, ``fc1`` and ``fc2`` of an MLP) are timed together, on a grid, so nothing is
-said of how they interact; between its points the time is multilinear in the ranks.
+Where the CPU kernels are built, a deployed model is what ``adacomcat.optimize`` makes of it;
+elsewhere it is the plain model.
 """
 
 import copy
@@ -23,10 +21,18 @@ from adacomcat.utils.model import input_size
 Key = TypeVar("Key", bound=Hashable)
 
 WARM_UP, LEAST_REPEATS = 2, 5
+REPEATS = 40
+SECONDS = 5.0  # enough for one shape
 
 
 def latency(models: dict[str, nn.Module], batch: int = 1, repeats: int = 20) -> dict[str, float]:
-    """Median milliseconds of a forward pass of each model, measured in turn, A B A B …"""
+    """Median milliseconds of a forward pass of each model, as it is, measured in turn.
+
+    Args:
+        models: name → model; each on its own device.
+        batch: images in one forward pass.
+        repeats: forward passes that count.
+    """
     def forward(model: nn.Module) -> Callable[[], object]:
         parameter = next(model.parameters())
         images = torch.randn(batch, *input_size(model)).to(parameter)
@@ -39,7 +45,10 @@ def latency(models: dict[str, nn.Module], batch: int = 1, repeats: int = 20) -> 
 def interleaved(runs: Mapping[Key, Callable[[], object]], repeats: int = 20,
                 seconds: float = math.inf,
                 clock: Callable[[], float] = time.perf_counter) -> dict[Key, float]:
-    """Median milliseconds of each run, measured in turn; after ``seconds`` a few repeats do."""
+    """Median milliseconds of each run, measured in turn: A B A B …
+
+    Once ``seconds`` are over, ``LEAST_REPEATS`` are enough.
+    """
     spent: dict[Key, list[float]] = {key: [] for key in runs}
     synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else (lambda: None)
     begin = time.perf_counter()
@@ -53,12 +62,10 @@ def interleaved(runs: Mapping[Key, Callable[[], object]], repeats: int = 20,
             if repeat >= WARM_UP:
                 spent[key].append((clock() - start) * 1e3)
     return {key: statistics.median(times) for key, times in spent.items()}
-SECONDS = 5.0  # enough for one shape
-REPEATS = 40
 
 
-class Timed(NamedTuple):
-    """A module, the method of it that is timed, and its arguments."""
+class Call(NamedTuple):
+    """One call: a module, the name of its method, and the arguments."""
 
     module: nn.Module
     method: str
@@ -69,21 +76,24 @@ class Timed(NamedTuple):
         return getattr(self.module, self.method)(*self.args, **self.kwargs)
 
 
-# Milliseconds of each; tests put a model of cost in the place of the clock.
-Measure = Callable[[Mapping[Hashable, Timed]], dict[Hashable, float]]
+# Calls by key → their milliseconds. Tests put a model of cost in the place of the clock.
+Measure = Callable[[Mapping[str, Call]], dict[str, float]]
 
 
-def measure(runs: Mapping[Hashable, Timed]) -> dict[Hashable, float]:
-    """Median milliseconds, measured in turn. On one thread of a CPU it is that thread's own time:
-    while other work holds the core, it stands still."""
-    on_cpu = not any(parameter.is_cuda for run in runs.values()
-                     for parameter in run.module.parameters())
+def measure(calls: Mapping[str, Call]) -> dict[str, float]:
+    """Median milliseconds of each call, measured in turn.
+
+    On one CPU thread this is the thread's own time, which stands still while other work holds the
+    core.
+    """
+    on_cpu = not any(parameter.is_cuda for call in calls.values()
+                     for parameter in call.module.parameters())
     alone = on_cpu and torch.get_num_threads() == 1
-    return interleaved(runs, REPEATS, SECONDS, time.thread_time if alone else time.perf_counter)
+    return interleaved(calls, REPEATS, SECONDS, time.thread_time if alone else time.perf_counter)
 
 
 def deployed(model: nn.Module) -> nn.Module:
-    """A copy as it runs in the end, whose latency counts."""
+    """A copy of ``model`` as it runs in the end: its latency is the one that counts."""
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and backends.available()["cpp"] is None:
         return optimize(model)
@@ -92,10 +102,11 @@ def deployed(model: nn.Module) -> nn.Module:
 
 def model_latencies(models: Mapping[str, nn.Module], batch: int = 1,
                     measure: Measure = measure) -> dict[str, float]:
-    """Milliseconds of each model as deployed, for ``batch`` images."""
+    """Milliseconds of a forward pass of each model as deployed, for ``batch`` images."""
     return measure({name: forward_pass(deployed(model), batch) for name, model in models.items()})
 
 
-def forward_pass(model: nn.Module, batch: int) -> Timed:
+def forward_pass(model: nn.Module, batch: int) -> Call:
+    """The call of ``model`` on ``batch`` random images."""
     images = torch.randn(batch, *input_size(model)).to(next(model.parameters()))
-    return Timed(model, "__call__", (images,), {})
+    return Call(model, "__call__", (images,), {})

@@ -1,16 +1,13 @@
-"""Low-rank multi-head attention, a drop-in for timm's attention modules."""
+"""Low-rank multi-head attention: the drop-in of each tier, whatever library the dense one is of.
 
-import math
+Drop-ins with a library's own signature derive from these two, in ``adacomcat/families``.
+"""
+
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, apply_rot_embed_cat
-from timm.models.beit import Attention as BeitAttention
-from timm.models.eva import EvaAttention
-from timm.models.swin_transformer import WindowAttention
-from timm.models.swin_transformer_v2 import WindowAttention as CosineAttention
 from torch import Tensor, nn
 
 from adacomcat import ops
@@ -22,53 +19,26 @@ from adacomcat.factorize.factors import (
     factorize_scores,
     factorize_values,
 )
-from adacomcat.sites import attention_tier, has_bias
-
-
-class AttentionWeights(NamedTuple):
-    """The projections of a dense attention, head by head; absent biases are zeros."""
-
-    wq: Tensor  # (H, head_dim, d)
-    wk: Tensor
-    wv: Tensor
-    bq: Tensor  # (H, head_dim)
-    bk: Tensor
-    bv: Tensor
-    wo: Tensor  # (H, out, head_dim)
-    bo: Tensor  # (out,)
-
-
-def attention_weights(attn: nn.Module) -> AttentionWeights:
-    """Read the weights of any attention that folds, whichever way timm stores its biases."""
-    heads = attn.num_heads
-    if getattr(attn, "qkv", None) is not None:
-        weights = attn.qkv.weight.detach().chunk(3)
-        biases = [None] * 3 if attn.qkv.bias is None else list(attn.qkv.bias.detach().chunk(3))
-        if getattr(attn, "q_bias", None) is not None:
-            biases = [attn.q_bias.detach(), None, attn.v_bias.detach()]
-    else:
-        projections = (attn.q_proj, attn.k_proj, attn.v_proj)
-        weights = [projection.weight.detach() for projection in projections]
-        biases = [None if p.bias is None else p.bias.detach() for p in projections]
-    per_head = [weight.reshape(heads, -1, weight.shape[1]) for weight in weights]
-    per_head_bias = [per_head[0].new_zeros(per_head[0].shape[:2]) if bias is None
-                     else bias.reshape(heads, -1) for bias in biases]
-    wo = attn.proj.weight.detach()
-    bo = wo.new_zeros(wo.shape[0]) if attn.proj.bias is None else attn.proj.bias.detach()
-    wo = wo.reshape(wo.shape[0], heads, -1).transpose(0, 1)
-    return AttentionWeights(*per_head, *per_head_bias, wo, bo)
+from adacomcat.layers.registry import (
+    Projection,
+    attention_family,
+    attention_parts,
+    attention_tier,
+    attention_weights,
+)
 
 
 def factorize_attention(attn: nn.Module, statistics: AttentionStatistics | None = None, *,
                         shrinkage: float = 0.0) -> tuple[ScoreFactors, ValueFactors]:
     """Full-rank factors of a tier-A attention, scores and values."""
     w = attention_weights(attn)
-    scores = factorize_scores(w.wq, w.bq, w.wk, attn.scale, statistics, shrinkage=shrinkage)
+    scores = factorize_scores(w.wq, w.bq, w.wk, w.scale, statistics, shrinkage=shrinkage)
     values = factorize_values(w.wv, w.bv, w.wo, w.bo, statistics, shrinkage=shrinkage)
     return scores, values
 
 
 def causal_mask(mask: Tensor | None, x: Tensor, is_causal: bool) -> Tensor | None:
+    """``mask``, or the lower triangle (N, N) for tokens x (B, N, d) where ``is_causal``."""
     if not is_causal:
         return mask
     tokens = x.shape[1]
@@ -78,10 +48,26 @@ def causal_mask(mask: Tensor | None, x: Tensor, is_causal: bool) -> Tensor | Non
 class LowRankAttention(nn.Module):
     """y = Σ_h softmax(s (x wq_hᵀ + bq_h)(x wk_hᵀ)ᵀ + mask) (x wv_hᵀ) wo_hᵀ + bo.
 
-    wq, wk: (H·rank_qk, d), wv: (H·rank_vo, d), wo: (out, H·rank_vo). Equal to timm's ``Attention``
+    wq, wk: (H·rank_qk, d), wv: (H·rank_vo, d), wo: (out, H·rank_vo). Equal to the dense attention
     where wq_hᵀ wk_h is its W_qᵀ W_k, and wo_h wv_h its W_o W_v. A key bias cancels in the softmax;
-    a value bias passes through it unchanged, into bo. ``scale`` stays that of the dense model.
+    a value bias passes through it unchanged, into bo.
+
+    Subclasses give ``forward`` another signature by overriding ``score_context``.
+
+    Args:
+        dim: Width d of the tokens.
+        num_heads: H.
+        rank_qk: Rank per head of the logits' matrix.
+        rank_vo: Rank per head of the product of value and output projection.
+        scale: s, that of the dense attention, whatever the ranks.
+        dim_out: Width of the result; ``dim`` where not given.
+        attn_drop: Dropout probability of the attention weights, in training.
+        proj_drop: Dropout probability of the result, in training.
+        device: Where the parameters lie.
+        dtype: Type of the parameters.
     """
+
+    folds_scores: ClassVar[bool] = True  # whether wq, bq and wk exist: tier A
 
     def __init__(self, dim: int, num_heads: int, rank_qk: int, rank_vo: int, *,
                  scale: float, dim_out: int | None = None, attn_drop: float = 0.0,
@@ -111,20 +97,28 @@ class LowRankAttention(nn.Module):
     @classmethod
     def like(cls, attn: nn.Module, rank_qk: int, rank_vo: int) -> "LowRankAttention":
         """Uninitialised, of ``attn``'s shape, with what ``attn`` needs beside its projections."""
-        projection = attn.qkv if attn.qkv is not None else attn.q_proj
-        weight = attn.proj.weight
-        module = cls(projection.in_features, attn.num_heads, rank_qk, rank_vo,
-                     scale=getattr(attn, "scale", 1.0), dim_out=attn.proj.out_features,
-                     attn_drop=attn.attn_drop.p, proj_drop=attn.proj_drop.p,
+        parts = attention_parts(attn)
+        weight = parts.out.weight
+        module = cls(parts.dim, parts.num_heads, rank_qk, rank_vo, scale=parts.scale,
+                     dim_out=parts.dim_out, attn_drop=parts.attn_drop, proj_drop=parts.proj_drop,
                      device=weight.device, dtype=weight.dtype)
-        module._adopt(attn)
+        module.adopt(attn)
         return module.train(attn.training)
 
     @staticmethod
     def from_timm(attn: nn.Module, rank_qk: int | None = None, rank_vo: int | None = None,
                   statistics: AttentionStatistics | None = None) -> "LowRankAttention":
-        """Fold a tier-A ``attn`` to these ranks per head (None: full); statistics make it
-        activation-aware. ``compress`` serves the other tiers."""
+        """Fold an attention of tier A. ``compress`` serves the other tiers.
+
+        Args:
+            attn: An attention of timm, or of a class that ``register_attention`` made known.
+            rank_qk: Rank per head of the logits' matrix; full where not given.
+            rank_vo: Rank per head of values and outputs; full where not given.
+            statistics: Moments of the tokens; with them the truncation is activation-aware.
+
+        Raises:
+            UserError: ``attn`` is not of tier A.
+        """
         if attention_tier(attn) != "A":
             raise UserError(f"{type(attn).__name__} does not fold whole; use adacomcat.compress")
         scores, values = factorize_attention(attn, statistics)
@@ -136,6 +130,7 @@ class LowRankAttention(nn.Module):
 
     @torch.no_grad()
     def set_scores_(self, factors: ScoreFactors) -> None:
+        """Take the first ``rank_qk`` rows of each head."""
         rank = self.rank_qk
         self.wq.copy_(factors.wq[:, :rank].flatten(0, 1))
         self.bq.copy_(factors.bq[:, :rank].flatten())
@@ -143,17 +138,14 @@ class LowRankAttention(nn.Module):
 
     @torch.no_grad()
     def set_values_(self, factors: ValueFactors) -> None:
+        """Take the first ``rank_vo`` rows of each head; bo absorbs the mean of the others."""
         rank = self.rank_vo
         self.wv.copy_(factors.wv[:, :rank].flatten(0, 1))
         self.wo.copy_(factors.wo[..., :rank].transpose(0, 1).flatten(1))
         self.bo.copy_(factors.truncated_bias(rank))
 
-    def _adopt(self, attn: nn.Module) -> None:
-        """Take over what subclasses need of the dense module."""
-
-    @property
-    def _folded(self) -> bool:
-        return True
+    def adopt(self, attn: nn.Module) -> None:
+        """Take over what subclasses need of the dense module beside its projections."""
 
     def queries_and_keys(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, H, N, r) each."""
@@ -163,7 +155,8 @@ class LowRankAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def attend(self, x: Tensor, mask: Tensor | None, rope: Tensor | None = None) -> Tensor:
-        if self._folded and not (self.training and self.attn_drop.p):
+        """The result for tokens x (B, N, d); mask: boolean, or added to the logits."""
+        if self.folds_scores and not (self.training and self.attn_drop.p):
             y = ops.low_rank_attention(x, self.wq, self.bq, self.wk, self.wv, self.wo, self.bo,
                                        self.num_heads, self.scale, mask)
         else:
@@ -183,184 +176,62 @@ class LowRankAttention(nn.Module):
             q, k, values, attn_mask=mask, scale=self.scale,
             dropout_p=self.attn_drop.p if self.training else 0.0)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None,
-                is_causal: bool = False) -> Tensor:
-        return self.attend(x, causal_mask(attn_mask, x, is_causal))
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Tokens (B, N, d) → (B, N, out). The other arguments are those of ``score_context``."""
+        return self.attend(x, *self.score_context(x, *args, **kwargs))
 
     def score_context(self, x: Tensor, attn_mask: Tensor | None = None,
                       is_causal: bool = False) -> tuple[Tensor | None, Tensor | None]:
-        """(mask, rope) that a call with these arguments attends under."""
+        """(mask, rotary embedding) that a call of ``forward`` with these arguments attends under.
+
+        A subclass overrides this with the arguments of the dense attention's forward.
+        """
         return causal_mask(attn_mask, x, is_causal), None
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, rank_qk={self.rank_qk}, rank_vo={self.rank_vo}"
 
 
-class LowRankWindowAttention(LowRankAttention):
-    """Swin's windows: the relative position bias stays, added to the low-rank logits."""
+class ValueFoldedAttention(LowRankAttention):
+    """Tier B: ``q`` and ``k`` are linear layers of their own, dense or low-rank, and only the value
+    path is folded. ``rank_qk`` is then the head dimension.
 
-    def _adopt(self, attn: nn.Module) -> None:
-        self.relative_position_bias_table = nn.Parameter(
-            attn.relative_position_bias_table.detach().clone())
-        self.register_buffer("relative_position_index", attn.relative_position_index.clone(),
-                             persistent=False)
+    Subclasses override ``queries_and_keys`` with what stands behind the two projections.
+    """
 
-    def _bias(self) -> Tensor:
-        return _gathered(self.relative_position_bias_table, self.relative_position_index)
-
-    def score_context(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:
-        return _window_mask(x, self._bias(), mask), None
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.attend(x, *self.score_context(x, mask))
-
-
-class LowRankBeitAttention(LowRankWindowAttention):
-    """BEiT: an optional relative position bias, per layer or shared."""
-
-    def _adopt(self, attn: nn.Module) -> None:
-        self.relative_position_bias_table = None
-        if attn.relative_position_bias_table is not None:
-            super()._adopt(attn)
-
-    def score_context(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None
-                      ) -> tuple[Tensor | None, None]:
-        bias = None if self.relative_position_bias_table is None else self._bias()
-        if shared_rel_pos_bias is not None:
-            bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
-        return bias, None
-
-    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-        return self.attend(x, *self.score_context(x, shared_rel_pos_bias))
-
-
-class LowRankEvaAttention(LowRankAttention):
-    """EVA without rotary embedding: tier A behind EVA's signature."""
-
-    def score_context(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None,
-                      is_causal: bool = False) -> tuple[Tensor | None, None]:
-        if rope is not None:
-            raise UserError("this attention was folded for a model without rotary embedding")
-        return causal_mask(attn_mask, x, is_causal), None
-
-    def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None,
-                is_causal: bool = False) -> Tensor:
-        return self.attend(x, *self.score_context(x, rope, attn_mask, is_causal))
-
-
-class LowRankRotaryAttention(LowRankAttention):
-    """Tier B: q and k are low-rank linears with what stands behind them (norms, rotary embedding);
-    only the value path is folded. ``rank_qk`` is then the head dimension."""
+    folds_scores = False
 
     def _make_scores(self, dim: int, empty: Callable[..., nn.Parameter]) -> None:
         self.q: nn.Module = nn.Identity()
         self.k: nn.Module = nn.Identity()
 
-    def _adopt(self, attn: nn.Module) -> None:
-        weights = attention_weights(attn)
-        self.q = _dense_projection(weights.wq, weights.bq if has_bias(attn, "q") else None)
-        self.k = _dense_projection(weights.wk, weights.bk if has_bias(attn, "k") else None)
-        self._adopt_scores(attn)
-
-    def _adopt_scores(self, attn: nn.Module) -> None:
-        self.q_norm, self.k_norm = attn.q_norm, attn.k_norm
-        self.num_prefix_tokens = getattr(attn, "num_prefix_tokens", 0)
-        self.rotate_half = getattr(attn, "rotate_half", False)
-
-    @property
-    def _folded(self) -> bool:
-        return False
-
-    def _rotate(self, x: Tensor, rope: Tensor) -> Tensor:
-        prefix, patches = x.split([self.num_prefix_tokens, x.shape[2] - self.num_prefix_tokens], 2)
-        rotated = apply_rot_embed_cat(patches, rope, half=self.rotate_half)
-        return torch.cat([prefix, rotated], dim=2).type_as(x)
+    def adopt(self, attn: nn.Module) -> None:
+        parts = attention_parts(attn)
+        self.q, self.k = _dense_linear(parts.q), _dense_linear(parts.k)
 
     def queries_and_keys(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        q, k = self.q_norm(self._heads(self.q(x))), self.k_norm(self._heads(self.k(x)))
-        if rope is None:
-            return q, k
-        return self._rotate(q, rope), self._rotate(k, rope)
-
-    def score_context(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None,
-                      is_causal: bool = False) -> tuple[Tensor | None, Tensor | None]:
-        return causal_mask(attn_mask, x, is_causal), rope
-
-    def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None,
-                is_causal: bool = False) -> Tensor:
-        return self.attend(x, *self.score_context(x, rope, attn_mask, is_causal))
+        return self._heads(self.q(x)), self._heads(self.k(x))
 
 
-class LowRankNormedAttention(LowRankRotaryAttention):
-    """Tier B with timm's ``Attention`` signature: normalised queries and keys, no rotation."""
-
-    def score_context(self, x: Tensor, attn_mask: Tensor | None = None,
-                      is_causal: bool = False) -> tuple[Tensor | None, None]:
-        return causal_mask(attn_mask, x, is_causal), None
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None,
-                is_causal: bool = False) -> Tensor:
-        return self.attend(x, *self.score_context(x, attn_mask, is_causal))
-
-
-class LowRankCosineAttention(LowRankRotaryAttention):
-    """Tier B, swin v2: cosine similarity times a learned scale, plus a learned position bias."""
-
-    def _adopt_scores(self, attn: nn.Module) -> None:
-        self.scale = 1.0
-        self.logit_scale = nn.Parameter(attn.logit_scale.detach().clone())
-        self.cpb_mlp = attn.cpb_mlp
-        for name in ("relative_coords_table", "relative_position_index"):
-            self.register_buffer(name, getattr(attn, name).clone(), persistent=False)
-
-    def queries_and_keys(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        q = F.normalize(self._heads(self.q(x)), dim=-1)
-        k = F.normalize(self._heads(self.k(x)), dim=-1)
-        return q * self.logit_scale.clamp(max=math.log(100.0)).exp(), k
-
-    def _bias(self) -> Tensor:
-        table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
-        return 16 * torch.sigmoid(_gathered(table, self.relative_position_index))
-
-    def score_context(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:
-        return _window_mask(x, self._bias(), mask), None
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.attend(x, *self.score_context(x, mask))
-
-
-def _gathered(table: Tensor, index: Tensor) -> Tensor:
-    """(positions, H) by (area, area) → (1, H, area, area)."""
-    return table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1).unsqueeze(0)
-
-
-def _window_mask(x: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-    """The bias of every window, plus the shift's mask (windows, area, area)."""
-    if mask is None:
-        return bias
-    return (bias + mask.unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
-
-
-def _dense_projection(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    heads, head_dim, dim = weight.shape
-    linear = nn.Linear(dim, heads * head_dim, bias=bias is not None,
+def _dense_linear(projection: Projection) -> nn.Linear:
+    weight, bias = projection.weight, projection.bias
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None,
                        device=weight.device, dtype=weight.dtype)
-    linear.weight.data.copy_(weight.flatten(0, 1))
+    linear.weight.data.copy_(weight)
     if bias is not None:
-        linear.bias.data.copy_(bias.flatten())
+        linear.bias.data.copy_(bias)
     return linear
 
 
-_FOLDED = {Attention: LowRankAttention, EvaAttention: LowRankEvaAttention,
-           WindowAttention: LowRankWindowAttention, BeitAttention: LowRankBeitAttention}
-
-
 def low_rank_class(attn: nn.Module, tier: str | None) -> type[LowRankAttention]:
-    """The drop-in for this exact type; folding QK of a tier-B module would be silently wrong."""
-    kind = type(attn)
-    if tier == "B":
-        return {Attention: LowRankNormedAttention,
-                CosineAttention: LowRankCosineAttention}.get(kind, LowRankRotaryAttention)
-    if tier is None or kind not in _FOLDED:
-        raise UserError(f"{kind.__name__} does not fold; its linears can still be made low-rank")
-    return _FOLDED[kind]
+    """The drop-in for this exact type.
+
+    Raises:
+        UserError: The class is unknown, or does not fold at this tier. Folding the scores of a
+            tier-B attention would be silently wrong.
+    """
+    family = attention_family(attn)
+    if family is None or tier not in family.low_rank:
+        raise UserError(f"{type(attn).__name__} does not fold; its linears can still be made "
+                        "low-rank")
+    return family.low_rank[tier]

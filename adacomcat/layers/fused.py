@@ -1,21 +1,22 @@
 """Whole sublayers on the fused kernels: for inference, after everything else is decided.
 
 x + ls · f(norm(x)) becomes one op: the weight and bias of the layer norm and the layer scale are
-folded into the projections, exactly, and the residual is added as the last of it.
+folded into the projections, exactly, and the op adds the residual last. ``fuse.optimize`` and the
+latency tables make these modules.
 """
 
 from typing import NamedTuple
 
 import torch
-from timm.layers import Attention, LayerNorm, LayerScale, Mlp, PatchEmbed
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from adacomcat import ops
 from adacomcat.factorize.gauge import Factors, with_identities
-from adacomcat.layers.attention import LowRankAttention, attention_weights, causal_mask
+from adacomcat.layers.attention import LowRankAttention, causal_mask
 from adacomcat.layers.linear import LowRankLinear
-from adacomcat.layers.mlp import LowRankMlp, activation_name
+from adacomcat.layers.mlp import activation_name
+from adacomcat.layers.registry import Residual, attention_weights, mlp_parts
 from adacomcat.ops import inference
 
 
@@ -39,18 +40,20 @@ class Projections(NamedTuple):
 
 
 class FusedAttention(nn.Module):
-    """x + ls · attention(norm(x)), attention a ``LowRankAttention`` or timm's, of full rank.
+    """x + ls · attention(norm(x)), for a ``LowRankAttention`` or a dense attention of tier A.
 
-    A bias that the norm gives to every key cancels in the softmax; given to every value it passes
-    through, into bo.
+    Args:
+        part: The attention's half of a block; its norm satisfies ``is_layer_norm``.
     """
 
-    def __init__(self, norm: nn.LayerNorm, attn: LowRankAttention | Attention,
-                 scale: nn.Module) -> None:
+    def __init__(self, part: Residual) -> None:
         super().__init__()
-        affine, p = _affine(norm), _projections(attn)
-        gamma, like = _layer_scale(scale, p.wo), next(attn.parameters())
-        self.num_heads, self.scale, self.epsilon = attn.num_heads, attn.scale, affine.epsilon
+        affine, attn = _affine(part.norm), part.inner
+        p, self.num_heads, self.scale = _projections(attn)
+        gamma, like = _gamma(part, p.wo), next(attn.parameters())
+        self.epsilon = affine.epsilon
+        # The norm's bias cancels in the softmax where every key has it, and passes through the
+        # softmax into bo where every value has it.
         bo = p.bo + p.wo @ (p.wv @ affine.bias)
         _set_weights(self, like, wq=p.wq * affine.weight, wk=p.wk * affine.weight,
                      wv=p.wv * affine.weight, bq=p.bq + p.wq @ affine.bias,
@@ -60,31 +63,34 @@ class FusedAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
-        w = self._parameters  # an attribute of a module that is a parameter takes ten times as long
+        # nn.Module finds a parameter in a tenth of the time here that an attribute takes.
+        w = self._parameters
         return ops.low_rank_attention(
             x, w["wq"], w["bq"], w["wk"], w["wv"], w["wo"], w["bo"], self.num_heads, self.scale,
             causal_mask(attn_mask, x, is_causal), epsilon=self.epsilon, residual=x)
 
-    def first_token(self, x: Tensor) -> Tensor:
-        """The first token of the result, (B, 1, d)."""
+    def class_token(self, x: Tensor) -> Tensor:
+        """The class token of the result, (B, 1, d): the first one."""
         return inference.first_token_attention(
             x, self.wq, self.bq, self.wk, self.wv, self.wo, self.bo, self.num_heads, self.scale,
             self.epsilon)
 
 
 class FusedMlp(nn.Module):
-    """x + ls · mlp(norm(x))."""
+    """x + ls · mlp(norm(x)), for a ``LowRankMlp``."""
 
-    def __init__(self, norm: nn.LayerNorm, mlp: LowRankMlp, scale: nn.Module) -> None:
+    def __init__(self, part: Residual) -> None:
         super().__init__()
-        affine, gamma = _affine(norm), _layer_scale(scale, mlp.fc2.u)
+        affine, mlp = _affine(part.norm), part.inner
+        gamma = _gamma(part, mlp.fc2.u)
         v1, u1, u2 = (w.detach().double() for w in (mlp.fc1.v, mlp.fc1.u, mlp.fc2.u))
         self.activation, self.epsilon = mlp.activation, affine.epsilon
         factors = Factors(affine.weight.unsqueeze(1) * v1, u1,
                           _bias(mlp.fc1) + u1 @ (affine.bias @ v1), mlp.fc2.v.detach().double(),
                           gamma.unsqueeze(1) * u2)
         like = mlp.fc1.v
-        if like.is_cpu and like.dtype == torch.float32:  # fewer digits would be rounded once more
+        # Types of fewer digits would round the factors once more.
+        if like.is_cpu and like.dtype == torch.float32:
             factors = with_identities(factors)
         _set_weights(self, like, **factors._asdict(), b2=gamma * _bias(mlp.fc2))
 
@@ -95,11 +101,12 @@ class FusedMlp(nn.Module):
 
 
 class FusedDenseMlp(nn.Module):
-    """x + ls · mlp(norm(x)), mlp timm's."""
+    """x + ls · mlp(norm(x)), for a dense MLP of two plain linear layers."""
 
-    def __init__(self, norm: nn.LayerNorm, mlp: Mlp, scale: nn.Module) -> None:
+    def __init__(self, part: Residual) -> None:
         super().__init__()
-        affine, gamma = _affine(norm), _layer_scale(scale, mlp.fc2.weight)
+        affine, mlp = _affine(part.norm), mlp_parts(part.inner)
+        gamma = _gamma(part, mlp.fc2.weight)
         w1, w2 = (linear.weight.detach().double() for linear in (mlp.fc1, mlp.fc2))
         self.activation, self.epsilon = activation_name(mlp.act), affine.epsilon
         _set_weights(self, mlp.fc1.weight, w1=w1 * affine.weight,
@@ -115,16 +122,22 @@ class FusedDenseMlp(nn.Module):
 class Sublayer(nn.Module):
     """x + ls · f(norm(x)) where f stays what it is."""
 
-    def __init__(self, norm: nn.Module, inner: nn.Module, scale: nn.Module) -> None:
+    def __init__(self, part: Residual) -> None:
         super().__init__()
-        self.norm, self.inner, self.scale = norm, inner, scale
+        self.norm, self.inner, self.scale = part.norm, part.inner, part.scale
 
     def forward(self, x: Tensor, **kwargs: object) -> Tensor:
         return x + self.scale(self.inner(self.norm(x), **kwargs))
 
 
 class FusedPatches(nn.Conv2d):
-    """A convolution whose kernel is as large as its stride."""
+    """A convolution whose kernel is as large as its stride; it shares the weights of ``conv``."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
+                         bias=conv.bias is not None, device="meta")
+        self.weight, self.bias = conv.weight, conv.bias
+        self.train(conv.training)
 
     def forward(self, image: Tensor) -> Tensor:
         rows = image.shape[2] // self.kernel_size[0]
@@ -132,83 +145,60 @@ class FusedPatches(nn.Conv2d):
         return inference.patch_embedding(image, self.weight, self.bias).mT.unflatten(2, (rows, -1))
 
 
-class FewRowsLinear(nn.Linear):
-    """A linear layer that mostly meets a few rows: a head, in small batches."""
+class GemvLinear(nn.Linear):
+    """A linear layer that mostly meets a few rows (a head, in small batches): a gemv for each.
+
+    It shares the weights of ``linear``.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None,
+                         device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         return inference.few_rows_linear(x, self.weight, self.bias)
 
 
-class FirstTokenVisionTransformer(VisionTransformer):
-    """A timm ``VisionTransformer`` whose head reads the class token only: of the last block
-    nothing else is computed. ``forward_features`` still returns all tokens."""
+class ClassTokenEncoder(nn.Module):
+    """A model whose last block computes the class token only: its attention, a ``FusedAttention``,
+    is called by ``class_token``. Subclasses have the signature of a library."""
 
-    embedding: nn.Parameter | None  # (1, tokens, d): what every image has before its patches
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None,
-                is_causal: bool = False) -> Tensor:
-        if attn_mask is not None or is_causal:
-            return super().forward(x, attn_mask, is_causal)
-        *first, last = self.blocks
-        x = self.norm_pre(self.patch_drop(self._tokens(x)))
-        for block in first:
-            x = block(x)
-        return self.forward_head(self.norm(last.mlp(last.attn.first_token(x))))
-
-    def set_input_size(self, *args: object, **kwargs: object) -> None:
-        super().set_input_size(*args, **kwargs)
-        self.embedding = _embedding(self)
-
-    def _tokens(self, image: Tensor) -> Tensor:
-        if self.embedding is None or image.shape[-2:] != self.patch_embed.img_size:
-            return self._pos_embed(self.patch_embed(image))
-        proj, own = self.patch_embed.proj, self.embedding[0]
-        prefix, positions = own[:self.num_prefix_tokens], own[self.num_prefix_tokens:]
-        return inference.patch_embedding(image, proj.weight, proj.bias, prefix, positions)
+    blocks: nn.Sequential
 
 
-def meet_few_rows_(head: nn.Module) -> None:
-    """Makes a linear layer one for few rows, in place; anything else stays what it is."""
-    if type(head) is nn.Linear:
-        head.__class__ = FewRowsLinear
+def gemv_linear(head: nn.Module) -> nn.Module:
+    """A ``GemvLinear`` for a plain linear layer; anything else as it is."""
+    return GemvLinear(head) if type(head) is nn.Linear else head
 
 
-@torch.no_grad()
-def _embedding(model: VisionTransformer) -> nn.Parameter | None:
-    """What the model adds to empty patches, and its prefix; None where that is not all it does."""
-    patches = model.patch_embed
-    if not (type(patches) is PatchEmbed and type(patches.proj) is FusedPatches
-            and patches.grid_size is not None and type(patches.norm) is nn.Identity):
-        return None
-    zeros = patches.proj.weight.new_zeros(1, *patches.grid_size, patches.proj.out_channels)
-    if not model.dynamic_img_size:
-        zeros = zeros.flatten(1, 2)
-    return nn.Parameter(model._pos_embed(zeros), requires_grad=False)
+def is_layer_norm(norm: nn.Module) -> bool:
+    """Whether the fused ops know this norm: a layer norm over the last dimension."""
+    return type(norm) in (nn.LayerNorm, LayerNorm) and len(norm.normalized_shape) == 1
 
 
-def _affine(norm: nn.Module) -> Norm | None:
-    """None where it is not a layer norm over the last dimension."""
-    if type(norm) not in (nn.LayerNorm, LayerNorm) or len(norm.normalized_shape) != 1:
-        return None
+def _affine(norm: nn.Module) -> Norm:
     width = norm.normalized_shape[0]
     weight = torch.ones(width) if norm.weight is None else norm.weight.detach()
     bias = torch.zeros_like(weight) if norm.bias is None else norm.bias.detach()
     return Norm(weight.double(), bias.double(), norm.eps)
 
 
-def _projections(attn: LowRankAttention | Attention) -> Projections:
-    if type(attn) is LowRankAttention:
-        return Projections(*(w.detach().double() for w in (attn.wq, attn.bq, attn.wk, attn.wv,
-                                                           attn.wo, attn.bo)))
+def _projections(attn: nn.Module) -> tuple[Projections, int, float]:
+    """The folded projections, the number of heads and the scale of the logits."""
+    if isinstance(attn, LowRankAttention):
+        weights = (attn.wq, attn.bq, attn.wk, attn.wv, attn.wo, attn.bo)
+        return (Projections(*(w.detach().double() for w in weights)), attn.num_heads, attn.scale)
     w = attention_weights(attn)
     wq, bq, wk, wv, bv = (t.double().flatten(0, 1) for t in (w.wq, w.bq, w.wk, w.wv, w.bv))
     wo = w.wo.double().transpose(0, 1).flatten(1)
-    return Projections(wq, bq, wk, wv, wo, w.bo.double() + wo @ bv)
+    return Projections(wq, bq, wk, wv, wo, w.bo.double() + wo @ bv), len(w.wq), w.scale
 
 
-def _layer_scale(scale: nn.Module, like: Tensor) -> Tensor:
-    if isinstance(scale, LayerScale):
-        return scale.gamma.detach().double()
+def _gamma(part: Residual, like: Tensor) -> Tensor:
+    if part.gamma is not None:
+        return part.gamma.double()
     return like.new_ones(like.shape[0], dtype=torch.float64)
 
 

@@ -121,7 +121,7 @@ def kernel(op: str, x: Tensor, keep: bool = True) -> Callable[..., tuple[Tensor,
         function = getattr(torch.ops.adacomcat, f"{op}_{device}").default
         return function if op in DECOMPOSITIONS else partial(function, keep=keep)
     if backend == "triton":
-        return partial(kernels.load(op).forward, keep=keep)
+        return partial(kernels.load(op).forward, keep_intermediates=keep)
     return getattr(reference, op)
 
 
@@ -166,7 +166,7 @@ def _triton_kernel(op: str) -> Callable[..., tuple[Tensor, ...]]:
     def run(x: Tensor, *arguments: Any, residual: Tensor | None = None,
             epsilon: float | None = None) -> tuple[Tensor, ...]:
         shapes.residual(x, residual, check(x, *arguments)[0])
-        return forward(x, *arguments, keep=False, epsilon=epsilon, residual=residual)
+        return forward(x, *arguments, keep_intermediates=False, epsilon=epsilon, residual=residual)
 
     return run
 

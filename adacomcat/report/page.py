@@ -1,8 +1,7 @@
-"""Tables on the terminal, and one offline HTML page per run."""
+"""One HTML page for a compression or training run, which needs no network to be read."""
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,25 @@ from typing import Any
 import jinja2
 
 from adacomcat.plan import RankPlan
-from adacomcat.report.tables import _LABELS, Comparison
-from adacomcat.sites import DENSE, Site
+from adacomcat.report.tables import LABELS, Comparison
+from adacomcat.sites import Site
+from adacomcat.utils.files import atomic_write_text
 
 
 def write_report(folder: str | Path, title: str, comparison: Comparison, sites: Sequence[Site],
                  plan: RankPlan, history: Sequence[Mapping[str, float]] = ()) -> Path:
-    """report.html in ``folder``: models before and after, ranks as a heat map, the history.
+    """Write report.html: the models' measures, a heat map of ranks, curves over epochs.
 
-    history: one mapping per epoch, with 'epoch', and 'loss' or 'top1'
+    Args:
+        folder: where the page goes; it exists.
+        title: the page's title.
+        comparison: the measures of the models.
+        sites: the sites that the plan decides; without any there is no heat map.
+        plan: the ranks.
+        history: a mapping for each epoch, with 'epoch' and measures like 'loss' or 'top1'.
+
+    Returns:
+        The path of the page.
     """
     pictures = {"Ranks, as a part of the full rank": _rank_map(sites, plan)} if sites else {}
     if history:
@@ -27,14 +36,15 @@ def write_report(folder: str | Path, title: str, comparison: Comparison, sites: 
         title=title, columns=comparison.columns(), rows=comparison.cells(), pictures=pictures,
         ranks=[(site.name, plan[site.name], site.full_rank) for site in sites])
     path = Path(folder) / "report.html"
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(page)
-    os.replace(scratch, path)
+    atomic_write_text(path, page)
     return path
 
 
 def _rank_map(sites: Sequence[Site], plan: RankPlan) -> str:
-    """Blocks down, kinds of sites across; a dense site counts as 1."""
+    """The PNG of a heat map: blocks as rows, kinds of sites as columns, rank ÷ full rank as colour.
+
+    A dense site has the colour of the full rank.
+    """
     import numpy as np
     cells = {_position(site.name): site for site in sites}
     rows = list(dict.fromkeys(row for row, _ in cells))
@@ -44,7 +54,7 @@ def _rank_map(sites: Sequence[Site], plan: RankPlan) -> str:
     for (row, column), site in cells.items():
         rank = plan[site.name]
         y, x = rows.index(row), columns.index(column)
-        image[y, x] = 1.0 if rank == DENSE else rank / site.full_rank
+        image[y, x] = 1.0 if isinstance(rank, str) else rank / site.full_rank
         axes.text(x, y, rank, ha="center", va="center", fontsize=7,
                   color="white" if image[y, x] > 0.6 else "black")
     axes.imshow(image, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
@@ -61,25 +71,27 @@ def _position(name: str) -> tuple[str, str]:
 
 
 def _curves(history: Sequence[Mapping[str, float]]) -> str:
+    """The PNG of one curve for each measure, over epochs."""
     from matplotlib.ticker import MaxNLocator
-    names = [name for name in _LABELS if any(name in row for row in history)]
+    names = [name for name in LABELS if any(name in row for row in history)]
     axes = _axes(7, 2.2 * len(names), count=len(names))
     for name, axis in zip(names, axes.flat, strict=True):
         points = [(row.get("epoch", at), row[name]) for at, row in enumerate(history)
                   if name in row]
         axis.plot(*zip(*points, strict=True), marker=".")
-        axis.set(ylabel=_LABELS[name][0], xlabel="epoch")
+        axis.set(ylabel=LABELS[name][0], xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _png(axes.flat[0])
 
 
 def _axes(width: float, height: float, count: int = 1) -> Any:
-    """``count`` axes under each other, as an array."""
+    """``count`` axes one below the other, as an array (count, 1); sizes in inches."""
     from matplotlib.figure import Figure
     return Figure(figsize=(width, height), layout="constrained").subplots(count, squeeze=False)
 
 
 def _png(axes: Any) -> str:
+    """The figure of ``axes`` in base64."""
     buffer = io.BytesIO()
     axes.figure.savefig(buffer, format="png", dpi=110)
     return base64.b64encode(buffer.getvalue()).decode()

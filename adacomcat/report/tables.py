@@ -1,4 +1,4 @@
-"""Tables on the terminal, and one offline HTML page per run."""
+"""Tables on the terminal."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-_LABELS = {
+# measure → (how tables and pages call it, format of its values)
+LABELS = {
     "params": ("parameters", "{:,.0f}"), "macs": ("MACs per image", "{:,.0f}"),
     "top1": ("top-1 %", "{:.2f}"), "loss": ("loss", "{:.4f}"),
     "test_loss": ("test loss", "{:.4f}"),
@@ -19,15 +20,20 @@ _LABELS = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """Model → measure → value; the first model is what the others are compared with."""
+    """The measures of several models; the share of parameters is relative to the first.
+
+    rows: model → measure → value; 'params' is one of the measures.
+    """
 
     rows: dict[str, dict[str, float]]
 
     def columns(self) -> list[str]:
+        """The header: an empty cell above the models' names, the measures, parameters kept."""
         measures = self._measures()
-        return ["", *(_LABELS.get(m, (m, ""))[0] for m in measures), "parameters kept"]
+        return ["", *(LABELS.get(m, (m, ""))[0] for m in measures), "parameters kept"]
 
     def cells(self) -> list[list[str]]:
+        """A row for each model; a measure that it lacks is an empty cell."""
         first = next(iter(self.rows.values()))["params"]
         return [[name, *(self._cell(row, m) for m in self._measures()),
                  f"{row['params'] / first:.3f}"] for name, row in self.rows.items()]
@@ -39,11 +45,11 @@ class Comparison:
     def _cell(row: dict[str, float], measure: str) -> str:
         if measure not in row:
             return ""
-        return _LABELS.get(measure, ("", "{:g}"))[1].format(row[measure])
+        return LABELS.get(measure, ("", "{:g}"))[1].format(row[measure])
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Whole lines, however narrow the pipe."""
+    """Print a table; outside a terminal its lines are not folded, however many columns it has."""
     width = None if sys.stdout.isatty() else 240
     table = Table(title=title, title_justify="left", box=SIMPLE,
                   show_header=any(columns), pad_edge=False)
@@ -56,17 +62,21 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 
 
 def print_comparison(title: str, comparison: Comparison) -> None:
+    """Print the models' measures as a table."""
     print_table(title, comparison.columns(), comparison.cells())
 
 
 def print_refinement(found: Mapping[str, Any] | None) -> None:
-    """What ``Refined.summary`` says; nothing where no plan was refined."""
+    """Print what ``Refined.summary`` says: the loss before and after, the ranks that changed.
+
+    None, where no plan was refined, prints nothing.
+    """
     if found is None:
         return
     result = (f"refined: loss on held-out images {found['start_loss']:.4f} → {found['loss']:.4f}, "
               f"{found['tried']} plans tried")
     if not found["changed"]:
-        print(f"{result}; the first one stays")
+        print(f"{result}; none is better than the first")
         return
     print(result)
     print_table("", ["site", "before", "after"],

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from adacomcat.allocation.knapsack import Choice, knapsack
+from adacomcat.allocation.knapsack import Choice, fill, knapsack
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, MULTIPLE, Rank, Site
 
-# One candidate away from the allocation starts this much less likely, in logits: a few steps on α
-# can leave it behind.
+# The logit of a candidate falls by this for every step away from the allocation's, at most so many
+# times: small enough for a few steps on α to overcome.
 STEP_DOWN = 0.03
 MOST_STEPS = 6
 
@@ -20,23 +20,40 @@ def candidates(site: Site, multiple: int) -> tuple[Rank, ...]:
     return (*ranks[:-1], site.full_rank) if site.folded else ranks
 
 
+def numeric_rank(site: Site, rank: Rank) -> int:
+    """``rank`` as a number: 'dense' is the full rank."""
+    return site.full_rank if rank == DENSE else rank
+
+
 def reachable_multiple(sites: list[Site], budget: float, multiple: int = MULTIPLE) -> int:
-    """The coarsest step of ranks at which ``budget`` parameters in all sites can be met."""
-    while multiple:
+    """The coarsest step of ranks at which all sites together can have ``budget`` parameters.
+
+    Raises:
+        UserError: not even a step of 1 can; the message names the least.
+    """
+    while True:
         least = sum(min(site.params(rank) for rank in candidates(site, multiple))
                     for site in sites)
         if least <= budget:
             return multiple
+        if multiple == 1:
+            raise UserError(f"the budget leaves {budget:.0f} parameters for {len(sites)} "
+                            f"projections; they need at least {least}: keep more")
         multiple //= 2
-    raise UserError(f"the budget leaves {budget:.0f} parameters for {len(sites)} projections; "
-                    f"they need at least {least}: keep more")
 
 
 class RankGates(nn.Module):
     """Logits α (sites, K) over candidate ranks; m = softmax((α + Gumbel noise) / τ).
 
     Sites with fewer than K candidates are padded with candidates of probability zero.
+
+    Args:
+        sites: the decisions to take.
+        multiple: the step of candidate ranks.
     """
+
+    valid: Tensor  # (sites, K) which candidates are no padding
+    costs: Tensor  # (sites, K) parameters of each candidate
 
     def __init__(self, sites: list[Site], multiple: int = MULTIPLE) -> None:
         super().__init__()
@@ -58,9 +75,9 @@ class RankGates(nn.Module):
     @staticmethod
     def _first(site: Site, ranks: tuple[Rank, ...]) -> Tensor:
         """(R,) the first candidate that keeps column j."""
-        full = [site.full_rank if rank == DENSE else rank for rank in ranks]
         columns = torch.arange(1, site.full_rank + 1)
-        return torch.searchsorted(torch.tensor(full), columns)
+        return torch.searchsorted(torch.tensor([numeric_rank(site, rank) for rank in ranks]),
+                                  columns)
 
     @torch.no_grad()
     def start_at_(self, plan: RankPlan) -> None:
@@ -74,7 +91,7 @@ class RankGates(nn.Module):
         return self.logits.masked_fill(~self.valid, -torch.inf)
 
     def sample(self, temperature: float, generator: torch.Generator) -> Tensor:
-        """m (sites, K), the same on every process that passes the same generator state."""
+        """m (sites, K): equal on all processes whose generators are in the same state."""
         noise = -torch.empty(self.logits.shape).exponential_(generator=generator).log()
         return ((self._masked() + noise.to(self.logits)) / temperature).softmax(-1)
 
@@ -90,8 +107,13 @@ class RankGates(nn.Module):
 
     @torch.no_grad()
     def plan(self, budget: float) -> RankPlan:
-        """The most likely plan of at most ``budget`` parameters in all sites together; what that
-        leaves of the budget buys more rank where it is least unlikely."""
+        """The most likely plan of at most ``budget`` parameters in all sites together.
+
+        What the plan leaves of the budget buys more rank where that is least unlikely.
+
+        Raises:
+            UserError: no plan has so few parameters.
+        """
         log_probabilities = self._masked().double().log_softmax(-1).tolist()
         items = [[Choice(site.params(rank), -log_probability) for rank, log_probability
                   in zip(ranks, row, strict=False)]
@@ -100,23 +122,13 @@ class RankGates(nn.Module):
         chosen = knapsack(items, budget)
         if chosen is None:
             raise UserError(f"no plan has at most {budget:.0f} parameters in its projections")
-        _fill(items, chosen, budget)
-        return RankPlan({site.name: ranks[index] for site, ranks, index
-                         in zip(self.sites, self.candidates, chosen, strict=True)})
+        fill(items, chosen, budget)
+        return _plan_of(self.sites, self.candidates, chosen)
 
 
-def _fill(items: list[list[Choice]], chosen: list[int], budget: float) -> None:
-    """Raise single items to dearer candidates while the budget allows one."""
-    rest = budget - sum(item[i].cost for item, i in zip(items, chosen, strict=True))
-    while True:
-        upgrades = [(candidate.error - items[k][i].error, k, j)
-                    for k, i in enumerate(chosen) for j, candidate in enumerate(items[k])
-                    if 0 < candidate.cost - items[k][i].cost <= rest]
-        if not upgrades:
-            return
-        _, k, j = min(upgrades)
-        rest -= items[k][j].cost - items[k][chosen[k]].cost
-        chosen[k] = j
+def _plan_of(sites: list[Site], ranks: list[tuple[Rank, ...]], chosen: list[int]) -> RankPlan:
+    return RankPlan({site.name: candidates[index] for site, candidates, index
+                     in zip(sites, ranks, chosen, strict=True)})
 
 
 def uniform_plan(sites: list[Site], budget: float, multiple: int) -> RankPlan:
@@ -125,10 +137,9 @@ def uniform_plan(sites: list[Site], budget: float, multiple: int) -> RankPlan:
     items = [[Choice(site.params(rank), _fraction(site, rank) ** 2) for rank in choices]
              for site, choices in zip(sites, ranks, strict=True)]
     chosen = [min(range(len(item)), key=lambda i, item=item: item[i].cost) for item in items]
-    _fill(items, chosen, budget)
-    return RankPlan({site.name: choices[index]
-                     for site, choices, index in zip(sites, ranks, chosen, strict=True)})
+    fill(items, chosen, budget)
+    return _plan_of(sites, ranks, chosen)
 
 
 def _fraction(site: Site, rank: Rank) -> float:
-    return (site.full_rank if rank == DENSE else rank) / site.break_even
+    return numeric_rank(site, rank) / site.break_even

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adacomcat.plan import RankPlan
-from adacomcat.search.gates import RankGates
+from adacomcat.search.gates import RankGates, numeric_rank
 from adacomcat.search.policy import EveryEpoch, make_policy
 from adacomcat.search.supernet import mixture, set_ranks_
-from adacomcat.sites import DENSE, Site
+from adacomcat.sites import Site
 from adacomcat.utils.distributed import Processes
 from adacomcat.utils.model import evaluating
 from adacomcat.utils.random import derived_generator
@@ -22,14 +22,26 @@ from adacomcat.utils.random import derived_generator
 
 @dataclass(frozen=True)
 class SearchConfig:
+    """How the ranks are searched.
+
+    Args:
+        policy: when to search, one of ``POLICIES``.
+        steps: gradient steps on α in one search.
+        alpha_lr: learning rate of α.
+        beta: exponent of the budget in the loss.
+        tau_start, tau_end: the temperature τ at the first and the last search.
+        tau_per: whether τ anneals over every 'epoch', or over every 'search' as in ComCAT's code.
+        confirm: a plan is adopted only where held-out images lose less with it.
+    """
+
     policy: str = "adaptive"
     steps: int = 50
     alpha_lr: float = 1e-2
     beta: float = 1.5
     tau_start: float = 5.0
     tau_end: float = 0.1
-    tau_per: str = "epoch"  # 'epoch', or 'search': ComCAT's code anneals when it searches
-    confirm: bool = True  # a plan is adopted only where held-out images like it better
+    tau_per: str = "epoch"
+    confirm: bool = True
 
 
 def budget_loss(cross_entropy: Tensor, params: Tensor, target: float, beta: float) -> Tensor:
@@ -51,14 +63,28 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-# Batches that judge a plan that the search proposes.
-JUDGES = 8
+# Held-out batches that decide whether a plan that the search proposes is adopted.
+CONFIRMING_BATCHES = 8
 
 
 class RankSearch:
     """The search's whole state: α and its optimiser, the policy, the plan in force.
 
-    ``target``: parameters of the whole model; ``fixed``: those that belong to no site.
+    Every search takes ``config.steps`` gradient steps on α, with the loss CE · (P / target)^β
+    where the expected parameters P exceed the target, and CE elsewhere. It then proposes the most
+    likely plan within the budget. After ComCAT (Xiao et al., ICML 2023, arXiv 2305.17235).
+
+    Args:
+        supernet: a model that holds every rank at once, from ``build_supernet``.
+        sites: the decisions to take, as the supernet has them.
+        gates: the architecture parameters α over the candidates of ``sites``.
+        plan: the ranks in force at the start; it names every site.
+        config: how to search, and when.
+        target: parameters that the whole compressed model may have.
+        fixed: parameters of the model that belong to no site.
+
+    Raises:
+        UserError: ``config.policy`` is unknown.
     """
 
     def __init__(self, supernet: nn.Module, sites: list[Site], gates: RankGates, plan: RankPlan,
@@ -73,6 +99,7 @@ class RankSearch:
         self.adopt(plan)
 
     def adopt(self, plan: RankPlan) -> None:
+        """Put ``plan`` in force, in the supernet too."""
         self.plan = plan
         set_ranks_(self.supernet, plan)
 
@@ -85,7 +112,7 @@ class RankSearch:
 
     def step(self, images: Tensor, labels: Tensor, temperature: float,
              generator: torch.Generator, processes: Processes) -> float:
-        """One step on α with one pass of the gated supernet; the loss."""
+        """One step on α by one pass of the gated supernet, averaged over processes; the loss."""
         mixed = self.gates.sample(temperature, generator)
         with mixture(self.supernet, self.gates.gates(mixed)):
             loss = F.cross_entropy(self.supernet(images), labels)
@@ -99,18 +126,29 @@ class RankSearch:
 
     def run(self, batches: Iterable[tuple[Tensor, Tensor]], *, epoch: int, epochs: int, seed: int,
             processes: Processes) -> dict[str, Any]:
-        """Search at the start of ``epoch``, adopt the plan that it finds, and say what it did."""
+        """Search at the start of ``epoch`` and adopt the plan that it finds, if it is better.
+
+        Args:
+            batches: (images, labels) of this process, one for each step.
+            epoch: the epoch that is about to begin, counted from 1.
+            epochs: how many the temperature anneals over.
+            seed: decides the Gumbel noise.
+            processes: who shares the search.
+
+        Returns:
+            What it did, in plain numbers, lists and dicts.
+        """
         start = time.perf_counter()
         temperature, losses = self.temperature(epoch, epochs), []
-        judges: list[tuple[Tensor, Tensor]] = []
+        held_out: list[tuple[Tensor, Tensor]] = []
         generator = derived_generator(seed, epoch, self.count)
         with frozen(self.supernet), evaluating(self.supernet):
             for images, labels in batches:
                 batch = images.to(processes.device), labels.to(processes.device)
-                judges.extend([batch] if len(judges) < JUDGES else [])
+                held_out.extend([batch] if len(held_out) < CONFIRMING_BATCHES else [])
                 losses.append(self.step(*batch, temperature, generator, processes))
             before = self.numeric(self.plan)
-            rejected = not self._propose(self.gates.plan(self.target - self.fixed), judges,
+            rejected = not self._propose(self.gates.plan(self.target - self.fixed), held_out,
                                          processes)
         ranks = self.numeric(self.plan)
         self.policy.record(epoch, ranks)
@@ -124,16 +162,16 @@ class RankSearch:
                 "params": int(self.fixed) + self.plan.params(self.sites),
                 "ranks": dict(self.plan.ranks)}
 
-    def _propose(self, plan: RankPlan, judges: list[tuple[Tensor, Tensor]],
+    def _propose(self, plan: RankPlan, held_out: list[tuple[Tensor, Tensor]],
                  processes: Processes) -> bool:
-        """Adopt ``plan`` unless the plan in force does better on held-out images as things are."""
+        """Adopt ``plan`` unless the plan in force does better on the held-out batches."""
         current = self.plan
-        if plan == current or not (self.config.confirm and judges):
+        if plan == current or not (self.config.confirm and held_out):
             self.adopt(plan)
             return True
-        loss = self._loss(judges, processes)
+        loss = self._loss(held_out, processes)
         self.adopt(plan)
-        better = self._loss(judges, processes) < loss
+        better = self._loss(held_out, processes) < loss
         if not better:
             self.adopt(current)
         return better
@@ -144,8 +182,8 @@ class RankSearch:
         return processes.mean(torch.stack(losses).mean())
 
     def numeric(self, plan: RankPlan) -> list[int]:
-        return [site.full_rank if plan[site.name] == DENSE else plan[site.name]
-                for site in self.sites]
+        """The rank of every site as a number, 'dense' as the full rank."""
+        return [numeric_rank(site, plan[site.name]) for site in self.sites]
 
     def state_dict(self) -> dict[str, Any]:
         return {"gates": self.gates.state_dict(), "optimizer": self.optimizer.state_dict(),

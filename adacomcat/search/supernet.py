@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import Mlp
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from adacomcat import ops
 from adacomcat.convert.factors import Factors
 from adacomcat.convert.install import join_mlps_
+from adacomcat.convert.record import record_
 from adacomcat.factorize.factors import LinearFactors
 from adacomcat.factorize.neurons import HiddenFactors
 from adacomcat.layers.attention import LowRankAttention, low_rank_class
@@ -33,6 +34,9 @@ class GatedLinear(LowRankLinear):
     The last term is what a truncated bias absorbs, so the gate mixes truncated layers exactly.
     ``active`` is the rank where no gate is set; columns beyond it then get no gradient.
     """
+
+    mean: Tensor  # (in,) of the inputs
+    gate: Tensor | None  # (R,)
 
     def __init__(self, linear: nn.Linear, factors: LinearFactors) -> None:
         super().__init__(linear.in_features, linear.out_features, factors.v.shape[1],
@@ -67,12 +71,13 @@ class GatedLinear(LowRankLinear):
         """The compressed layer at this rank; 'dense' multiplies the factors out."""
         if rank == DENSE:
             return self.to_linear()
-        module = LowRankLinear(self.in_features, self.out_features, rank, self.bias is not None,
+        bias = self._bias(rank)
+        module = LowRankLinear(self.in_features, self.out_features, rank, bias is not None,
                                self.v.device, self.v.dtype)
         module.v.copy_(self.v[:, :rank])
         module.u.copy_(self.u[:, :rank])
-        if self.bias is not None:
-            module.bias.copy_(self._bias(rank))
+        if module.bias is not None and bias is not None:
+            module.bias.copy_(bias)
         return module.train(self.training)
 
 
@@ -83,14 +88,17 @@ class GatedAttention(nn.Module):
     exchanged. Gates scale the rows of queries and values; bo takes up what value ranks lose.
     """
 
+    mean: Tensor  # (H, d) of what each head averages
+    gate_qk: Tensor | None  # (R,)
+    gate_vo: Tensor | None  # (R,)
+
     def __init__(self, full: LowRankAttention, value_mean: Tensor) -> None:
         super().__init__()
         self.full = full
         self.register_buffer("mean", value_mean.to(full.wv))  # (H, d)
         self.rank_qk, self.rank_vo = full.rank_qk, full.rank_vo
         self.active_qk, self.active_vo = self.rank_qk, self.rank_vo
-        self.gate_qk: Tensor | None = None
-        self.gate_vo: Tensor | None = None
+        self.gate_qk = self.gate_vo = None
 
     @property
     def folds_scores(self) -> bool:
@@ -139,7 +147,7 @@ class GatedAttention(nn.Module):
     @torch.no_grad()
     def finalized(self, ranks: Mapping[str, Rank]) -> LowRankAttention:
         """The compressed attention. ``ranks``: of 'qk' and 'vo', in tier B of 'q', 'k' and 'vo'."""
-        module = copy.deepcopy(self.full)
+        module: Any = copy.deepcopy(self.full)
         for name, factor in self.factors_().items():
             setattr(module, name, nn.Parameter(factor.clone()))
         module.rank_vo = self.active_vo
@@ -159,15 +167,19 @@ class GatedMlp(nn.Module):
     gate is set; neurons beyond it then get no gradient.
     """
 
+    triangle: Tensor  # (H, H) L
+    mean: Tensor  # (H,) of the hidden activations
+    gate: Tensor | None  # (H,)
+
     def __init__(self, mlp: Mlp, factors: HiddenFactors) -> None:
         super().__init__()
         order = factors.order
         self.full = narrowed(mlp, order, factors.weight[:, order], factors.bias)
         weight = self.full.fc2.weight
-        self.register_buffer("triangle", factors.triangle.to(weight))  # (H, H)
-        self.register_buffer("mean", factors.mean[order].to(weight))  # (H,)
+        self.register_buffer("triangle", factors.triangle.to(weight))
+        self.register_buffer("mean", factors.mean[order].to(weight))
         self.rank = self.active = len(order)
-        self.gate: Tensor | None = None
+        self.gate = None
 
     def factors_(self) -> dict[str, Tensor]:
         """The tensors that stand in for those of ``full``."""
@@ -220,7 +232,7 @@ def build_supernet(model: nn.Module, factors: Factors,
                    sites: list[Site] | None = None) -> nn.Module:
     """A copy of ``model`` in which every site holds its full factors, all of them active.
 
-    sites: the decisions to take; every rank where not given.
+    sites: the decisions to take; every rank of ``model`` where not given.
     """
     supernet = copy.deepcopy(model)
     sites = find_sites(model) if sites is None else sites
@@ -230,19 +242,22 @@ def build_supernet(model: nn.Module, factors: Factors,
 
 
 def _gated(module: nn.Module, sites: list[Site], factors: Factors) -> nn.Module:
+    """The gated module for one dense module, from the factors of its sites."""
     site, prefix = sites[0], sites[0].module
+    # The kind of a site says which class its module and its factors have.
+    found, dense = cast(dict[str, Any], factors), cast(Any, module)
     if site.kind == "linear":
-        return GatedLinear(module, factors[site.name])
+        return GatedLinear(dense, found[site.name])
     if site.kind == "hidden":
-        return GatedMlp(module, factors[site.name])
+        return GatedMlp(dense, found[site.name])
     full = low_rank_class(module, site.tier).like(module, site.head_dim, site.head_dim)
-    values = factors[f"{prefix}.vo"]
+    values = found[f"{prefix}.vo"]
     full.set_values_(values)
     if site.tier == "A":
-        full.set_scores_(factors[f"{prefix}.qk"])
+        full.set_scores_(found[f"{prefix}.qk"])
     else:
         for part in "qk":
-            projection = GatedLinear(getattr(full, part), factors[f"{prefix}.{part}"])
+            projection = GatedLinear(getattr(full, part), found[f"{prefix}.{part}"])
             setattr(full, part, projection)
     return GatedAttention(full, values.mean)
 
@@ -289,23 +304,24 @@ def _targets(supernet: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 @torch.no_grad()
 def finalize(supernet: nn.Module, plan: RankPlan) -> nn.Module:
-    """The compressed model at ``plan``, without gates; its ``rank_plan`` names every site."""
+    """The compressed model at ``plan``, without gates; the plan of its record names every site."""
     set_ranks_(supernet, plan)
     model = copy.deepcopy(supernet)
     names = [name for name, _, _ in _targets(supernet)]
-    ranks = {name: plan[name] for name in names}
+    ranks: dict[str, Rank] = {name: plan[name] for name in names}
     for name, module in list(supernet.named_modules()):
         if isinstance(module, GatedAttention):
             for part, rank in (("qk", module.active_qk), ("vo", module.active_vo)):
                 if f"{name}.{part}" in ranks:
                     ranks[f"{name}.{part}"] = rank
-            parts = {part: ranks[f"{name}.{part}"] for part in ("q", "k", "qk", "vo")
-                     if f"{name}.{part}" in ranks}
+            parts: dict[str, Rank] = {
+                part: ranks[f"{name}.{part}"] for part in ("q", "k", "qk", "vo")
+                if f"{name}.{part}" in ranks}
             model.set_submodule(name, module.finalized(parts).train(module.training))
         elif isinstance(module, GatedLinear) and ".full." not in name:
             model.set_submodule(name, module.finalized(plan[name]))
         elif isinstance(module, GatedMlp):
             model.set_submodule(name, module.finalized().train(module.training))
     join_mlps_(model)
-    model.rank_plan = RankPlan(ranks)
+    record_(model, plan=RankPlan(ranks))
     return model

@@ -4,10 +4,13 @@ import atexit
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class Processes:
             for tensor in module.state_dict().values():
                 dist.broadcast(tensor, 0)
 
-    def broadcast_object(self, value: object) -> object:
+    def broadcast_object(self, value: Value) -> Value:
+        """The first process's ``value``, on every process."""
         box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box, 0)

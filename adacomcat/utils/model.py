@@ -1,7 +1,8 @@
-"""What a model costs: parameters, multiply-accumulates, measured latency."""
+"""What every room asks of a model: its input size, its modes, its tokens and outputs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -32,8 +33,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def tokens_and_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """The final tokens and the head's outputs, or whatever the model gives."""
+def tokens_and_outputs(model: Any, images: Tensor) -> list[Tensor]:
+    """The final tokens and the head's outputs; the outputs alone where the model has no head."""
     if not hasattr(model, "forward_head"):
         return [model(images)]
     tokens = model.forward_features(images)

@@ -1,9 +1,9 @@
-"""Where there is a GPU: correctness, then timings: `make gpu-check`; or `ops` or `models` alone.
+"""`make gpu-check`: correctness and timings of the GPU kernels, where there is a GPU.
 
-Correctness against float64 is tests/gpu/test_device.py. Timings are medians of CUDA events around
-replays of CUDA graphs, of ours as it is by default and of what a user would run instead, all in
-turn; and the fraction of the roofline that follows from the card's memory bandwidth and arithmetic
-as measured here. Writes bench/gpu/*.json.
+First the tests of tests/gpu that need a GPU run; `ops` or `models` as the argument skips them and
+takes only those timings. A timing is the median of CUDA events around replays of a CUDA graph. Our
+kernels, as they are chosen by default, and the PyTorch alternatives take turns. Rooflines use the
+card's bandwidth and arithmetic as measured here. The results go to bench/gpu/*.json.
 """
 
 import copy
@@ -11,35 +11,35 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import peers
 import timm
 import torch
 import torch.nn.functional as F
 import triton
+from test_models import MODELS, low_rank
 from torch import Tensor, nn
 
+import adacomcat
+from adacomcat import ops
+from adacomcat.ops import backends, decompositions
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-import peers  # noqa: E402
-from test_models import MODELS, low_rank  # noqa: E402
-
-import adacomcat  # noqa: E402
-from adacomcat import ops  # noqa: E402
-from adacomcat.ops import backends, decompositions  # noqa: E402
 
 REPEATS, CALLS = 9, 5
 BATCHES = (1, 8, 64, 256)
 SIZES = {"DeiT-S": (384, 128, 6), "DeiT-B": (768, 256, 12)}  # width, rank of the MLP, heads
 RANK, HEAD, TOKENS, EPSILON = 32, 64, 197, 1e-6
-Ways = dict[str, Callable[[], object]]
+Ways = Mapping[str, Callable[[], object]]  # label → a call that computes the same
+Row = dict[str, Any]  # one measurement, as it stands in the JSON file
 
 
 def interleaved(ways: Ways, calls: int = CALLS) -> dict[str, float]:
-    """Median seconds of one call of each, `calls` of which are captured in a graph."""
+    """Median seconds of one call of each way; a graph captures `calls` calls."""
     graphs, times = {}, {}
     for name, run in ways.items():
         side = torch.cuda.Stream()
@@ -63,7 +63,7 @@ def interleaved(ways: Ways, calls: int = CALLS) -> dict[str, float]:
 
 
 def peaks() -> dict[str, float]:
-    """What this card reaches: FLOP/s of a large product in bfloat16, bytes/s of a large copy."""
+    """FLOP/s of a large bfloat16 product and bytes/s of a large copy on this card."""
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     b, c = torch.empty_like(a), a.new_empty(1 << 30)
     d = torch.empty_like(c)
@@ -72,11 +72,12 @@ def peaks() -> dict[str, float]:
 
 
 def draw(*shape: int) -> Tensor:
+    """A random bfloat16 tensor, scaled so that products keep their size."""
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) / shape[-1] ** 0.5
 
 
 def mlp(model: str, batch: int) -> tuple[Ways, int, int]:
-    """x + mlp(norm(x)): ways, FLOPs, and bytes of inputs and outputs."""
+    """Ways to compute x + mlp(norm(x)), its FLOPs, and its bytes of inputs and outputs."""
     d, r, _ = SIZES[model]
     x, hidden = draw(batch, TOKENS, d), 4 * d
     v1, u1, b1, v2, u2, b2 = (draw(*shape) for shape in (
@@ -101,7 +102,7 @@ def mlp(model: str, batch: int) -> tuple[Ways, int, int]:
 
 
 def attention(model: str, batch: int) -> tuple[Ways, int, int]:
-    """x + attention(norm(x)): ways, FLOPs, and bytes of inputs and outputs."""
+    """Ways to compute x + attention(norm(x)), its FLOPs, and its bytes of inputs and outputs."""
     d, _, heads = SIZES[model]
     x, rank = draw(batch, TOKENS, d), RANK * heads
     joint, wo, bo, bq = draw(3 * rank, d), draw(d, rank), draw(d), draw(rank)
@@ -127,7 +128,7 @@ def attention(model: str, batch: int) -> tuple[Ways, int, int]:
 
 
 def linear(model: str, batch: int) -> tuple[Ways, int, int]:
-    """gelu(low_rank_linear(x)): ways, FLOPs, and bytes of inputs and outputs."""
+    """Ways to compute gelu(low_rank_linear(x)), FLOPs, bytes of inputs and outputs."""
     d, r, _ = SIZES[model]
     x, v, u, b, w = (draw(*s) for s in ((batch, TOKENS, d), (d, r), (4 * d, r), (4 * d,),
                                         (4 * d, d)))
@@ -145,7 +146,8 @@ def linear(model: str, batch: int) -> tuple[Ways, int, int]:
     return ways, 2 * rows * weights, 2 * (5 * rows * d + weights)
 
 
-def measure_ops() -> Iterator[dict[str, object]]:
+def measure_ops() -> Iterator[Row]:
+    """Each sublayer of each model at each batch size."""
     card = peaks()
     yield {"what": "peaks", **card}
     for sublayer in (mlp, attention, linear):
@@ -158,8 +160,8 @@ def measure_ops() -> Iterator[dict[str, object]]:
                        "fraction of the roofline": floor / next(iter(times.values()))}
 
 
-def measure_svd() -> Iterator[dict[str, object]]:
-    """Not captured in graphs: both read back whether they converged."""
+def measure_svd() -> Iterator[Row]:
+    """SVDs without CUDA graphs, since both functions read back whether they converged."""
     for count, side in ((144, 64), (4096, 32)):
         a = torch.randn(count, side, side, device="cuda")
         times: dict[str, list[float]] = {"ours": [], "torch.linalg.svd": []}
@@ -176,7 +178,8 @@ def measure_svd() -> Iterator[dict[str, object]]:
                "seconds": {name: statistics.median(found) for name, found in times.items()}}
 
 
-def measure_models(dtype: torch.dtype, batches: tuple[int, ...]) -> Iterator[dict[str, object]]:
+def measure_models(dtype: torch.dtype, batches: tuple[int, ...]) -> Iterator[Row]:
+    """Whole models, and at batch 8 their relative error against float64."""
     for name in MODELS:
         torch.manual_seed(0)
         architecture, rank, rank_mlp = MODELS[name]
@@ -191,7 +194,7 @@ def measure_models(dtype: torch.dtype, batches: tuple[int, ...]) -> Iterator[dic
         for batch in batches:
             x = torch.randn(batch, 3, 224, 224, device="cuda", dtype=dtype)
             times = interleaved({label: partial(model, x) for label, model in models.items()}, 1)
-            row = {"what": f"{architecture} {dtype} b{batch}", "seconds": times}
+            row: Row = {"what": f"{architecture} {dtype} b{batch}", "seconds": times}
             if batch == 8:
                 reference = exact(x.double())
                 row["errors"] = {label: ((model(x).double() - reference).norm()
@@ -201,14 +204,16 @@ def measure_models(dtype: torch.dtype, batches: tuple[int, ...]) -> Iterator[dic
 
 
 def main(part: str = "") -> int:
+    """Test and measure; the exit code of the tests. ``part``: 'ops' or 'models' alone, untested."""
     if not torch.cuda.is_available():
         print("no GPU here: nothing was run and nothing was written")
         return 0
     failed = 0
     if not part:
-        tests = HERE.parent.parent / "tests" / "gpu" / "test_device.py"
-        failed = subprocess.run([sys.executable, "-m", "pytest", "-q", tests]).returncode
-    found: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+        tests = HERE.parents[1] / "tests" / "gpu"
+        command = [sys.executable, "-m", "pytest", "-q", tests, "-k", "device"]
+        failed = subprocess.run(command).returncode
+    found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
                                 "triton": triton.__version__, "rows": []}
     name = found["gpu"].lower().replace(" ", "_") + (f"_{part}" if part else "")
     with torch.no_grad():
@@ -224,13 +229,13 @@ def main(part: str = "") -> int:
     return failed
 
 
-def told(row: dict[str, object]) -> str:
-    """Microseconds, and how many times as long as ours; all else as it is."""
+def told(row: Row) -> str:
+    """One line: the microseconds of each way with their ratio to ours, then all other values."""
     row = dict(row)
     times = row.pop("seconds", {})
-    ours = next(iter(times.values()), 1.0)
+    first = next(iter(times.values()), 1.0)
     return "; ".join([
-        *(f"{name} {time * 1e6:.1f} us ({time / ours:.2f})" for name, time in times.items()),
+        *(f"{name} {time * 1e6:.1f} us ({time / first:.2f})" for name, time in times.items()),
         *(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
           for key, value in row.items())])
 

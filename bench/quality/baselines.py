@@ -1,23 +1,23 @@
-"""Published training-free methods, each from its formula, at uniform ranks.
+"""Published methods without training, written from their formulas, at uniform ranks.
 
-The first four cut every matrix W (out, in) to Ŵ = SVD_r(W C^½) C^-½, the best of rank r in the
-metric C of the inputs x (in), and differ in C only:
+The first four replace every matrix W (out, in) by Ŵ = SVD_r(W C^½) C^-½, the best matrix of rank r
+in the metric C of the inputs x (in). They differ in C only:
 
 plain      C = I
 ASVD       C = diag(E|x_j|): columns scaled by (E|x_j|)^α, α = ½ (Yuan et al. 2023,
            arXiv 2312.05821)
 SVD-LLM    C = E[x xᵀ], truncation-aware whitening (Wang et al. 2024, arXiv 2403.07378)
-AFM        C = Cov(x) and b̂ = b + (W - Ŵ) E[x]: that is the PCA of the outputs y = W x + b, for
+AFM        C = Cov(x) and b̂ = b + (W - Ŵ) E[x]: the PCA of the outputs y = W x + b, since
            W Cov(x) Wᵀ = Cov(y) (Yu and Wu, "Compressing Transformers: Features Are Low-Rank, but
            Weights Are Not!", AAAI 2023)
 
-ComCAT (Xiao et al. 2023, arXiv 2305.17235) cuts attention head by head instead: the products
-W_qᵀ W_k and W_o W_v rather than their four factors. MLPs are two low-rank linears everywhere.
+ComCAT (Xiao et al. 2023, arXiv 2305.17235) truncates the products W_qᵀ W_k and W_o W_v of each head
+instead of their four factors. In every method an MLP is two low-rank linear layers.
 """
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from adacomcat.utils.model import evaluating
 
 
 class Inputs(NamedTuple):
-    """Moments over all tokens that enter one linear layer."""
+    """Moments of the inputs of one linear layer, over all tokens."""
 
     mean: Tensor  # (in,)
     covariance: Tensor  # (in, in), centred
@@ -60,7 +60,7 @@ def afm_metric(inputs: Inputs) -> LinearStatistics:
 
 
 def _uncentred(metric: Tensor, inputs: Inputs) -> LinearStatistics:
-    """A mean of zero keeps the bias as it is."""
+    """Statistics with the mean 0, for which ``factorize_linear`` leaves the bias as it is."""
     return LinearStatistics(torch.zeros_like(inputs.mean), metric, inputs.tokens)
 
 
@@ -71,13 +71,13 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
             if type(module) is nn.Linear and module is not head}
 
 
-def classifier(model: nn.Module) -> nn.Module | None:
+def classifier(model: Any) -> nn.Module | None:
     return model.get_classifier() if hasattr(model, "get_classifier") else None
 
 
 @torch.no_grad()
 def collect_inputs(model: nn.Module, calibration: Tensor) -> dict[str, Inputs]:
-    """Layer name → moments of what enters it, in one dense pass."""
+    """Layer name → moments of its inputs, in one pass of the dense model."""
     moments = {name: Moments() for name in linears(model)}
     magnitudes: dict[str, Tensor] = {}
 
@@ -102,7 +102,7 @@ def collect_inputs(model: nn.Module, calibration: Tensor) -> dict[str, Inputs]:
 
 
 def matrix_sites(model: nn.Module) -> list[Site]:
-    """One rank for every matrix, those of attention included."""
+    """One site for every matrix, those of the attentions included."""
     sites = []
     for name, linear in linears(model).items():
         bias = 0 if linear.bias is None else linear.out_features
@@ -112,13 +112,17 @@ def matrix_sites(model: nn.Module) -> list[Site]:
 
 
 def joint_sites(model: nn.Module) -> list[Site]:
-    """One rank for all QK products of an attention, one for its VO, one for each other matrix."""
+    """The sites of ``find_sites`` without the classifier: QK, VO, and each other matrix."""
     head = classifier(model)
     return [site for site in find_sites(model) if model.get_submodule(site.module) is not head]
 
 
 def uniform_plan(model: nn.Module, sites: list[Site], keep: float) -> RankPlan:
-    """⌊f · break-even⌋ everywhere, at the largest f for ``keep`` of the model's parameters."""
+    """⌊f · break-even⌋ at every site, with the largest f that ``keep`` of the parameters allows.
+
+    Raises:
+        UserError: rank 1 everywhere is already more than that.
+    """
     whole = model_params(model)
     budget = keep * whole - whole + sum(site.dense_params for site in sites)
     fractions = sorted({rank / site.break_even for site in sites
@@ -138,13 +142,16 @@ def uniform_plan(model: nn.Module, sites: list[Site], keep: float) -> RankPlan:
 @torch.no_grad()
 def cut_matrices(model: nn.Module, keep: float, metric: Metric | None = None,
                  inputs: dict[str, Inputs] | None = None) -> nn.Module:
-    """A copy whose matrices are cut one by one, each in its ``metric``; None: plainly."""
+    """A copy whose matrices are truncated one by one, in the ``metric`` of their ``inputs``.
+
+    Without a metric the truncation is the plain SVD.
+    """
     plan = uniform_plan(model, matrix_sites(model), keep)
     model = copy.deepcopy(model)
     for name, rank in plan.ranks.items():
-        linear = model.get_submodule(name)
-        statistics = None if metric is None else metric(inputs[name])
-        low_rank = LowRankLinear.like(linear, rank)
+        linear: Any = model.get_submodule(name)
+        statistics = None if metric is None or inputs is None else metric(inputs[name])
+        low_rank = LowRankLinear.like(linear, int(rank))
         low_rank.set_(factorize_linear(linear.weight, linear.bias, statistics))
         model.set_submodule(name, low_rank)
     join_mlps_(model)
@@ -153,7 +160,10 @@ def cut_matrices(model: nn.Module, keep: float, metric: Metric | None = None,
 
 def cut_products(model: nn.Module, keep: float, statistics: Statistics | None = None,
                  biases: bool = True) -> nn.Module:
-    """A copy with attention cut head by head; ComCAT's drops the attention's ``biases``."""
+    """A copy whose attentions are truncated head by head.
+
+    ComCAT's published code drops the biases of the attentions: ``biases`` False.
+    """
     sites = joint_sites(model)
     plan = uniform_plan(model, sites, keep)
     model = copy.deepcopy(model)

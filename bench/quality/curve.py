@@ -1,13 +1,12 @@
-"""Accuracy versus parameters of the Fashion-MNIST ViT, after the same epochs, over seeds.
+"""Accuracy against parameters for the Fashion-MNIST ViT, after the same epochs, over seeds.
 
 python bench/quality/curve.py --keeps 0.5 0.3 0.15 0.08 0.05 --seeds 0 1 2
 
-Finished runs are kept in curve.json: a comparison that was cut off goes on where it was.
+Finished runs are kept in curve.json, so an interrupted comparison goes on from there.
 """
 
 import argparse
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -16,16 +15,17 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 from methods import METHODS, Subject, compressed
-from records import Record, Records, command, markdown, mean_and_deviation, provenance, write
+from records import Record, Records, command, markdown, mean_and_deviation, provenance
 from subjects import add_training_arguments, fashion_mnist, trained_settings
 
 from adacomcat.cli.arguments import Parser, fraction
 from adacomcat.cost import model_params
 from adacomcat.report.tables import print_table
+from adacomcat.utils.files import atomic_file, atomic_write_text
 
 
 class Point(NamedTuple):
-    """One method at one keep, over seeds."""
+    """One method at one share of parameters kept, over seeds."""
 
     params: float  # mean
     top1: list[float]
@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME",
                         default=["ours, searched", "ComCAT's search"],
-                        help=f"of: {' | '.join(METHODS)}")
+                        help=f"some of: {' | '.join(METHODS)}")
     add_training_arguments(parser)
     return parser.parse_args()
 
@@ -76,8 +76,10 @@ def measure_curves(store: Records, args: argparse.Namespace) -> Curves:
 
 
 def params_at(curve: Sequence[Point], top1: float) -> float | None:
-    """Parameters at which the curve reaches this accuracy, linear in their logarithm between
-    points; None outside of it."""
+    """The number of parameters at which the curve reaches this accuracy; None outside of it.
+
+    Between two points the logarithm of the parameters is linear in the accuracy.
+    """
     points = sorted(curve)
     for low, high in zip(points, points[1:], strict=False):
         if low.mean <= top1 <= high.mean:
@@ -87,14 +89,14 @@ def params_at(curve: Sequence[Point], top1: float) -> float | None:
 
 
 def saved(curves: Curves, method: str, other: str) -> list[str]:
-    """How many parameters less ``method`` needs for each accuracy of ``other``."""
+    """For each accuracy of ``other``: the share of its parameters that ``method`` saves there."""
     needed = [(point.params, params_at(curves[method], point.mean)) for point in curves[other]]
     return ["–" if need is None else f"{100 * (1 - need / params):.0f} %"
             for params, need in needed]
 
 
 def table(curves: Curves, keeps: list[float]) -> tuple[list[str], list[list[str]]]:
-    """With two methods also what the first saves at the accuracy of the second."""
+    """Header and rows; with two methods a column has what the first saves against the second."""
     columns = ["keep", *(f"{method}: {what}" for method in curves
                          for what in ("params", "top-1 %"))]
     rows = [[f"{keep:g}", *(cell for method in curves for cell in (
@@ -120,9 +122,8 @@ def draw(curves: Curves, path: Path) -> None:
              title="Fashion-MNIST: mean, least and most over seeds")
     axes.grid(alpha=0.3)
     axes.legend()
-    scratch = path.with_name(path.stem + ".partial.png")
-    figure.savefig(scratch, dpi=130)
-    os.replace(scratch, path)
+    with atomic_file(path) as scratch:
+        figure.savefig(scratch, dpi=130, format="png")
 
 
 def main() -> None:
@@ -130,8 +131,9 @@ def main() -> None:
     curves = measure_curves(Records(args.output / "curve.json"), args)
     found = table(curves, args.keeps)
     print_table("Fashion-MNIST, accuracy versus parameters", *found)
-    write(args.output / "curve.md", f"{provenance()}\n{trained_settings(args)}\n\n"
-                                    f"{markdown(*found)}\n![curves](curve.png)\n")
+    atomic_write_text(args.output / "curve.md",
+                      f"{provenance()}\n{trained_settings(args)}\n\n{markdown(*found)}\n"
+                      "![curves](curve.png)\n")
     draw(curves, args.output / "curve.png")
     print(f"written to {args.output / 'curve'}.json, .md and .png")
 

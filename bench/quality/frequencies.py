@@ -1,8 +1,8 @@
-"""How often to search: every epoch (ComCAT), doubling (Adaptive-ComCAT), graded (ours).
+"""How often to search: every epoch (ComCAT), doubling (Adaptive-ComCAT), graded (this library).
 
 python bench/quality/frequencies.py --epochs 30 --train-images 6000 --seeds 0 1 2
 
-All else is equal. Finished runs are kept in frequencies.json, and are not run again.
+All other settings are the same. Finished runs are kept in frequencies.json and not run again.
 """
 
 import argparse
@@ -10,11 +10,12 @@ import statistics
 from functools import lru_cache, partial
 
 from methods import Subject, trained
-from records import Record, Records, command, markdown, mean_and_deviation, provenance, write
+from records import Record, Records, command, markdown, mean_and_deviation, provenance
 from subjects import add_training_arguments, fashion_mnist, trained_settings
 
 from adacomcat.cli.arguments import Parser, fraction
 from adacomcat.report.tables import print_table
+from adacomcat.utils.files import atomic_write_text
 
 POLICIES = {"every": "every epoch", "adaptive": "doubling", "graded": "graded"}
 COLUMNS = ("", "searches", "search seconds", "of every epoch's", "top-1 %", "seconds")
@@ -38,7 +39,7 @@ def run_once(subject: Subject, policy: str, keep: float) -> Record:
 
 
 def measure(store: Records, args: argparse.Namespace) -> dict[str, list[Record]]:
-    """Policy → a record for each seed."""
+    """Policy → the records of the seeds."""
     subject_of = lru_cache(maxsize=1)(partial(fashion_mnist, args))
 
     def run(policy: str, seed: int) -> Record:
@@ -68,8 +69,8 @@ def main() -> None:
     found = rows(measure(Records(args.output / "frequencies.json"), args))
     print_table(f"Search frequencies, keep {args.keep:g}", COLUMNS, found)
     settings = f"keep {args.keep:g}, {len(args.seeds)} seeds, {trained_settings(args)}"
-    write(args.output / "frequencies.md",
-          f"{provenance()}\n{settings}\n\n{markdown(COLUMNS, found)}")
+    atomic_write_text(args.output / "frequencies.md",
+                      f"{provenance()}\n{settings}\n\n{markdown(COLUMNS, found)}")
     print(f"written to {args.output / 'frequencies'}.json and .md")
 
 

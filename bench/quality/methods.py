@@ -1,4 +1,4 @@
-"""The rows of the comparison. A new method is one more entry in METHODS."""
+"""The methods that are compared: one entry in METHODS for each."""
 
 import time
 from collections.abc import Callable, Hashable, Iterator
@@ -26,17 +26,21 @@ from adacomcat.errors import UserError
 
 @dataclass
 class Subject:
-    """A dense model, and what methods and their judge may see of the data."""
+    """A dense model, the data that methods may use, and the measure of a compressed model.
+
+    calibration: (N, C, H, W). measure: model → quality. train_set: labelled images; without them no
+    method searches or trains. training: settings of TrainConfig for those that do.
+    """
 
     model: nn.Module
-    calibration: Tensor  # (N, C, H, W)
+    calibration: Tensor
     measure: Callable[[nn.Module], dict[str, float]]
-    train_set: Any = None  # labelled; without it nothing is searched and trained
-    training: dict[str, Any] = field(default_factory=dict)  # settings of TrainConfig
+    train_set: Any = None
+    training: dict[str, Any] = field(default_factory=dict)
     _collected: dict[Hashable, tuple[Any, float]] = field(default_factory=dict)
 
     def collected(self, collect: Callable[[nn.Module, Tensor], Any] | None) -> tuple[Any, float]:
-        """(statistics of the dense model, seconds that they took): made once for all keeps."""
+        """(statistics of the dense model, seconds they took), collected once and then kept."""
         if collect is None:
             return None, 0.0
         if collect not in self._collected:
@@ -47,16 +51,16 @@ class Subject:
 
 
 class Method(NamedTuple):
-    """How to compress, the statistics that this needs, and whether it trains on labels."""
+    """compress: (subject, keep, statistics) → model. collect: (model, images) → the statistics."""
 
-    compress: Callable[[Subject, float, Any], nn.Module]  # subject, keep, statistics
-    collect: Callable[[nn.Module, Tensor], Any] | None = None  # makes the statistics
-    trains: bool = False
-    named: bool = False  # runs only where it is named
+    compress: Callable[[Subject, float, Any], nn.Module]
+    collect: Callable[[nn.Module, Tensor], Any] | None = None
+    trains: bool = False  # on labels
+    named: bool = False  # runs only where the command line names it
 
 
 def compressed(method: Method, subject: Subject, keep: float) -> tuple[nn.Module, float]:
-    """(model, seconds), calibration included."""
+    """(model in eval mode, seconds with calibration)."""
     statistics, seconds = subject.collected(method.collect)
     start = time.perf_counter()
     model = method.compress(subject, keep, statistics).eval()
@@ -83,14 +87,14 @@ def _training_free(subject: Subject, keep: float) -> nn.Module:
 
 
 def _recovered(subject: Subject, keep: float, minutes: float) -> nn.Module:
-    """Distilled on the calibration images, flipped at random, and as many new collages of them."""
+    """Recovered on the calibration images, mirrored at random, and as many new collages of them."""
     settings = adacomcat.RecoveryConfig(minutes=minutes, amp=True)
     return adacomcat.recover(_training_free(subject, keep), subject.model,
                              RecoveryBatches(subject.calibration), settings)
 
 
 class RecoveryBatches:
-    """Without end, a function of how many came before."""
+    """Batches without end, half of them collages; each depends only on how many came before."""
 
     def __init__(self, images: Tensor, size: int = 16) -> None:
         self.images, self.size, self.count = images, size, 0
@@ -127,7 +131,11 @@ METHODS: dict[str, Method] = {
 
 
 def methods_for(subject: Subject, names: list[str] | None = None) -> dict[str, Method]:
-    """All quick ones that this subject's data allow, or those named."""
+    """The named methods; without names, all that the data allow and that need no naming.
+
+    Raises:
+        UserError: a named method trains on labels, and the data have none.
+    """
     fitting = {name: method for name, method in METHODS.items()
                if subject.train_set is not None or not method.trains}
     if names is None:

@@ -1,4 +1,4 @@
-"""On import: the examples' modules and bench's are importable from here."""
+"""Importing this module puts bench/ and the examples' folders on the module search path."""
 
 import sys
 from pathlib import Path

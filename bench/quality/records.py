@@ -1,4 +1,4 @@
-"""Measured numbers on disk: JSON that an interrupted run goes on from, and Markdown tables."""
+"""Measurements on disk: JSON, from which an interrupted run goes on, and Markdown tables."""
 
 import json
 import shlex
@@ -9,18 +9,18 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import paths  # noqa: F401  (makes the next two importable)
+import paths  # noqa: F401  (makes machine importable)
 import torch
-from compare import write
 from machine import machine
 
 from adacomcat.errors import UserError
+from adacomcat.utils.files import atomic_write_text
 
 Record = dict[str, Any]
 
 
 class Records:
-    """Key → what one run measured. Finished runs are kept in the file and never made again."""
+    """Key → the measurements of a run. Finished runs stay in the file and are not repeated."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,15 +31,16 @@ class Records:
                             "move that file away") from error
 
     def get(self, key: str, make: Callable[[], Any]) -> Any:
+        """The run's measurements; ``make()`` runs it where the file does not have them."""
         if key not in self.found:
             self.found[key] = make()
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write(self.path, json.dumps(self.found, indent=1))
+            atomic_write_text(self.path, json.dumps(self.found, indent=1))
         return self.found[key]
 
 
 def mean_and_deviation(values: Iterable[float]) -> str:
-    """Over seeds; sample standard deviation."""
+    """'mean ± sample standard deviation'; the mean alone for one value."""
     values = list(values)
     mean = f"{statistics.fmean(values):.2f}"
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
@@ -51,7 +52,7 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def provenance() -> str:
-    """Command, date, machine and versions, for the head of a table."""
+    """A line with the command, date, machine and versions, to stand above a table."""
     here = machine()
     script = Path(sys.argv[0])
     command = shlex.join(["python", f"bench/quality/{script.name}", *sys.argv[1:]])
@@ -60,7 +61,7 @@ def provenance() -> str:
 
 
 def command(main: Callable[[], None]) -> None:
-    """Runs a script; what the user got wrong is one line and exit code 2."""
+    """Run a script; a ``UserError`` becomes one line and exit code 2."""
     try:
         main()
     except UserError as error:

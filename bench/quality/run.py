@@ -1,4 +1,4 @@
-"""Methods side by side on the same images: parameters, MACs, latency, quality, seconds.
+"""Methods compared on the same images: parameters, MACs, latency, quality, seconds to compress.
 
 python bench/quality/run.py --data dinov2 --keeps 0.75 0.6 0.5 0.4
 python bench/quality/run.py --data fashion-mnist --keeps 0.5 0.3 0.15 --epochs 3
@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from methods import METHODS, Method, Subject, compressed, methods_for
-from records import Record, Records, command, markdown, provenance, write
+from records import Record, Records, command, markdown, provenance
 from subjects import add_training_arguments, dinov2, fashion_mnist, trained_settings
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,8 +20,10 @@ from adacomcat.cli.arguments import Parser, at_least, fraction
 from adacomcat.cost import model_params
 from adacomcat.latency.timing import latency
 from adacomcat.report.tables import print_table
+from adacomcat.utils.files import atomic_write_text
 from adacomcat.utils.model import input_size
 
+# measure → (header, format)
 COLUMNS = {
     "params": ("params, M", lambda value: f"{value / 1e6:.3f}"),
     "macs": ("MACs, M", lambda value: f"{value / 1e6:.0f}"),
@@ -38,16 +40,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", choices=("dinov2", "fashion-mnist"), default="dinov2")
     parser.add_argument("--keeps", type=fraction, nargs="+", default=[0.75, 0.6, 0.5, 0.4])
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME",
-                        help=f"of: {' | '.join(METHODS)}")
-    parser.add_argument("--crops", type=at_least(1), default=512, help="dinov2: calibration crops")
+                        help=f"some of: {' | '.join(METHODS)}")
+    parser.add_argument("--crops", type=at_least(1), default=512,
+                        help="dinov2: crops that calibrate")
     parser.add_argument("--photos-at-most", type=at_least(1), default=60,
-                        help="dinov2: photographs that calibrate, evenly by file")
+                        help="dinov2: the most photographs that calibrate, taken evenly by file")
     parser.add_argument("--cutouts", action="store_true",
                         help="dinov2: paste cut-outs on half of the calibration crops")
     parser.add_argument("--collages", type=at_least(0), default=0, metavar="N",
-                        help="dinov2: so many of the calibration crops are collages of the others")
-    parser.add_argument("--test-crops", type=at_least(1), default=96)
-    parser.add_argument("--repeats", type=at_least(1), default=21, help="of the latency")
+                        help="dinov2: N of the calibration crops are collages of the others")
+    parser.add_argument("--test-crops", type=at_least(1), default=96, help="dinov2: test crops")
+    parser.add_argument("--repeats", type=at_least(1), default=21,
+                        help="timed passes of each model")
     parser.add_argument("--seed", type=int, default=0)
     add_training_arguments(parser)
     return parser.parse_args()
@@ -70,9 +74,9 @@ def settings(args: argparse.Namespace) -> str:
 
 @torch.no_grad()
 def count_macs(model: nn.Module) -> int:
-    """Multiply-accumulates of all products for one image, whatever modules compute them."""
+    """Multiply-accumulates of all matrix products for one image, in whatever modules they are."""
     image = torch.zeros(1, *input_size(model))
-    # torch counts the fused attention of GPUs and the unfused one, but not that of CPUs.
+    # torch counts the unfused attention and the fused ones of GPUs, but not the fused one of CPUs.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(image)
     return counter.get_total_flops() // 2
@@ -83,9 +87,9 @@ def measured(subject: Subject, model: nn.Module, seconds: float) -> Record:
             "seconds": seconds}
 
 
-def compare_methods(subject: Subject, methods: dict[str, Method], keep: float, repeats: int
-                    ) -> dict[str, Record]:
-    """Method → record, the dense model first; latencies of all are measured in turn."""
+def compare_methods(subject: Subject, methods: dict[str, Method], keep: float,
+                    repeats: int) -> dict[str, Record]:
+    """Method → record, the dense model first; the latencies of all models are timed in turn."""
     models = {"dense": subject.model}
     records = {"dense": measured(subject, subject.model, 0.0)}
     for name, method in methods.items():
@@ -118,7 +122,7 @@ def main() -> None:
         table = ["", *(COLUMNS[measure][0] for measure in measures)], rows(records, measures)
         print_table(f"{args.data}, keep {keep:g}", *table)
         text += f"\n## {args.data}, keep {keep:g}\n\n{markdown(*table)}"
-    write(args.output / f"{args.data}.md", text)
+    atomic_write_text(args.output / f"{args.data}.md", text)
     print(f"written to {args.output / args.data}.json and .md")
 
 

@@ -1,4 +1,4 @@
-"""What is compressed and judged: a pretrained backbone on photographs, or a classifier."""
+"""The subjects of the comparison: a pretrained backbone on photographs, and a classifier."""
 
 import argparse
 from pathlib import Path
@@ -9,12 +9,13 @@ import torch
 from methods import Subject
 from torch import nn
 
+from adacomcat import data
 from adacomcat.checkpoint import folder
 from adacomcat.cli.arguments import at_least
-from adacomcat.data import datasets
-from adacomcat.data.collage import with_collages
+from adacomcat.data import with_collages
 from adacomcat.distill.config import TrainConfig
-from adacomcat.distill.trainer import evaluate
+from adacomcat.distill.evaluation import evaluate
+from adacomcat.errors import UserError
 from adacomcat.train import calibration_images
 from adacomcat.utils.distributed import Processes
 
@@ -23,9 +24,15 @@ WEIGHTS = paths.ROOT / "examples/fashion_mnist/weights"
 
 def dinov2(crops: int, photographs: int, test_crops: int, cutouts: bool, seed: int,
            scenes: int = 0) -> Subject:
-    """DINOv2 ViT-S/14, judged by its final tokens on photographs that nothing calibrated on.
+    """DINOv2 ViT-S/14, measured by its final tokens on photographs that do not calibrate.
 
-    scenes: so many of the calibration crops are collages of the others
+    Args:
+        crops: images that calibrate.
+        photographs: the most files that they are cut from.
+        test_crops: images that test.
+        cutouts: paste cut-outs on half of the calibration crops.
+        seed: decides all crops.
+        scenes: how many of the calibration crops are collages of the others.
     """
     import photos
     from backbone import load_backbone
@@ -50,9 +57,15 @@ def dinov2(crops: int, photographs: int, test_crops: int, cutouts: bool, seed: i
 
 
 def classifier(model: nn.Module, train_set: Any, test_set: Any, config: TrainConfig) -> Subject:
-    """Judged by top-1 on the test set; ``config`` holds what all methods that train share."""
+    """A classifier, measured by top-1 on the test set.
+
+    ``config`` has the settings that all methods share which train.
+    """
     calibration = calibration_images(train_set, config.calibration_images, config.seed,
                                      Processes())
+
+    if calibration is None:
+        raise UserError("the methods need images to calibrate; raise calibration_images")
 
     def measure(compressed: nn.Module) -> dict[str, float]:
         return {"top1": evaluate(compressed, test_set, 4 * config.batch_size, Processes())["top1"]}
@@ -62,18 +75,20 @@ def classifier(model: nn.Module, train_set: Any, test_set: Any, config: TrainCon
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=at_least(1), default=3, help="of the methods that train")
+    parser.add_argument("--epochs", type=at_least(1), default=3,
+                        help="epochs of the methods that train")
     parser.add_argument("--batch-size", type=at_least(1), default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weights", type=Path, default=WEIGHTS,
                         help="folder of the dense Fashion-MNIST model")
     parser.add_argument("--data-dir", help="folder with Fashion-MNIST's four .gz files")
-    parser.add_argument("--train-images", type=at_least(1), help="only the first so many")
+    parser.add_argument("--train-images", type=at_least(1), metavar="N",
+                        help="train on the first N images (default: all)")
     parser.add_argument("--output", type=Path, default=Path("runs/quality"))
 
 
 def trained_settings(args: argparse.Namespace) -> str:
-    """What distinguishes the runs of one method, keep and seed."""
+    """The settings that the key of a run names beside method, keep and seed."""
     images = "all" if args.train_images is None else args.train_images
     return f"{args.epochs} epochs of {images} images, batch {args.batch_size}, lr {args.lr:g}"
 
@@ -81,8 +96,8 @@ def trained_settings(args: argparse.Namespace) -> str:
 def fashion_mnist(args: argparse.Namespace, seed: int) -> Subject:
     """The small ViT of examples/fashion_mnist."""
     model = folder.load(args.weights).eval()
-    train_set, test_set = datasets.train_and_test("fashion-mnist", args.data_dir,
-                                              datasets.model_data_config(model))
+    train_set, test_set = data.train_and_test("fashion-mnist", args.data_dir,
+                                              data.model_data_config(model))
     if args.train_images is not None:
         train_set = train_set.subset(torch.arange(min(args.train_images, len(train_set))))
     return classifier(model, train_set, test_set, TrainConfig(

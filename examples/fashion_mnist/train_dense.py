@@ -1,7 +1,7 @@
-"""Trains the dense timm ViT of this example on Fashion-MNIST, on the CPU, and writes its weights.
+"""Train the dense timm ViT of this example on Fashion-MNIST, on the CPU, and write its weights.
 
-Nothing is selected by accuracy: the held-out images are only watched, and the test set is read
-once, with the averaged weights after the last epoch.
+Nothing is selected by accuracy. The held-out images only show how training goes. The test images
+are used once, for the averaged weights after the last epoch.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -21,10 +22,11 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from adacomcat.data import datasets
+from adacomcat import data
+from adacomcat.utils.files import atomic_file, atomic_write_text
 
 ARCHITECTURE = "vit_tiny_patch16_224"
-HOLDOUT_FRACTION = 1 / 12  # 5,000 of 60,000
+HOLDOUT_FRACTION = 1 / 12  # 5,000 of 60,000 images
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,52 +46,41 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def model_arguments(args: argparse.Namespace) -> dict[str, int | str | bool]:
-    return {
-        "img_size": 28,
-        "patch_size": args.patch_size,
-        "in_chans": 1,
-        "num_classes": 10,
-        "embed_dim": 192,
-        "depth": args.depth,
-        "num_heads": 3,
-        "global_pool": "avg",
-        "class_token": False,
-    }
+def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """timm's keyword arguments."""
+    return {"img_size": 28, "patch_size": args.patch_size, "in_chans": 1, "num_classes": 10,
+            "embed_dim": 192, "depth": args.depth, "num_heads": 3, "global_pool": "avg",
+            "class_token": False}
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, dataset: datasets.TensorImages) -> float:
+def accuracy(model: nn.Module, dataset: data.LabelledImages) -> float:
+    """Top-1, from 0 to 1."""
     model.eval()
-    batches = datasets.loader(dataset, 500, shuffle=False, seed=0, epoch=0)
+    batches = data.Batches(dataset, 500, shuffle=False, seed=0, epoch=0)
     correct = sum((model(images).argmax(1) == labels).sum() for images, labels in batches)
     return int(correct) / len(dataset)
 
 
-def train(model: nn.Module, dataset: datasets.TensorImages, args: argparse.Namespace) -> nn.Module:
-    """The exponential moving average of the weights after all epochs."""
-    train_part, holdout = datasets.split_holdout(dataset, HOLDOUT_FRACTION, args.seed)
-    # timm orthogonalises in bfloat16, over 30 times slower than float32 on CPUs without it.
+def train(model: nn.Module, dataset: data.LabelledImages, args: argparse.Namespace) -> nn.Module:
+    """Train ``model`` in place; the model of the averaged weights after the last epoch."""
+    train_part, holdout = data.split_holdout(dataset, HOLDOUT_FRACTION, args.seed)
+    # timm's Muon orthogonalises in bfloat16. On a CPU without bfloat16 instructions float32 takes
+    # less than a thirtieth of the time.
     muon.zeropower_via_newtonschulz = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
     optimizer = create_optimizer_v2(model, opt="nmuon", lr=args.lr, weight_decay=args.weight_decay)
     steps = len(train_part) // args.batch_size
     scheduler = CosineLRScheduler(
-        optimizer,
-        t_initial=args.epochs * steps,
-        lr_min=1e-5,
-        warmup_t=int(args.warmup_epochs * steps),
-        warmup_lr_init=1e-5,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
+        optimizer, t_initial=args.epochs * steps, lr_min=1e-5,
+        warmup_t=int(args.warmup_epochs * steps), warmup_lr_init=1e-5, warmup_prefix=True,
+        t_in_epochs=False)
     criterion = LabelSmoothingCrossEntropy(args.smoothing)
     average = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=True)
     for epoch in range(args.epochs):
         start, total = time.perf_counter(), 0.0
         model.train()
-        batches = datasets.loader(
-            train_part, args.batch_size, shuffle=True, seed=args.seed, epoch=epoch, augment=True
-        )
+        batches = data.Batches(train_part, args.batch_size, shuffle=True, seed=args.seed,
+                               epoch=epoch, augment=True)
         for step, (images, labels) in enumerate(batches):
             update = epoch * steps + step
             scheduler.step_update(update)
@@ -100,17 +91,14 @@ def train(model: nn.Module, dataset: datasets.TensorImages, args: argparse.Names
             optimizer.step()
             average.update(model, step=update)
             total += loss.item()
-        print(
-            f"epoch {epoch + 1}/{args.epochs}  loss {total / steps:.4f}  "
-            f"held-out {accuracy(average.module, holdout):.4f}  "
-            f"{time.perf_counter() - start:.0f} s",
-            flush=True,
-        )
+        print(f"epoch {epoch + 1}/{args.epochs}  loss {total / steps:.4f}  "
+              f"held-out {accuracy(average.module, holdout):.4f}  "
+              f"{time.perf_counter() - start:.0f} s", flush=True)
     return average.module
 
 
 def save(model: nn.Module, test_accuracy: float, args: argparse.Namespace) -> None:
-    """model.safetensors and config.json, each complete before it gets its name."""
+    """Write model.safetensors and config.json."""
     args.output.mkdir(parents=True, exist_ok=True)
     config = {
         "architecture": ARCHITECTURE,
@@ -122,14 +110,9 @@ def save(model: nn.Module, test_accuracy: float, args: argparse.Namespace) -> No
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
-    weights, description = args.output / "model.safetensors", args.output / "config.json"
-    for path in (weights, description):
-        scratch = path.with_suffix(".partial")
-        if path == weights:
-            save_file(model.state_dict(), scratch, metadata={"format": "pt"})
-        else:
-            scratch.write_text(json.dumps(config, indent=2) + "\n")
-        scratch.rename(path)
+    with atomic_file(args.output / "model.safetensors") as scratch:
+        save_file(model.state_dict(), scratch, metadata={"format": "pt"})
+    atomic_write_text(args.output / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:
@@ -137,8 +120,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)
     model = timm.create_model(ARCHITECTURE, **model_arguments(args))
-    model_cfg = datasets.model_data_config(model)
-    train_set, test_set = datasets.train_and_test("fashion-mnist", args.data_dir, model_cfg)
+    model_cfg = data.model_data_config(model)
+    train_set, test_set = data.train_and_test("fashion-mnist", args.data_dir, model_cfg)
     model = train(model, train_set, args)
     test_accuracy = accuracy(model, test_set)
     print(f"test accuracy {test_accuracy:.4f}", flush=True)

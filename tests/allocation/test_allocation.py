@@ -6,9 +6,9 @@ import random
 import pytest
 import timm
 import torch
+from plans import choose_plan
 
 from adacomcat import RankPlan, UserError, find_sites
-from adacomcat.allocation.budget import choose_plan
 from adacomcat.allocation.knapsack import Choice, knapsack
 from adacomcat.allocation.sensitivity import sensitivities
 from adacomcat.convert.factors import factorize_model
@@ -64,8 +64,8 @@ def test_a_budget_below_the_cheapest_fits_nothing() -> None:
 def test_plans_meet_their_budget_in_parameters_and_macs(keep: float) -> None:
     model = timm.create_model("vit_tiny_patch16_224", **TINY).eval()
     factors = factorize_model(model)
-    by_params = choose_plan(model, factors, keep_params=keep)
-    by_macs = choose_plan(model, factors, keep_macs=keep)
+    by_params = choose_plan(model, factors, "params", keep)
+    by_macs = choose_plan(model, factors, "macs", keep)
     whole = plan_params(model, RankPlan()), plan_macs(model, RankPlan())
     assert plan_params(model, by_params) <= keep * whole[0]
     assert plan_macs(model, by_macs) <= keep * whole[1]
@@ -77,9 +77,9 @@ def test_the_least_reachable_budget_that_the_error_names_is_reachable() -> None:
     model = timm.create_model("vit_tiny_patch16_224", **TINY).eval()
     factors = factorize_model(model)
     with pytest.raises(UserError) as caught:
-        choose_plan(model, factors, keep_params=0.01)
+        choose_plan(model, factors, "params", 0.01)
     least = float(str(caught.value).rpartition(" ")[2])
-    plan = choose_plan(model, factors, keep_params=least + 1e-3)
+    plan = choose_plan(model, factors, "params", least + 1e-3)
     assert plan_params(model, plan) <= (least + 1e-3) * plan_params(model, RankPlan())
 
 

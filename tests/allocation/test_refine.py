@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adacomcat import RankPlan, UserError, compress, find_sites, train
-from adacomcat.allocation.budget import allocator
+from adacomcat.allocation.budget import Budget, Kind
 from adacomcat.allocation.refine import (
     Refined,
     _halves,
@@ -140,10 +140,10 @@ def test_directions_are_depth_and_the_smaller_kinds() -> None:
     assert all("blocks.0.mlp.hidden" not in names for names in moved)
 
 
-@pytest.mark.parametrize("budget", ["keep_params", "keep_macs"])
-def test_no_candidate_exceeds_the_budget(budget: str) -> None:
+@pytest.mark.parametrize("kind", ["params", "macs"])
+def test_no_candidate_exceeds_the_budget(kind: Kind) -> None:
     model, noise, costs = model_of(), random.Random(0), []
-    cost = plan_params if budget == "keep_params" else plan_macs
+    cost = plan_params if kind == "params" else plan_macs
     sites = find_sites(model)
     factors = factorize_model(model)
 
@@ -151,9 +151,9 @@ def test_no_candidate_exceeds_the_budget(budget: str) -> None:
         costs.append(cost(model, plan))
         return noise.random()
 
-    allocate = allocator(model, factors, sites, multiple=2, **{budget: 0.6})
+    allocator = Budget(kind, 0.6, multiple=2).allocator(model, factors, sites)
     weights = relative_sensitivities(sites, factors)
-    found = refined_allocation(allocate, weights, sites, evaluate, 16)
+    found = refined_allocation(allocator.plan, weights, sites, evaluate, 16)
     assert found.tried == 16 and found.changed
     assert max(costs) <= 0.6 * cost(model, RankPlan())
 

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import adacomcat
 from adacomcat.checkpoint.folder import WEIGHTS
-from adacomcat.checkpoint.gauge import PIVOTS, pivot_rows, with_gauge, without_gauge
+from adacomcat.checkpoint.gauge import PIVOTS, with_gauge, without_gauge
 from adacomcat.errors import UserError
+from adacomcat.factorize.interpolative import pivot_rows
 from adacomcat.layers.attention import LowRankAttention
 from adacomcat.layers.linear import LowRankLinear
 

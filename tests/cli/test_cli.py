@@ -231,7 +231,8 @@ BAD = {
     "--keep-params and --keep-macs exclude each other":
         lambda t: [*MODEL, "--keep-params", "0.5", "--keep-macs", "0.5"],
     "cannot read the rank plan": lambda t: [*MODEL, "--plan", t / "absent.json"],
-    "no dataset; those are digits": lambda t: [*MODEL, "--data", t / "absent"],
+    "neither a folder nor a dataset; the datasets are digits":
+        lambda t: [*MODEL, "--data", t / "absent"],
     "no readable pictures": lambda t: [*MODEL, "--data", empty_data(t)],
     "cannot read the picture": lambda t: [*MODEL, "--data", unreadable_data(t)],
     "no pictures in the folder": lambda t: [*MODEL, "--calibration-dir", empty_data(t)],

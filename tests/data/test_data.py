@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from adacomcat.data import datasets, folder
+from adacomcat.data import Batches, datasets, image_tensor_files, split_holdout
 from adacomcat.data.augmentation import Augmentation
 from adacomcat.errors import UserError
 
@@ -51,7 +51,7 @@ def folder_train(image_folder: Path) -> datasets.FolderImages:
     return datasets.train_and_test("folder", image_folder, RGB_32)[0]
 
 
-def collect(batches: datasets.Batches) -> list[tuple[Tensor, Tensor]]:
+def collect(batches: Batches) -> list[tuple[Tensor, Tensor]]:
     return list(batches)
 
 
@@ -124,7 +124,7 @@ def test_fashion_mnist_of_the_debian_package_is_found(
 
 def test_an_epoch_is_a_function_of_seed_and_epoch(dataset: datasets.Dataset) -> None:
     def epoch(seed: int, number: int) -> list[tuple[Tensor, Tensor]]:
-        return collect(datasets.loader(dataset, **EPOCH, seed=seed, epoch=number))
+        return collect(Batches(dataset, **EPOCH, seed=seed, epoch=number))
 
     first = epoch(1, 2)
     torch.rand(7), random.random(), np.random.rand()
@@ -137,7 +137,7 @@ def test_loading_leaves_the_global_generators_alone(dataset: datasets.Dataset) -
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
     expected = torch.rand(1).item(), random.random(), np.random.rand()
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
-    next(iter(datasets.loader(dataset.subset(torch.arange(6)), **EPOCH, seed=0, epoch=0)))
+    next(iter(Batches(dataset.subset(torch.arange(6)), **EPOCH, seed=0, epoch=0)))
     assert (torch.rand(1).item(), random.random(), np.random.rand()) == expected
 
 
@@ -147,9 +147,9 @@ def test_shards_together_are_the_batch_of_one_process(
     dataset: datasets.Dataset, world_size: int, shuffle: bool
 ) -> None:
     options = EPOCH | {"shuffle": shuffle, "seed": 4, "epoch": 1}
-    whole = collect(datasets.loader(dataset, **options))
+    whole = collect(Batches(dataset, **options))
     shards = [
-        collect(datasets.loader(dataset, **options, rank=rank, world_size=world_size))
+        collect(Batches(dataset, **options, rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
     for step, (images, labels) in enumerate(whole):
@@ -160,27 +160,27 @@ def test_shards_together_are_the_batch_of_one_process(
 
 def test_an_epoch_resumes_at_a_step(dataset: datasets.Dataset) -> None:
     options = EPOCH | {"seed": 6, "epoch": 3}
-    whole = collect(datasets.loader(dataset, **options))
-    resumed = datasets.loader(dataset, **options, start_step=1)
+    whole = collect(Batches(dataset, **options))
+    resumed = Batches(dataset, **options, start_step=1)
     assert len(resumed) == len(whole) - 1
     assert_same(collect(resumed), whole[1:])
-    assert collect(datasets.loader(dataset, **options, start_step=len(whole))) == []
+    assert collect(Batches(dataset, **options, start_step=len(whole))) == []
 
 
 def test_an_epoch_ends_after_so_many_steps(dataset: datasets.Dataset) -> None:
     options = EPOCH | {"seed": 6, "epoch": 3}
-    whole = collect(datasets.loader(dataset, **options))
-    assert_same(collect(datasets.loader(dataset, **options, steps=2)), whole[:2])
-    assert_same(collect(datasets.loader(dataset, **options, steps=2, start_step=1)), whole[1:2])
-    assert len(datasets.loader(dataset, **options, steps=10_000)) == len(whole)
+    whole = collect(Batches(dataset, **options))
+    assert_same(collect(Batches(dataset, **options, steps=2)), whole[:2])
+    assert_same(collect(Batches(dataset, **options, steps=2, start_step=1)), whole[1:2])
+    assert len(Batches(dataset, **options, steps=10_000)) == len(whole)
 
 
 def test_worker_processes_change_nothing(image_folder: Path) -> None:
     dataset = folder_train(image_folder)
     options = EPOCH | {"seed": 7, "epoch": 0}
     assert_same(
-        collect(datasets.loader(dataset, **options)),
-        collect(datasets.loader(dataset, **options, num_workers=2)),
+        collect(Batches(dataset, **options)),
+        collect(Batches(dataset, **options, num_workers=2)),
     )
 
 
@@ -188,9 +188,9 @@ def test_shuffling_visits_each_image_once_and_evaluation_all_in_order() -> None:
     dataset = digits()
     ids = torch.arange(len(dataset))
     dataset.labels = ids
-    seen = torch.cat([y for _, y in datasets.loader(dataset, 100, shuffle=True, seed=0, epoch=0)])
+    seen = torch.cat([y for _, y in Batches(dataset, 100, shuffle=True, seed=0, epoch=0)])
     assert len(seen) == 1400 and len(seen.unique()) == 1400
-    batches = datasets.loader(dataset, 100, shuffle=False, seed=0, epoch=0)
+    batches = Batches(dataset, 100, shuffle=False, seed=0, epoch=0)
     assert len(batches) == 15
     assert torch.equal(torch.cat([y for _, y in batches]), ids)
 
@@ -198,16 +198,16 @@ def test_shuffling_visits_each_image_once_and_evaluation_all_in_order() -> None:
 def test_holdout_is_a_random_disjoint_part() -> None:
     dataset = digits()
     dataset.labels = torch.arange(len(dataset))
-    train, holdout = datasets.split_holdout(dataset, 0.25, seed=1)
+    train, holdout = split_holdout(dataset, 0.25, seed=1)
     assert len(holdout) == round(0.25 * len(dataset))
     assert sorted(train.labels.tolist() + holdout.labels.tolist()) == dataset.labels.tolist()
-    assert torch.equal(holdout.labels, datasets.split_holdout(dataset, 0.25, seed=1)[1].labels)
-    assert not torch.equal(holdout.labels, datasets.split_holdout(dataset, 0.25, seed=2)[1].labels)
+    assert torch.equal(holdout.labels, split_holdout(dataset, 0.25, seed=1)[1].labels)
+    assert not torch.equal(holdout.labels, split_holdout(dataset, 0.25, seed=2)[1].labels)
     assert abs(holdout.labels.float().mean() / len(dataset) - 0.5) < 0.1
 
 
 def test_holdout_of_a_folder_is_disjoint(image_folder: Path) -> None:
-    parts = datasets.split_holdout(folder_train(image_folder), 0.3, seed=0)
+    parts = split_holdout(folder_train(image_folder), 0.3, seed=0)
     assert sorted(torch.cat([part.indices for part in parts]).tolist()) == list(range(17))
 
 
@@ -242,7 +242,7 @@ def test_drawn_augmentation_stays_in_bounds_and_never_flips_digits() -> None:
 
 def test_calibration_pictures_equal_the_evaluation_transform(image_folder: Path) -> None:
     dataset = datasets.train_and_test("folder", image_folder, RGB_32)[1]
-    images = folder.image_tensor_files(image_folder / "val", RGB_32)
+    images = image_tensor_files(image_folder / "val", RGB_32)
     assert torch.equal(images, torch.stack([image for image, _ in dataset]))
 
 
@@ -296,7 +296,7 @@ def test_an_unreadable_picture_is_named(image_folder: Path) -> None:
     with pytest.raises(UserError, match="cat/0.png"):
         folder_train(image_folder)[0]
     with pytest.raises(UserError, match="cat/0.png"):
-        folder.image_tensor_files(image_folder / "train", RGB_32)
+        image_tensor_files(image_folder / "train", RGB_32)
 
 
 @pytest.mark.parametrize("name", ["absent", "empty"])
@@ -308,7 +308,7 @@ def test_folders_without_data_are_refused(tmp_path: Path, name: str) -> None:
         with pytest.raises(UserError, match=name):
             datasets.train_and_test(dataset, folder, RGB_32)
     with pytest.raises(UserError, match=name):
-        folder.image_tensor_files(folder, RGB_32)
+        image_tensor_files(folder, RGB_32)
     assert folder.exists() == (name == "empty")
 
 
@@ -335,8 +335,8 @@ def test_wrong_requests_are_refused() -> None:
         datasets.train_and_test("folder", None, GREY_8)
     for fraction in (0.0, 1.0, 1e-6):
         with pytest.raises(UserError, match="holdout"):
-            datasets.split_holdout(digits(), fraction, seed=0)
+            split_holdout(digits(), fraction, seed=0)
     with pytest.raises(UserError, match="does not divide by 2"):
-        datasets.loader(digits(), 7, shuffle=True, seed=0, epoch=0, world_size=2)
+        Batches(digits(), 7, shuffle=True, seed=0, epoch=0, world_size=2)
     with pytest.raises(UserError, match="larger than the training set"):
-        datasets.loader(digits(), 5000, shuffle=True, seed=0, epoch=0)
+        Batches(digits(), 5000, shuffle=True, seed=0, epoch=0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +19,7 @@ TARGETS = {
 
 
 class StubDriver:
-    """Answers what Triton asks before it compiles or interprets a kernel; launches nothing."""
+    """Answers Triton's queries before it compiles or interprets a kernel; it launches nothing."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -36,8 +37,11 @@ class StubDriver:
         return torch.device("cpu")
 
 
-def _without_machine_code(*arguments: object) -> tuple[str, str]:
-    """A hook of Triton's: leave out what ptxas makes of PTX. Without arguments, a part of keys."""
+def _without_machine_code(*arguments: Any) -> tuple[str, str]:
+    """Triton's hook for compile stages: it skips ptxas, and adds to the cache key.
+
+    Triton calls it without arguments for the key alone.
+    """
     if arguments:
         _, stages, *_ = arguments
         if "cubin" in stages:
@@ -47,16 +51,17 @@ def _without_machine_code(*arguments: object) -> tuple[str, str]:
 
 @contextmanager
 def compiling_for(name: str) -> Iterator[None]:
-    """Triton believes that the device is one of TARGETS, and compiles NVIDIA's as far as PTX.
+    """Let Triton compile for one of TARGETS: to PTX for NVIDIA, to machine code for AMD.
 
-    Most tests run that; those that want machine code make it (`resources.measure`).
+    `tools/gpu_resources.py` calls ptxas itself.
     """
-    driver = triton.runtime.driver
+    driver: Any = triton.runtime.driver
     before = driver._active
     driver.set_active(StubDriver(TARGETS[name]))
     try:
         with knobs.runtime.scope():
-            knobs.runtime.add_stages_inspection_hook = _without_machine_code
+            hooks: Any = knobs.runtime
+            hooks.add_stages_inspection_hook = _without_machine_code
             yield
     finally:
         driver.set_active(before)

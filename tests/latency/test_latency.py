@@ -6,26 +6,27 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import pytest
 import timm
 import torch
+from plans import choose_plan_for_latency
 from torch import nn
 
 import adacomcat
 from adacomcat import RankPlan, UserError, cli, find_sites
-from adacomcat.allocation.latency import choose_plan_for_latency, latency_allocator
+from adacomcat.allocation.latency import LatencyAllocator
 from adacomcat.allocation.refine import refined_allocation
 from adacomcat.allocation.sensitivity import error_weights, relative_sensitivities, weighted_error
 from adacomcat.convert.factors import factorize_model
 from adacomcat.convert.install import build_skeleton
 from adacomcat.latency import blocks, timing
 from adacomcat.latency import cache as latency_cache
-from adacomcat.latency.table import Curve, LatencyTable, axis_knots
-from adacomcat.latency.timing import Timed, deployed, interleaved
+from adacomcat.latency.table import Interpolation, LatencyTable, axis_knots
+from adacomcat.latency.timing import Call, deployed, interleaved
 from adacomcat.ops import backends
-from adacomcat.sites import DENSE, Site, narrowable_mlps
+from adacomcat.sites import DENSE, Site, prunable_mlps
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 TINY = {"img_size": 32, "embed_dim": 64, "depth": 3, "num_heads": 2, "num_classes": 5}
@@ -67,24 +68,24 @@ class CostModel:
 
     def __init__(self, factor: float = 1.3, weigh: Callable[[str], float] = lambda name: 1.0):
         self.factor, self.weigh = factor, weigh
-        self.timed: list[Hashable] = []
+        self.timed: list[str] = []
 
-    def __call__(self, runs: Mapping[Hashable, Timed]) -> dict[Hashable, float]:
-        self.timed += runs
-        return {key: self.milliseconds(run) for key, run in runs.items()}
+    def __call__(self, calls: Mapping[str, Call]) -> dict[str, float]:
+        self.timed += calls
+        return {key: self.milliseconds(call) for key, call in calls.items()}
 
-    def milliseconds(self, run: Timed) -> float:
+    def milliseconds(self, call: Call) -> float:
         weights = sum(self.weigh(name) * parameter.numel()
-                      for name, parameter in run.module.named_parameters())
-        return 0.02 + (self.factor if run.method == "__call__" else 1.0) * weights / 1e5
+                      for name, parameter in call.module.named_parameters())
+        return 0.02 + (self.factor if call.method == "__call__" else 1.0) * weights / 1e5
 
     def of(self, model: nn.Module) -> float:
-        return self.milliseconds(Timed(deployed(model), "__call__", (), {}))
+        return self.milliseconds(Call(deployed(model), "__call__", (), {}))
 
 
 def chosen(model: nn.Module, measure: CostModel, milliseconds: float, **settings) -> RankPlan:
-    return choose_plan_for_latency(model, factorize_model(model), max_latency_ms=milliseconds,
-                                   sites=find_sites(model), measure=measure, **settings)
+    return choose_plan_for_latency(model, factorize_model(model), find_sites(model), milliseconds,
+                                   measure, **settings)
 
 
 def latency_of(plan: RankPlan, measure: CostModel) -> float:
@@ -104,14 +105,15 @@ def test_the_model_lands_within_3_percent_below_the_budget(factor, share) -> Non
 def test_every_plan_that_a_refinement_tries_stays_below_the_budget() -> None:
     model, measure, tried = make(), CostModel(1.5), []
     budget, sites, factors = 0.7 * measure.of(model), find_sites(model), factorize_model(model)
-    allocate = latency_allocator(model, factors, sites, max_latency_ms=budget, multiple=2,
+    allocator = LatencyAllocator(model, factors, sites, max_latency_ms=budget, multiple=2,
                                  measure=measure)
 
     def loss(plan: RankPlan) -> float:
         tried.append(latency_of(plan, measure))
         return tried[-1]
 
-    found = refined_allocation(allocate, relative_sensitivities(sites, factors), sites, loss, 6)
+    weights = relative_sensitivities(sites, factors)
+    found = refined_allocation(allocator.plan, weights, sites, loss, 6)
     assert found.tried == 6 == len(tried) - 1 and max(tried) <= budget
 
 
@@ -137,7 +139,7 @@ def test_the_least_that_the_error_names_is_reachable() -> None:
 
 
 def in_attention(name: str) -> bool:
-    """By names that the fused and the plain modules give their weights, in units and models."""
+    """By the names of weights in fused and plain modules, in timed blocks and whole models."""
     return re.search(r"(^|\.)(w[qkvo]|qkv\.weight|proj\.weight)$", name) \
         is not None and "patch" not in name
 
@@ -163,7 +165,7 @@ def test_what_costs_more_time_loses_more_rank(tmp_path, monkeypatch) -> None:
 
 
 def test_plans_have_less_error_than_rivals_of_equal_latency() -> None:
-    """Than plans with equal ranks in every block, up to one step of one unit that did not fit, and
+    """Than plans with equal ranks in every block, up to one step of one block that did not fit, and
     on average a tenth less."""
     model, measure = make(), CostModel(1.0)
     sites, factors = find_sites(model), factorize_model(model)
@@ -187,42 +189,41 @@ def test_plans_have_less_error_than_rivals_of_equal_latency() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_timed_is_what_will_run(name, path) -> None:
-    """Every unit, at drawn ranks, has the types and shapes it has in the compressed model."""
+    """Every timed block, at drawn ranks, has the types and shapes of the compressed model's."""
     model = make(name)
-    hidden = narrowable_mlps(model)[:1] if name == "vit" else ()
+    hidden = prunable_mlps(model)[:1] if name == "vit" else ()
     sites = find_sites(model, hidden)
     table = LatencyTable(model, sites, 2, 8, CostModel())
-    assert sorted(s.name for unit in table.units for s in unit.sites) == \
+    assert sorted(s.name for block in table.blocks for s in block.sites) == \
         sorted(site.name for site in sites)
     for turn in range(3):
         plan = RankPlan({site.name: options[(turn + i) % len(options)]
                          for i, site in enumerate(sites) if (options := site.candidates(8))})
         whole = deployed(build_skeleton(make(name), plan))
-        calls = blocks.captured_calls(timing.forward_pass(whole, 2), table.units)
-        for unit in table.units:
-            built = unit.built(model, [plan[site.name] for site in unit.sites])
-            runs = calls[unit.place]
+        calls = blocks.captured_calls(timing.forward_pass(whole, 2), table.blocks)
+        for block in table.blocks:
+            built = block.built(model, [plan[site.name] for site in block.sites])
+            runs = calls[block.place]
             assert [(type(m), [p.shape for p in m.parameters(False)]) for m in built.modules()] \
                 == [(type(m), [p.shape for p in m.parameters(False)])
-                    for m in runs.module.modules()], unit.place
+                    for m in runs.module.modules()], block.place
             with torch.inference_mode():
                 assert runs._replace(module=built)().shape == runs().shape
 
 
 def test_only_the_class_token_of_the_last_block_counts_where_the_head_reads_no_other(path) -> None:
-    methods = {name: [unit.method for unit in LatencyTable(make(name), find_sites(make(name)), 1, 8,
-                                                           CostModel()).units
-                      if unit.place.endswith("attn")] for name in ("vit", "all tokens")}
+    methods = {name: [block.method for block in tables(CostModel(), model=make(name))[0].blocks
+                      if block.place.endswith("attn")] for name in ("vit", "all tokens")}
     assert methods["all tokens"] == ["forward"] * 3
-    assert methods["vit"][-1] == ("first_token" if path == "fused" else "forward")
+    assert methods["vit"][-1] == ("class_token" if path == "fused" else "forward")
 
 
 def test_blocks_of_equal_shape_share_a_measurement() -> None:
     measure = CostModel()
     model = make("all tokens")
     table = LatencyTable(model, find_sites(model), 1, 8, measure)
-    assert len(table.units) == 6 and len({id(c.grid) for c in table.curves.values()}) == 2
-    assert len(measure.timed) == sum(len(c.grid) for c in table.curves.values()) / 3 + 1
+    assert len(table.blocks) == 6 and len({id(grid) for grid in grids(table).values()}) == 2
+    assert len(measure.timed) == sum(map(len, grids(table).values())) / 3 + 1
 
 
 def test_between_knots_the_time_is_multilinear() -> None:
@@ -231,11 +232,11 @@ def test_between_knots_the_time_is_multilinear() -> None:
 
     grid = {f"{a},{b}": exact(a, b) for a in (8, 32, 64) for b in (16, 128)}
     grid |= {f"dense,{b}": 100.0 + b for b in (16, 128)} | {"8,dense": 7.0, "dense,dense": 9.0}
-    curve = Curve([[8, 32, 64, DENSE], [16, 128, DENSE]], grid)
+    found = Interpolation([[8, 32, 64, DENSE], [16, 128, DENSE]], grid)
     for a, b in ((8, 16), (16, 48), (40, 128), (56, 112)):
-        assert curve((a, b)) == pytest.approx(exact(a, b))
-    assert curve((DENSE, 72)) == pytest.approx(172.0)
-    assert (curve((8, DENSE)), curve((DENSE, DENSE))) == (7.0, 9.0)
+        assert found((a, b)) == pytest.approx(exact(a, b))
+    assert found((DENSE, 72)) == pytest.approx(172.0)
+    assert (found((8, DENSE)), found((DENSE, DENSE))) == (7.0, 9.0)
 
 
 @pytest.mark.parametrize(("width", "count"), [(64, 4), (512, 4), (512, 8), (16, 3)])
@@ -249,6 +250,10 @@ def test_knots_span_the_candidates(width, count) -> None:
         assert (knots[0], knots[-2]) == (ranks[0], ranks[-1])
 
 
+def grids(table: LatencyTable) -> dict[str, dict[str, float]]:
+    return {place: found.grid for place, found in table.interpolations.items()}
+
+
 def tables(*measures: CostModel, model: nn.Module | None = None, **settings) -> list[LatencyTable]:
     model = model or make()
     settings = {"batch": 1, "multiple": 8} | settings
@@ -259,7 +264,7 @@ def test_the_table_outlives_the_process(cache) -> None:
     first, second = CostModel(), CostModel(factor=9.0)
     one, two = tables(first, second)
     assert second.timed == ["dense"]
-    assert {k: c.grid for k, c in one.curves.items()} == {k: c.grid for k, c in two.curves.items()}
+    assert grids(one) == grids(two)
     assert [path.suffix for path in cache.iterdir()] == [".json"]
 
 
@@ -297,7 +302,7 @@ def test_a_damaged_cache_is_measured_anew(damage, cache) -> None:
     measure = CostModel()
     [table] = tables(measure)
     assert len(measure.timed) > 1
-    assert all(value > 0 for curve in table.curves.values() for value in curve.grid.values())
+    assert all(value > 0 for grid in grids(table).values() for value in grid.values())
     assert json.loads(file.read_text()) == whole
     assert list(cache.iterdir()) == [file]
 
@@ -326,13 +331,13 @@ def test_a_write_that_fails_leaves_the_old_cache(cache, monkeypatch) -> None:
 def test_real_times_are_finite_and_cached(cache) -> None:
     model = make()
     table = LatencyTable(model, find_sites(model), 1, 8, timing.measure)
-    times = [value for curve in table.curves.values() for value in curve.grid.values()]
+    times = [value for grid in grids(table).values() for value in grid.values()]
     plan = RankPlan.uniform(model, 0.5)
     for value in (*times, table.dense_ms, table.plan_ms(plan)):
         assert math.isfinite(value) and value > 0
     [file] = cache.iterdir()
     kept = json.loads(file.read_text())["milliseconds"]
-    assert [*kept.values()] == [*{id(c.grid): c.grid for c in table.curves.values()}.values()]
+    assert [*kept.values()] == [*{id(grid): grid for grid in grids(table).values()}.values()]
 
 
 def test_the_median_of_turns_counts_and_the_first_do_not() -> None:
@@ -361,7 +366,7 @@ def test_on_one_thread_only_its_own_time_counts(monkeypatch) -> None:
     """Waiting is none of it, as it is not while another process holds the core."""
     for threads, least, most in ((1, 0, 4), (2, 5, math.inf)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found = timing.measure({"sleep": Timed(Sleeper(), "forward", (), {})})["sleep"]
+        found = timing.measure({"sleep": Call(Sleeper(), "forward", (), {})})["sleep"]
         assert least <= found <= most
 
 

@@ -31,7 +31,7 @@ from adacomcat.search import (
 )
 from adacomcat.search.search import budget_loss
 from adacomcat.search.supernet import GatedAttention, GatedLinear, GatedMlp
-from adacomcat.sites import DENSE, Site, find_sites, narrowable_mlps
+from adacomcat.sites import DENSE, Site, find_sites, prunable_mlps
 from adacomcat.utils.distributed import Processes
 from adacomcat.utils.random import derived_generator
 
@@ -63,7 +63,7 @@ def images(name: str, count: int) -> Tensor:
 
 
 def make_sites(model: nn.Module, mlp: str = "ranks") -> list[Site]:
-    return find_sites(model, narrowable_mlps(model) if mlp == "neurons" else ())
+    return find_sites(model, prunable_mlps(model) if mlp == "neurons" else ())
 
 
 def make_supernet(name: str, dtype: torch.dtype = torch.float32,

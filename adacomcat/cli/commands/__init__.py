@@ -7,7 +7,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """What ``--json`` prints, how to show it otherwise, and the exit code."""
+    """What a command found, and how to tell it.
+
+    Args:
+        data: what ``--json`` prints.
+        show: prints the same for people.
+        code: the exit code.
+    """
 
     data: dict[str, Any]
     show: Callable[[], None]

@@ -4,7 +4,9 @@ import argparse
 
 from adacomcat import checkpoint, cost
 from adacomcat.cli.commands import Outcome, inputs
+from adacomcat.convert.record import compression_of
 from adacomcat.latency.timing import model_latencies
+from adacomcat.plan import RankPlan
 from adacomcat.report.page import write_report
 from adacomcat.report.tables import Comparison, print_comparison, print_refinement
 
@@ -15,6 +17,8 @@ def run(args: argparse.Namespace) -> Outcome:
     pictures = inputs.pictures(args, model)
     images = inputs.calibration(args, pictures)
     small = inputs.compressed(args, model, images, refine=args.refine, refine_images=pictures)
+    record = compression_of(small)
+    plan = record.plan or RankPlan()
     comparison = Comparison({
         "dense": {"params": cost.model_params(model), "macs": cost.model_macs(model)},
         "compressed": {"params": cost.model_params(small), "macs": cost.model_macs(small)},
@@ -26,11 +30,11 @@ def run(args: argparse.Namespace) -> Outcome:
     checkpoint.save(small, args.output, gauge=args.gauge)
     if not args.no_report:
         write_report(args.output, f"{args.model} compressed", comparison,
-                     small.rank_plan.sites(model), small.rank_plan)
-    data = {"output": args.output, "models": comparison.rows, "ranks": small.rank_plan.ranks,
+                     plan.sites(model), plan)
+    data = {"output": args.output, "models": comparison.rows, "ranks": plan.ranks,
             "calibration_images": 0 if images is None else len(images)}
-    if small.refinement is not None:
-        data["refinement"] = small.refinement.summary()
+    if record.refinement is not None:
+        data["refinement"] = record.refinement.summary()
 
     def show() -> None:
         print_comparison(args.model, comparison)

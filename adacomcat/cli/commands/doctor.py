@@ -1,4 +1,4 @@
-"""adacomcat doctor: versions, backends with reasons, the machine."""
+"""adacomcat doctor: versions, which backends run here or why not, the machine."""
 
 import argparse
 import json
@@ -36,7 +36,7 @@ def _version(package: str) -> str | None:
 
 
 def _kernels() -> dict[str, object]:
-    """What is known of the Triton kernels, from when they were compiled."""
+    """Registers and shared memory of the Triton kernels, noted when they were compiled."""
     return json.loads(kernels.KNOWN.read_text())
 
 

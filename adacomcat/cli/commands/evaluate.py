@@ -1,10 +1,10 @@
-"""adacomcat evaluate: top-1 accuracy and loss on the test images, on any number of processes."""
+"""adacomcat evaluate: accuracy and loss on the test images, on any number of processes."""
 
 import argparse
 
 from adacomcat import cost, data
 from adacomcat.cli.commands import Outcome, inputs
-from adacomcat.distill.trainer import evaluate
+from adacomcat.distill.evaluation import evaluate
 from adacomcat.report.tables import Comparison, print_comparison
 from adacomcat.utils.distributed import start_processes, stop_processes
 

@@ -1,4 +1,4 @@
-"""What several commands need: the model, the device, the data, calibration, compression."""
+"""From flags to the model, the device, the data and the compressed model, for all commands."""
 
 import argparse
 import copy
@@ -19,6 +19,11 @@ from adacomcat.plan import RankPlan
 
 
 def device(args: argparse.Namespace) -> torch.device:
+    """The device of --device, which works.
+
+    Raises:
+        UserError: torch cannot use it.
+    """
     try:
         found = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=found)
@@ -35,7 +40,14 @@ def model_args(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def model(args: argparse.Namespace, weights_matter: bool = True) -> nn.Module:
-    """A checkpoint folder's model, or a timm architecture with its weights, in eval mode."""
+    """The model of a checkpoint folder, or a timm architecture with its weights, in eval mode.
+
+    Args:
+        weights_matter: warn where a timm architecture is left with random weights.
+
+    Raises:
+        UserError: there is no such folder or architecture, or flags do not fit it.
+    """
     name, overrides = args.model.removeprefix("local-dir:"), model_args(args)
     if Path(name).is_dir() or name != args.model or "/" in name:
         if args.pretrained or args.checkpoint:
@@ -80,45 +92,55 @@ def _overridden(folder: str, overrides: dict[str, Any]) -> nn.Module:
 
 
 def dataset(args: argparse.Namespace) -> tuple[str, str | None]:
-    """(name, folder) as ``data.train_and_test`` takes them; ``--data FOLDER`` is both in one."""
+    """(name, data_dir) as ``data.train_and_test`` takes them; --data FOLDER gives both.
+
+    Raises:
+        UserError: --data is neither a dataset nor a folder.
+    """
     if args.data in (*data.ARRAY_DATASETS, "folder"):
         return args.data, args.data_dir
     if Path(args.data).is_dir():
         return "folder", args.data
-    raise UserError(f"--data {args.data}: no such folder, and no dataset; "
-                    f"those are {', '.join(data.ARRAY_DATASETS)}")
+    raise UserError(f"--data {args.data} is neither a folder nor a dataset; the datasets are "
+                    f"{', '.join(data.ARRAY_DATASETS)}")
 
 
 def pictures(args: argparse.Namespace, model: nn.Module) -> Tensor | None:
-    """Images (N, C, H, W) as the model sees them, or None for a data-free decomposition."""
+    """The images that calibrate, (N, C, H, W) as the model sees them; None where weights decide."""
     config = data.model_data_config(model)
     del config["num_classes"]  # labels are not looked at
     if args.calibration_dir is not None:
-        images = data.image_tensor_files(args.calibration_dir, config)
-        return images[_chosen(args, len(images))]
-    if args.data is not None and args.calibration_images:
-        train, _ = data.train_and_test(*dataset(args), config)
-        return torch.stack([train[index][0] for index in _chosen(args, len(train)).tolist()])
-    return None
+        images = data.pictures_under(args.calibration_dir, config)
+    elif args.data is not None and args.calibration_images:
+        images, _ = data.train_and_test(*dataset(args), config)
+    else:
+        return None
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
+    chosen = order[:args.calibration_images or len(images)]
+    return torch.stack([images[index][0] for index in chosen.tolist()])
 
 
 def calibration(args: argparse.Namespace, images: Tensor | None) -> Tensor | None:
-    """With the collages that are asked for."""
+    """The images with the collages of --collages; None stays None."""
     return None if images is None else data.with_collages(images, args.collages, args.seed)
 
 
-def _chosen(args: argparse.Namespace, count: int) -> Tensor:
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))
-    return order[:args.calibration_images or count]
-
-
 def has_budget(args: argparse.Namespace) -> bool:
+    """Whether one of the budget's flags is given."""
     return any(getattr(args, name) is not None for name in EXCLUSIVE)
 
 
 def compressed(args: argparse.Namespace, model: nn.Module, images: Tensor | None,
                **settings: Any) -> nn.Module:
-    """A compressed copy at --keep-params, --keep-macs, --max-latency-ms or --plan."""
+    """A compressed copy of ``model`` at --keep-params, --keep-macs, --max-latency-ms or --plan.
+
+    Args:
+        images: what calibrates; None: weights alone decide.
+        settings: further arguments of ``compress``.
+
+    Raises:
+        UserError: no budget is given, or none of its plans fits.
+    """
     if not has_budget(args):
         raise UserError(f"{args.command} needs one of --keep-params, --keep-macs, "
                         "--max-latency-ms and --plan")

@@ -1,4 +1,4 @@
-"""adacomcat inspect: where ranks are chosen, what they could save, what truncation would cost."""
+"""adacomcat inspect: the sites of a model, their ranks, and the error of truncation there."""
 
 import argparse
 from typing import Any
@@ -13,7 +13,7 @@ from adacomcat.layers.linear import LowRankLinear
 from adacomcat.report.tables import print_table
 from adacomcat.sites import Site, find_sites
 
-# Error curves are shown at these parts of the break-even rank.
+# Errors are shown at these shares of the break-even rank, at which factors save nothing.
 PARTS = (0.125, 0.25, 0.5, 0.75)
 
 
@@ -60,7 +60,7 @@ def _show(data: dict[str, Any]) -> None:
     print_table(f"{data['model']}: {data['params']:,} parameters, {data['macs'] / 1e6:,.1f} MMACs",
                 columns, rows)
     if data["sites"]:
-        print("error: relative, what truncation at this part of the break-even rank leaves")
+        print("error at 0.5: relative error that truncation to half of the break-even rank leaves")
     if data["low_rank_modules"]:
         print(f"{data['low_rank_modules']} modules are low-rank already")
     if not data["sites"] and not data["low_rank_modules"]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from adacomcat import cost
 from adacomcat.cli.commands import Outcome, inputs
+from adacomcat.convert.record import compression_of
 from adacomcat.fuse import optimize
 from adacomcat.latency.timing import latency
 from adacomcat.report.tables import Comparison, print_comparison
@@ -17,7 +18,7 @@ def run(args: argparse.Namespace) -> Outcome:
     device = inputs.device(args)
     counted = {name: model.to(device).eval() for name, model in _models(args).items()}
     timed = dict(counted)
-    if "compressed" in counted:  # the same model, whole sublayers at a time
+    if "compressed" in counted:  # parameters and MACs are counted before layers are fused
         counted["optimized"] = counted["compressed"]
         timed["optimized"] = optimize(counted["compressed"])
     milliseconds = latency(timed, args.batch_size, args.repeats)
@@ -33,11 +34,14 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def _models(args: argparse.Namespace) -> dict[str, nn.Module]:
-    """Latency does not depend on the weights: neither side needs trained ones."""
+    """The dense model, and the compressed one where there is one.
+
+    Their weights may be random, since latency does not depend on them.
+    """
     model = inputs.model(args, weights_matter=False)
-    config = getattr(model, "adacomcat_config", None)
-    if config is not None:
-        dense = timm.create_model(config["architecture"], **config["model_args"])
+    source = compression_of(model).source
+    if source is not None:
+        dense = timm.create_model(source["architecture"], **source["model_args"])
         return {"dense": dense, "compressed": model}
     if not inputs.has_budget(args):
         return {"dense": model}

@@ -11,7 +11,7 @@ from adacomcat.cli.commands import Outcome, inputs
 from adacomcat.distill.recovery import RecoveryConfig, feature_error, recover
 from adacomcat.errors import UserError
 
-MEASURED = 64  # of the images, as they are, before and after
+MEASURED = 64  # images on which the features' error is measured before and after
 
 
 def run(args: argparse.Namespace) -> Outcome:
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> Outcome:
     sample = torch.stack([images[i][0] for i in range(min(MEASURED, len(images)))]).to(device)
     before, start = feature_error(student, teacher, sample), time.perf_counter()
     batches = data.EndlessBatches(images, min(args.batch_size, len(images)), args.seed,
-                             num_workers=args.workers)
+                                  num_workers=args.workers)
     student = recover(student, teacher, batches, config)
     seconds = time.perf_counter() - start
     after = feature_error(student, teacher, sample)
@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> Outcome:
                                  f"written to {args.output}"))
 
 
-def _images(args: argparse.Namespace, model: nn.Module) -> data.FolderImages:
+def _images(args: argparse.Namespace, model: nn.Module) -> data.LabelledImages:
+    """The images to train on; their labels are not looked at."""
     model_cfg = data.model_data_config(model)
     if args.images is not None:
         return data.pictures_under(args.images, model_cfg)

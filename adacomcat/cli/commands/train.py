@@ -10,6 +10,7 @@ from torch import nn
 from adacomcat import checkpoint, cost, data, train
 from adacomcat.cli.commands import Outcome, inputs
 from adacomcat.cli.main import first_process
+from adacomcat.convert.record import compression_of
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.state import has_state
 from adacomcat.errors import UserError
@@ -18,13 +19,13 @@ from adacomcat.report.page import write_report
 from adacomcat.report.tables import Comparison, print_comparison, print_refinement
 from adacomcat.utils.distributed import stop_processes
 
-# Flags that are fields of TrainConfig; those not given leave the preset's value.
+# Flags that are fields of TrainConfig; where one is not given, the preset's value stays.
 FIELDS = ("epochs", "finetune_epochs", "steps", "batch_size", "opt", "lr", "weight_decay", "sched",
           "warmup_epochs", "warmup_lr", "min_lr", "clip_grad", "mixup", "cutmix", "smoothing",
           "kd", "kd_alpha", "kd_temperature", "align", "align_weight", "keep_params", "search",
           "search_steps", "search_fraction", "refine", "mlp", "calibration_images",
           "checkpoint_steps", "seed", "workers", "device")
-EMA_DECAY = 0.9998
+EMA_DECAY = 0.9998  # of --model-ema without --model-ema-decay
 
 
 def run(args: argparse.Namespace) -> Outcome:
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> Outcome:
     stop_processes()
     comparison = _comparison(model, trained, results)
     if first and not args.no_report:
-        found = getattr(trained, "rank_plan", RankPlan())
+        found = compression_of(trained).plan or RankPlan()
         write_report(args.output, f"{args.model} trained on {args.data}", comparison,
                      found.sites(model), found, results["history"])
     return Outcome({"output": args.output, "models": comparison.rows} | results,

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from number_formats import bf16_to_f32, f32_to_bf16
 
 from ptx import bits
 from ptx.machine import TYPES, UNSIGNED, Lanes, Machine, Mask, Step
+from ptx.number_formats import bf16_to_f32, f32_to_bf16
 from ptx.parser import Instruction
 from ptx.transfers import registers_of
 

@@ -10,10 +10,10 @@ import re
 from collections.abc import Callable
 
 import numpy as np
-from number_formats import bf16_to_f32, truncate_to_tf32
 
 from ptx.machine import WARP, Lanes, Machine, Mask, Step
 from ptx.memory import Fault, take
+from ptx.number_formats import bf16_to_f32, truncate_to_tf32
 from ptx.parser import Instruction, registers_of
 
 GROUP = 128  # threads of a warpgroup

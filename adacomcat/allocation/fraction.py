@@ -1,0 +1,78 @@
+"""A fraction of the parameters or multiply-accumulates → a plan, by one knapsack."""
+
+from typing import Protocol
+
+from torch import nn
+
+from adacomcat.allocation.candidates import Candidates, choose, plan_of
+from adacomcat.allocation.knapsack import Choice
+from adacomcat.allocation.sensitivity import ErrorWeights, weighted_error
+from adacomcat.convert.factors import Factors
+from adacomcat.cost import model_params, module_tokens, plan_macs, site_macs
+from adacomcat.errors import UserError
+from adacomcat.plan import RankPlan
+from adacomcat.sites import DENSE, MULTIPLE, Rank, Site
+
+
+class Cost(Protocol):
+    """What one site costs at one rank."""
+
+    def __call__(self, site: Site, rank: Rank, /) -> float: ...
+
+
+def parameter_cost(model: nn.Module, sites: list[Site]) -> tuple[Cost, float]:
+    """(parameters of a site at a rank, parameters of the dense model)."""
+    return (lambda site, rank: site.params(rank)), model_params(model)
+
+
+def mac_cost(model: nn.Module, sites: list[Site]) -> tuple[Cost, float]:
+    """(multiply-accumulates of a site for one image, those of the dense model)."""
+    tokens = module_tokens(model, (site.module for site in sites))
+    return (lambda site, rank: site_macs(site, rank, tokens)), plan_macs(model, RankPlan())
+
+
+class FractionAllocator:
+    """Plans that keep at most a fraction of what the whole dense model costs.
+
+    Args:
+        sites: the decisions to take.
+        factors: factors of every site, whose error curves say what a rank loses.
+        cost: what a site costs at a rank.
+        whole: what the dense model costs.
+        keep: the fraction of ``whole`` to keep.
+        multiple: the step of ranks, halved where ``keep`` cannot be reached otherwise.
+    """
+
+    def __init__(self, sites: list[Site], factors: Factors, cost: Cost, whole: float, *,
+                 keep: float, multiple: int = MULTIPLE) -> None:
+        self.sites, self.factors, self.cost = sites, factors, cost
+        self.keep, self.whole, self.multiple = keep, whole, multiple
+        self.fixed = whole - sum(cost(site, DENSE) for site in sites)
+
+    def plan(self, weights: ErrorWeights) -> RankPlan:
+        """The plan of least weighted error within the budget.
+
+        Raises:
+            UserError: no ranks cost as little; the message names the least fraction.
+        """
+        step = self.multiple
+        while True:
+            items = [self.candidates(site, weights, step) for site in self.sites]
+            chosen = choose(items, self.keep * self.whole - self.fixed)
+            if chosen is not None:
+                return plan_of(items, chosen)
+            if step == 1:
+                raise UserError(f"keep {self.keep:g} is below what is reachable here; the least "
+                                f"is {self._least(items):.4f}")
+            step //= 2
+
+    def candidates(self, site: Site, weights: ErrorWeights, step: int) -> Candidates:
+        """The site's ranks in steps of ``step``."""
+        ranks = site.candidates(step)
+        choices = [Choice(self.cost(site, rank), weighted_error(self.factors, weights, site, rank))
+                   for rank in ranks]
+        return Candidates((site,), [(rank,) for rank in ranks], choices)
+
+    def _least(self, items: list[Candidates]) -> float:
+        cheapest = sum(min(choice.cost for choice in item.choices) for item in items)
+        return (self.fixed + cheapest) / self.whole

@@ -1,0 +1,41 @@
+"""Accuracy and loss of a classifier on labelled images."""
+
+import torch
+import torch.nn.functional as F
+from timm.utils import AverageMeter, accuracy
+from torch import nn
+
+from adacomcat.data import Batches, LabelledImages
+from adacomcat.utils.distributed import Processes
+from adacomcat.utils.progress import progress
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, dataset: LabelledImages, batch_size: int, processes: Processes,
+             workers: int = 0) -> dict[str, float]:
+    """{'top1': percent, 'loss': mean cross-entropy in nats, 'images': how many} on ``dataset``.
+
+    Args:
+        model: a classifier, on the processes' device; it keeps its mode.
+        dataset: what ``data.train_and_test`` gives.
+        batch_size: images of a step, over all processes.
+        processes: those that share the work; ``Processes()`` is this one alone.
+        workers: processes that decode pictures; 0 decodes in this one.
+    """
+    training = model.training
+    model.eval()
+    top1, loss = AverageMeter(), AverageMeter()
+    batches = Batches(dataset, batch_size, shuffle=False, seed=0, epoch=0, rank=processes.rank,
+                      world_size=processes.world_size, num_workers=workers)
+    for images, labels in progress(batches, "evaluating"):
+        if not len(labels):
+            continue
+        images, labels = images.to(processes.device), labels.to(processes.device)
+        logits = model(images).float()
+        top1.update(accuracy(logits, labels)[0].item(), len(labels))
+        loss.update(F.cross_entropy(logits, labels).item(), len(labels))
+    sums = torch.tensor([top1.sum, loss.sum, top1.count], dtype=torch.float64,
+                        device=processes.device)
+    right, total, count = processes.sum(sums).tolist()
+    model.train(training)
+    return {"top1": right / count, "loss": total / count, "images": int(count)}

@@ -1,0 +1,282 @@
+"""timm: its attentions, MLPs, blocks and Vision Transformers, and the drop-ins for them."""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, AttentionRope, LayerScale, Mlp, PatchEmbed, apply_rot_embed_cat
+from timm.models.beit import Attention as BeitAttention
+from timm.models.eva import EvaAttention
+from timm.models.swin_transformer import WindowAttention
+from timm.models.swin_transformer_v2 import WindowAttention as CosineAttention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from adacomcat.errors import UserError
+from adacomcat.families.registration import register_attention
+from adacomcat.layers.attention import LowRankAttention, ValueFoldedAttention, causal_mask
+from adacomcat.layers.fused import ClassTokenEncoder, FusedPatches, gemv_linear
+from adacomcat.layers.registry import (
+    AttentionParts,
+    BlockParts,
+    EncoderParts,
+    MlpParts,
+    Projection,
+    Residual,
+    Tier,
+    add_block,
+    add_encoder,
+    add_mlp,
+    add_patch_projection,
+    add_position_network,
+)
+from adacomcat.ops import inference
+
+
+class LowRankWindowAttention(LowRankAttention):
+    """Swin's windows: the relative position bias stays, added to the low-rank logits."""
+
+    def adopt(self, attn: nn.Module) -> None:
+        self.relative_position_bias_table = nn.Parameter(
+            attn.relative_position_bias_table.detach().clone())
+        self.register_buffer("relative_position_index", attn.relative_position_index.clone(),
+                             persistent=False)
+
+    def _bias(self) -> Tensor:
+        return _gathered(self.relative_position_bias_table, self.relative_position_index)
+
+    def score_context(self, x: Tensor, mask: Tensor | None = None
+                      ) -> tuple[Tensor | None, Tensor | None]:
+        return _window_mask(x, self._bias(), mask), None
+
+
+class LowRankBeitAttention(LowRankWindowAttention):
+    """BEiT: an optional relative position bias, per layer or shared."""
+
+    def adopt(self, attn: nn.Module) -> None:
+        self.relative_position_bias_table = None
+        if attn.relative_position_bias_table is not None:
+            super().adopt(attn)
+
+    def score_context(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None
+                      ) -> tuple[Tensor | None, Tensor | None]:
+        bias = None if self.relative_position_bias_table is None else self._bias()
+        if shared_rel_pos_bias is not None:
+            bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
+        return bias, None
+
+
+class LowRankEvaAttention(LowRankAttention):
+    """EVA without rotary embedding: tier A behind EVA's signature."""
+
+    def score_context(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None,
+                      is_causal: bool = False) -> tuple[Tensor | None, Tensor | None]:
+        if rope is not None:
+            raise UserError("this attention was folded for a model without rotary embedding")
+        return causal_mask(attn_mask, x, is_causal), None
+
+
+class LowRankRotaryAttention(ValueFoldedAttention):
+    """Tier B: norms and a rotary embedding stand behind q and k."""
+
+    def adopt(self, attn: nn.Module) -> None:
+        super().adopt(attn)
+        self.q_norm, self.k_norm = attn.q_norm, attn.k_norm
+        self.num_prefix_tokens = getattr(attn, "num_prefix_tokens", 0)
+        self.rotate_half = getattr(attn, "rotate_half", False)
+
+    def _rotate(self, x: Tensor, rope: Tensor) -> Tensor:
+        prefix, patches = x.split([self.num_prefix_tokens, x.shape[2] - self.num_prefix_tokens], 2)
+        rotated = apply_rot_embed_cat(patches, rope, half=self.rotate_half)
+        return torch.cat([prefix, rotated], dim=2).type_as(x)
+
+    def queries_and_keys(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        q, k = self.q_norm(self._heads(self.q(x))), self.k_norm(self._heads(self.k(x)))
+        if rope is None:
+            return q, k
+        return self._rotate(q, rope), self._rotate(k, rope)
+
+    def score_context(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None,
+                      is_causal: bool = False) -> tuple[Tensor | None, Tensor | None]:
+        return causal_mask(attn_mask, x, is_causal), rope
+
+
+class LowRankNormedAttention(LowRankRotaryAttention):
+    """Tier B with timm's ``Attention`` signature: normalised queries and keys, no rotation."""
+
+    def score_context(self, x: Tensor, attn_mask: Tensor | None = None,
+                      is_causal: bool = False) -> tuple[Tensor | None, Tensor | None]:
+        return causal_mask(attn_mask, x, is_causal), None
+
+
+class LowRankCosineAttention(ValueFoldedAttention):
+    """Tier B, swin v2: cosine similarity times a learned scale, plus a learned position bias."""
+
+    def adopt(self, attn: nn.Module) -> None:
+        super().adopt(attn)
+        self.logit_scale = nn.Parameter(attn.logit_scale.detach().clone())
+        self.cpb_mlp = attn.cpb_mlp
+        for name in ("relative_coords_table", "relative_position_index"):
+            self.register_buffer(name, getattr(attn, name).clone(), persistent=False)
+
+    def queries_and_keys(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        q = F.normalize(self._heads(self.q(x)), dim=-1)
+        k = F.normalize(self._heads(self.k(x)), dim=-1)
+        return q * self.logit_scale.clamp(max=math.log(100.0)).exp(), k
+
+    def _bias(self) -> Tensor:
+        table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
+        return 16 * torch.sigmoid(_gathered(table, self.relative_position_index))
+
+    def score_context(self, x: Tensor, mask: Tensor | None = None
+                      ) -> tuple[Tensor | None, Tensor | None]:
+        return _window_mask(x, self._bias(), mask), None
+
+
+def _gathered(table: Tensor, index: Tensor) -> Tensor:
+    """(positions, H) by (area, area) → (1, H, area, area)."""
+    return table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1).unsqueeze(0)
+
+
+def _window_mask(x: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    """The bias of every window, plus the shift's mask (windows, area, area)."""
+    if mask is None:
+        return bias
+    return (bias + mask.unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
+
+
+def _attention_parts(attn: Any) -> AttentionParts:
+    if getattr(attn, "qkv", None) is not None:
+        q, k, v = _split_qkv(attn)
+    else:
+        q, k, v = (Projection.of(p) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+    # Swin v2 has no scale: its learned one multiplies the queries.
+    return AttentionParts(q, k, v, Projection.of(attn.proj), attn.num_heads,
+                          getattr(attn, "scale", 1.0), attn.attn_drop.p, attn.proj_drop.p)
+
+
+def _split_qkv(attn: Any) -> list[Projection]:
+    """One fused linear layer; its bias is its own, or parameters beside it, none for the keys."""
+    whole = Projection.of(attn.qkv)
+    biases = [None] * 3 if whole.bias is None else list(whole.bias.chunk(3))
+    if getattr(attn, "q_bias", None) is not None:
+        biases = [attn.q_bias.detach(), None, attn.v_bias.detach()]
+    return [Projection(weight, bias, whole.plain)
+            for weight, bias in zip(whole.weight.chunk(3), biases, strict=True)]
+
+
+def _present(attn: nn.Module, *names: str) -> bool:
+    parts = [getattr(attn, name, None) for name in names]
+    return any(part is not None and not isinstance(part, nn.Identity) for part in parts)
+
+
+def _folds_values(attn: nn.Module) -> bool:
+    """Nothing stands between values and output projection, and no heads share keys and values."""
+    return not _present(attn, "norm", "gate") and getattr(attn, "num_kv_groups", 1) == 1
+
+
+def _tier(attn: nn.Module, model: nn.Module | None) -> Tier | None:
+    if not _folds_values(attn):
+        return None
+    return "B" if _present(attn, "q_norm", "k_norm") else "A"
+
+
+def _eva_tier(attn: nn.Module, model: nn.Module | None) -> Tier | None:
+    """The model hands the rotary embedding to every attention at call time, so it is asked."""
+    rotary = getattr(model, "rope", None) is not None
+    return "B" if rotary and _folds_values(attn) else _tier(attn, model)
+
+
+def _rotary_tier(attn: nn.Module, model: nn.Module | None) -> Tier | None:
+    return "B" if _folds_values(attn) else None
+
+
+def _mlp_parts(mlp: Any) -> MlpParts:
+    return MlpParts(mlp.fc1, mlp.act, mlp.fc2, mlp.drop1.p, isinstance(mlp.norm, nn.Identity))
+
+
+def _block_parts(block: Any) -> BlockParts:
+    return BlockParts(
+        Residual("attn", block.norm1, block.attn, block.ls1, _gamma(block.ls1)),
+        Residual("mlp", block.norm2, block.mlp, block.ls2, _gamma(block.ls2)))
+
+
+def _gamma(scale: nn.Module) -> Tensor | None:
+    return scale.gamma.detach() if isinstance(scale, LayerScale) else None
+
+
+def _encoder_parts(model: VisionTransformer) -> EncoderParts:
+    def tokens(images: Tensor) -> Tensor:
+        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+    reads_class_token = model.global_pool == "token" and model.attn_pool is None
+    return EncoderParts("blocks", model.blocks, tokens,
+                        partial(ClassTokenVisionTransformer, model) if reads_class_token else None)
+
+
+class ClassTokenVisionTransformer(VisionTransformer, ClassTokenEncoder):
+    """A ``VisionTransformer`` whose head reads the class token only: in the last block it computes
+    nothing else. ``forward_features`` still returns all tokens.
+
+    It takes over the parts of ``model``, which is no longer to be used, under their names. The last
+    block is a ``FusedBlock`` whose attention is a ``FusedAttention``.
+    """
+
+    embedding: nn.Parameter | None  # (1, tokens, d): what every image has before its patches
+
+    def __init__(self, model: VisionTransformer) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(vars(model))
+        self.head = gemv_linear(self.head)
+        self.embedding = _embedding(self)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None,
+                is_causal: bool = False) -> Tensor:
+        if attn_mask is not None or is_causal:
+            return super().forward(x, attn_mask, is_causal)
+        *first, last = self.blocks
+        x = self.norm_pre(self.patch_drop(self._tokens(x)))
+        for block in first:
+            x = block(x)
+        return self.forward_head(self.norm(last.mlp(last.attn.class_token(x))))
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        super().set_input_size(*args, **kwargs)
+        self.embedding = _embedding(self)
+
+    def _tokens(self, image: Tensor) -> Tensor:
+        if self.embedding is None or image.shape[-2:] != self.patch_embed.img_size:
+            return self._pos_embed(self.patch_embed(image))
+        proj, own = self.patch_embed.proj, self.embedding[0]
+        prefix, positions = own[:self.num_prefix_tokens], own[self.num_prefix_tokens:]
+        return inference.patch_embedding(image, proj.weight, proj.bias, prefix, positions)
+
+
+@torch.no_grad()
+def _embedding(model: VisionTransformer) -> nn.Parameter | None:
+    """What the model adds to empty patches, and its prefix; None where that is not all it does."""
+    patches = model.patch_embed
+    if not (type(patches) is PatchEmbed and type(patches.proj) is FusedPatches
+            and patches.grid_size is not None and type(patches.norm) is nn.Identity):
+        return None
+    zeros = patches.proj.weight.new_zeros(1, *patches.grid_size, patches.proj.out_channels)
+    if not model.dynamic_img_size:
+        zeros = zeros.flatten(1, 2)
+    return nn.Parameter(model._pos_embed(zeros), requires_grad=False)
+
+
+register_attention(Attention, _attention_parts,
+                   {"A": LowRankAttention, "B": LowRankNormedAttention}, _tier)
+register_attention(AttentionRope, _attention_parts, {"B": LowRankRotaryAttention}, _rotary_tier)
+register_attention(EvaAttention, _attention_parts,
+                   {"A": LowRankEvaAttention, "B": LowRankRotaryAttention}, _eva_tier)
+register_attention(BeitAttention, _attention_parts, {"A": LowRankBeitAttention}, _tier)
+register_attention(WindowAttention, _attention_parts, {"A": LowRankWindowAttention}, _tier)
+register_attention(CosineAttention, _attention_parts, {"B": LowRankCosineAttention}, _rotary_tier)
+add_position_network("cpb_mlp")  # of Swin v2
+add_mlp(Mlp, _mlp_parts)
+add_block(Block, _block_parts)
+add_encoder(VisionTransformer, _encoder_parts)
+add_patch_projection(PatchEmbed, "proj")

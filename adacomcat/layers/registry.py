@@ -1,0 +1,268 @@
+"""What attentions, MLPs, blocks and encoders look like, whichever library they come from.
+
+``adacomcat/families`` fills the tables here, one file for each library; everything else asks the
+functions at the end and names no library's class. The exact type of a module decides, since a
+subclass may compute something else.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from adacomcat.errors import UserError
+
+# A: queries with keys and values with outputs fold head by head. B: only values with outputs do.
+Tier = Literal["A", "B"]
+
+
+class Projection(NamedTuple):
+    """y = x weightᵀ + bias: a dense projection, or a part of a fused one."""
+
+    weight: Tensor  # (out, in)
+    bias: Tensor | None = None  # (out,)
+    plain: bool = True  # whether exactly an nn.Linear computes it, so that a fused op may
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "Projection":
+        """The whole of ``linear``."""
+        bias = None if linear.bias is None else linear.bias.detach()
+        return cls(linear.weight.detach(), bias, type(linear) is nn.Linear)
+
+
+class AttentionWeights(NamedTuple):
+    """The projections of a dense attention, head by head; absent biases are zeros."""
+
+    wq: Tensor  # (H, head_dim, d)
+    wk: Tensor
+    wv: Tensor
+    bq: Tensor  # (H, head_dim)
+    bk: Tensor
+    bv: Tensor
+    wo: Tensor  # (H, out, head_dim)
+    bo: Tensor  # (out,)
+    scale: float
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """A dense attention: y = Σ_h softmax(scale · q_h k_hᵀ + mask) v_h out_hᵀ.
+
+    Args:
+        q: Query projection, weight (H·head_dim, d): the rows of one head after those of another.
+        k: Key projection, of the same shape.
+        v: Value projection, of the same shape.
+        out: Output projection, weight (out, H·head_dim).
+        num_heads: H.
+        scale: What multiplies the logits, usually head_dim ** -0.5.
+        attn_drop: Dropout probability of the attention weights.
+        proj_drop: Dropout probability behind the output projection.
+
+    Raises:
+        UserError: The shapes of the projections do not belong together.
+    """
+
+    q: Projection
+    k: Projection
+    v: Projection
+    out: Projection
+    num_heads: int
+    scale: float
+    attn_drop: float = 0.0
+    proj_drop: float = 0.0
+
+    def __post_init__(self) -> None:
+        shapes = [tuple(p.weight.shape) for p in (self.q, self.k, self.v, self.out)]
+        inner = shapes[0][0]
+        if len(set(shapes[:3])) > 1 or shapes[3][1] != inner or inner % self.num_heads:
+            raise UserError("q, k, v and out have the weights "
+                            f"{', '.join(map(str, shapes))} for {self.num_heads} heads; q, k and v "
+                            "must be (heads·head_dim, d), out (any, heads·head_dim)")
+
+    @property
+    def dim(self) -> int:
+        return self.q.weight.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.q.weight.shape[0] // self.num_heads
+
+    @property
+    def dim_out(self) -> int:
+        return self.out.weight.shape[0]
+
+    @property
+    def plain(self) -> bool:
+        return all(p.plain for p in (self.q, self.k, self.v, self.out))
+
+    def per_head(self) -> AttentionWeights:
+        heads = self.num_heads
+        inner = (self.q, self.k, self.v)
+        weights = [p.weight.reshape(heads, -1, self.dim) for p in inner]
+        zeros = weights[0].new_zeros(weights[0].shape[:2])
+        biases = [zeros if p.bias is None else p.bias.reshape(heads, -1) for p in inner]
+        wo, bo = self.out.weight, self.out.bias
+        bo = wo.new_zeros(len(wo)) if bo is None else bo
+        wo = wo.reshape(len(wo), heads, -1).transpose(0, 1)
+        return AttentionWeights(*weights, *biases, wo, bo, self.scale)
+
+
+# (attention, the model that holds it or None) → tier; None where not even the values fold.
+TierOf = Callable[[nn.Module, nn.Module | None], Tier | None]
+
+
+@dataclass(frozen=True)
+class AttentionFamily:
+    """How one class of attention is read, and which drop-in takes its place."""
+
+    read: Callable[[Any], AttentionParts]
+    low_rank: Mapping[Tier, type[Any]]  # subclasses of LowRankAttention
+    tier: TierOf
+
+
+@dataclass(frozen=True)
+class MlpParts:
+    """y = fc2(act(fc1(x))), with dropout behind ``act`` and ``fc2``."""
+
+    fc1: nn.Module
+    act: nn.Module
+    fc2: nn.Module
+    drop: float  # the probability behind ``act``
+    plain: bool  # whether nothing else stands between; a norm behind ``act`` does
+
+    @property
+    def dense(self) -> bool:
+        """Plain, and both projections are exactly linear layers."""
+        return self.plain and type(self.fc1) is type(self.fc2) is nn.Linear
+
+
+@dataclass(frozen=True)
+class Residual:
+    """One half of a block in eval mode: x + scale(inner(norm(x)))."""
+
+    name: str  # of ``inner`` in its block
+    norm: nn.Module
+    inner: nn.Module
+    scale: nn.Module
+    gamma: Tensor | None  # (d,): what ``scale`` multiplies by; None where it is the identity
+
+
+class BlockParts(NamedTuple):
+    """A pre-norm block: the attention, then the MLP."""
+
+    attn: Residual
+    mlp: Residual
+
+
+@dataclass(frozen=True)
+class EncoderParts:
+    """A model that is known as a whole: tokens, blocks one after the other, a head."""
+
+    name: str  # of ``blocks`` in the model
+    blocks: nn.Sequential
+    tokens: Callable[[Tensor], Tensor]  # images → what enters the first block, (B, N, d)
+    # Makes the model that computes only the class token in its last block; None where the head
+    # reads more than that token.
+    class_token_only: Callable[[], nn.Module] | None
+
+
+_FAMILIES = ["adacomcat.families.timm"]  # imported, and taken from here, by the first look-up
+
+_attentions: dict[type[nn.Module], AttentionFamily] = {}
+_mlps: dict[type[nn.Module], Callable[[Any], MlpParts]] = {}
+_blocks: dict[type[nn.Module], Callable[[Any], BlockParts]] = {}
+_encoders: dict[type[nn.Module], Callable[[Any], EncoderParts]] = {}
+_patch_projections: dict[type[nn.Module], str] = {}
+_position_networks: set[str] = set()
+
+
+def load_families() -> None:
+    """Import the libraries' files, once. They come before what users register, which wins."""
+    while _FAMILIES:
+        importlib.import_module(_FAMILIES.pop())
+
+
+def add_attention(kind: type[nn.Module], family: AttentionFamily) -> None:
+    _attentions[kind] = family
+
+
+def add_mlp(kind: type[nn.Module], read: Callable[[Any], MlpParts]) -> None:
+    _mlps[kind] = read
+
+
+def add_block(kind: type[nn.Module], read: Callable[[Any], BlockParts]) -> None:
+    _blocks[kind] = read
+
+
+def add_encoder(kind: type[nn.Module], read: Callable[[Any], EncoderParts]) -> None:
+    _encoders[kind] = read
+
+
+def add_patch_projection(kind: type[nn.Module], name: str) -> None:
+    """``name``: of the convolution in a patch embedding of this kind."""
+    _patch_projections[kind] = name
+
+
+def add_position_network(name: str) -> None:
+    """``name``: of a child module whose linear layers see coordinates, not tokens."""
+    _position_networks.add(name)
+
+
+def attention_family(attn: nn.Module) -> AttentionFamily | None:
+    load_families()
+    return _attentions.get(type(attn))
+
+
+def attention_tier(attn: nn.Module, model: nn.Module | None = None) -> Tier | None:
+    """How far ``attn`` of ``model`` folds; None where not even its value path does."""
+    family = attention_family(attn)
+    return None if family is None else family.tier(attn, model)
+
+
+def attention_parts(attn: nn.Module) -> AttentionParts:
+    """
+    Raises:
+        UserError: No family knows this class.
+    """
+    family = attention_family(attn)
+    if family is None:
+        raise UserError(f"{type(attn).__name__} does not fold; its linears can still be made "
+                        "low-rank, or adacomcat.register_attention can make it known")
+    return family.read(attn)
+
+
+def attention_weights(attn: nn.Module) -> AttentionWeights:
+    """The weights of a dense attention, head by head."""
+    return attention_parts(attn).per_head()
+
+
+def mlp_parts(module: nn.Module) -> MlpParts | None:
+    load_families()
+    read = _mlps.get(type(module))
+    return None if read is None else read(module)
+
+
+def block_parts(module: nn.Module) -> BlockParts | None:
+    load_families()
+    read = _blocks.get(type(module))
+    return None if read is None else read(module)
+
+
+def encoder_parts(model: nn.Module) -> EncoderParts | None:
+    load_families()
+    read = _encoders.get(type(model))
+    return None if read is None else read(model)
+
+
+def patch_projection(module: nn.Module) -> str | None:
+    """The name of the convolution in a patch embedding; None where ``module`` is none."""
+    load_families()
+    return _patch_projections.get(type(module))
+
+
+def is_position_network(name: str) -> bool:
+    """Whether the module of this qualified name maps coordinates to position biases."""
+    load_families()
+    return name.rpartition(".")[2] in _position_networks

@@ -1,0 +1,205 @@
+"""Bugs seeded into csrc/cuda, and which checks notice each."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+
+import cuda_host
+import torch
+from cuda_host import CUDA, Failed, Host
+from cuda_ptx import Emulated
+from helpers.matrices import check
+from ptx.memory import Fault
+from ptx.mutations import KINDS
+from ptx.parser import Kernel
+from test_cuda_low_rank_linear import complaints, draw
+
+from adacomcat.ops import reference
+
+SVD, LINEAR, TILES, ERRORS = (
+    "batched_svd.cu", "low_rank_linear.cu", "tiles.cuh", "truncation_errors.cu")
+# Results, in two orders of execution, and what the shim refuses; or what a sanitizer reports.
+CHECKS = ("plain", "asan", "tsan")
+
+
+@dataclass(frozen=True)
+class Bug:
+    """The first `old` behind `after` becomes `new`; the cheapest of CHECKS that notices it."""
+
+    name: str
+    file: str
+    old: str
+    new: str = ""
+    after: str = ""
+    check: str = "plain"
+    tile: int = 16
+
+    def sources(self) -> dict[str, str]:
+        text = (CUDA / self.file).read_text()
+        before, after, rest = text.partition(self.after) if self.after else ("", "", text)
+        if after != self.after or self.old not in rest:
+            raise ValueError(f"{self.file} has nothing to change for: {self.name}")
+        changed = before + after + rest.replace(self.old, self.new, 1)
+        return {**cuda_host.tile_of(self.tile), self.file: changed}
+
+
+SYNC, STEP, WAIT = "    sync();\n", "    __syncthreads();\n", "    wait_for_copies<0>();\n"
+BUGS = [
+    Bug("no barrier after a round of rotations", SVD, SYNC, check="tsan",
+        after="rotated |= rotate_round(round, tolerance);\n    "),
+    Bug("no barrier after scaling", SVD, SYNC, check="tsan", after="first * second;\n"),
+    Bug("no barrier before slots are read", SVD, SYNC, after="slots[thread / kWarp] = value;\n"),
+    Bug("no barrier after lengths", SVD, SYNC, check="tsan", after="value / length : T(0);\n"),
+    Bug("no barrier after the order", SVD, SYNC, check="tsan", after="order[place] = column;\n"),
+    Bug("a column is filled while it is read", SVD, SYNC, check="tsan", after="row : least;\n"),
+    Bug("no barrier after weights", SVD, SYNC, check="tsan", after="signs[q] = weight;\n"),
+    Bug("no barrier after signs", SVD, SYNC, check="tsan", after="T(-1) : T(1);\n"),
+    Bug("idle groups read the last column", SVD, "dot(column, column, column < n)",
+        "dot(min(column, n - 1), min(column, n - 1), true)", check="tsan"),
+    Bug("rotation the wrong way", SVD, "sine = tangent * cosine", "sine = -tangent * cosine"),
+    Bug("V is not rotated", SVD, "rotate(v + low", "if (p.count < 0) rotate(v + low"),
+    Bug("a pair is left out of each round", SVD, "place < players / 2", "place + 1 < players / 2"),
+    Bug("the odd player has a partner", SVD, "high < n, tolerance", "high <= n, tolerance"),
+    Bug("lanes pass the end of a column", SVD, "i < length; i +=", "i <= length; i +="),
+    Bug("sorted upwards", SVD, "values[other] > values[column]", "values[other] < values[column]"),
+    Bug("equal values share a place", SVD, "other < column)", "false)"),
+    Bug("zero columns are left as they are", SVD, "if (values[column] > 0) return;", "return;"),
+    Bug("NaN is not looked for", SVD, "fabs(value) <= kLargest ?", "!(fabs(value) > kLargest) ?"),
+    Bug("the scale is not undone", SVD, "ldexp(values[order[i]], exponent)", "values[order[i]]"),
+    Bug("signs of the wrong vectors", SVD, "if (wide)", "if (!wide)"),
+    Bug("one matrix too many", SVD, "index < problem.count", "index <= problem.count",
+        check="asan"),
+    Bug("no barrier before a product", TILES, "  __syncthreads();\n", check="tsan",
+        after="void pipeline(int steps, Load load, Use use) {\n"),
+    Bug("no barrier in a step", TILES, STEP, after=WAIT),
+    Bug("no wait for copies", TILES, WAIT),
+    Bug("a wait that leaves a group in flight", TILES, "<0>", "<1>", after="step < steps; ++step"),
+    Bug("both stages are one", TILES, "(step + 1) % 2", "step % 2"),
+    Bug("no barrier before results go out", TILES, "  __syncthreads();\n", check="tsan",
+        after="float* memory, Use use) {\n"),
+    Bug("no barrier before results are read", TILES, "    __syncwarp();\n"),
+    Bug("no barrier after results are read", TILES, "    __syncwarp();\n", tile=64, check="tsan",
+        after="own[row * Tile::kOutPitch + column]);\n"),
+    Bug("one row too many", TILES, "row + r < from.rows", "row + r <= from.rows", check="asan"),
+    Bug("columns are masked too late", TILES, "c < from.columns", "c < from.columns + 8"),
+    Bug("16 bytes off their alignment", TILES, "stride % chunk == 0 &&", "true &&"),
+    Bug("a row ends inside 16 bytes", TILES, "columns % chunk == 0;", "true;"),
+    Bug("halves of the left operand exchanged", TILES, "lane / 16 *", "(1 - lane / 16) *",
+        after="const int row = warp_row"),
+    Bug("V is not transposed", TILES, "load_transposed(operand", "load_matrices(operand"),
+    Bug("float32 without what is left of it", TILES, "multiply_tf32(step, left.rest",
+        "if (first > 9) multiply_tf32(step, left.rest"),
+    Bug("float32 summed by tensor cores alone", TILES, "multiply_tf32(step, left.word, right.word",
+        "multiply_tf32(sums, left.word, right.word"),
+    Bug("rows of the result are not masked", LINEAR, "m >= p.rows || ", check="asan"),
+    Bug("one column too many", LINEAR, "n >= p.out)", "n > p.out)"),
+    Bug("x V is not zero beyond the rank", LINEAR, "r < p.rank ? sum : 0.0f", "sum + 1.0f"),
+    Bug("a tile of ranks is left out", LINEAR, "padded / Tile::kDepth,",
+        "padded / Tile::kDepth - 1,"),
+    Bug("a tile of ranks too many", LINEAR, "padded / Tile::kDepth,",
+        "padded / Tile::kDepth + 1,"),
+    Bug("no activation", LINEAR, "sum = activate(sum, p.activation);"),
+    Bug("errors are one rank off", ERRORS, "errors[rank] =", "errors[rank ^ 1] ="),
+    Bug("what lies behind is not added", ERRORS, "sum += behind;"),
+    Bug("lanes beyond the warp are added", ERRORS, "if (lane + step < kWarp) sum", "sum"),
+]
+
+
+def noticed(bug: Bug, check: str) -> str | None:
+    """How one of CHECKS notices a bug; None if it does not."""
+    runs: Callable[[Host], bool] = {SVD: right_svd, ERRORS: right_errors}.get(
+        bug.file, right_linear)
+    for seed in (1, 2) if check == "plain" else (1,):
+        host = Host("quick" if check == "plain" else check, bug.sources(), seed)
+        try:
+            if not runs(host):
+                return "results"
+        except Failed as failure:
+            return str(failure).partition(":")[0].rpartition(", ")[2]
+    return None
+
+
+def right_svd(host: Host) -> bool:
+    """Few sweeps, or a sanitizer takes long; zero columns, equal values, NaN; both variants."""
+    generator = torch.Generator().manual_seed(5)
+    small = torch.randn(3, 7, 9, generator=generator) * 1e20
+    small[0, 2] = 0
+    small[1] = torch.eye(7, 9)
+    small[2, 1, 1] = torch.nan
+    large = torch.eye(34) + 1e-4 * torch.randn(1, 34, 34, generator=generator)
+    large[0, :, 5:7] = 0
+    for a, expected in ((small, [0, 0, 1]), (large[:, :, :33], [0])):
+        u, s, v, status = cuda_host.batched_svd(host, a.contiguous(), min(a.shape[1:]))
+        if status.tolist() != expected:
+            return False
+        try:
+            for i in range(len(a) if len(a) == 1 else 2):
+                check(a[i], u[i], s[i], v[i])
+        except AssertionError:
+            return False
+    return True
+
+
+def right_errors(host: Host) -> bool:
+    s = torch.rand(3, 2, 40, generator=torch.Generator().manual_seed(5))
+    expected = reference.truncation_errors(s)
+    return torch.allclose(cuda_host.truncation_errors(host, s), expected, rtol=1e-5, atol=0)
+
+
+def apart(t: torch.Tensor, pitch: int) -> torch.Tensor:
+    """The rows of a matrix at multiples of `pitch`."""
+    if t.dim() == 1:
+        return t
+    gap = t.new_full((len(t), -t.shape[1] % pitch), torch.nan)
+    return torch.cat([t, gap], 1)[:, : t.shape[1]]
+
+
+def right_linear(host: Host) -> bool:
+    """Rows that lie dense, at multiples of 16 bytes, and off them; NaN between. A long sum."""
+    torch.manual_seed(5)
+    for shape, dtype in (((19, 72, 40, 144), "fp16"), ((17, 36, 9, 40), "fp32"),
+                         ((2, 1000, 9, 20), "fp32"), ((18, 33, 21, 30), "fp16"),
+                         ((17, 24, 12, 20), "bf16")):
+        kinds = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+        tensors = draw(shape, kinds[dtype])
+        for pitch in (1, 8, 5):
+            layout = {name: apart(t, pitch) for name, t in tensors.items()}
+            found = cuda_host.low_rank_linear(host, **layout, activation="gelu", keep=True)
+            if complaints(found, tensors, "gelu", dtype):
+                return False
+    return True
+
+
+def ptx_tally(op: str, architecture: str, step: int = 1) -> dict[str, Counter]:
+    """How much damage to a kernel's PTX the emulator notices, by kind; of each `step` one."""
+    runs = {"batched_svd": emulated_svd, "low_rank_linear": emulated_linear}
+    originals: list[Kernel] = []
+    right = runs[op](Emulated(architecture, lambda k: originals.append(k) or k))
+    found: dict[str, Counter] = {}
+    for kind in ("barriers", "waits", "transposes", "operands"):
+        found[kind] = Counter()
+        # Operands and transposes are all alike.
+        alike = 8 if kind in ("transposes", "operands") else 1
+        for mutant in islice(KINDS[kind](originals[0]), 0, None, step * alike):
+            found[kind]["all"] += 1
+            try:
+                result = runs[op](Emulated(architecture, lambda _, mutant=mutant: mutant))
+                same = all(torch.equal(a, b) for a, b in zip(result, right, strict=True))
+            except Fault:
+                same = False
+            found[kind]["caught"] += not same
+    return found
+
+
+def emulated_svd(emulated: Emulated) -> tuple[torch.Tensor, ...]:
+    """A block for the matrix, tall and wide; few sweeps; two zero columns to fill."""
+    generator = torch.Generator().manual_seed(5)
+    a = torch.eye(34, 33) + 1e-4 * torch.randn(1, 34, 33, generator=generator)
+    a[0, :, 5:7] = 0
+    return *emulated.batched_svd(a, 33), *emulated.batched_svd(a.mT.contiguous(), 33)
+
+
+def emulated_linear(emulated: Emulated) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(5)
+    return emulated.low_rank_linear(64, **draw((64, 64, 160, 160), torch.float16))

@@ -1,0 +1,210 @@
+"""csrc/cuda as host C++: builds of the shim, and the kernels as functions of CPU tensors.
+
+Each call is a process of its own, so that a fault, a deadlock or a sanitizer's report ends that.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[3]
+SHIM = Path(__file__).parent / "shim"
+CUDA = ROOT / "csrc" / "cuda"
+KERNELS = ("batched_svd.cu", "low_rank_linear.cu", "truncation_errors.cu")
+# Without a sanitizer it has to be fast; with one, lines are worth more.
+MODES = {
+    "plain": (["-O2"], []),
+    "quick": (["-O1"], []),  # to compile
+    "asan": (["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr",
+              "-fno-sanitize-recover=undefined"], ["-DSHIM_ASAN"]),
+    "tsan": (["-O1", "-g1", "-fsanitize=thread"], ["-DSHIM_TSAN"]),
+}
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+ACTIVATIONS = (None, "gelu", "gelu_tanh", "silu", "relu")
+CACHE = Path(tempfile.gettempdir()) / f"adacomcat-cuda-shim-{os.getuid()}"
+
+
+def missing() -> str | None:
+    """Why the shim cannot be built here; None if it can."""
+    if platform.machine() != "x86_64":
+        return "the shim switches stacks in x86-64 assembly"
+    return None if shutil.which("g++") else "the shim needs g++"
+
+
+class Failed(AssertionError):
+    """The process ended with an error: what it said."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """A build: its sanitizer, replaced sources by file name, and the order of execution."""
+
+    mode: str = "plain"
+    sources: dict[str, str] = field(default_factory=dict, hash=False)
+    seed: int = 0
+    # Filled with the blocks, the threads of each and the bytes of shared memory of each launch.
+    launches: list[tuple[int, int, int]] = field(default_factory=list, hash=False)
+
+    def run(self, op: str, numbers: Sequence[int], inputs: Sequence[Tensor],
+            outputs: Sequence[Tensor]) -> None:
+        """Fill `outputs` with what the kernel makes of `inputs`."""
+        command = [str(self.executable()), op, *(str(int(number)) for number in numbers)]
+        environment = {**os.environ, "SHIM_SEED": str(self.seed),
+                       "TSAN_OPTIONS": "exitcode=66", "ASAN_OPTIONS": "detect_leaks=0"}
+        try:
+            done = subprocess.run(command, input=b"".join(map(to_bytes, inputs)),
+                                  capture_output=True, env=environment,
+                                  timeout=300)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"{op} does not end") from None
+        if done.returncode:
+            raise Failed(f"{op}, exit code {done.returncode}: {done.stderr.decode()[-4000:]}")
+        self.launches.extend(tuple(map(int, line.split()[1:]))
+                             for line in done.stderr.decode().splitlines()
+                             if line.startswith("launch "))
+        at = 0
+        for output in outputs:
+            size = output.numel() * output.element_size()
+            output.copy_(from_bytes(done.stdout[at : at + size], output))
+            at += size
+        assert at == len(done.stdout)
+
+    def executable(self) -> Path:
+        """The driver, linked of cached objects."""
+        flags, defines = MODES[self.mode]
+        common = ["g++", "-std=c++17", f"-I{SHIM}", f"-I{CUDA}"]
+        objects = [
+            built([*common, "-O2", *defines, "-c"], SHIM / "shim.cpp", ".o"),
+            built([*common, *flags, "-c"], SHIM / "driver.cpp", ".o"),
+            *(built([*common, *flags, "-x", "c++", "-c"], CUDA / name, ".o", self.sources)
+              for name in KERNELS),
+        ]
+        return _linked(["g++", *flags], objects)
+
+
+def replaced(name: str, old: str, new: str) -> dict[str, str]:
+    """The sources of a build in which one file of csrc/cuda has `new` instead of `old`."""
+    source = (CUDA / name).read_text()
+    if source.count(old) != 1:
+        raise ValueError(f"{name} has {source.count(old)} times: {old}")
+    return {name: source.replace(old, new)}
+
+
+def tile_of(rows: int) -> dict[str, str]:
+    """The sources in which low_rank_linear takes the tile of 16 rows, or always the large one."""
+    if rows == 16:
+        return {}
+    return replaced("low_rank_linear.cu", "kEnoughBlocks = 128", "kEnoughBlocks = 0")
+
+
+def needs_scratch(a: Tensor, available: int) -> bool:
+    """Whether the rotations of a matrix do not fit into the shared memory with the matrix."""
+    answer = torch.empty(1, dtype=torch.int32)
+    Host().run("svd_needs_scratch", [a.element_size(), *a.shape[-2:], available], [], [answer])
+    return bool(answer)
+
+
+def batched_svd(host: Host, a: Tensor, k: int,
+                available: int = 227 * 1024) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """u, s, v and the status of each matrix of a (count, m, n), whatever its strides."""
+    count, m, n = a.shape
+    flat = a.as_strided((a.untyped_storage().nbytes() // a.element_size(),), (1,), 0)
+    assert a.storage_offset() == 0
+    u, s, v = a.new_empty(count, m, k), a.new_empty(count, k), a.new_empty(count, n, k)
+    status = torch.empty(count, dtype=torch.int32)
+    numbers = [a.element_size(), count, m, n, k, *a.stride(), flat.numel(), available]
+    host.run("batched_svd", numbers, [flat], [u, s, v, status])
+    return u, s, v, status
+
+
+def truncation_errors(host: Host, s: Tensor) -> Tensor:
+    """errors (count, ranks + 1) of s (count, heads, ranks)."""
+    errors = s.new_empty(s.shape[0], s.shape[2] + 1)
+    host.run("truncation_errors", [s.element_size(), *s.shape], [s], [errors])
+    return errors
+
+
+def low_rank_linear(host: Host, x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None,
+                    activation: str | None = None, residual: Tensor | None = None,
+                    keep: bool = False) -> tuple[Tensor, Tensor]:
+    """y and x V; the rows of x (m, in), V, U and the residual (m, out) may lie apart."""
+    (m, k), r, n = x.shape, v.shape[1], u.shape[0]
+    y, middle = x.new_empty(m, n), x.new_empty((m, r) if keep else (0,))
+    strided = [x, v, u, x[:0] if residual is None else residual]
+    inputs = [memory(t) for t in strided]
+    inputs.insert(3, x.new_empty(0) if bias is None else bias)
+    host.run("low_rank_linear",
+             [TYPES[x.dtype], m, k, r, n, ACTIVATIONS.index(activation), keep,
+              *(t.stride(0) for t in strided), *(t.numel() * t.element_size() for t in inputs)],
+             inputs, [y, middle])
+    return y, middle
+
+
+def memory(t: Tensor) -> Tensor:
+    """What a matrix with dense rows spans."""
+    if t.numel() == 0:
+        return t.new_empty(0)
+    return t.as_strided(((t.shape[0] - 1) * t.stride(0) + t.shape[1],), (1,))
+
+
+def to_bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def from_bytes(data: bytes, like: Tensor) -> Tensor:
+    if not data:
+        return torch.empty_like(like)
+    return torch.frombuffer(bytearray(data), dtype=like.dtype).view(like.shape)
+
+
+def built(command: list[str], source: Path, suffix: str,
+          replacing: dict[str, str] | None = None) -> Path:
+    """What the compiler makes of `source`, once for each content; some files may be replaced."""
+    replacing = replacing or {}
+    text = replacing.get(source.name, source.read_text())
+    # Beside the source, a header comes before those of the folders that are searched.
+    beside = {name: other for name, other in replacing.items()
+              if f'"{name}"' in text and name.endswith("h")}
+    headers = sorted([*SHIM.glob("*.h"), *CUDA.glob("*.h"), *CUDA.glob("*.cuh")])
+    content = [*command, source.name, text, *beside.values(), *(h.read_text() for h in headers)]
+
+    def build(target: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in {**beside, source.name: text}.items():
+                (Path(folder) / name).write_text(content)
+            _check([*command, str(Path(folder) / source.name), "-o", str(target)])
+
+    return _cached("\0".join(content), source.stem + suffix, build)
+
+
+def _linked(command: list[str], objects: list[Path]) -> Path:
+    names = "\0".join([*command, *map(str, objects)])
+    return _cached(names, "driver",
+                   lambda target: _check([*command, *map(str, objects), "-o", str(target)]))
+
+
+def _cached(content: str, name: str, build) -> Path:
+    """What `build` makes, whole: several processes may make it at the same time."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    target = CACHE / f"{hashlib.sha256(content.encode()).hexdigest()[:24]}-{name}"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            made = Path(folder) / name
+            build(made)
+            os.replace(made, target)
+    return target
+
+
+def _check(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")

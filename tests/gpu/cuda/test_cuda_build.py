@@ -1,0 +1,27 @@
+"""Every CUDA kernel compiles for each architecture that setup.py names, and spills nowhere."""
+
+import re
+from pathlib import Path
+
+import cuda_ptx
+import pytest
+from cuda_report import ARCHITECTURES, resources
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_the_architectures_are_those_of_setup() -> None:
+    listed = re.search(r"ARCHITECTURES = \((.*?)\)", (ROOT / "setup.py").read_text())[1]
+    assert [int(name) for name in re.sub(r'[".]', "", listed).split(",")] == list(ARCHITECTURES)
+
+
+@pytest.mark.skipif(cuda_ptx.missing() is not None, reason=str(cuda_ptx.missing()))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_is_spilled(architecture: int) -> None:
+    """A spill is an error, of ptxas too; and the registers suffice for a block."""
+    found = list(resources(architecture))
+    assert len(found) == 14
+    for one in found:
+        assert one.spilled == 0, one
+        threads = 512 if "a block" in one.kernel else 128
+        assert one.registers * threads <= 65536, one

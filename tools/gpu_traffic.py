@@ -1,0 +1,300 @@
+"""A model of the bytes that the fused kernels move, and the roofline that follows from it.
+
+Each program owns some rows: it reads them once and all weights, which stay in the L2 cache, and
+writes its outputs once. So device memory sees every input and output once; the cache sees the
+weights once for each program. Where rows are few, several programs share them: the cache also sees
+x and V once for each of these, or x V is a product of its own, whose tiles see x and V in part; and
+of an MLP the parts of a sum, written and read again.
+`PYTHONPATH=tests/gpu python tools/gpu_traffic.py` writes bench/gpu/ROOFLINE.md.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from stub_driver import compiling_for
+
+from adacomcat.kernels import tiles
+
+ROOT = Path(__file__).parents[1]
+SIZE = 2  # bytes an element
+LIKE = torch.empty(0, dtype=torch.float16)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Data sheets of the A100 SXM 80 GB and the H100 SXM; the caches' bandwidth is what
+    microbenchmarks publish, a processor's 64 bytes a clock.
+    """
+
+    flops: float  # a second, in 16 bits
+    memory: float  # bytes a second
+    cache: float  # bytes a second
+    processor: float  # bytes a second that one multiprocessor gets of the cache
+    cache_size: int
+    shared_tiles: int  # programs of a library's largest tile that read one operand together
+
+
+GPUS = {
+    "sm_80": Gpu(312e12, 2.04e12, 5.0e12, 90e9, 40 << 20, 1),
+    "sm_90": Gpu(989e12, 3.35e12, 5.5e12, 112e9, 50 << 20, 2),
+}
+LAUNCH = 1e-6  # seconds, in a CUDA graph: an assumption
+# What a library of dense products may choose from: rows and columns of a tile, parts of the sum.
+LIBRARY = [(rows, columns, parts)
+           for rows, columns in ((128, 256), (128, 128), (64, 128), (64, 64), (32, 64), (16, 64))
+           for parts in (1, 2, 4, 8)]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A projection k → n at rank r, or with `hidden` an MLP k → hidden → n at ranks r."""
+
+    m: int
+    k: int
+    n: int
+    r: int
+    hidden: int = 0
+
+    @property
+    def weights(self) -> int:
+        """Bytes of factors and biases."""
+        if not self.hidden:
+            return SIZE * (self.r * (self.k + self.n) + self.n)
+        factors = self.r * (self.k + self.hidden) + self.r * (self.hidden + self.n)
+        return SIZE * (factors + self.hidden + self.n)
+
+    @property
+    def minimum(self) -> int:
+        """Each input once, each output once."""
+        return SIZE * self.m * (self.k + self.n) + self.weights
+
+    @property
+    def tile(self) -> tiles.Tile:
+        choose = tiles.mlp_tile if self.hidden else tiles.linear_tile
+        return choose(self.m, self.r, LIKE)
+
+    @property
+    def row_blocks(self) -> int:
+        return triton.cdiv(self.m, self.tile.BLOCK_M)
+
+    @property
+    def apart(self) -> bool:
+        """Whether x V is a product of its own, which is a library's."""
+        return tiles.takes_two_launches(self.m, self.k, self.r, LIKE)
+
+    def shared_out(self, columns: int) -> int:
+        """Programs that own the same rows and a part each of these columns, or hidden units."""
+        share = tiles.columns_per_program(columns, self.tile.BLOCK_N, self.row_blocks)
+        return triton.cdiv(columns, share)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What one launch does: FLOPs, bytes of inputs and outputs, bytes that programs ask for."""
+
+    flops: int
+    weights: int
+    rows: int  # bytes of x and y
+    requested: int
+    programs: int
+    workspace: int = 0  # bytes written for the next launch, or read from the last one
+
+
+def product(m: int, k: int, n: int, widest: int, first: bool) -> Launch:
+    """x W, of whose two halves the first leaves its result to the next launch."""
+    tile = tiles.matmul_tile(m, n, LIKE, widest)
+    blocks, columns = triton.cdiv(m, tile.BLOCK_M), triton.cdiv(n, tile.BLOCK_N)
+    bias = 0 if first else n
+    x, w, y = SIZE * m * k, SIZE * (n * k + bias), SIZE * m * n
+    rows, room = (x, y) if first else (y, x)
+    return Launch(2 * m * k * n, w, rows, columns * x + blocks * w + y, blocks * columns, room)
+
+
+def launches(shape: Shape) -> Iterator[Launch]:
+    """x V, if apart; then all else, or of an MLP of few rows the parts, and their sum's product.
+
+    Programs that share rows each read x and V, and compute x V; or they each read x V.
+    """
+    m, blocks, r, n = shape.m, shape.row_blocks, shape.r, shape.n
+    x, y, v, last = SIZE * m * shape.k, SIZE * m * n, SIZE * shape.k * r, SIZE * n * r
+    middle = SIZE * m * r
+    if shape.apart:
+        yield product(m, shape.k, r, widest=64, first=True)
+    if shape.apart and not shape.hidden:
+        yield product(m, r, n, widest=128, first=False)
+        return
+    parts = shape.shared_out(shape.hidden or n)
+    weights = shape.weights - (v if shape.apart else 0)
+    read, room = (0, middle) if shape.apart else (x, 0)
+    again = parts * middle if shape.apart else (parts - 1) * (x + blocks * v)
+    flops = 2 * m * (weights // SIZE + (0 if shape.apart else (parts - 1) * shape.k * r))
+    if not shape.hidden or parts == 1:
+        asked = read + y + blocks * weights + again
+        yield Launch(flops, weights, read + y, asked, blocks * parts, room)
+        return
+    out, sums = last + SIZE * n, 4 * parts * m * r
+    tile = tiles.row_tile(m, r, LIKE, least=16)
+    rows = triton.cdiv(m, tile.BLOCK_M)
+    columns = triton.cdiv(n, tiles.columns_per_program(n, tile.BLOCK_N, rows))
+    yield Launch(flops - 2 * m * out // SIZE, weights - out, read,
+                 read + again + blocks * (weights - out) + sums, blocks * parts, room + sums)
+    yield Launch(2 * m * out // SIZE + columns * parts * m * r, out, y,
+                 y + rows * out + columns * sums, rows * columns, sums)
+
+
+def moved(shape: Shape, cache: int) -> int:
+    """Bytes between device memory and cache; weights that do not fit are read by every wave.
+
+    What one launch leaves to the next stays in the cache, in which it is small.
+    """
+    total = 0
+    for one in launches(shape):
+        waves = 1
+        if one.weights + one.workspace > cache // 2:
+            waves = triton.cdiv(one.programs, tiles.multiprocessors())
+        total += one.rows + waves * one.weights
+    return total
+
+
+def workspace(shape: Shape) -> int:
+    """Bytes of what launches leave to each other, written or read."""
+    return sum(one.workspace for one in launches(shape))
+
+
+def moved_with_workspace(shape: Shape, cache: int) -> int:
+    """As `moved`, from a cache that kept nothing of what one launch leaves to the next."""
+    return moved(shape, cache) + workspace(shape)
+
+
+def requested(shape: Shape) -> int:
+    """Bytes that programs ask the cache for, or write."""
+    return sum(one.requested for one in launches(shape))
+
+
+def seconds(one: Launch, architecture: str) -> float:
+    """The roofline of a launch: arithmetic, memory, cache, or a processor's share of the cache.
+
+    The processor with the most programs decides: others wait for it.
+    """
+    gpu, processors = GPUS[architecture], tiles.multiprocessors()
+    waves = triton.cdiv(one.programs, processors)
+    busy = one.programs / processors / waves  # the share of all processors that works
+    return LAUNCH + max(
+        one.flops / gpu.flops / busy,
+        one.requested / gpu.cache / (busy if waves > 1 else 1),
+        one.requested / one.programs * waves / gpu.processor,
+        (one.rows + one.weights) / gpu.memory,
+    )
+
+
+def library(m: int, k: int, n: int, architecture: str) -> float:
+    """A dense product by the best of a library's tiles, under the same roofline as ours."""
+    found = []
+    for rows, columns, parts in LIBRARY:
+        together = GPUS[architecture].shared_tiles if columns == 256 else 1
+        programs = parts * triton.cdiv(m, rows) * triton.cdiv(n, columns)
+        reads = SIZE * programs * triton.cdiv(k, parts) * (rows + columns // together)
+        writes = m * n * (SIZE if parts == 1 else 4 * parts)
+        product = Launch(2 * m * k * n, SIZE * k * n, SIZE * m * (k + n), reads + writes, programs)
+        total = seconds(product, architecture)
+        if parts > 1:
+            asked = m * n * (4 * parts + SIZE)
+            total += seconds(Launch(0, 0, 0, asked, tiles.multiprocessors()), architecture)
+        found.append(total)
+    return min(found)
+
+
+def dense(shape: Shape, architecture: str) -> float:
+    """Products with the dense weights; an MLP writes its hidden layer and reads it again."""
+    if not shape.hidden:
+        return library(shape.m, shape.k, shape.n, architecture)
+    return (library(shape.m, shape.k, shape.hidden, architecture)
+            + library(shape.m, shape.hidden, shape.n, architecture))
+
+
+def products(shape: Shape, architecture: str) -> float:
+    """One product after the other, each middle written and read again."""
+    widths = [shape.k, shape.r, shape.n]
+    if shape.hidden:
+        widths[2:] = [shape.hidden, shape.r, shape.n]
+    return sum(library(shape.m, k, n, architecture)
+               for k, n in zip(widths, widths[1:], strict=False))
+
+
+def ours(shape: Shape, architecture: str) -> float:
+    return sum(seconds(one, architecture) for one in launches(shape))
+
+
+def shapes() -> dict[str, Shape]:
+    found = {}
+    for model, d, r in (("DeiT-S", 384, 128), ("DeiT-B", 768, 128)):
+        for batch in (1, 8, 64):
+            m = 197 * batch
+            found[f"{model} b{batch} proj"] = Shape(m, d, d, r)
+            found[f"{model} b{batch} fc1"] = Shape(m, d, 4 * d, r)
+            found[f"{model} b{batch} fc2"] = Shape(m, 4 * d, d, r)
+            found[f"{model} b{batch} MLP"] = Shape(m, d, d, r, 4 * d)
+    return found
+
+
+def moved_table() -> str:
+    """Bytes moved relative to the minimum, without and with what launches leave to each other.
+
+    BUDGETS.md has it.
+    """
+    lines = ["| shape | GPU | minimum, KiB | moved / minimum | left, KiB | with what is left |",
+             "|" + " --- |" * 6]
+    for name, shape in shapes().items():
+        for architecture, gpu in GPUS.items():
+            with compiling_for(architecture):
+                without, with_parts = (f(shape, gpu.cache_size) / shape.minimum
+                                       for f in (moved, moved_with_workspace))
+                lines.append(f"| {name} | {architecture} | {shape.minimum / 1024:.0f} | "
+                             f"{without:.3f} | {workspace(shape) / 1024:.0f} | {with_parts:.3f} |")
+    return "\n".join(lines)
+
+
+def table() -> str:
+    lines = ["| shape | GPU | rank | moved / minimum | launches | left, KiB | dense | products "
+             "| ours |", "|" + " --- |" * 9]
+    for name, shape in shapes().items():
+        for architecture in GPUS:
+            with compiling_for(architecture):
+                ratio = moved(shape, GPUS[architecture].cache_size) / shape.minimum
+                times = [f(shape, architecture) * 1e6 for f in (dense, products, ours)]
+                count, room = len([*launches(shape)]), workspace(shape) / 1024
+                lines.append(f"| {name} | {architecture} | {shape.r} | {ratio:.3f} | {count} | "
+                             f"{room:.0f} | " + " | ".join(f"{time:.1f}" for time in times) + " |")
+    return "\n".join(lines)
+
+
+TEXT = """# A roofline of the fused Triton kernels
+
+Generated by `make gpu-reports`. The table predicts microseconds in 16 bits on an A100 (sm_80) and
+an H100 (sm_90): "dense" for the dense weights, "products" for the low-rank products one after the
+other, "ours" for the fused kernels. Dense and products take the best of a library's tiles.
+
+Every launch costs one microsecond (an assumption, for CUDA graphs) plus the longest of four
+times: arithmetic at the data sheet's peak, device memory, what all programs read from the L2
+cache, and what the multiprocessor with the most programs reads from it. The model has no
+activations, no tail of the last wave and no latency.
+
+Measured on an H200 ([RESULTS.md](RESULTS.md)) all three take longer: the fused kernels took three
+to six times the prediction when they first ran, and 1.2 to 2.4 times after tuning. A launch waits
+3 to 4 microseconds for its first bytes, and the latency of the products is not hidden. The model
+predicts the order of what is left to gain, and the bytes, which the emulator counts.
+
+"Moved / minimum" covers inputs and outputs. "Left" is the workspace that one launch writes for
+the next, x V or split-k partial sums of h V2, in KiB written and read. It counts as traffic of
+the L2 cache, of which it takes at most a fifth. Ranks above 128 run as products one after the
+other.
+
+"""
+
+if __name__ == "__main__":
+    folder = ROOT / "bench" / "gpu"
+    folder.mkdir(exist_ok=True)
+    (folder / "ROOFLINE.md").write_text(TEXT + table() + "\n")
