@@ -214,7 +214,8 @@ def _svd_lines(sizes: list[int], batches: list[int], dtype: str) -> list[str]:
     lines = ["", f"## batched_svd, {dtype}", "",
              "Milliseconds. `torch.linalg.svd` also runs on one thread, where it is often faster. "
              "The ratio is the faster of its two times, divided by ours. Targets: "
-             f"{SVD_SPEEDUP} for 144 matrices of 64 x 64 in float32, and at least 1 everywhere.", "",
+             f"{SVD_SPEEDUP} for 144 matrices of 64 x 64 in float32, and at least 1 everywhere.",
+             "",
              "| matrices | ours | torch | torch, 1 thread | ratio |",
              "| --- | --- | --- | --- | --- |"]
     for size in sizes:
@@ -223,7 +224,8 @@ def _svd_lines(sizes: list[int], batches: list[int], dtype: str) -> list[str]:
             lines.append(f"| {batch} of {size} x {size} | {ms['ours']:.3f} | {ms['torch']:.3f} | "
                          f"{ms['torch, 1 thread']:.3f} | {ms['ratio']:.2f} |")
             print(lines[-1], flush=True)
-    lines += ["", "Largest errors, computed in float64: |U S Vᵀ - A| / |A|, |UᵀU - I|, |VᵀV - I|.", "",
+    lines += ["", "Largest errors, computed in float64: |U S Vᵀ - A| / |A|, |UᵀU - I|, |VᵀV - I|.",
+              "",
               "| 144 matrices | ours | torch |", "| --- | --- | --- |"]
     for size in sizes:
         a = torch.randn(144, size, size, dtype=DTYPES[dtype])

@@ -28,7 +28,10 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def region(page: str, name: str) -> str:
     """What stands between the two marks of ``name`` in the text of a page."""
-    return _marks(name).search(page)[2].strip()
+    found = _marks(name).search(page)
+    if found is None:
+        raise ValueError(f"the page has no marks for {name}")
+    return found[2].strip()
 
 
 def _marks(name: str) -> re.Pattern[str]:
@@ -87,7 +90,8 @@ def commands() -> str:
     """Every command with its flags, as the parsers know them."""
     from adacomcat.cli.arguments import COMMANDS, REQUIRED, build_parser
 
-    parsers = next(action.choices for action in build_parser()._actions if action.choices)
+    parsers = next(action.choices for action in build_parser()._actions
+                   if isinstance(action, argparse._SubParsersAction))
     return "\n\n".join(
         f"## adacomcat {name}\n\n{summary}\n\n{_required(REQUIRED[name])}{_flags(parsers[name])}"
         for name, (summary, _) in COMMANDS.items())
@@ -103,13 +107,13 @@ def _flags(parser: argparse.ArgumentParser) -> str:
     for group in parser._action_groups:
         rows = [(_spelling(action), _help(action)) for action in group._group_actions]
         if rows:
-            title = {"options": "general"}.get(group.title, group.title)
+            title = "general" if group.title == "options" else str(group.title)
             tables.append(markdown_table((title, "meaning"), rows))
     return "\n\n".join(tables)
 
 
 def _spelling(action: argparse.Action) -> str:
-    value = action.metavar or ""
+    value = str(action.metavar or "")
     if not value and action.choices:
         value = "|".join(action.choices)
     if not value and action.nargs != 0:
@@ -184,7 +188,7 @@ def write(name: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Writes the generated tables of docs/.")
     parser.add_argument("names", nargs="*", choices=[*TABLES, []], default=list(TABLES))
     for chosen in parser.parse_args().names:
         print(f"{chosen} → docs/{PAGES[chosen]}", file=sys.stderr)
