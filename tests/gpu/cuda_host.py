@@ -19,6 +19,7 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent.parent
 SHIM = Path(__file__).parent / "cuda_shim"
 CUDA = ROOT / "csrc" / "cuda"
+COMMON = ROOT / "csrc" / "common"
 KERNELS = ("batched_svd.cu", "low_rank_linear.cu", "truncation_errors.cu")
 # Without a sanitizer it has to be fast; with one, lines are worth more.
 MODES = {
@@ -28,7 +29,7 @@ MODES = {
               "-fno-sanitize-recover=undefined"], ["-DSHIM_ASAN"]),
     "tsan": (["-O1", "-g1", "-fsanitize=thread"], ["-DSHIM_TSAN"]),
 }
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "silu", "relu")
 CACHE = Path(tempfile.gettempdir()) / f"adacomcat-cuda-shim-{os.getuid()}"
 
@@ -174,7 +175,8 @@ def built(command: list[str], source: Path, suffix: str,
     # Beside the source, a header comes before those of the folders that are searched.
     beside = {name: other for name, other in replacing.items()
               if f'"{name}"' in text and name.endswith("h")}
-    headers = sorted([*SHIM.glob("*.h"), *CUDA.glob("*.h"), *CUDA.glob("*.cuh")])
+    folders = (SHIM.glob("*.h"), CUDA.glob("*.h"), CUDA.glob("*.cuh"), COMMON.glob("*.h"))
+    headers = sorted(header for found in folders for header in found)
     content = [*command, source.name, text, *beside.values(), *(h.read_text() for h in headers)]
 
     def build(target: Path) -> None:
