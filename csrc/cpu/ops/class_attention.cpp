@@ -124,6 +124,6 @@ at::Tensor class_attention(const at::Tensor& x, const at::Tensor& wq, const Opti
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(adacomcat, CPU, m) { m.impl("first_token_attention_cpu", &class_attention); }
+TORCH_LIBRARY_IMPL(adacomcat, CPU, m) { m.impl("class_attention_cpu", &class_attention); }
 
 }  // namespace adacomcat

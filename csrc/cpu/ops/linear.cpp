@@ -37,6 +37,6 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const OptionalT
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(adacomcat, CPU, m) { m.impl("few_rows_linear_cpu", &linear); }
+TORCH_LIBRARY_IMPL(adacomcat, CPU, m) { m.impl("linear_cpu", &linear); }
 
 }  // namespace adacomcat
