@@ -19,6 +19,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[3]
 SHIM = Path(__file__).parent / "shim"
 CUDA = ROOT / "csrc" / "cuda"
+COMMON = ROOT / "csrc" / "common"
 KERNELS = ("batched_svd.cu", "low_rank_linear.cu", "truncation_errors.cu")
 # Compiler flags of the kernels and defines of the shim.
 MODES = {
@@ -28,7 +29,7 @@ MODES = {
               "-fno-sanitize-recover=undefined"], ["-DSHIM_ASAN"]),
     "tsan": (["-O1", "-g1", "-fsanitize=thread"], ["-DSHIM_TSAN"]),
 }
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "silu", "relu")
 CACHE = Path(tempfile.gettempdir()) / f"adacomcat-cuda-shim-{os.getuid()}"
 
@@ -175,7 +176,8 @@ def built(command: list[str], source: Path, suffix: str,
     # A replaced header lies beside the source, where it comes before the include folders.
     beside = {name: other for name, other in replacing.items()
               if f'"{name}"' in text and name.endswith("h")}
-    headers = sorted([*SHIM.glob("*.h"), *CUDA.glob("*.h"), *CUDA.glob("*.cuh")])
+    folders = (SHIM.glob("*.h"), CUDA.glob("*.h"), CUDA.glob("*.cuh"), COMMON.glob("*.h"))
+    headers = sorted(header for found in folders for header in found)
     content = [*command, source.name, text, *beside.values(), *(h.read_text() for h in headers)]
 
     def build(target: Path) -> None:
