@@ -7,6 +7,7 @@ shrunk towards the dense weights, for calibration knows only the directions that
 
 import copy
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -274,7 +275,7 @@ def _layer_scale(part: Residual) -> Tensor:
     return torch.where(gamma.abs() < 1e-8, torch.full_like(gamma, 1e-8), gamma)
 
 
-def _pruned(mlp: nn.Module, scale: Tensor, regression: Regression, width: int) -> nn.Module:
+def _pruned(mlp: Any, scale: Tensor, regression: Regression, width: int) -> nn.Module:
     """``mlp`` without the neurons that the regression's weight can spare the most easily.
 
     The metric is that of the stream. What the others did is refitted first, with little shrinkage;
