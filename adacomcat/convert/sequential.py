@@ -143,7 +143,7 @@ class BlockCompression:
     Args:
         block: The dense block; a copy of it is compressed, and lies in ``block`` after ``run``.
         ranks: Kind of site ('qk', 'vo', 'fc1', 'fc2', 'hidden') → rank.
-        shrinkage: Of every whitening covariance.
+        shrinkage: Ridge of every whitening covariance, relative to its mean diagonal.
     """
 
     def __init__(self, block: nn.Module, ranks: dict[str, Rank], shrinkage: float) -> None:
@@ -315,7 +315,7 @@ def compress_blocks_(model: nn.Module, plan: RankPlan, calibration: Tensor | Ite
         model: A model for which ``sequential_blocks`` holds.
         plan: Ranks of the sites inside the blocks; other entries are not looked at.
         calibration: Images (N, C, H, W), or an iterable of batches.
-        shrinkage: Of every whitening covariance.
+        shrinkage: Ridge of every whitening covariance, relative to its mean diagonal.
     """
     encoder = _encoder(model)
     assert encoder is not None, "ask sequential_blocks first"
