@@ -49,8 +49,8 @@ class RankPlan:
 
         Args:
             model: The dense model that the plan is for.
-            fraction: Of the rank below which factors save parameters, in (0, 1]. Where no
-                candidate is that small, the smallest one is taken.
+            fraction: Share of the break-even rank, below which factors save parameters, in (0, 1].
+                Where no candidate is that small, the site takes the smallest one.
             multiple: Step of ranks per head; elsewhere it is twice as large.
         """
         def largest(site: Site) -> Rank:

@@ -1,5 +1,7 @@
 """optimize(): the same function, whole sublayers at a time."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -128,6 +130,21 @@ def test_compiles_whole() -> None:
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(optimized, fullgraph=True)(x), optimized(x))
+
+
+@torch.no_grad()
+def test_the_optimized_model_keeps_names_and_methods() -> None:
+    model = compressed()
+    optimized, x = adacomcat.optimize(model), torch.randn(2, 3, 32, 32)
+    outside = {name for name in model.state_dict() if not name.startswith("blocks.")}
+    assert {name for name in optimized.state_dict() if not name.startswith("blocks.")} == \
+        outside | {"embedding"}
+    assert isinstance(optimized, type(model)) and optimized.get_classifier() is optimized.head
+    copied = copy.deepcopy(optimized)
+    assert torch.equal(copied(x), optimized(x))
+    copied.reset_classifier(3)
+    assert copied(x).shape == (2, 3) and optimized(x).shape == (2, 7)
+    assert type(model.head) is nn.Linear and type(model.patch_embed.proj) is nn.Conv2d
 
 
 def dense(**kwargs: object) -> nn.Module:

@@ -7,6 +7,7 @@ shrunk towards the dense weights, for calibration knows only the directions that
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +144,7 @@ class BlockCompression:
     Args:
         block: The dense block; a copy of it is compressed, and lies in ``block`` after ``run``.
         ranks: Kind of site ('qk', 'vo', 'fc1', 'fc2', 'hidden') → rank.
-        shrinkage: Of every whitening covariance.
+        shrinkage: Ridge of every whitening covariance, relative to its mean diagonal.
     """
 
     def __init__(self, block: nn.Module, ranks: dict[str, Rank], shrinkage: float) -> None:
@@ -275,7 +276,7 @@ def _layer_scale(part: Residual) -> Tensor:
     return torch.where(gamma.abs() < 1e-8, torch.full_like(gamma, 1e-8), gamma)
 
 
-def _pruned(mlp: nn.Module, scale: Tensor, regression: Regression, width: int) -> nn.Module:
+def _pruned(mlp: Any, scale: Tensor, regression: Regression, width: int) -> nn.Module:
     """``mlp`` without the neurons that the regression's weight can spare the most easily.
 
     The metric is that of the stream. What the others did is refitted first, with little shrinkage;
@@ -318,7 +319,7 @@ def compress_blocks_(model: nn.Module, plan: RankPlan, batches: list[Tensor],
         model: A model for which ``sequential_blocks`` holds.
         plan: Ranks of the sites inside the blocks; other entries are not looked at.
         batches: Calibration images, from ``calibration_batches``.
-        shrinkage: Of every whitening covariance.
+        shrinkage: Ridge of every whitening covariance, relative to its mean diagonal.
     """
     encoder = _encoder(model)
     assert encoder is not None, "ask sequential_blocks first"

@@ -241,7 +241,7 @@ class ClassTokenVisionTransformer(VisionTransformer, ClassTokenEncoder):
     block is a ``FusedBlock`` whose attention is a ``FusedAttention``.
     """
 
-    embedding: nn.Parameter | None  # (1, tokens, d): what every image has before its patches
+    embedding: nn.Parameter | None  # (1, tokens, d): prefix tokens and positions, added once
 
     def __init__(self, model: VisionTransformer) -> None:
         nn.Module.__init__(self)
@@ -273,7 +273,11 @@ class ClassTokenVisionTransformer(VisionTransformer, ClassTokenEncoder):
 
 @torch.no_grad()
 def _embedding(model: VisionTransformer) -> nn.Parameter | None:
-    """What the model adds to empty patches, and its prefix; None where that is not all it does."""
+    """(1, tokens, d): the tokens of an image whose patches are all zero.
+
+    The tokens of other images differ by their projected patches only. None where the patch
+    embedding does more than project patches that do not overlap.
+    """
     patches = model.patch_embed
     if not (type(patches) is PatchEmbed and type(patches.proj) is FusedPatches
             and patches.grid_size is not None and type(patches.norm) is nn.Identity):

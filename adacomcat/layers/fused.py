@@ -96,7 +96,7 @@ class FusedMlp(nn.Module):
                           _bias(mlp.fc1) + u1 @ (affine.bias @ v1), mlp.fc2.v.detach().double(),
                           gamma.unsqueeze(1) * u2)
         like = mlp.fc1.v
-        # Types of fewer digits would round the factors once more.
+        # The identities save products; in bfloat16 and float16 they would cost one more rounding.
         if like.is_cpu and like.dtype == torch.float32:
             factors = with_identities(factors)
         _set_weights(self, like, **factors._asdict(), b2=gamma * _bias(mlp.fc2))
@@ -177,7 +177,7 @@ class FusedPatches(nn.Conv2d):
 
 
 class GemvLinear(nn.Linear):
-    """A linear layer that mostly meets a few rows (a head, in small batches): a gemv for each.
+    """A linear layer whose input has few rows, such as a head in small batches: a gemv a row.
 
     It shares the weights of ``linear``.
     """
@@ -193,8 +193,10 @@ class GemvLinear(nn.Linear):
 
 
 class ClassTokenEncoder(nn.Module):
-    """A model whose last block computes the class token only: its attention, a ``FusedAttention``,
-    is called by ``class_token``. Subclasses have the signature of a library."""
+    """A model whose last block, a ``FusedBlock``, computes the class token only.
+
+    Subclasses have the signature of a library.
+    """
 
     blocks: nn.Sequential
 
@@ -249,7 +251,7 @@ def _set_weights(module: nn.Module, like: Tensor, **weights: Tensor) -> None:
 
 
 def _join_(*weights: nn.Parameter) -> None:
-    """Lets the rows of all lie in one matrix, one after the other: one product serves them."""
+    """Store the weights in one matrix, row after row, so that one product computes them all."""
     parts = torch.cat([w.data for w in weights]).split([len(w) for w in weights])
     for weight, part in zip(weights, parts, strict=True):
         weight.data = part

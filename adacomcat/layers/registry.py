@@ -173,7 +173,7 @@ class EncoderParts:
     class_token_only: Callable[[], nn.Module] | None
 
 
-_FAMILIES = ["adacomcat.families.timm"]  # imported, and taken from here, by the first look-up
+_FAMILIES = ["adacomcat.families.timm"]  # ``load_families`` empties this list
 
 _attentions: dict[type[nn.Module], AttentionFamily] = {}
 _mlps: dict[type[nn.Module], Callable[[Any], MlpParts]] = {}
@@ -184,7 +184,7 @@ _position_networks: set[str] = set()
 
 
 def load_families() -> None:
-    """Import the libraries' files, once. They come before what users register, which wins."""
+    """Import the libraries' files, once. Registrations by users come later, and win."""
     while _FAMILIES:
         importlib.import_module(_FAMILIES.pop())
 
