@@ -6,7 +6,7 @@ import random
 import pytest
 import timm
 import torch
-from plans import choose_plan
+from helpers.plans import choose_plan
 
 from adacomcat import RankPlan, UserError, find_sites
 from adacomcat.allocation.knapsack import Choice, knapsack

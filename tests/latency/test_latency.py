@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 import pytest
 import timm
 import torch
-from plans import choose_plan_for_latency
+from helpers.plans import choose_plan_for_latency
 from torch import nn
 
 import adacomcat
