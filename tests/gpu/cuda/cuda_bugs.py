@@ -25,7 +25,7 @@ CHECKS = ("plain", "asan", "tsan")
 
 @dataclass(frozen=True)
 class Bug:
-    """Replaces the first `old` after the text `after` by `new`; `check` is the cheapest to notice it."""
+    """`sources` replace the first `old` after the text `after` by `new`; `check` notices it."""
 
     name: str
     file: str
@@ -159,7 +159,7 @@ def apart(t: torch.Tensor, pitch: int) -> torch.Tensor:
 
 
 def right_linear(host: Host) -> bool:
-    """Whether the op is right for several layouts of rows, with NaN between them, and a long sum."""
+    """Whether the op is right for several row layouts, with NaN between rows, and a long sum."""
     torch.manual_seed(5)
     for shape, dtype in (((19, 72, 40, 144), "fp16"), ((17, 36, 9, 40), "fp32"),
                          ((2, 1000, 9, 20), "fp32"), ((18, 33, 21, 30), "fp16"),
@@ -176,7 +176,7 @@ def right_linear(host: Host) -> bool:
 
 
 def ptx_tally(op: str, architecture: str, step: int = 1) -> dict[str, Counter]:
-    """Count mutants of a kernel's PTX and those noticed, by kind; one of each `step` mutants runs."""
+    """Mutants of a kernel's PTX and those noticed, by kind; one of each `step` mutants runs."""
     runs = {"batched_svd": emulated_svd, "low_rank_linear": emulated_linear}
     originals: list[Kernel] = []
     right = runs[op](Emulated(architecture, lambda k: originals.append(k) or k))

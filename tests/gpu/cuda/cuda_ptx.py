@@ -1,4 +1,4 @@
-"""Executes nvcc's PTX of csrc/cuda on the emulator, with grid and shared memory of the launchers."""
+"""Executes nvcc's PTX of csrc/cuda on the emulator, with the launchers' grid and shared memory."""
 
 import shutil
 import struct
