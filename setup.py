@@ -94,8 +94,9 @@ def extension_arguments() -> dict[str, Any]:
     def found(*patterns: str) -> list[str]:
         return sorted(str(p.relative_to(ROOT)) for q in patterns for p in ROOT.glob(q))
 
-    sources = found("csrc/*.cpp", "csrc/cpu/*.cpp")
+    sources = found("csrc/*.cpp", "csrc/common/*.cpp", "csrc/cpu/**/*.cpp")
     cuda_sources = found("csrc/cuda/*.cpp", "csrc/cuda/*.cu")
+    include_dirs = [str(ROOT / "csrc")]
     # No errno and no traps, as torch itself is built: else square roots are not vectorised.
     # at::parallel_for is inline: compiled without OpenMP it would run everything on one thread.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
@@ -107,12 +108,13 @@ def extension_arguments() -> dict[str, Any]:
         extension = CUDAExtension(
             "adacomcat._C",
             [*sources, *cuda_sources],
+            include_dirs=include_dirs,
             extra_compile_args={"cxx": flags, "nvcc": NVCC_FLAGS},
             extra_link_args=openmp,
         )
     else:
-        extension = CppExtension("adacomcat._C", sources, extra_compile_args={"cxx": flags},
-                                 extra_link_args=openmp)
+        extension = CppExtension("adacomcat._C", sources, include_dirs=include_dirs,
+                                 extra_compile_args={"cxx": flags}, extra_link_args=openmp)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
 

@@ -37,21 +37,21 @@ def compress(model: nn.Module, *, keep_params: float | None = None,
     Exactly one of the first four arguments says how small it becomes.
 
     Args:
-        model: a dense model, in the mode and on the device that it will be used on.
+        model: a dense model, on the device where it will run; it stays as it is.
         keep_params: the fraction of the whole model's parameters to keep, in (0, 1].
         keep_macs: the fraction of its multiply-accumulates for one image to keep, in (0, 1].
         max_latency_ms: milliseconds of one forward pass, measured on this machine with its threads
             as they are set. On a CPU with our kernels ``adacomcat.optimize`` of the result counts.
         plan: ranks of your own.
-        calibration: images (N, C, H, W) as the model sees them, or an iterable of batches. Without
-            them the decomposition is data-free, and MLPs get two ranks instead of fewer neurons.
+        calibration: images (N, C, H, W) as the model sees them, or an iterable of batches. With
+            them MLPs lose neurons; without them the decomposition is data-free, and MLPs get ranks.
         include: the sites that may be compressed: globs over names ('blocks.*.mlp'), compiled
             regular expressions, or functions of (module name, module). What a filter says of a
             module holds for everything inside. All sites where not given.
         exclude: the sites that stay dense, named in the same way. Where blocks are fitted in
             sequence, dense layers may still get other weights, which repair what came before.
-        multiple: the step of ranks per head, and twice that elsewhere. It is halved where a
-            fraction cannot be reached otherwise.
+        multiple: the step of ranks per head; elsewhere ranks go in steps of twice that. It is
+            halved where a fraction cannot be reached otherwise.
         latency_batch: images in the forward pass that ``max_latency_ms`` is about.
         refine: how many more plans at the budget are tried. The best is the one that keeps closest
             to the dense model on images which made no factors.
@@ -89,8 +89,8 @@ def compress_(model: nn.Module, *, keep_params: float | None = None,
     if isinstance(goal, RankPlan):
         chosen = _given(model, goal, sites, batches)
     elif refine and batches is not None:
-        judged = _batches(refine_images, model, "refine_images") or batches
-        chosen = _refined(model, sites, goal, batches, judged, refine)
+        trial_batches = _batches(refine_images, model, "refine_images") or batches
+        chosen = _refined(model, sites, goal, batches, trial_batches, refine)
     else:
         chosen = _allocated(model, sites, goal, batches)
     convert_(model, chosen.plan, chosen.factors, batches)
@@ -160,9 +160,9 @@ def _allocated(model: nn.Module, sites: list[Site], budget: Budget,
 
 
 def _refined(model: nn.Module, sites: list[Site], budget: Budget, batches: list[Tensor],
-             judged: list[Tensor], candidates: int) -> _Chosen:
-    """The refinement makes factors of a part of the images, the conversion of all of them."""
-    refined = refined_on_images(model, sites, budget, judged, candidates)
+             trial_batches: list[Tensor], candidates: int) -> _Chosen:
+    """The refinement makes factors of its own images, the conversion of all calibration images."""
+    refined = refined_on_images(model, sites, budget, trial_batches, candidates)
     factors = _factors(model, _outside_sequence(model, sites, batches), batches)
     return _Chosen(refined.plan, factors, refined)
 

@@ -1,5 +1,5 @@
-"""Errors that the user can mend."""
+"""The error for bad input."""
 
 
 class UserError(ValueError):
-    """Bad input: the message names what is wrong and how to mend it (CLI exit code 2)."""
+    """Bad input: one line that names what is wrong and the mend; the command line exits with 2."""

@@ -5,11 +5,12 @@
 
 import copy
 
-from torch import Tensor, nn
+from torch import nn
 
 from adacomcat.layers.attention import LowRankAttention
 from adacomcat.layers.fused import (
     FusedAttention,
+    FusedBlock,
     FusedDenseMlp,
     FusedMlp,
     FusedPatches,
@@ -30,18 +31,6 @@ from adacomcat.layers.registry import (
 from adacomcat.moved import forward
 
 
-class FusedBlock(nn.Module):
-    """A pre-norm block in eval mode, with the signature of timm's ``Block``."""
-
-    def __init__(self, block: BlockParts) -> None:
-        super().__init__()
-        self.attn, self.mlp = fused_attention(block), fused_mlp(block)
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None,
-                is_causal: bool = False) -> Tensor:
-        return self.mlp(self.attn(x, attn_mask=attn_mask, is_causal=is_causal))
-
-
 def optimize(model: nn.Module) -> nn.Module:
     """A copy of ``model`` for inference, its blocks on the fused path; same outputs.
 
@@ -60,7 +49,7 @@ def optimize(model: nn.Module) -> nn.Module:
     for name, module in list(optimized.named_modules()):
         block, proj = block_parts(module), patch_projection(module)
         if block is not None:
-            optimized.set_submodule(name, FusedBlock(block).eval())
+            optimized.set_submodule(name, fused_block(block))
         elif proj is not None and _takes_patches(conv := getattr(module, proj)):
             setattr(module, proj, FusedPatches(conv))
     encoder = encoder_parts(optimized)
@@ -69,9 +58,15 @@ def optimize(model: nn.Module) -> nn.Module:
     return encoder.class_token_only()
 
 
+def fused_block(block: BlockParts) -> FusedBlock:
+    """What runs in the place of a block."""
+    return FusedBlock(fused_attention(block), fused_mlp(block)).eval()
+
+
 def sublayer(block: nn.Module, name: str) -> nn.Module:
     """What runs in the place of a block's 'attn' or 'mlp' with its norm, scale and residual."""
     parts = block_parts(block)
+    assert parts is not None, "only known blocks are fused"
     return fused_attention(parts) if name == parts.attn.name else fused_mlp(parts)
 
 
@@ -106,8 +101,9 @@ def fused_mlp(block: BlockParts) -> nn.Module:
     if type(mlp) is LowRankMlp:
         return FusedMlp(part) if activation_name(mlp.act) is not None else Sublayer(part)
     parts = mlp_parts(mlp)
-    fits = parts is not None and parts.dense and activation_name(parts.act) is not None
-    return FusedDenseMlp(part) if fits else Sublayer(part)
+    if parts is None or not parts.dense or activation_name(parts.act) is None:
+        return Sublayer(part)
+    return FusedDenseMlp(part, parts)
 
 
 def _takes_patches(proj: nn.Module) -> bool:

@@ -54,7 +54,7 @@ class RankPlan:
             multiple: Step of ranks per head; elsewhere it is twice as large.
         """
         def largest(site: Site) -> Rank:
-            *ranks, _ = site.candidates(multiple)
+            ranks = [rank for rank in site.candidates(multiple) if rank != DENSE]
             fitting = [rank for rank in ranks if rank <= fraction * site.break_even]
             return fitting[-1] if fitting else (ranks[0] if ranks else DENSE)
         return cls({site.name: largest(site) for site in find_sites(model)})

@@ -196,9 +196,8 @@ def _attention_sites(name: str, attn: AttentionParts, tier: Tier) -> Iterator[Si
 
 def _hidden_site(name: str, mlp: nn.Module) -> Site:
     parts = mlp_parts(mlp)
-    assert parts is not None
-    fc1, fc2 = parts.fc1, parts.fc2
-    assert isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear)
+    assert parts is not None, "prunable admits known MLPs only"
+    fc1, fc2 = parts.linears
     biases = [0 if part.bias is None else part.out_features for part in (fc1, fc2)]
     return Site(f"{name}.hidden", name, "hidden", fc1.in_features, fc2.out_features,
                 dense_bias=sum(biases), bias=biases[1], hidden=fc1.out_features)

@@ -24,7 +24,7 @@ class Task:
     sites: list[Site]
     count: int  # of matrices
     ranks: list[int]  # the candidates
-    every: int  # step between candidates: to score every rank is so many times the work
+    every: int  # step between candidates
 
 
 class Score(NamedTuple):

@@ -49,7 +49,7 @@ class PlainMlp(nn.Module):
 
 
 class PlainAttention(nn.Module):
-    """One ``nn.Linear`` for q, k and v, PyTorch's fused attention, and the output's ``nn.Linear``."""
+    """One ``nn.Linear`` for q, k and v, PyTorch's fused attention, one ``nn.Linear`` after it."""
 
     def __init__(self, attn: LowRankAttention) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
-// adacomcat._C: how the extension was built and what the CPU offers. Importing it registers the
-// kernels of the other files with PyTorch.
+// adacomcat._C: how the extension was built, and what the CPU offers. Importing it registers the kernels
+// of the other files with PyTorch.
 #include <ATen/Version.h>
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
-#include "cpu/engine.h"
-#include "cpu/shell.h"
+#include "cpu/isa.h"
+#include "cpu/runtime/scratch.h"
 #ifdef ADACOMCAT_CUDA
 #include "cuda/kernels.h"
 #endif
@@ -46,7 +46,7 @@ py::dict build_info() {
   info["torch"] = TORCH_VERSION;
   info["cuda"] = kCuda;
   info["cpu_capability"] = at::get_cpu_capability();
-  info["instruction_set"] = adacomcat::instruction_set();
+  info["instruction_set"] = adacomcat::instruction_set().name;
   info["cpu_features"] = cpu_features();
   return info;
 }
@@ -59,7 +59,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("emulated") = false,
         "Run the CPU kernels on an instruction set; False where this CPU lacks it, unless its "
         "instructions are emulated.");
-  m.def("scratch_bytes", [] { return adacomcat::scratch_bytes.load(); },
+  m.def("scratch_bytes", &adacomcat::scratch_bytes,
         "Memory that the CPU kernels hold beside tensors, of all threads.");
 #ifdef ADACOMCAT_CUDA
   m.def("svd_shared_memory", &adacomcat::cuda::svd_shared_memory,

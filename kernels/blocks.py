@@ -104,12 +104,6 @@ def load_row(ptr, columns, COLUMNS):
 
 
 @triton.jit
-def store_row(ptr, columns, COLUMNS, value):
-    """ptr[columns] = value inside the vector, rounded to the vector's type."""
-    tl.store(ptr + columns, value.to(ptr.dtype.element_ty), mask=columns < COLUMNS)
-
-
-@triton.jit
 def row_moments(
     x_ptr, stride_x, ROWS, K, epsilon, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip

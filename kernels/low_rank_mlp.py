@@ -214,32 +214,26 @@ def forward(
     epsilon: float | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y = (h V2) U2ᵀ + b2 + residual, and x V1 and h V2 if `keep_intermediates`.
-
-    h = act((x V1) U1ᵀ + b1) is the hidden layer.
+    """y = (h V2) U2ᵀ + b2 + residual with h = act((x V1) U1ᵀ + b1); then x V1 and h V2, or None.
 
     Args:
         x, residual: (..., in) and (..., out).
         v1, u1, b1: (in, r1), (hidden, r1), (hidden,).
         v2, u2, b2: (hidden, r2), (out, r2), (out,).
+        keep_intermediates: whether to give x V1 and h V2, which `backward` needs.
         epsilon: if given, the layer norm of x takes the place of x.
     """
-    rank = max(v1.shape[1], v2.shape[1])
-    wide = tiles.is_wide(rank)
-    two_launches = wide or tiles.takes_two_launches(
-        as_matrix(x).shape[0], v1.shape[0], v1.shape[1], x
-    )
+    (k, r1), (n, r2), m = v1.shape, u2.shape, x.shape[:-1].numel()
+    wide = tiles.is_wide(max(r1, r2))
+    two_launches = wide or tiles.takes_two_launches(m, k, r1, x)
     if two_launches and epsilon is not None:
         x, epsilon = layer_norm(x, epsilon), None
     if wide:
-        hidden, middle1 = low_rank_linear.forward(x, v1, u1, b1, activation)
-        out, middle2 = low_rank_linear.forward(hidden, v2, u2, b2, None, residual)
-        return out, middle1, middle2
+        return _forward_of_two_layers(x, v1, u1, b1, v2, u2, b2, activation, residual)
     flat, residual = as_matrix(x), None if residual is None else as_matrix(residual)
     v1, u1, v2, u2 = (contiguous_rows(t) for t in (v1, u1, v2, u2))
     b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
-    (m, k), (h, r1), (n, r2) = flat.shape, u1.shape, u2.shape
-    tile = tile or tiles.mlp_tile(m, rank, x)
+    h, tile = u1.shape[0], tile or tiles.mlp_tile(m, max(r1, r2), x)
     out = x.new_empty(*x.shape[:-1], n)
     middle1, middle2 = (x.new_empty(*x.shape[:-1], r) if keep_intermediates else None
                         for r in (r1, r2))
@@ -263,6 +257,23 @@ def forward(
             _expand_splits(partial, u2, b2, residual, out, middle2)
 
     run(tiles.best(tile, ("low_rank_mlp", m, k, h, n, r1, r2), x, run))
+    return out, middle1, middle2
+
+
+def _forward_of_two_layers(
+    x: Tensor,
+    v1: Tensor,
+    u1: Tensor,
+    b1: Tensor | None,
+    v2: Tensor,
+    u2: Tensor,
+    b2: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`forward` of wide ranks: two low-rank layers, with a written hidden layer."""
+    hidden, middle1 = low_rank_linear.forward(x, v1, u1, b1, activation)
+    out, middle2 = low_rank_linear.forward(hidden, v2, u2, b2, None, residual)
     return out, middle1, middle2
 
 

@@ -18,7 +18,6 @@ from adacomcat.kernels.blocks import (
     load_row,
     load_tile,
     reads_rhs_from_shared,
-    store_row,
     store_tile,
 )
 from adacomcat.kernels.launch import (
@@ -69,7 +68,8 @@ def row_sum_kernel(
             b = load_tile(b_ptr + first * stride_b, stride_b, rows, columns, remaining, N)
             a *= b.to(tl.float32)
         total += tl.sum(a, 0)
-    store_row(out_ptr + split * N, columns, N, total)
+    value = total.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + split * N + columns, value, mask=columns < N)
 
 
 @triton.jit
@@ -123,17 +123,18 @@ def weight_and_bias_grads_kernel(
         pre = tl.dot(u, tl.trans(middle), input_precision=PRECISION)
         if bias_ptr is not None:
             pre += load_row(bias_ptr, columns, N)[:, None]
-        grad = load_tile(grad_ptr, stride_grad, rows, columns, remaining, N)
+        grad = load_tile(grad_ptr, stride_grad, rows, columns, remaining, N).to(tl.float32)
         # A tile that is loaded and directly transposed is copied 32 bits at a time. The product
         # with the transposed derivative comes first, so that `grad` is copied 128 bits at a time.
         derivative = tl.trans(activation_grad(pre, ACTIVATION, u.dtype))
-        g = tl.trans(grad.to(tl.float32) * derivative)
+        g = tl.trans(grad * derivative)
         du = tl.dot(g.to(u.dtype), middle, du, input_precision=PRECISION)
         dbias += tl.sum(g, 1)
     if du_ptr is not None:
         store_tile(du_ptr + split.to(tl.int64) * N * R, R, columns, ranks, N, R, du)
     if dbias_ptr is not None:
-        store_row(dbias_ptr + split * N, columns, N, dbias)
+        value = dbias.to(dbias_ptr.dtype.element_ty)
+        tl.store(dbias_ptr + split * N + columns, value, mask=columns < N)
 
 
 @triton.jit
@@ -181,7 +182,8 @@ def hidden_grads_kernel(
     if dv2_ptr is not None:
         store_tile(dv2_ptr + split.to(tl.int64) * H * R2, R2, hidden, ranks2, H, R2, dv2)
     if db1_ptr is not None:
-        store_row(db1_ptr + split * H, hidden, H, db1)
+        value = db1.to(db1_ptr.dtype.element_ty)
+        tl.store(db1_ptr + split * H + hidden, value, mask=hidden < H)
 
 
 def empty_partial(x: Tensor, splits: int, *shape: int) -> Tensor:

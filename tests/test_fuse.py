@@ -9,9 +9,10 @@ from torch import nn
 
 import adacomcat
 from adacomcat.families.timm import ClassTokenVisionTransformer
-from adacomcat.fuse import FusedBlock
+from adacomcat.fuse import fused_block
 from adacomcat.layers.fused import (
     FusedAttention,
+    FusedBlock,
     FusedDenseMlp,
     FusedMlp,
     GemvLinear,
@@ -190,7 +191,7 @@ def test_an_mlp_of_fewer_hidden_neurons() -> None:
 @torch.no_grad()
 def test_masks_reach_a_dense_attention() -> None:
     block = randomize_(Block(48, 4, qkv_bias=True))
-    fused = FusedBlock(block_parts(block))
+    fused = fused_block(block_parts(block))
     x, mask = torch.randn(2, 17, 48), torch.randn(2, 1, 17, 17)
     torch.testing.assert_close(fused(x, attn_mask=mask), block(x, attn_mask=mask))
     torch.testing.assert_close(fused(x, is_causal=True), block(x, is_causal=True))

@@ -1,6 +1,7 @@
-"""What a compiled kernel takes of each architecture: registers, spills, shared memory, widths.
+"""Registers, spills, shared memory and access widths of every Triton kernel, without a GPU.
 
-`make gpu-reports` writes bench/gpu/BUDGETS.md and kernels/known.json.
+`make gpu-reports` runs it with tests/gpu on PYTHONPATH; it writes bench/gpu/BUDGETS.md and
+kernels/known.json. tests/gpu/triton/test_resources.py imports `measured` and `compile_all`.
 """
 
 import contextlib
@@ -11,20 +12,21 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from gpu_traffic import moved_table
 from kernel_cases import DTYPES, draw, incoming, precision, run_kernels
 from kernel_shapes import vision
-from ptx.parser import parse
+from ptx.parser import parse, search
 from stub_driver import TARGETS, compiling_for
 from triton import knobs
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
 ROOT = Path(__file__).parents[1]
-# Of one multiprocessor: registers, warps, blocks, bytes of shared memory, and of these for a block.
+# A multiprocessor's registers, warps, blocks, bytes of shared memory, and bytes for one block.
 MULTIPROCESSOR = {
     80: (65536, 64, 32, 167936, 166912),
     89: (65536, 48, 24, 102400, 101376),
@@ -36,7 +38,7 @@ TILE_LINES = ("load_tile", "store_tile")
 
 @dataclass(frozen=True)
 class Resources:
-    """One kernel on one architecture; None where the tools do not tell."""
+    """One kernel on one architecture; `blocks` is None for AMD."""
 
     kernel: str
     architecture: str
@@ -50,10 +52,10 @@ class Resources:
     narrow: int  # instructions that move less than 128 bits of a tile
 
 
-def compile_all(architecture: str, run: Callable[[], object]) -> Iterator[tuple[str, object]]:
-    """Every kernel that `run` launches, compiled exactly as for a GPU and not run.
+def compile_all(architecture: str, run: Callable[[], object]) -> Iterator[tuple[str, Any]]:
+    """Name and compiled form of every kernel that `run` launches; nothing is executed.
 
-    For NVIDIA as far as PTX, of which `measure` makes the machine code.
+    NVIDIA kernels are compiled to PTX, and `measure` compiles that to machine code.
     """
     found = []
     run_on_gpu = JITFunction.run
@@ -76,21 +78,21 @@ def compile_all(architecture: str, run: Callable[[], object]) -> Iterator[tuple[
 _measured: dict[tuple[str, str], Resources] = {}
 
 
-def measure(name: str, compiled: object, architecture: str, dtype: str) -> Resources:
-    """Once for kernels that are the same."""
+def measure(name: str, compiled: Any, architecture: str, dtype: str) -> Resources:
+    """The resources of a compiled kernel, cached by its hash."""
     key = compiled.hash, dtype
     if key not in _measured:
         _measured[key] = _measure(name, compiled, architecture, dtype)
     return _measured[key]
 
 
-def _measure(name: str, compiled: object, architecture: str, dtype: str) -> Resources:
+def _measure(name: str, compiled: Any, architecture: str, dtype: str) -> Resources:
     metadata = compiled.metadata
     if metadata.target.backend == "hip":
         text = compiled.asm["amdgcn"]
 
         def value(key: str) -> int:
-            return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+            return int(search(rf"\.{key}:\s+(\d+)", text)[1])
 
         spilled = value("private_segment_fixed_size") + 4 * value("vgpr_spill_count")
         matrix = len(re.findall(r"^\s+v_mfma_", text, re.M))
@@ -99,8 +101,8 @@ def _measure(name: str, compiled: object, architecture: str, dtype: str) -> Reso
                          spilled, metadata.shared, None, matrix, narrow)
     ptx, arch = compiled.asm["ptx"], metadata.target.arch
     log = _ptxas_log(ptx, metadata)
-    registers = int(re.search(r"Used (\d+) registers", log)[1])
-    local = int(re.search(r"(\d+) bytes stack frame", log)[1])  # where spilled registers go too
+    registers = int(search(r"Used (\d+) registers", log)[1])
+    local = int(search(r"(\d+) bytes stack frame", log)[1])  # includes spilled registers
     return Resources(
         name, architecture, dtype, metadata.num_warps, registers, local, metadata.shared,
         _blocks(arch, registers, metadata.shared, metadata.num_warps),
@@ -108,9 +110,10 @@ def _measure(name: str, compiled: object, architecture: str, dtype: str) -> Reso
     )  # fmt: skip
 
 
-def _ptxas_log(ptx: str, metadata: object) -> str:
-    """What ptxas tells, called as Triton calls it."""
-    make_cubin = make_backend(metadata.target).make_cubin
+def _ptxas_log(ptx: str, metadata: Any) -> str:
+    """The log of ptxas, called as Triton calls it."""
+    backend: Any = make_backend(metadata.target)
+    make_cubin = backend.make_cubin
     with knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
         knobs.nvidia.dump_ptxas_log = True
         make_cubin(ptx, {}, metadata, metadata.target.arch)
@@ -118,7 +121,7 @@ def _ptxas_log(ptx: str, metadata: object) -> str:
 
 
 def _blocks(architecture: int, registers: int, shared: int, warps: int) -> int:
-    """Blocks of a kernel that one multiprocessor holds: registers come in units of 256 a warp."""
+    """Blocks that one multiprocessor holds; a warp allocates registers in units of 256."""
     file, most_warps, most_blocks, memory, _ = MULTIPROCESSOR[architecture]
     by_registers = file // (-(-registers * 32 // 256) * 256 * warps)
     by_shared = memory // (shared + 1024)
@@ -126,7 +129,7 @@ def _blocks(architecture: int, registers: int, shared: int, warps: int) -> int:
 
 
 def _tile_lines() -> set[str]:
-    """Lines of blocks.py that move tiles, as PTX names them; the others move vectors."""
+    """The lines of blocks.py that move tiles, as "blocks.py:LINE"; all others move vectors."""
     lines = (ROOT / "kernels" / "blocks.py").read_text().splitlines()
     found, inside = set(), False
     for number, line in enumerate(lines, 1):
@@ -177,7 +180,7 @@ def measured(
                 architecture, lambda: run_kernels(case, arguments, grad)  # noqa: B023
             ):
                 one = measure(name, compiled, architecture, dtype_name)
-                # One kernel compiles to several variants: the worst of each number is told.
+                # One kernel compiles to several variants; the report has the worst of each number.
                 known = found.get(name)
                 found[name] = one if known is None else _worse(known, one)
     return list(found.values())

@@ -1,11 +1,12 @@
 """A model of the bytes that the fused kernels move, and the roofline that follows from it.
 
-Each program owns some rows: it reads them once and all weights, which stay in the L2 cache, and
-writes its outputs once. So device memory sees every input and output once; the cache sees the
-weights once for each program. Where rows are few, several programs share them: the cache also sees
-x and V once for each of these, or x V is a product of its own, whose tiles see x and V in part; and
-of an MLP the parts of a sum, written and read again.
-`PYTHONPATH=tests/gpu python tools/gpu_traffic.py` writes bench/gpu/ROOFLINE.md.
+Each program reads its rows once and all weights, and writes its outputs once. Weights stay in the
+L2 cache, so device memory sees each input and output once, and the cache sees the weights once a
+program. With few rows several programs share them: then each of those reads x and V, or x V is a
+launch of its own, and an MLP writes and reads split-k partial sums.
+
+`make gpu-reports` runs it with tests/gpu on PYTHONPATH; it writes bench/gpu/ROOFLINE.md.
+tests/gpu/triton/test_traffic.py compares the model with the emulator's counts.
 """
 
 from collections.abc import Iterator
@@ -25,14 +26,15 @@ LIKE = torch.empty(0, dtype=torch.float16)
 
 @dataclass(frozen=True)
 class Gpu:
-    """Data sheets of the A100 SXM 80 GB and the H100 SXM; the caches' bandwidth is what
-    microbenchmarks publish, a processor's 64 bytes a clock.
+    """Peak rates of a GPU, from the data sheets of the A100 SXM 80 GB and the H100 SXM.
+
+    The L2 bandwidth comes from published microbenchmarks; a multiprocessor reads 64 bytes a clock.
     """
 
     flops: float  # a second, in 16 bits
     memory: float  # bytes a second
     cache: float  # bytes a second
-    processor: float  # bytes a second that one multiprocessor gets of the cache
+    processor: float  # bytes a second from the L2 cache to one multiprocessor
     cache_size: int
     shared_tiles: int  # programs of a library's largest tile that read one operand together
 
@@ -42,7 +44,7 @@ GPUS = {
     "sm_90": Gpu(989e12, 3.35e12, 5.5e12, 112e9, 50 << 20, 2),
 }
 LAUNCH = 1e-6  # seconds, in a CUDA graph: an assumption
-# What a library of dense products may choose from: rows and columns of a tile, parts of the sum.
+# The tiles of a library of dense products: rows, columns, and splits of the sum.
 LIBRARY = [(rows, columns, parts)
            for rows, columns in ((128, 256), (128, 128), (64, 128), (64, 64), (32, 64), (16, 64))
            for parts in (1, 2, 4, 8)]
@@ -82,18 +84,18 @@ class Shape:
 
     @property
     def apart(self) -> bool:
-        """Whether x V is a product of its own, which is a library's."""
+        """Whether x V is a launch of its own, by the library."""
         return tiles.takes_two_launches(self.m, self.k, self.r, LIKE)
 
     def shared_out(self, columns: int) -> int:
-        """Programs that own the same rows and a part each of these columns, or hidden units."""
+        """How many programs share the same rows and divide these columns, or hidden units."""
         share = tiles.columns_per_program(columns, self.tile.BLOCK_N, self.row_blocks)
         return triton.cdiv(columns, share)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What one launch does: FLOPs, bytes of inputs and outputs, bytes that programs ask for."""
+    """One launch: FLOPs, bytes of inputs and outputs, and bytes that programs request."""
 
     flops: int
     weights: int
@@ -104,7 +106,7 @@ class Launch:
 
 
 def product(m: int, k: int, n: int, widest: int, first: bool) -> Launch:
-    """x W, of whose two halves the first leaves its result to the next launch."""
+    """x W as a launch of its own; `first` if its result is for the next launch."""
     tile = tiles.matmul_tile(m, n, LIKE, widest)
     blocks, columns = triton.cdiv(m, tile.BLOCK_M), triton.cdiv(n, tile.BLOCK_N)
     bias = 0 if first else n
@@ -114,9 +116,9 @@ def product(m: int, k: int, n: int, widest: int, first: bool) -> Launch:
 
 
 def launches(shape: Shape) -> Iterator[Launch]:
-    """x V, if apart; then all else, or of an MLP of few rows the parts, and their sum's product.
+    """All launches of a shape: x V if it is one, the fused kernel, and a split-k MLP's expansion.
 
-    Programs that share rows each read x and V, and compute x V; or they each read x V.
+    Programs that share rows each read x and V and compute x V, or each read x V.
     """
     m, blocks, r, n = shape.m, shape.row_blocks, shape.r, shape.n
     x, y, v, last = SIZE * m * shape.k, SIZE * m * n, SIZE * shape.k * r, SIZE * n * r
@@ -146,9 +148,10 @@ def launches(shape: Shape) -> Iterator[Launch]:
 
 
 def moved(shape: Shape, cache: int) -> int:
-    """Bytes between device memory and cache; weights that do not fit are read by every wave.
+    """Bytes between device memory and L2 cache.
 
-    What one launch leaves to the next stays in the cache, in which it is small.
+    Every wave reads weights that do not fit into half of the cache. The workspace between launches
+    is small and stays in the cache.
     """
     total = 0
     for one in launches(shape):
@@ -160,24 +163,24 @@ def moved(shape: Shape, cache: int) -> int:
 
 
 def workspace(shape: Shape) -> int:
-    """Bytes of what launches leave to each other, written or read."""
+    """Bytes that launches leave to each other, written and read."""
     return sum(one.workspace for one in launches(shape))
 
 
 def moved_with_workspace(shape: Shape, cache: int) -> int:
-    """As `moved`, from a cache that kept nothing of what one launch leaves to the next."""
+    """`moved` plus the workspace, as if the cache kept nothing of it."""
     return moved(shape, cache) + workspace(shape)
 
 
 def requested(shape: Shape) -> int:
-    """Bytes that programs ask the cache for, or write."""
+    """Bytes that programs read from the cache or write."""
     return sum(one.requested for one in launches(shape))
 
 
 def seconds(one: Launch, architecture: str) -> float:
-    """The roofline of a launch: arithmetic, memory, cache, or a processor's share of the cache.
+    """The time of a launch: the longest of arithmetic, memory, cache, and one processor's reads.
 
-    The processor with the most programs decides: others wait for it.
+    The multiprocessor with the most programs decides, since the others wait for it.
     """
     gpu, processors = GPUS[architecture], tiles.multiprocessors()
     waves = triton.cdiv(one.programs, processors)
@@ -191,7 +194,7 @@ def seconds(one: Launch, architecture: str) -> float:
 
 
 def library(m: int, k: int, n: int, architecture: str) -> float:
-    """A dense product by the best of a library's tiles, under the same roofline as ours."""
+    """The time of a dense product with the best of a library's tiles, under the same roofline."""
     found = []
     for rows, columns, parts in LIBRARY:
         together = GPUS[architecture].shared_tiles if columns == 256 else 1
@@ -208,7 +211,7 @@ def library(m: int, k: int, n: int, architecture: str) -> float:
 
 
 def dense(shape: Shape, architecture: str) -> float:
-    """Products with the dense weights; an MLP writes its hidden layer and reads it again."""
+    """The time of products with the dense weights; an MLP writes and reads its hidden layer."""
     if not shape.hidden:
         return library(shape.m, shape.k, shape.n, architecture)
     return (library(shape.m, shape.k, shape.hidden, architecture)
@@ -216,7 +219,7 @@ def dense(shape: Shape, architecture: str) -> float:
 
 
 def products(shape: Shape, architecture: str) -> float:
-    """One product after the other, each middle written and read again."""
+    """The time of the low-rank products one after the other, each result written and read."""
     widths = [shape.k, shape.r, shape.n]
     if shape.hidden:
         widths[2:] = [shape.hidden, shape.r, shape.n]
@@ -241,10 +244,7 @@ def shapes() -> dict[str, Shape]:
 
 
 def moved_table() -> str:
-    """Bytes moved relative to the minimum, without and with what launches leave to each other.
-
-    BUDGETS.md has it.
-    """
+    """BUDGETS.md's table of bytes moved relative to the minimum, without and with the workspace."""
     lines = ["| shape | GPU | minimum, KiB | moved / minimum | left, KiB | with what is left |",
              "|" + " --- |" * 6]
     for name, shape in shapes().items():

@@ -159,7 +159,7 @@ def _describe(model: nn.Module, architecture: str | None,
         raise UserError("this model does not know its timm architecture; pass architecture= and "
                         "model_args=")
     if model_args is None:
-        model_args = known.get("model_args", getattr(model, "_model_args", {})) or {}
+        model_args = dict(known.get("model_args", getattr(model, "_model_args", {})))
     current = _current_args(model)
     args = {k: v for k, v in model_args.items() if k not in _RUNTIME_ARGS} | current
     ranks = {name: rank for name, rank in record.ranks.items() if rank != DENSE}

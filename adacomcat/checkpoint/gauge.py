@@ -51,7 +51,7 @@ def without_gauge(model: nn.Module, weights: Mapping[str, Tensor]) -> StateDict:
 
 
 def with_gauge(weights: Mapping[str, Tensor]) -> StateDict:
-    """All factors again; weights that were not stripped stay as they are.
+    """The inverse of ``without_gauge``; weights that were not stripped stay as they are.
 
     Raises:
         UserError: a factor's ``_rest`` and ``_pivots`` do not fit each other.
@@ -91,16 +91,18 @@ def _strip(weights: StateDict, prefix: str, factorization: Factorization) -> Non
 
 
 def _columns(u: Tensor, mixing: Tensor) -> Tensor:
+    """``u`` is (out, r), ``mixing`` V_P (r, r)."""
     return u @ mixing.mT
 
 
 def _head_columns(wo: Tensor, mixing: Tensor) -> Tensor:
+    """``wo`` is (d, H·r), ``mixing`` V_P of each head (H, r, r)."""
     heads = wo.unflatten(1, (len(mixing), -1)).transpose(0, 1)
     return (heads @ mixing.mT).transpose(0, 1).flatten(1)
 
 
 def _head_rows(rows: Tensor, mixing: Tensor) -> Tensor:
-    """Of wq (H·r, d) or bq (H·r,)."""
+    """``rows`` is wq (H·r, d) or bq (H·r,)."""
     return (mixing @ rows.reshape(*mixing.shape[:2], -1)).reshape(rows.shape)
 
 

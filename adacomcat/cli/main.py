@@ -160,7 +160,7 @@ def first_process() -> bool:
 
 @contextlib.contextmanager
 def _stdout_for_json(wanted: bool) -> Iterator[None]:
-    """Inside, what libraries print goes to stderr where ``wanted``: stdout has the JSON alone."""
+    """Inside, prints of libraries go to stderr where JSON is ``wanted``, which is all of stdout."""
     with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
         yield
 

@@ -64,26 +64,20 @@ def calibration_batches(images: Tensor | Iterable, model: nn.Module,
     Raises:
         UserError: there is no image, or something else than finite images.
     """
-    if isinstance(images, Tensor):
+    if isinstance(images, Tensor) or not isinstance(images, Iterable):
         images = [images]
-    elif not isinstance(images, Iterable):
-        raise UserError(_not_images(name, images))
     parameter = next(model.parameters())
     batches: list[Tensor] = []
     for given in images:
         batch = given[0] if isinstance(given, list | tuple) else given
         if not isinstance(batch, Tensor) or batch.ndim != 4:
-            raise UserError(_not_images(name, batch))
+            raise UserError(f"{name} must be a tensor (N, C, H, W) or an iterable of such "
+                            f"batches; got {type(batch).__name__}")
         require_finite(name, images=batch)
         batches.extend(batch.to(parameter.device, parameter.dtype).split(BATCH))
     if not sum(len(batch) for batch in batches):
         raise UserError(f"{name} holds no image; give at least one")
     return batches
-
-
-def _not_images(name: str, found: object) -> str:
-    return (f"{name} must be a tensor (N, C, H, W) or an iterable of such batches; got "
-            f"{type(found).__name__}")
 
 
 class LinearCollector:

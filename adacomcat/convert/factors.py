@@ -137,7 +137,8 @@ def factorize_model(model: nn.Module, statistics: Statistics | None = None,
         model: the dense model.
         statistics: what ``calibrate`` gave; without them every input direction counts alike.
         shrinkage: λ of every covariance C + λ m I, m the mean of C's diagonal.
-        sites: the sites to factorise; every rank of ``model`` where not given.
+        sites: the sites to factorise; every rank of ``model`` where not given. An attention folds
+            as a whole, so both its folded sites are factorised where one is named.
 
     Returns:
         Site name → factors with ``errors``, the squared error of every rank.
@@ -145,9 +146,17 @@ def factorize_model(model: nn.Module, statistics: Statistics | None = None,
     Raises:
         UserError: a weight is not finite, or neurons are to be chosen without statistics.
     """
-    sites = find_sites(model) if sites is None else sites
+    sites = find_sites(model) if sites is None else _whole_attentions(model, sites)
     factors = decompose_sites(FACTORS, model, sites, statistics or {}, shrinkage, "factorising")
     return {site.name: made for site, made in zip(sites, factors, strict=True)}
+
+
+def _whole_attentions(model: nn.Module, sites: list[Site]) -> list[Site]:
+    """``sites``, and the folded sites that they leave out of their own attentions."""
+    named = {site.name for site in sites}
+    attentions = {site.module for site in sites if site.tier in ("A", "B")}
+    return [*sites, *(site for site in find_sites(model) if site.folded
+                      and site.module in attentions and site.name not in named)]
 
 
 def require_finite_model(model: nn.Module) -> None:

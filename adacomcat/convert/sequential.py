@@ -6,13 +6,12 @@ shrunk towards the dense weights, for calibration knows only the directions that
 """
 
 import copy
-from collections.abc import Callable, Iterable
-from typing import cast
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from adacomcat.convert.calibrate import BATCH, Moments, calibration_batches
+from adacomcat.convert.calibrate import BATCH, Moments
 from adacomcat.factorize.factors import (
     AttentionStatistics,
     balance,
@@ -84,8 +83,8 @@ class Regression:
         self.weight, self.shrinkage = weight.double(), shrinkage
         self.stride = row_stride(tokens, weight.shape[1])
         self.inputs = Moments()
-        self.cross: Tensor | float = 0.0
-        self.target_sum: Tensor | float = 0.0
+        self.cross = self.weight.new_zeros(self.weight.mT.shape)
+        self.target_sum = self.weight.new_zeros(len(weight))
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         inputs, targets = (rows.flatten(0, -2)[::self.stride] for rows in (inputs, targets))
@@ -262,7 +261,7 @@ def _linears(part: Residual) -> tuple[nn.Linear, nn.Linear]:
     """fc1 and fc2; those of the compressed block only while they are dense."""
     mlp = mlp_parts(part.inner)
     assert mlp is not None, "sequential_blocks admits known MLPs only"
-    return cast(nn.Linear, mlp.fc1), cast(nn.Linear, mlp.fc2)
+    return mlp.linears
 
 
 def _added(part: Residual, stream: Tensor) -> Tensor:
@@ -308,21 +307,23 @@ def _mapped(function: Callable[[Tensor], Tensor], stream: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def compress_blocks_(model: nn.Module, plan: RankPlan, calibration: Tensor | Iterable,
+def compress_blocks_(model: nn.Module, plan: RankPlan, batches: list[Tensor],
                      shrinkage: float) -> None:
-    """Replace every site inside the blocks, first block to last.
+    """In place: replace every site inside the blocks, first block to last.
+
+    Two residual streams go through the blocks side by side: the dense model's, which gives the
+    targets, and that of the blocks compressed so far, which gives the inputs.
 
     Args:
         model: A model for which ``sequential_blocks`` holds.
         plan: Ranks of the sites inside the blocks; other entries are not looked at.
-        calibration: Images (N, C, H, W), or an iterable of batches.
+        batches: Calibration images, from ``calibration_batches``.
         shrinkage: Of every whitening covariance.
     """
     encoder = _encoder(model)
     assert encoder is not None, "ask sequential_blocks first"
     with evaluating(model):
-        dense = compressed = torch.cat([encoder.tokens(images) for images in
-                                        calibration_batches(calibration, model)])
+        dense = compressed = torch.cat([encoder.tokens(images) for images in batches])
         for index in progress(range(len(encoder.blocks)), "compressing"):
             block = encoder.blocks[index]
             job = BlockCompression(block, _ranks(plan, f"{encoder.name}.{index}", block), shrinkage)

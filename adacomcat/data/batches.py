@@ -6,7 +6,6 @@ then takes its rows: a resumed run and a run on several processes see the same p
 
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +16,6 @@ from adacomcat.data.datasets import LabelledImages, TensorImages
 from adacomcat.data.folder import FolderImages
 from adacomcat.errors import UserError
 from adacomcat.utils.random import derived_generator
-
-Images = TypeVar("Images", TensorImages, FolderImages)
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,8 @@ class EndlessBatches:
                             epoch=self.epoch, augment=self.augment, num_workers=self.num_workers))
 
 
-def split_holdout(dataset: Images, fraction: float, seed: int) -> tuple[Images, Images]:
+def split_holdout(dataset: LabelledImages, fraction: float,
+                  seed: int) -> tuple[LabelledImages, LabelledImages]:
     """Two random parts of a training set without common images: (train, holdout).
 
     Args:

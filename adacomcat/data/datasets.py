@@ -74,8 +74,7 @@ LabelledImages = TensorImages | FolderImages
 def model_data_config(model: nn.Module) -> dict[str, Any]:
     """timm's data configuration of ``model``: input_size (C, H, W), mean, std, num_classes, …
 
-    Channels, size and classes are those that the model was built with, which may differ from those
-    of its pretrained weights.
+    Channels, size and classes are the model's own. Its pretrained weights may have had others.
     """
     model_cfg = resolve_model_data_config(model) | {"num_classes": model.num_classes}
     channels, height, width = model_cfg["input_size"]
@@ -203,7 +202,7 @@ def _list_split(root: Path, names: tuple[str, ...]) -> Any:
         raise UserError(f"no folder {' or '.join(names)} in the data folder {root}; "
                         "it must hold train/CLASS/* and val/CLASS/*")
     try:
-        reader = create_reader("", root=str(found[0]))
+        reader: Any = create_reader("", root=str(found[0]))
     except (RuntimeError, OSError) as error:
         raise UserError(f"no readable pictures in class folders under {found[0]}") from error
     if "" in reader.class_to_idx:

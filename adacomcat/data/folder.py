@@ -18,7 +18,7 @@ from adacomcat.errors import UserError
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What a model wants to see: the size (C, H, W), and (pixel - mean) / std per channel."""
+    """A model's input: the size (C, H, W), and (pixel - mean) / std for each channel."""
 
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -74,7 +74,7 @@ class FolderImages(Dataset):
 
     @classmethod
     def of(cls, samples: list[tuple[str | Path, int]], image_format: ImageFormat) -> "FolderImages":
-        """All of the samples, in their order."""
+        """A dataset of all samples, in their order."""
         return cls(samples, torch.arange(len(samples)), image_format)
 
     def __len__(self) -> int:

@@ -23,7 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of ``train.run``; ``checked`` and ``with_`` refuse those that cannot be.
+    """The settings of ``train.run``; ``preset``, ``checked`` and ``with_`` refuse wrong values.
 
     Epochs count from 1. The first ``epochs`` search ranks and train; ``finetune_epochs`` more train
     at the ranks found. One schedule of the learning rate spans both.
@@ -74,7 +74,8 @@ class TrainConfig:
         device: torch's name of a device; None: a GPU where there is one.
         amp: bfloat16 autocast.
         state_dir: folder of the training state; None keeps none.
-        checkpoint_steps: write the state also every so many steps of an epoch; 0: at its end only.
+        checkpoint_steps: steps after which the state is written within an epoch; 0: it is written
+            at the end of an epoch only.
         resume: go on from the state in ``state_dir``.
     """
 
@@ -130,7 +131,7 @@ class TrainConfig:
         """The settings of 'adacomcat' or 'comcat', with changes by keyword.
 
         Raises:
-            UserError: the preset or a setting is unknown, or a value cannot be.
+            UserError: the preset or a setting is unknown, or a value is wrong.
         """
         if name not in PRESETS:
             raise UserError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
@@ -153,7 +154,11 @@ class TrainConfig:
         return bool(self.mixup or self.cutmix)
 
     def checked(self) -> "TrainConfig":
-        """These settings, or a ``UserError`` that names the one that cannot be."""
+        """These settings.
+
+        Raises:
+            UserError: a value is wrong; the message names it.
+        """
         if self.keep_params is not None and not 0 < self.keep_params <= 1:
             raise UserError(f"keep must be a fraction in (0, 1], like 0.5; got {self.keep_params}")
         for name, value, known in (("kd", self.kd, KD), ("align", self.align, ALIGN),

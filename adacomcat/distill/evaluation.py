@@ -19,7 +19,7 @@ def evaluate(model: nn.Module, dataset: LabelledImages, batch_size: int, process
         model: a classifier, on the processes' device; it keeps its mode.
         dataset: what ``data.train_and_test`` gives.
         batch_size: images of a step, over all processes.
-        processes: those that share the work; ``Processes()`` is this one alone.
+        processes: the processes that share the work; ``Processes()`` is this one alone.
         workers: processes that decode pictures; 0 decodes in this one.
     """
     training = model.training

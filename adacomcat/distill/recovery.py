@@ -59,7 +59,11 @@ class RecoveryConfig:
     seed: int = 0
 
     def checked(self) -> "RecoveryConfig":
-        """These settings, or a ``UserError`` that names the one that cannot be."""
+        """These settings.
+
+        Raises:
+            UserError: a value is wrong; the message names it.
+        """
         if self.steps is None and not self.minutes > 0:
             raise UserError(f"recovery needs some minutes; got {self.minutes}")
         if self.steps is not None and self.steps < 0:
@@ -90,7 +94,7 @@ def recover(student: nn.Module, teacher: nn.Module, batches: Iterable,
         A model in eval mode whose parameters all require gradients.
 
     Raises:
-        UserError: there are no images, a setting cannot be, or the gradient is not finite.
+        UserError: there are no images, a setting is wrong, or the gradient is not finite.
     """
     config = (config or RecoveryConfig()).checked()
     student = copy.deepcopy(student).train()

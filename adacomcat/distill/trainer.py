@@ -43,7 +43,7 @@ class Trainer:
         student: the model; the supernet of ``search`` where ranks are searched.
         config: all settings.
         train_part: the images that weights are trained on.
-        processes: those that train together.
+        processes: the processes that train together.
         teacher: a model in eval mode without gradients, to distil from; None: labels alone.
         search: chooses ranks at the start of the epochs that its policy names.
         search_part: the images that ranks are searched on; none of them is in ``train_part``.

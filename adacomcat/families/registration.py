@@ -66,7 +66,7 @@ def register_attention(kind: type[nn.Module], read: Callable[[Any], AttentionPar
                             "say which one an instance has")
         tier = _always(*low_rank)
     load_families()
-    add_attention(kind, AttentionFamily(read, dict(low_rank), tier))
+    add_attention(kind, AttentionFamily(read, {**low_rank}, tier))
 
 
 def _always(tier: Tier) -> TierOf:

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,13 @@ from torch import Tensor, nn
 
 from adacomcat.errors import UserError
 from adacomcat.families.registration import register_attention
-from adacomcat.layers.attention import LowRankAttention, ValueFoldedAttention, causal_mask
-from adacomcat.layers.fused import ClassTokenEncoder, FusedPatches, gemv_linear
+from adacomcat.layers.attention import (
+    Context,
+    LowRankAttention,
+    ValueFoldedAttention,
+    masked_context,
+)
+from adacomcat.layers.fused import ClassTokenEncoder, FusedBlock, FusedPatches, gemv_linear
 from adacomcat.layers.registry import (
     AttentionParts,
     BlockParts,
@@ -35,34 +40,38 @@ from adacomcat.layers.registry import (
 from adacomcat.ops import inference
 
 
-class LowRankWindowAttention(LowRankAttention):
-    """Swin's windows: the relative position bias stays, added to the low-rank logits."""
+class _PositionBias(LowRankAttention):
+    """A relative position bias stays, where there is one, added to the low-rank logits."""
 
-    def adopt(self, attn: nn.Module) -> None:
-        self.relative_position_bias_table = nn.Parameter(
-            attn.relative_position_bias_table.detach().clone())
-        self.register_buffer("relative_position_index", attn.relative_position_index.clone(),
-                             persistent=False)
+    relative_position_bias_table: nn.Parameter | None  # (positions, H)
+    relative_position_index: Tensor  # (area, area)
 
-    def _bias(self) -> Tensor:
-        return _gathered(self.relative_position_bias_table, self.relative_position_index)
-
-    def score_context(self, x: Tensor, mask: Tensor | None = None
-                      ) -> tuple[Tensor | None, Tensor | None]:
-        return _window_mask(x, self._bias(), mask), None
-
-
-class LowRankBeitAttention(LowRankWindowAttention):
-    """BEiT: an optional relative position bias, per layer or shared."""
-
-    def adopt(self, attn: nn.Module) -> None:
+    def adopt(self, attn: Any) -> None:
         self.relative_position_bias_table = None
         if attn.relative_position_bias_table is not None:
-            super().adopt(attn)
+            self.relative_position_bias_table = nn.Parameter(
+                attn.relative_position_bias_table.detach().clone())
+            self.register_buffer("relative_position_index", attn.relative_position_index.clone(),
+                                 persistent=False)
 
-    def score_context(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None
-                      ) -> tuple[Tensor | None, Tensor | None]:
-        bias = None if self.relative_position_bias_table is None else self._bias()
+    def _bias(self) -> Tensor | None:
+        table = self.relative_position_bias_table
+        return None if table is None else _gathered(table, self.relative_position_index)
+
+
+class LowRankWindowAttention(_PositionBias):
+    """Swin: attention in windows, each with the same bias."""
+
+    def score_context(self, x: Tensor, mask: Tensor | None = None) -> Context:
+        return _window_mask(x, cast(Tensor, self._bias()), mask), None
+
+
+class LowRankBeitAttention(_PositionBias):
+    """BEiT: the bias belongs to the layer, or the call brings one that all layers share."""
+
+    def score_context(self, x: Tensor,
+                      shared_rel_pos_bias: Tensor | None = None) -> Context:
+        bias = self._bias()
         if shared_rel_pos_bias is not None:
             bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
         return bias, None
@@ -72,16 +81,21 @@ class LowRankEvaAttention(LowRankAttention):
     """EVA without rotary embedding: tier A behind EVA's signature."""
 
     def score_context(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None,
-                      is_causal: bool = False) -> tuple[Tensor | None, Tensor | None]:
+                      is_causal: bool = False) -> Context:
         if rope is not None:
             raise UserError("this attention was folded for a model without rotary embedding")
-        return causal_mask(attn_mask, x, is_causal), None
+        return masked_context(x, attn_mask, is_causal)
 
 
 class LowRankRotaryAttention(ValueFoldedAttention):
     """Tier B: norms and a rotary embedding stand behind q and k."""
 
-    def adopt(self, attn: nn.Module) -> None:
+    q_norm: nn.Module
+    k_norm: nn.Module
+    num_prefix_tokens: int
+    rotate_half: bool
+
+    def adopt(self, attn: Any) -> None:
         super().adopt(attn)
         self.q_norm, self.k_norm = attn.q_norm, attn.k_norm
         self.num_prefix_tokens = getattr(attn, "num_prefix_tokens", 0)
@@ -99,22 +113,26 @@ class LowRankRotaryAttention(ValueFoldedAttention):
         return self._rotate(q, rope), self._rotate(k, rope)
 
     def score_context(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None,
-                      is_causal: bool = False) -> tuple[Tensor | None, Tensor | None]:
-        return causal_mask(attn_mask, x, is_causal), rope
+                      is_causal: bool = False) -> Context:
+        mask, _ = masked_context(x, attn_mask, is_causal)
+        return mask, rope
 
 
 class LowRankNormedAttention(LowRankRotaryAttention):
     """Tier B with timm's ``Attention`` signature: normalised queries and keys, no rotation."""
 
-    def score_context(self, x: Tensor, attn_mask: Tensor | None = None,
-                      is_causal: bool = False) -> tuple[Tensor | None, Tensor | None]:
-        return causal_mask(attn_mask, x, is_causal), None
+    def score_context(self, x: Tensor, *args: Any, **kwargs: Any) -> Context:
+        return masked_context(x, *args, **kwargs)
 
 
 class LowRankCosineAttention(ValueFoldedAttention):
     """Tier B, swin v2: cosine similarity times a learned scale, plus a learned position bias."""
 
-    def adopt(self, attn: nn.Module) -> None:
+    cpb_mlp: nn.Module
+    relative_coords_table: Tensor
+    relative_position_index: Tensor
+
+    def adopt(self, attn: Any) -> None:
         super().adopt(attn)
         self.logit_scale = nn.Parameter(attn.logit_scale.detach().clone())
         self.cpb_mlp = attn.cpb_mlp
@@ -130,8 +148,7 @@ class LowRankCosineAttention(ValueFoldedAttention):
         table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
         return 16 * torch.sigmoid(_gathered(table, self.relative_position_index))
 
-    def score_context(self, x: Tensor, mask: Tensor | None = None
-                      ) -> tuple[Tensor | None, Tensor | None]:
+    def score_context(self, x: Tensor, mask: Tensor | None = None) -> Context:
         return _window_mask(x, self._bias(), mask), None
 
 
@@ -240,7 +257,7 @@ class ClassTokenVisionTransformer(VisionTransformer, ClassTokenEncoder):
         x = self.norm_pre(self.patch_drop(self._tokens(x)))
         for block in first:
             x = block(x)
-        return self.forward_head(self.norm(last.mlp(last.attn.class_token(x))))
+        return self.forward_head(self.norm(cast(FusedBlock, last).class_token(x)))
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         super().set_input_size(*args, **kwargs)

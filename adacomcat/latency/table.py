@@ -60,7 +60,7 @@ def _shares(axis: list[Rank], rank: Rank) -> dict[Rank, float]:
 
 def axis_knots(site: Site, count: int, multiple: int) -> list[Rank]:
     """At most ``count`` of the site's candidates, with the first and the last, and then DENSE."""
-    ranks = site.candidates(multiple)[:-1]
+    ranks: Sequence[Rank] = site.candidates(multiple)[:-1]
     if len(ranks) > count:
         ranks = [ranks[round(i * (len(ranks) - 1) / (count - 1))] for i in range(count)]
     return [*ranks, DENSE]

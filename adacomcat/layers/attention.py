@@ -27,6 +27,9 @@ from adacomcat.layers.registry import (
     attention_weights,
 )
 
+# (mask, rotary embedding): a boolean mask, or one that is added to the logits; None where absent.
+Context = tuple[Tensor | None, Tensor | None]
+
 
 def factorize_attention(attn: nn.Module, statistics: AttentionStatistics | None = None, *,
                         shrinkage: float = 0.0) -> tuple[ScoreFactors, ValueFactors]:
@@ -43,6 +46,12 @@ def causal_mask(mask: Tensor | None, x: Tensor, is_causal: bool) -> Tensor | Non
         return mask
     tokens = x.shape[1]
     return torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).tril()
+
+
+def masked_context(x: Tensor, attn_mask: Tensor | None = None,
+                   is_causal: bool = False) -> Context:
+    """The arguments of timm's ``Attention``: a mask, or each token sees those before it only."""
+    return causal_mask(attn_mask, x, is_causal), None
 
 
 class LowRankAttention(nn.Module):
@@ -68,6 +77,8 @@ class LowRankAttention(nn.Module):
     """
 
     folds_scores: ClassVar[bool] = True  # whether wq, bq and wk exist: tier A
+    attn_drop: nn.Dropout
+    proj_drop: nn.Dropout
 
     def __init__(self, dim: int, num_heads: int, rank_qk: int, rank_vo: int, *,
                  scale: float, dim_out: int | None = None, attn_drop: float = 0.0,
@@ -180,13 +191,13 @@ class LowRankAttention(nn.Module):
         """Tokens (B, N, d) → (B, N, out). The other arguments are those of ``score_context``."""
         return self.attend(x, *self.score_context(x, *args, **kwargs))
 
-    def score_context(self, x: Tensor, attn_mask: Tensor | None = None,
-                      is_causal: bool = False) -> tuple[Tensor | None, Tensor | None]:
-        """(mask, rotary embedding) that a call of ``forward`` with these arguments attends under.
+    def score_context(self, x: Tensor, *args: Any, **kwargs: Any) -> Context:
+        """What a call of ``forward`` with these arguments attends under.
 
-        A subclass overrides this with the arguments of the dense attention's forward.
+        Here the arguments are those of ``masked_context``. A subclass overrides this with those of
+        the dense attention's forward.
         """
-        return causal_mask(attn_mask, x, is_causal), None
+        return masked_context(x, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, rank_qk={self.rank_qk}, rank_vo={self.rank_vo}"
@@ -200,10 +211,11 @@ class ValueFoldedAttention(LowRankAttention):
     """
 
     folds_scores = False
+    q: nn.Module
+    k: nn.Module
 
     def _make_scores(self, dim: int, empty: Callable[..., nn.Parameter]) -> None:
-        self.q: nn.Module = nn.Identity()
-        self.k: nn.Module = nn.Identity()
+        self.q, self.k = nn.Identity(), nn.Identity()
 
     def adopt(self, attn: nn.Module) -> None:
         parts = attention_parts(attn)
@@ -231,7 +243,7 @@ def low_rank_class(attn: nn.Module, tier: str | None) -> type[LowRankAttention]:
             tier-B attention would be silently wrong.
     """
     family = attention_family(attn)
-    if family is None or tier not in family.low_rank:
+    if family is None or tier is None or tier not in family.low_rank:
         raise UserError(f"{type(attn).__name__} does not fold; its linears can still be made "
                         "low-rank")
     return family.low_rank[tier]

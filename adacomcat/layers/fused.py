@@ -5,7 +5,7 @@ folded into the projections, exactly, and the op adds the residual last. ``fuse.
 latency tables make these modules.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.layers import LayerNorm
@@ -15,8 +15,8 @@ from adacomcat import ops
 from adacomcat.factorize.gauge import Factors, with_identities
 from adacomcat.layers.attention import LowRankAttention, causal_mask
 from adacomcat.layers.linear import LowRankLinear
-from adacomcat.layers.mlp import activation_name
-from adacomcat.layers.registry import Residual, attention_weights, mlp_parts
+from adacomcat.layers.mlp import LowRankMlp, activation_name
+from adacomcat.layers.registry import MlpParts, Residual, attention_weights
 from adacomcat.ops import inference
 
 
@@ -46,6 +46,13 @@ class FusedAttention(nn.Module):
         part: The attention's half of a block; its norm satisfies ``is_layer_norm``.
     """
 
+    wq: nn.Parameter
+    bq: nn.Parameter
+    wk: nn.Parameter
+    wv: nn.Parameter
+    wo: nn.Parameter
+    bo: nn.Parameter
+
     def __init__(self, part: Residual) -> None:
         super().__init__()
         affine, attn = _affine(part.norm), part.inner
@@ -63,8 +70,8 @@ class FusedAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
-        # nn.Module finds a parameter in a tenth of the time here that an attribute takes.
-        w = self._parameters
+        # Reading a parameter here takes a tenth of the time that the module's attribute takes.
+        w: dict[str, Any] = self._parameters
         return ops.low_rank_attention(
             x, w["wq"], w["bq"], w["wk"], w["wv"], w["wo"], w["bo"], self.num_heads, self.scale,
             causal_mask(attn_mask, x, is_causal), epsilon=self.epsilon, residual=x)
@@ -81,7 +88,7 @@ class FusedMlp(nn.Module):
 
     def __init__(self, part: Residual) -> None:
         super().__init__()
-        affine, mlp = _affine(part.norm), part.inner
+        affine, mlp = _affine(part.norm), cast(LowRankMlp, part.inner)
         gamma = _gamma(part, mlp.fc2.u)
         v1, u1, u2 = (w.detach().double() for w in (mlp.fc1.v, mlp.fc1.u, mlp.fc2.u))
         self.activation, self.epsilon = mlp.activation, affine.epsilon
@@ -95,26 +102,25 @@ class FusedMlp(nn.Module):
         _set_weights(self, like, **factors._asdict(), b2=gamma * _bias(mlp.fc2))
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self._parameters
+        w: dict[str, Any] = self._parameters
         return ops.low_rank_mlp(x, w["v1"], w["u1"], w["b1"], w["v2"], w["u2"], w["b2"],
                                 self.activation, epsilon=self.epsilon, residual=x)
 
 
 class FusedDenseMlp(nn.Module):
-    """x + ls · mlp(norm(x)), for a dense MLP of two plain linear layers."""
+    """x + ls · mlp(norm(x)), for a dense MLP of two linear layers, whose parts are ``mlp``."""
 
-    def __init__(self, part: Residual) -> None:
+    def __init__(self, part: Residual, mlp: MlpParts) -> None:
         super().__init__()
-        affine, mlp = _affine(part.norm), mlp_parts(part.inner)
-        gamma = _gamma(part, mlp.fc2.weight)
-        w1, w2 = (linear.weight.detach().double() for linear in (mlp.fc1, mlp.fc2))
+        affine, (fc1, fc2) = _affine(part.norm), mlp.linears
+        gamma = _gamma(part, fc2.weight)
+        w1, w2 = (linear.weight.detach().double() for linear in (fc1, fc2))
         self.activation, self.epsilon = activation_name(mlp.act), affine.epsilon
-        _set_weights(self, mlp.fc1.weight, w1=w1 * affine.weight,
-                     b1=_bias(mlp.fc1) + w1 @ affine.bias,
-                     w2=gamma.unsqueeze(1) * w2, b2=gamma * _bias(mlp.fc2))
+        _set_weights(self, fc1.weight, w1=w1 * affine.weight, b1=_bias(fc1) + w1 @ affine.bias,
+                     w2=gamma.unsqueeze(1) * w2, b2=gamma * _bias(fc2))
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self._parameters
+        w: dict[str, Any] = self._parameters
         return ops.dense_mlp(x, w["w1"], w["b1"], w["w2"], w["b2"], self.activation,
                              epsilon=self.epsilon, residual=x)
 
@@ -130,19 +136,44 @@ class Sublayer(nn.Module):
         return x + self.scale(self.inner(self.norm(x), **kwargs))
 
 
+class FusedBlock(nn.Module):
+    """A pre-norm block in eval mode, with the signature of timm's ``Block``.
+
+    Args:
+        attn: x + ls · attention(norm(x)), a ``FusedAttention`` or a ``Sublayer``.
+        mlp: x + ls · mlp(norm(x)), fused or a ``Sublayer``.
+    """
+
+    attn: nn.Module
+    mlp: nn.Module
+
+    def __init__(self, attn: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.attn, self.mlp = attn, mlp
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None,
+                is_causal: bool = False) -> Tensor:
+        return self.mlp(self.attn(x, attn_mask=attn_mask, is_causal=is_causal))
+
+    def class_token(self, x: Tensor) -> Tensor:
+        """The class token of the result, (B, 1, d); ``attn`` is a ``FusedAttention``."""
+        return self.mlp(cast(FusedAttention, self.attn).class_token(x))
+
+
 class FusedPatches(nn.Conv2d):
     """A convolution whose kernel is as large as its stride; it shares the weights of ``conv``."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
+        size = conv.kernel_size[0], conv.kernel_size[1]
+        super().__init__(conv.in_channels, conv.out_channels, size, size,
                          bias=conv.bias is not None, device="meta")
         self.weight, self.bias = conv.weight, conv.bias
         self.train(conv.training)
 
-    def forward(self, image: Tensor) -> Tensor:
-        rows = image.shape[2] // self.kernel_size[0]
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.shape[2] // self.kernel_size[0]
         # (B, out, rows, columns), laid out patch after patch: timm's flatten copies nothing.
-        return inference.patch_embedding(image, self.weight, self.bias).mT.unflatten(2, (rows, -1))
+        return inference.patch_embedding(input, self.weight, self.bias).mT.unflatten(2, (rows, -1))
 
 
 class GemvLinear(nn.Linear):
@@ -157,8 +188,8 @@ class GemvLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return inference.few_rows_linear(x, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return inference.few_rows_linear(input, self.weight, self.bias)
 
 
 class ClassTokenEncoder(nn.Module):
@@ -175,10 +206,12 @@ def gemv_linear(head: nn.Module) -> nn.Module:
 
 def is_layer_norm(norm: nn.Module) -> bool:
     """Whether the fused ops know this norm: a layer norm over the last dimension."""
-    return type(norm) in (nn.LayerNorm, LayerNorm) and len(norm.normalized_shape) == 1
+    known = type(norm) in (nn.LayerNorm, LayerNorm)
+    return known and len(cast(nn.LayerNorm, norm).normalized_shape) == 1
 
 
-def _affine(norm: nn.Module) -> Norm:
+def _affine(module: nn.Module) -> Norm:
+    norm = cast(nn.LayerNorm, module)
     width = norm.normalized_shape[0]
     weight = torch.ones(width) if norm.weight is None else norm.weight.detach()
     bias = torch.zeros_like(weight) if norm.bias is None else norm.bias.detach()

@@ -8,7 +8,7 @@ subclass may compute something else.
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -100,13 +100,13 @@ class AttentionParts:
     def per_head(self) -> AttentionWeights:
         heads = self.num_heads
         inner = (self.q, self.k, self.v)
-        weights = [p.weight.reshape(heads, -1, self.dim) for p in inner]
-        zeros = weights[0].new_zeros(weights[0].shape[:2])
-        biases = [zeros if p.bias is None else p.bias.reshape(heads, -1) for p in inner]
+        wq, wk, wv = (p.weight.reshape(heads, -1, self.dim) for p in inner)
+        zeros = wq.new_zeros(wq.shape[:2])
+        bq, bk, bv = (zeros if p.bias is None else p.bias.reshape(heads, -1) for p in inner)
         wo, bo = self.out.weight, self.out.bias
         bo = wo.new_zeros(len(wo)) if bo is None else bo
         wo = wo.reshape(len(wo), heads, -1).transpose(0, 1)
-        return AttentionWeights(*weights, *biases, wo, bo, self.scale)
+        return AttentionWeights(wq, wk, wv, bq, bk, bv, wo, bo, self.scale)
 
 
 # (attention, the model that holds it or None) → tier; None where not even the values fold.
@@ -118,7 +118,7 @@ class AttentionFamily:
     """How one class of attention is read, and which drop-in takes its place."""
 
     read: Callable[[Any], AttentionParts]
-    low_rank: Mapping[Tier, type[Any]]  # subclasses of LowRankAttention
+    low_rank: Mapping[str, type[Any]]  # tier → subclass of LowRankAttention
     tier: TierOf
 
 
@@ -136,6 +136,11 @@ class MlpParts:
     def dense(self) -> bool:
         """Plain, and both projections are exactly linear layers."""
         return self.plain and type(self.fc1) is type(self.fc2) is nn.Linear
+
+    @property
+    def linears(self) -> tuple[nn.Linear, nn.Linear]:
+        """fc1 and fc2, of an MLP that is known to be dense."""
+        return cast(nn.Linear, self.fc1), cast(nn.Linear, self.fc2)
 
 
 @dataclass(frozen=True)

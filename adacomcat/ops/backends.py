@@ -40,7 +40,7 @@ TRITON_FOR_TRAINING = ("low_rank_attention",)
 CUDA_FIRST = ("batched_svd",)
 SPECTRA = ("gram", "eigenvalues", "singular_values")  # what only the CPU has kernels for
 CPP_OPS = ("low_rank_linear", "low_rank_mlp", "dense_mlp", "low_rank_attention",
-           "first_token_attention", "few_rows_linear", "patch_embedding", "batched_svd", *SPECTRA)
+           "class_attention", "linear", "patch_embedding", "batched_svd", *SPECTRA)
 CUDA_OPS = ("low_rank_linear", "batched_svd", "truncation_errors")
 CUDA_CAPABILITY = (8, 0)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

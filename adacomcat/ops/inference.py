@@ -36,7 +36,7 @@ def first_token_attention(
     is multiplied by single vectors only. Arguments as of ``low_rank_attention``.
     """
     arguments = (x, wq, bq, wk, wv, wo, bo, num_heads, scale, epsilon)
-    kernel = _kernel("first_token_attention", *arguments) or _first_token_attention
+    kernel = _kernel("class_attention", *arguments) or _first_token_attention
     return kernel(*arguments)
 
 
@@ -47,7 +47,7 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     kernel = None
     if x.shape[:-1].numel() <= FEW_ROWS:
-        kernel = _kernel("few_rows_linear", x, weight, bias)
+        kernel = _kernel("linear", x, weight, bias)
     return (kernel or F.linear)(x, weight, bias)
 
 
@@ -129,14 +129,14 @@ def _register(name: str, arguments: str, shape: Callable[..., tuple[int, ...]],
 
 
 _register(
-    "first_token_attention_cpu",
+    "class_attention_cpu",
     "Tensor x, Tensor wq, Tensor? bq, Tensor wk, Tensor wv, Tensor wo, Tensor? bo, "
     "int num_heads, float scale, float epsilon",
     lambda x, *_: (x.shape[0], 1, x.shape[2]),
     _flops_first_token_attention,
 )
 _register(
-    "few_rows_linear_cpu",
+    "linear_cpu",
     "Tensor x, Tensor weight, Tensor? bias",
     lambda x, weight, _: (*x.shape[:-1], weight.shape[0]),
     _flops_few_rows_linear,

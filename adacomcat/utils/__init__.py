@@ -1,1 +1,1 @@
-"""What several rooms need and none of them owns."""
+"""Helpers for several packages: models, files, seeds, processes, threads, progress bars."""

@@ -1,4 +1,4 @@
-"""The processes of one run, as torchrun starts them: gloo on CPUs, nccl on GPUs."""
+"""The processes of one run that torchrun started: gloo on CPUs, nccl on GPUs."""
 
 import atexit
 import os
@@ -15,7 +15,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all; with one process every method is the identity."""
+    """This process among those of the run; where it is alone every method is the identity."""
 
     rank: int = 0
     world_size: int = 1
@@ -23,11 +23,15 @@ class Processes:
 
     @property
     def first(self) -> bool:
+        """Whether this process prints and writes for all."""
         return self.rank == 0
 
     def average_gradients_(self, parameters: Iterable[nn.Parameter]) -> None:
-        """One all-reduce over all gradients. Which sites have one changes with the ranks, so
-        parameters without a gradient are left out; they are the same on every process."""
+        """The mean of each gradient over all processes, in one all-reduce.
+
+        Parameters without a gradient are left out. Which they are changes with the ranks, and is
+        the same on every process.
+        """
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self.world_size == 1 or not gradients:
             return
@@ -39,6 +43,7 @@ class Processes:
             gradient.copy_(part.view_as(gradient))
 
     def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
@@ -48,7 +53,7 @@ class Processes:
         return self.sum(value.detach().double()).item() / self.world_size
 
     def gather_interleaved(self, shard: Tensor) -> Tensor:
-        """The global batch, of which every process holds the rows rank::world_size."""
+        """The global batch from its shards, the rows rank::world_size of each process."""
         if self.world_size == 1:
             return shard
         shards = [torch.empty_like(shard) for _ in range(self.world_size)]
@@ -56,10 +61,11 @@ class Processes:
         return torch.stack(shards, 1).flatten(0, 1)
 
     def shard(self, batch: Tensor) -> Tensor:
+        """This process's rows of the global batch."""
         return batch[self.rank::self.world_size]
 
     def broadcast_(self, module: nn.Module) -> None:
-        """Everyone takes over the first process's parameters and buffers."""
+        """Every process gets the first one's parameters and buffers."""
         if self.world_size > 1:
             for tensor in module.state_dict().values():
                 dist.broadcast(tensor, 0)
@@ -77,7 +83,11 @@ class Processes:
 
 
 def start_processes(device: str | None = None) -> Processes:
-    """Join the group that torchrun describes in the environment, once; alone without it."""
+    """Join the processes that torchrun describes in the environment; without it, this one alone.
+
+    Args:
+        device: torch's name of a device; None: this process's GPU where there is one.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -88,11 +98,12 @@ def start_processes(device: str | None = None) -> Processes:
         return Processes(device=torch.device(kind))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
-        # The group's threads must end before the interpreter does, or they abort the process.
+        # The group's threads abort the process where they outlive the interpreter.
         atexit.register(stop_processes)
     return Processes(dist.get_rank(), world_size, torch.device(kind))
 
 
 def stop_processes() -> None:
+    """Leave the group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -2,7 +2,7 @@
 
 The content is written under a temporary name beside its target, then renamed. A reader finds the
 old content or the new, also where the process dies in between. A write that fails leaves the old
-content as it was and removes what it had written.
+content as it was and removes the temporary one.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Independent pieces of work side by side, each on one core."""
+"""Independent pieces of work on several threads, each piece on one core."""
 
 import contextvars
 from collections.abc import Callable, Sequence
@@ -20,11 +20,12 @@ def one_by_one(work: Callable[[Item], Result], items: Sequence[Item], label: str
 
 def side_by_side(work: Callable[[Item], Result], items: Sequence[Item],
                  label: str) -> list[Result]:
-    """The same on as many threads as torch may use, with one for BLAS in each.
+    """The same on as many threads as torch may use; each thread uses one for BLAS.
 
-    LAPACK's reductions to tridiagonal form gain little from a second thread, and lose much where
-    that has to share its core; different matrices share nothing. torch's number of threads is one
-    in the meantime, everywhere in the process. Choices of backend and of gradients reach the work.
+    LAPACK's reduction to tridiagonal form gains little from a second thread, and loses much where
+    another program uses that core; decompositions of different matrices do not wait for each other.
+    Inside, torch's number of threads is one in the whole process. The caller's choice of backend
+    and its gradient mode hold in the threads too.
     """
     threads = torch.get_num_threads()
     if threads == 1:

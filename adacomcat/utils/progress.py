@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 Item = TypeVar("Item")
-_shown: list[str] = []  # labels of the bar on the screen: there is room for one
+_shown: list[str] = []  # the label of the bar on the screen, or nothing
 
 
 def progress(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
-    """A bar inside another stays silent."""
+    """The items, with a bar on a terminal; a bar inside another is not shown."""
     if not sys.stderr.isatty() or _shown:
         return iter(items)
     return _track(items, label, total)

@@ -1,4 +1,4 @@
-"""Random numbers as a function of where a run stands, so that resuming needs no generator state."""
+"""Seeds derived from the position of a run, so that resuming needs no generator's state."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +13,16 @@ def derived_seed(*key: int) -> int:
 
 
 def derived_generator(*key: int) -> torch.Generator:
+    """A generator with the seed of ``key``."""
     return torch.Generator().manual_seed(derived_seed(*key))
 
 
 @contextmanager
 def numpy_seeded(*key: int) -> Iterator[None]:
-    """timm's Mixup draws from numpy's global generator: seeded inside, as it was after."""
+    """Inside, numpy's global generator, which timm's Mixup uses, has the seed of ``key``.
+
+    Afterwards it has its former state.
+    """
     state = np.random.get_state()
     np.random.seed(derived_seed(*key))
     try:

@@ -1,8 +1,8 @@
 // One-sided Jacobi SVD: rotations V make the columns of X = A V orthogonal, so X = U Σ. A wide
 // matrix is transposed first. X stays in shared memory, and V where there is room for both.
 //
-// All pairs of columns of one round are disjoint. Up to 32 columns one warp has a matrix, with two
-// lanes a pair; beyond, a block has it, with one warp a pair.
+// All pairs of columns of one round are disjoint. A matrix of up to 32 columns belongs to one warp, with
+// two lanes for each pair; a larger one belongs to a block, with one warp for each pair.
 #include "kernels.h"
 #include "primitives.cuh"
 
@@ -11,19 +11,20 @@ namespace {
 
 constexpr int kWarp = 32, kMostWarps = 16, kWarpsOfSmall = 4, kMaxSweeps = 40;
 
-__host__ __device__ constexpr int tall(int rows, int columns) {
+__host__ __device__ constexpr int long_side(int rows, int columns) {
   return rows > columns ? rows : columns;
 }
-__host__ __device__ constexpr int narrow(int rows, int columns) {
+__host__ __device__ constexpr int short_side(int rows, int columns) {
   return rows > columns ? columns : rows;
 }
 // The distance of columns. An odd one puts equal rows of neighbouring columns into different banks.
 __host__ __device__ constexpr int pitch(int length) { return length | 1; }
 
-// Bytes: X, V if it is there, value and sign of each column, one slot a warp; the order.
+// Bytes of X, of V if it is in shared memory, of the value and sign of each column, of one slot for each
+// warp, and of the order.
 __host__ __device__ constexpr int64_t bytes_of(int rows, int columns, int element_size,
                                                bool rotations) {
-  const int m = tall(rows, columns), n = narrow(rows, columns);
+  const int m = long_side(rows, columns), n = short_side(rows, columns);
   const int64_t elements = n * pitch(m) + (rotations ? n * pitch(n) : 0) + 2 * n + kMostWarps;
   return (elements * element_size + n * sizeof(int) + 15) / 16 * 16;
 }
@@ -37,8 +38,8 @@ class Svd {
       : p(problem),
         index(index),
         wide(p.columns > p.rows),
-        m(tall(p.rows, p.columns)),
-        n(narrow(p.rows, p.columns)),
+        m(long_side(p.rows, p.columns)),
+        n(short_side(p.rows, p.columns)),
         thread(small ? threadIdx.x % kWarp : threadIdx.x),
         size(small ? kWarp : blockDim.x),
         lane(threadIdx.x % kLanes) {
@@ -90,8 +91,8 @@ class Svd {
     }
   }
 
-  // The maximum over all threads of the matrix; what they wrote before is there behind it. Between
-  // two uses of the slots lie the barriers of a round.
+  // The maximum over all threads of the matrix. It is also a barrier: what they wrote before is visible
+  // after it. The barriers of a round lie between two uses of the slots.
   __device__ T maximum(T value) const {
 #pragma unroll
     for (int step = kWarp / 2; step > 0; step /= 2) {
@@ -107,7 +108,8 @@ class Svd {
     return value;
   }
 
-  // X = A or its transpose, V = I; the largest absolute value, or infinity for what is not finite.
+  // Sets X = A or its transpose, V = I. Returns the largest absolute value, or infinity if an element
+  // is not finite.
   __device__ T load() const {
     const T* a = p.a + index * p.batch_stride;
     T largest = 0;
@@ -123,8 +125,8 @@ class Svd {
     return maximum(largest);
   }
 
-  // A power of two makes the largest element lie in [1, 2). Two factors, since one alone overflows
-  // where the matrix is denormal.
+  // Scales by a power of two, so that the largest element lies in [1, 2). In two factors, since 2^-exponent
+  // overflows if the matrix is denormal.
   __device__ void scale(int exponent) const {
     const int half = exponent / 2;
     const T first = ldexp(T(1), -half), second = ldexp(T(1), half - exponent);
@@ -135,7 +137,7 @@ class Svd {
     sync();
   }
 
-  // Sweeps over all pairs, until all cosines are rounding.
+  // Sweeps over all pairs, until every cosine is a rounding error.
   __device__ bool orthogonalize() const {
     const T tolerance = kEpsilon * sqrt(T(m));
     for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
@@ -209,7 +211,8 @@ class Svd {
     return sum_lanes<kLanes>(sum);
   }
 
-  // Lengths, their order, and columns of length one; those that count as zero become zero.
+  // Finds the lengths of the columns and their order, and makes the columns unit vectors. Negligible
+  // columns become zero.
   __device__ void sort() const {
     const int groups = size / kLanes;
     for (int first = 0; first < n; first += groups) {
@@ -234,8 +237,8 @@ class Svd {
     sync();
   }
 
-  // Gives the zero column at place i, if it is one, a direction orthogonal to all before it: the
-  // axis that they cover least, made orthogonal twice.
+  // If the column at place i is zero, gives it a direction orthogonal to all before it: the coordinate axis
+  // that they cover least, orthogonalised twice.
   __device__ void complete(int i) const {
     const int column = order[i];
     if (values[column] > 0) return;
@@ -261,7 +264,7 @@ class Svd {
     sync();
   }
 
-  // y minus its part in the span of the first `count` columns; `signs` has room for the weights.
+  // Subtracts from y its projection onto the first `count` columns. `signs` holds the weights.
   __device__ void project(T* y, int column, int count) const {
     for (int first = 0; first < count; first += size / kLanes) {
       const int q = first + thread / kLanes;
@@ -327,7 +330,7 @@ __global__ void __launch_bounds__(kWarp * (small ? kWarpsOfSmall : kMostWarps), 
 
 template <class T>
 const char* run(const SvdBatch<T>& p, Stream stream) {
-  const int n = narrow(p.rows, p.columns);
+  const int n = short_side(p.rows, p.columns);
   const int64_t bytes = bytes_of(p.rows, p.columns, sizeof(T), !p.rotations);
   if (n > kWarp) {
     const int pairs = (n + 1) / 2, warps = pairs < kMostWarps ? pairs : kMostWarps;
@@ -353,7 +356,7 @@ bool svd_needs_scratch(int rows, int columns, int element_size, int64_t availabl
 }
 
 int64_t svd_rotations(int rows, int columns) {
-  const int n = narrow(rows, columns);
+  const int n = short_side(rows, columns);
   return static_cast<int64_t>(n) * pitch(n);
 }
 

@@ -1,8 +1,11 @@
-// The CUDA kernels as their callers see them: raw pointers, sizes and strides in elements, a
-// stream. Functions that launch return the error's text, or null.
+// The interface of the CUDA kernels: raw pointers, sizes and strides in elements, and a stream. Functions
+// that launch a kernel return the error's text, or null.
 #pragma once
 
 #include <cstdint>
+
+#include "../common/activation.h"
+#include "../common/dtype.h"
 
 struct CUstream_st;
 
@@ -25,8 +28,8 @@ struct SvdBatch {
 enum SvdStatus : int { kSvdDone = 0, kSvdNotFinite = 1, kSvdNotConverged = 2 };
 constexpr int kSvdMaxSide = 128;
 
-// Bytes of shared memory that one matrix takes, at least; and whether its rotations do not fit in
-// the `available` bytes as well, so that they need scratch memory.
+// Bytes of shared memory that one matrix needs at least; and whether its rotations do not fit into the
+// `available` bytes beside it, so that they need scratch memory.
 int64_t svd_shared_memory(int rows, int columns, int element_size);
 bool svd_needs_scratch(int rows, int columns, int element_size, int64_t available);
 int64_t svd_rotations(int rows, int columns);
@@ -40,11 +43,8 @@ const char* truncation_errors(const float* s, float* errors, int64_t count, int6
 const char* truncation_errors(const double* s, double* errors, int64_t count, int64_t heads,
                               int64_t ranks, Stream stream);
 
-enum class Type : int { f32, f16, bf16 };
-enum class Activation : int { none, gelu, gelu_tanh, silu, relu };
-
-// A matrix whose rows are dense; null for one that is absent.
-struct Rows {
+// A matrix with dense rows, `stride` elements apart. Null if there is none.
+struct Matrix {
   const void* data = nullptr;
   int64_t stride = 0;
 };
@@ -54,15 +54,15 @@ struct Rows {
 struct LowRankLinear {
   int64_t rows;
   int in, rank, out;
-  Rows x, v, u, residual;
+  Matrix x, v, u, residual;
   const void* bias;
   void *y, *middle;
   Activation activation;
 };
 
-// Bytes of shared memory that a block takes, at least.
-int64_t low_rank_linear_shared_memory(Type type, int rank);
-const char* low_rank_linear(Type type, const LowRankLinear& problem, Stream stream);
+// Bytes of shared memory that a block needs at least.
+int64_t low_rank_linear_shared_memory(Dtype dtype, int rank);
+const char* low_rank_linear(Dtype dtype, const LowRankLinear& problem, Stream stream);
 
 // Bytes of shared memory that a block may have on the current device.
 int64_t shared_memory_limit();

@@ -1,18 +1,17 @@
-// y = act((x V) Uᵀ + b) + residual. A block has some rows: it computes their x V once, keeps it in
-// shared memory, and goes through all columns of y, so that neither x is read nor x V computed
-// again for each tile of y.
+// y = act((x V) Uᵀ + b) + residual. A block computes x V of its rows once, keeps it in shared memory,
+// and then computes all columns of y: x is read once, not once for each tile of y.
 #include "tiles.cuh"
 
 namespace adacomcat::cuda {
 namespace {
 
-// Blocks of the large tile that a GPU should have at least; else the small one divides better.
+// With fewer blocks than these, the small tile uses more of the GPU than the large one.
 constexpr int64_t kEnoughBlocks = 128;
 constexpr int kSmallRows = 16;
 template <class T>
 constexpr int kLargeRows = sizeof(T) == 2 ? 64 : 32;
 
-// The distance of rows of x V: whole tiles of operands, and 16 bytes for the banks.
+// The distance of rows of x V: whole tiles of operands, plus 16 bytes to spread over the banks.
 template <class Tile>
 __host__ __device__ constexpr int64_t middle_pitch(int rank) {
   return (rank + Tile::kDepth - 1) / Tile::kDepth * Tile::kDepth + Tile::kChunk;
@@ -56,12 +55,12 @@ __global__ void __launch_bounds__(kThreads, 1) low_rank_linear_kernel(const LowR
         [&](int step, int stage) {
           T* to = stages + stage * Tile::kStage;
           load_tile<rows, Tile::kDepth>(to, Tile::kPitch, x, first_row, step * Tile::kDepth);
-          load_tile<Tile::kDepth, kColumns>(to + Tile::kLeft, Tile::kWidePitch, v,
+          load_tile<Tile::kDepth, kColumns>(to + Tile::kLhs, Tile::kWidePitch, v,
                                             step * Tile::kDepth, first);
         },
         [&](int, int stage) {
           const T* from = stages + stage * Tile::kStage;
-          multiply_tiles<Tile, true>(sums, from, Tile::kPitch, from + Tile::kLeft);
+          multiply_tiles<Tile, true>(sums, from, Tile::kPitch, from + Tile::kLhs);
         });
     drain<Tile>(sums, staging, [&](int row, int column, float sum) {
       const int r = first + column;
@@ -79,12 +78,12 @@ __global__ void __launch_bounds__(kThreads, 1) low_rank_linear_kernel(const LowR
     pipeline(
         padded / Tile::kDepth,
         [&](int step, int stage) {
-          load_tile<kColumns, Tile::kDepth>(stages + stage * Tile::kStage + Tile::kLeft,
+          load_tile<kColumns, Tile::kDepth>(stages + stage * Tile::kStage + Tile::kLhs,
                                             Tile::kPitch, u, first, step * Tile::kDepth);
         },
         [&](int step, int stage) {
           multiply_tiles<Tile, false>(sums, middle + step * Tile::kDepth, pitch,
-                                      stages + stage * Tile::kStage + Tile::kLeft);
+                                      stages + stage * Tile::kStage + Tile::kLhs);
         });
     drain<Tile>(sums, staging, [&](int row, int column, float sum) {
       const int64_t m = first_row + row;
@@ -118,13 +117,13 @@ const char* run(const LowRankLinear& p, Stream stream) {
 
 }  // namespace
 
-int64_t low_rank_linear_shared_memory(Type type, int rank) {
-  return type == Type::f32 ? bytes_of<float, kSmallRows>(rank) : bytes_of<__half, kSmallRows>(rank);
+int64_t low_rank_linear_shared_memory(Dtype dtype, int rank) {
+  return dtype == Dtype::f32 ? bytes_of<float, kSmallRows>(rank) : bytes_of<__half, kSmallRows>(rank);
 }
 
-const char* low_rank_linear(Type type, const LowRankLinear& problem, Stream stream) {
-  if (type == Type::f32) return run<float>(problem, stream);
-  return type == Type::f16 ? run<__half>(problem, stream) : run<__nv_bfloat16>(problem, stream);
+const char* low_rank_linear(Dtype dtype, const LowRankLinear& problem, Stream stream) {
+  if (dtype == Dtype::f32) return run<float>(problem, stream);
+  return dtype == Dtype::f16 ? run<__half>(problem, stream) : run<__nv_bfloat16>(problem, stream);
 }
 
 }  // namespace adacomcat::cuda

@@ -1,4 +1,4 @@
-// The tensor shells of the CUDA kernels: shapes, strides, the current stream, errors.
+// The CUDA kernels as ops on tensors: checks of the arguments, the current stream, errors.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -11,9 +11,10 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
-#include <vector>
 
-#include "kernels.h"
+#include "common/arguments.h"
+#include "common/svd.h"
+#include "cuda/kernels.h"
 
 namespace adacomcat::cuda {
 namespace {
@@ -28,41 +29,27 @@ Stream stream_of(const at::Tensor& x) {
 
 void check_launch(const char* error) { TORCH_CHECK(!error, "CUDA: ", error); }
 
-std::vector<int64_t> with_last(at::IntArrayRef lead, std::initializer_list<int64_t> last) {
-  auto sizes = lead.vec();
-  sizes.insert(sizes.end(), last);
-  return sizes;
-}
+Matrix matrix_of(const DenseRows& rows) { return {rows.data(), rows.stride}; }
 
-// The first matrix with NaN or infinity, and the first that does not converge, are named. Reading
-// their status waits for the kernel.
+// Reading the status waits for the kernel.
 void check_status(const at::Tensor& status) {
   const at::Tensor here = status.cpu();
   const int* begin = here.const_data_ptr<int>();
   const int* end = begin + here.numel();
-  const int* bad = std::find(begin, end, kSvdNotFinite);
-  TORCH_CHECK_VALUE(bad == end, "matrix ", bad - begin, " of ", here.numel(),
-                    " holds NaN or infinite values; it has no singular values");
-  bad = std::find(begin, end, kSvdNotConverged);
-  TORCH_CHECK(bad == end, "the SVD of matrix ", bad - begin, " of ", here.numel(),
-              " did not converge");
+  check_svd(here.numel(), std::find(begin, end, kSvdNotFinite) - begin,
+            std::find(begin, end, kSvdNotConverged) - begin);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batched_svd_cuda(const at::Tensor& a, int64_t k) {
-  TORCH_CHECK(a.dim() >= 2, "a must be a matrix or a batch of them, got shape ", a.sizes());
+  check_matrices(a);
   check_device(a, "a");
   const int64_t rows = a.size(-2), columns = a.size(-1);
   TORCH_CHECK(std::max(rows, columns) <= kSvdMaxSide, "the kernel takes matrices up to ",
               kSvdMaxSide, " x ", kSvdMaxSide, ", got ", rows, " x ", columns);
-  TORCH_CHECK(0 <= k && k <= std::min(rows, columns), "k must lie in 0 … ",
-              std::min(rows, columns), ", got ", k);
   const c10::DeviceGuard guard(a.device());
-  const auto lead = a.sizes().slice(0, a.dim() - 2);
-  const at::Tensor u = at::empty(with_last(lead, {rows, k}), a.options());
-  const at::Tensor s = at::empty(with_last(lead, {k}), a.options());
-  const at::Tensor v = at::empty(with_last(lead, {columns, k}), a.options());
-  const at::Tensor batch = a.reshape({c10::multiply_integers(lead), rows, columns});
-  if (batch.numel() == 0) return {u, s, v};
+  const SvdResult result(a, k);
+  const at::Tensor batch = as_batch(a);
+  if (batch.numel() == 0) return {result.u, result.s, result.v};
   const at::Tensor status = at::empty({batch.size(0)}, a.options().dtype(at::kInt));
   AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "batched_svd", [&] {
     const int64_t available = shared_memory_limit();
@@ -76,13 +63,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batched_svd_cuda(const at::Tensor
     const SvdBatch<scalar_t> problem{
         batch.size(0), static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(k),
         batch.const_data_ptr<scalar_t>(), batch.stride(0), batch.stride(1), batch.stride(2),
-        u.mutable_data_ptr<scalar_t>(), s.mutable_data_ptr<scalar_t>(),
-        v.mutable_data_ptr<scalar_t>(), status.mutable_data_ptr<int>(),
+        result.u.mutable_data_ptr<scalar_t>(), result.s.mutable_data_ptr<scalar_t>(),
+        result.v.mutable_data_ptr<scalar_t>(), status.mutable_data_ptr<int>(),
         rotations.defined() ? rotations.mutable_data_ptr<scalar_t>() : nullptr};
     check_launch(batched_svd(problem, stream_of(a)));
   });
   check_status(status);
-  return {u, s, v};
+  return {result.u, result.s, result.v};
 }
 
 at::Tensor truncation_errors_cuda(const at::Tensor& s) {
@@ -92,7 +79,7 @@ at::Tensor truncation_errors_cuda(const at::Tensor& s) {
   const int64_t heads = s.size(-2), ranks = s.size(-1);
   const auto lead = s.sizes().slice(0, s.dim() - 2);
   const at::Tensor dense = s.contiguous();
-  const at::Tensor errors = at::empty(with_last(lead, {ranks + 1}), s.options());
+  const at::Tensor errors = at::empty(join_sizes(lead, {ranks + 1}), s.options());
   const int64_t count = c10::multiply_integers(lead);
   if (count == 0) return errors;
   AT_DISPATCH_FLOATING_TYPES(s.scalar_type(), "truncation_errors", [&] {
@@ -103,84 +90,36 @@ at::Tensor truncation_errors_cuda(const at::Tensor& s) {
   return errors;
 }
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-Type type_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat: return Type::f32;
-    case at::kHalf: return Type::f16;
-    case at::kBFloat16: return Type::bf16;
-    default:
-      TORCH_CHECK(false, "the CUDA kernels take float32, bfloat16 and float16, got ",
-                  x.scalar_type());
-  }
-}
-
-Activation parse_activation(const std::optional<std::string_view>& name) {
-  if (!name) return Activation::none;
-  if (*name == "gelu") return Activation::gelu;
-  if (*name == "gelu_tanh") return Activation::gelu_tanh;
-  if (*name == "silu") return Activation::silu;
-  TORCH_CHECK(*name == "relu", "unknown activation '", *name, "'");
-  return Activation::relu;
-}
-
-void check(const at::Tensor& x, const at::Tensor& t, const char* name, at::IntArrayRef shape) {
-  TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " is ", t.scalar_type(), " and x is ",
-              x.scalar_type(), ": cast one of them");
-  TORCH_CHECK(t.device() == x.device(), name, " is on ", t.device(), " and x is on ", x.device());
-  TORCH_CHECK(t.sizes() == shape, name, " must have shape ", shape, ", got ", t.sizes());
-}
-
-// A tensor (..., k) as a matrix whose rows are dense; copied only where its layout is none.
-struct Matrix {
-  at::Tensor held;
-  Rows rows;
-
-  explicit Matrix(const at::Tensor& t) : held(t) {
-    bool regular = t.stride(-1) == 1 || t.size(-1) <= 1;
-    for (int64_t d = 0; d + 2 < t.dim(); ++d) {
-      regular = regular && t.stride(d) == t.stride(d + 1) * t.size(d + 1);
-    }
-    if (!regular) held = t.contiguous();
-    rows = {held.const_data_ptr(), held.dim() > 1 ? held.stride(-2) : held.size(-1)};
-  }
-};
-
 std::tuple<at::Tensor, at::Tensor> low_rank_linear_cuda(
     const at::Tensor& x, const at::Tensor& v, const at::Tensor& u, const OptionalTensor& bias,
-    std::optional<std::string_view> activation, const OptionalTensor& residual, bool keep) {
+    std::optional<std::string_view> activation, const OptionalTensor& residual,
+    bool keep_intermediates) {
   TORCH_CHECK(x.dim() > 0 && v.dim() == 2 && u.dim() == 2, "x (..., in), v, u matrices expected");
   check_device(x, "x");
   const int64_t in = x.size(-1), rank = v.size(1), out = u.size(0);
-  const auto lead = x.sizes().slice(0, x.dim() - 1);
-  const auto result = with_last(lead, {out});
-  check(x, v, "v", {in, rank});
-  check(x, u, "u", {out, rank});
-  if (bias) check(x, *bias, "bias", {out});
-  if (residual) check(x, *residual, "residual", result);
+  check_like(x, v, "v", {in, rank});
+  check_like(x, u, "u", {out, rank});
+  check_like(x, bias, "bias", {out});
+  check_like(x, residual, "residual", with_last(x, out));
   TORCH_CHECK(std::max({in, rank, out}) <= std::numeric_limits<int>::max() - 128,
               "too wide for the kernel: in ", in, ", rank ", rank, ", out ", out);
   const c10::DeviceGuard guard(x.device());
-  const at::Tensor y = at::empty(result, x.options());
-  const at::Tensor middle = at::empty(keep ? with_last(lead, {rank}) : std::vector<int64_t>{0},
-                                      x.options());
-  const int64_t rows = c10::multiply_integers(lead);
-  if (rows == 0 || (out == 0 && !keep)) return {y, middle};
-  const Type type = type_of(x);
-  const int64_t needed = low_rank_linear_shared_memory(type, rank);
+  const at::Tensor y = empty_rows(x, out), middle = empty_rows(x, rank, keep_intermediates);
+  const int64_t rows = row_count(x);
+  if (rows == 0 || (out == 0 && !keep_intermediates)) return {y, middle};
+  const Dtype dtype = dtype_of(x);
+  const int64_t needed = low_rank_linear_shared_memory(dtype, rank);
   const int64_t available = shared_memory_limit();
   TORCH_CHECK(needed <= available, "rank ", rank, " takes ", needed,
               " bytes of shared memory and a block of this GPU has ", available);
-  const Matrix xs(x), vs(v), us(u), rs(residual ? *residual : x);
+  const DenseRows xs(x), vs(v), us(u), residuals(residual ? *residual : x);
   const at::Tensor biases = bias ? bias->contiguous() : at::Tensor();
-  check_launch(low_rank_linear(
-      type,
-      {rows, static_cast<int>(in), static_cast<int>(rank), static_cast<int>(out), xs.rows, vs.rows,
-       us.rows, residual ? rs.rows : Rows{}, bias ? biases.const_data_ptr() : nullptr,
-       y.mutable_data_ptr(), keep ? middle.mutable_data_ptr() : nullptr,
-       parse_activation(activation)},
-      stream_of(x)));
+  const LowRankLinear problem{
+      rows, static_cast<int>(in), static_cast<int>(rank), static_cast<int>(out),
+      matrix_of(xs), matrix_of(vs), matrix_of(us), residual ? matrix_of(residuals) : Matrix{},
+      bias ? biases.const_data_ptr() : nullptr, y.mutable_data_ptr(),
+      keep_intermediates ? middle.mutable_data_ptr() : nullptr, parse_activation(activation)};
+  check_launch(low_rank_linear(dtype, problem, stream_of(x)));
   return {y, middle};
 }
 

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kWarp * kWarps)
   if (index >= count) return;
   s += index * heads * ranks;
   errors += index * (ranks + 1);
-  double behind = 0;  // of all ranks after these 32
+  double behind = 0;  // the sum over all ranks after these 32
   for (int64_t first = ranks / kWarp * kWarp; first >= 0; first -= kWarp) {
     const int64_t rank = first + lane;
     double sum = 0;

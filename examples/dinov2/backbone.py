@@ -13,13 +13,13 @@ from torch import Tensor
 # Names of tensors in the graph. The position embedding is interpolated there to 16 x 16 patches.
 POSITION = "/backbone/embeddings/Concat_6_output_0"
 TOKENS = "/backbone/layernorm/Add_1_output_0"
-# Of a block: name of a matrix product in the graph → name of timm's weight.
+# Matrix product of a block in the graph → timm's name of the weight.
 MATMULS = {
     "attention/attention/query": "attn.qkv.weight", "attention/attention/key": "attn.qkv.weight",
     "attention/attention/value": "attn.qkv.weight", "attention/output/dense": "attn.proj.weight",
     "mlp/fc1": "mlp.fc1.weight", "mlp/fc2": "mlp.fc2.weight",
 }
-# Of a block: name of an initializer in the graph → name of timm's parameter.
+# Initializer of a block in the graph → timm's name of the parameter.
 NAMED = {
     "norm1.weight": "norm1.weight", "norm1.bias": "norm1.bias",
     "norm2.weight": "norm2.weight", "norm2.bias": "norm2.bias",

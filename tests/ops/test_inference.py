@@ -128,7 +128,7 @@ def test_autocast_is_obeyed() -> None:
 class TestKernels:
     def test_opcheck(self) -> None:
         tensors = draw_attention(ATTENTION[1], torch.float32)
-        torch.library.opcheck(torch.ops.adacomcat.first_token_attention_cpu.default,
+        torch.library.opcheck(torch.ops.adacomcat.class_attention_cpu.default,
                               (*tensors, 2, 0.37, EPSILON))
         torch.library.opcheck(
             torch.ops.adacomcat.patch_embedding_cpu.default,

@@ -150,6 +150,11 @@ def test_every_error_of_users_is_explained():
     assert not missing
 
 
+def test_every_error_is_explained_once():
+    rows = re.findall(r"^\| `(.+?)` \| .", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(rows) == len(set(rows))
+
+
 def test_no_error_is_explained_that_nothing_raises():
     messages = [text for _, text in raised("UserError", "ArgumentTypeError", "warn")]
     assert not [row for row in explained() if not any(row in text for text in messages)]

@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command found, and how to tell it.
+    """The result of a command.
 
     Args:
         data: what ``--json`` prints.

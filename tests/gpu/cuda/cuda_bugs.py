@@ -1,4 +1,4 @@
-"""Bugs seeded into csrc/cuda, and which checks notice each."""
+"""Bugs to seed into csrc/cuda, and the cheapest check that notices each."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -19,13 +19,13 @@ from adacomcat.ops import reference
 
 SVD, LINEAR, TILES, ERRORS = (
     "batched_svd.cu", "low_rank_linear.cu", "tiles.cuh", "truncation_errors.cu")
-# Results, in two orders of execution, and what the shim refuses; or what a sanitizer reports.
+# `plain` compares results in two orders of execution; the others add a sanitizer's reports.
 CHECKS = ("plain", "asan", "tsan")
 
 
 @dataclass(frozen=True)
 class Bug:
-    """The first `old` behind `after` becomes `new`; the cheapest of CHECKS that notices it."""
+    """Replaces the first `old` after the text `after` by `new`; `check` is the cheapest to notice it."""
 
     name: str
     file: str
@@ -88,10 +88,10 @@ BUGS = [
     Bug("halves of the left operand exchanged", TILES, "lane / 16 *", "(1 - lane / 16) *",
         after="const int row = warp_row"),
     Bug("V is not transposed", TILES, "load_transposed(operand", "load_matrices(operand"),
-    Bug("float32 without what is left of it", TILES, "multiply_tf32(step, left.rest",
-        "if (first > 9) multiply_tf32(step, left.rest"),
-    Bug("float32 summed by tensor cores alone", TILES, "multiply_tf32(step, left.word, right.word",
-        "multiply_tf32(sums, left.word, right.word"),
+    Bug("float32 without what is left of it", TILES, "multiply_tf32(step, lhs.rest",
+        "if (first > 9) multiply_tf32(step, lhs.rest"),
+    Bug("float32 summed by tensor cores alone", TILES, "multiply_tf32(step, lhs.word, rhs.word",
+        "multiply_tf32(sums, lhs.word, rhs.word"),
     Bug("rows of the result are not masked", LINEAR, "m >= p.rows || ", check="asan"),
     Bug("one column too many", LINEAR, "n >= p.out)", "n > p.out)"),
     Bug("x V is not zero beyond the rank", LINEAR, "r < p.rank ? sum : 0.0f", "sum + 1.0f"),
@@ -107,7 +107,7 @@ BUGS = [
 
 
 def noticed(bug: Bug, check: str) -> str | None:
-    """How one of CHECKS notices a bug; None if it does not."""
+    """How `check` notices a bug, in a word or two; None if it does not."""
     runs: Callable[[Host], bool] = {SVD: right_svd, ERRORS: right_errors}.get(
         bug.file, right_linear)
     for seed in (1, 2) if check == "plain" else (1,):
@@ -121,7 +121,10 @@ def noticed(bug: Bug, check: str) -> str | None:
 
 
 def right_svd(host: Host) -> bool:
-    """Few sweeps, or a sanitizer takes long; zero columns, equal values, NaN; both variants."""
+    """Whether SVDs are right for zero columns, equal values and NaN, by a warp and by a block.
+
+    The matrices need few sweeps, since sanitizers are slow.
+    """
     generator = torch.Generator().manual_seed(5)
     small = torch.randn(3, 7, 9, generator=generator) * 1e20
     small[0, 2] = 0
@@ -156,7 +159,7 @@ def apart(t: torch.Tensor, pitch: int) -> torch.Tensor:
 
 
 def right_linear(host: Host) -> bool:
-    """Rows that lie dense, at multiples of 16 bytes, and off them; NaN between. A long sum."""
+    """Whether the op is right for several layouts of rows, with NaN between them, and a long sum."""
     torch.manual_seed(5)
     for shape, dtype in (((19, 72, 40, 144), "fp16"), ((17, 36, 9, 40), "fp32"),
                          ((2, 1000, 9, 20), "fp32"), ((18, 33, 21, 30), "fp16"),
@@ -165,14 +168,15 @@ def right_linear(host: Host) -> bool:
         tensors = draw(shape, kinds[dtype])
         for pitch in (1, 8, 5):
             layout = {name: apart(t, pitch) for name, t in tensors.items()}
-            found = cuda_host.low_rank_linear(host, **layout, activation="gelu", keep=True)
+            found = cuda_host.low_rank_linear(
+                host, **layout, activation="gelu", keep_intermediates=True)
             if complaints(found, tensors, "gelu", dtype):
                 return False
     return True
 
 
 def ptx_tally(op: str, architecture: str, step: int = 1) -> dict[str, Counter]:
-    """How much damage to a kernel's PTX the emulator notices, by kind; of each `step` one."""
+    """Count mutants of a kernel's PTX and those noticed, by kind; one of each `step` mutants runs."""
     runs = {"batched_svd": emulated_svd, "low_rank_linear": emulated_linear}
     originals: list[Kernel] = []
     right = runs[op](Emulated(architecture, lambda k: originals.append(k) or k))
@@ -193,7 +197,7 @@ def ptx_tally(op: str, architecture: str, step: int = 1) -> dict[str, Counter]:
 
 
 def emulated_svd(emulated: Emulated) -> tuple[torch.Tensor, ...]:
-    """A block for the matrix, tall and wide; few sweeps; two zero columns to fill."""
+    """A tall and a wide matrix, one block each, with few sweeps and two zero columns to fill."""
     generator = torch.Generator().manual_seed(5)
     a = torch.eye(34, 33) + 1e-4 * torch.randn(1, 34, 33, generator=generator)
     a[0, :, 5:7] = 0

@@ -1,6 +1,6 @@
-"""csrc/cuda as host C++: builds of the shim, and the kernels as functions of CPU tensors.
+"""csrc/cuda as host C++: builds with the shim, and the kernels as functions of CPU tensors.
 
-Each call is a process of its own, so that a fault, a deadlock or a sanitizer's report ends that.
+Each call runs in a process of its own, so that a fault, a deadlock or a sanitizer ends only that.
 """
 
 import hashlib
@@ -19,16 +19,17 @@ from torch import Tensor
 ROOT = Path(__file__).parents[3]
 SHIM = Path(__file__).parent / "shim"
 CUDA = ROOT / "csrc" / "cuda"
+COMMON = ROOT / "csrc" / "common"
 KERNELS = ("batched_svd.cu", "low_rank_linear.cu", "truncation_errors.cu")
-# Without a sanitizer it has to be fast; with one, lines are worth more.
+# Compiler flags of the kernels and defines of the shim.
 MODES = {
     "plain": (["-O2"], []),
-    "quick": (["-O1"], []),  # to compile
+    "quick": (["-O1"], []),  # compiles quickly
     "asan": (["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr",
               "-fno-sanitize-recover=undefined"], ["-DSHIM_ASAN"]),
     "tsan": (["-O1", "-g1", "-fsanitize=thread"], ["-DSHIM_TSAN"]),
 }
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "silu", "relu")
 CACHE = Path(tempfile.gettempdir()) / f"adacomcat-cuda-shim-{os.getuid()}"
 
@@ -41,22 +42,22 @@ def missing() -> str | None:
 
 
 class Failed(AssertionError):
-    """The process ended with an error: what it said."""
+    """The process ended with an error; the message has its output."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """A build: its sanitizer, replaced sources by file name, and the order of execution."""
+    """A build with its mode and replaced sources (by file name), and a seed of the warps' order."""
 
     mode: str = "plain"
     sources: dict[str, str] = field(default_factory=dict, hash=False)
     seed: int = 0
-    # Filled with the blocks, the threads of each and the bytes of shared memory of each launch.
+    # `run` appends (blocks, threads of a block, bytes of shared memory) for each launch.
     launches: list[tuple[int, int, int]] = field(default_factory=list, hash=False)
 
     def run(self, op: str, numbers: Sequence[int], inputs: Sequence[Tensor],
             outputs: Sequence[Tensor]) -> None:
-        """Fill `outputs` with what the kernel makes of `inputs`."""
+        """Run the kernel on `inputs` and fill `outputs`."""
         command = [str(self.executable()), op, *(str(int(number)) for number in numbers)]
         environment = {**os.environ, "SHIM_SEED": str(self.seed),
                        "TSAN_OPTIONS": "exitcode=66", "ASAN_OPTIONS": "detect_leaks=0"}
@@ -68,9 +69,10 @@ class Host:
             raise Failed(f"{op} does not end") from None
         if done.returncode:
             raise Failed(f"{op}, exit code {done.returncode}: {done.stderr.decode()[-4000:]}")
-        self.launches.extend(tuple(map(int, line.split()[1:]))
-                             for line in done.stderr.decode().splitlines()
-                             if line.startswith("launch "))
+        for line in done.stderr.decode().splitlines():
+            if line.startswith("launch "):
+                blocks, threads, shared = map(int, line.split()[1:])
+                self.launches.append((blocks, threads, shared))
         at = 0
         for output in outputs:
             size = output.numel() * output.element_size()
@@ -79,7 +81,7 @@ class Host:
         assert at == len(done.stdout)
 
     def executable(self) -> Path:
-        """The driver, linked of cached objects."""
+        """The driver executable, linked from cached objects."""
         flags, defines = MODES[self.mode]
         common = ["g++", "-std=c++17", f"-I{SHIM}", f"-I{CUDA}"]
         objects = [
@@ -100,14 +102,14 @@ def replaced(name: str, old: str, new: str) -> dict[str, str]:
 
 
 def tile_of(rows: int) -> dict[str, str]:
-    """The sources in which low_rank_linear takes the tile of 16 rows, or always the large one."""
+    """Sources in which low_rank_linear takes tiles of 16 rows, or else always the large ones."""
     if rows == 16:
         return {}
     return replaced("low_rank_linear.cu", "kEnoughBlocks = 128", "kEnoughBlocks = 0")
 
 
 def needs_scratch(a: Tensor, available: int) -> bool:
-    """Whether the rotations of a matrix do not fit into the shared memory with the matrix."""
+    """Whether a matrix and its rotations together exceed the shared memory."""
     answer = torch.empty(1, dtype=torch.int32)
     Host().run("svd_needs_scratch", [a.element_size(), *a.shape[-2:], available], [], [answer])
     return bool(answer)
@@ -135,22 +137,22 @@ def truncation_errors(host: Host, s: Tensor) -> Tensor:
 
 def low_rank_linear(host: Host, x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None,
                     activation: str | None = None, residual: Tensor | None = None,
-                    keep: bool = False) -> tuple[Tensor, Tensor]:
+                    keep_intermediates: bool = False) -> tuple[Tensor, Tensor]:
     """y and x V; the rows of x (m, in), V, U and the residual (m, out) may lie apart."""
     (m, k), r, n = x.shape, v.shape[1], u.shape[0]
-    y, middle = x.new_empty(m, n), x.new_empty((m, r) if keep else (0,))
+    y, middle = x.new_empty(m, n), x.new_empty((m, r) if keep_intermediates else (0,))
     strided = [x, v, u, x[:0] if residual is None else residual]
     inputs = [memory(t) for t in strided]
     inputs.insert(3, x.new_empty(0) if bias is None else bias)
     host.run("low_rank_linear",
-             [TYPES[x.dtype], m, k, r, n, ACTIVATIONS.index(activation), keep,
+             [TYPES[x.dtype], m, k, r, n, ACTIVATIONS.index(activation), keep_intermediates,
               *(t.stride(0) for t in strided), *(t.numel() * t.element_size() for t in inputs)],
              inputs, [y, middle])
     return y, middle
 
 
 def memory(t: Tensor) -> Tensor:
-    """What a matrix with dense rows spans."""
+    """The memory that a matrix with dense rows spans, as a vector."""
     if t.numel() == 0:
         return t.new_empty(0)
     return t.as_strided(((t.shape[0] - 1) * t.stride(0) + t.shape[1],), (1,))
@@ -168,13 +170,14 @@ def from_bytes(data: bytes, like: Tensor) -> Tensor:
 
 def built(command: list[str], source: Path, suffix: str,
           replacing: dict[str, str] | None = None) -> Path:
-    """What the compiler makes of `source`, once for each content; some files may be replaced."""
+    """The compiler's output for `source`, cached by content; `replacing` has changed sources."""
     replacing = replacing or {}
     text = replacing.get(source.name, source.read_text())
-    # Beside the source, a header comes before those of the folders that are searched.
+    # A replaced header lies beside the source, where it comes before the include folders.
     beside = {name: other for name, other in replacing.items()
               if f'"{name}"' in text and name.endswith("h")}
-    headers = sorted([*SHIM.glob("*.h"), *CUDA.glob("*.h"), *CUDA.glob("*.cuh")])
+    folders = (SHIM.glob("*.h"), CUDA.glob("*.h"), CUDA.glob("*.cuh"), COMMON.glob("*.h"))
+    headers = sorted(header for found in folders for header in found)
     content = [*command, source.name, text, *beside.values(), *(h.read_text() for h in headers)]
 
     def build(target: Path) -> None:
@@ -193,7 +196,7 @@ def _linked(command: list[str], objects: list[Path]) -> Path:
 
 
 def _cached(content: str, name: str, build) -> Path:
-    """What `build` makes, whole: several processes may make it at the same time."""
+    """The file that `build` makes, renamed when complete, since processes build in parallel."""
     CACHE.mkdir(parents=True, exist_ok=True)
     target = CACHE / f"{hashlib.sha256(content.encode()).hexdigest()[:24]}-{name}"
     if not target.exists():

@@ -1,4 +1,4 @@
-"""The PTX that nvcc makes of csrc/cuda, executed, with launches as the launchers configure them."""
+"""Executes nvcc's PTX of csrc/cuda on the emulator, with grid and shared memory of the launchers."""
 
 import shutil
 import struct
@@ -33,7 +33,7 @@ def kernel(source: str, architecture: str, name: str) -> Kernel:
 
 @dataclass
 class Emulated:
-    """An architecture, and what is to be changed in the kernel."""
+    """An architecture, and a change to make to the kernel."""
 
     architecture: str
     mutate: Callable[[Kernel], Kernel] = field(default=lambda kernel: kernel)
@@ -68,12 +68,13 @@ class Emulated:
     def low_rank_linear(self, rows: int, x: Tensor, v: Tensor, u: Tensor,
                         bias: Tensor | None = None, activation: str | None = None,
                         residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `cuda_host.low_rank_linear` with keep, for tiles of `rows` rows."""
+        """As `cuda_host.low_rank_linear` with keep_intermediates, for tiles of `rows` rows."""
         (m, k), r, n = x.shape, v.shape[1], u.shape[0]
         y, middle = x.new_empty(m, n), x.new_empty(m, r)
         launches: list[tuple[int, int, int]] = []
         host = Host(launches=launches, sources=cuda_host.tile_of(rows))
-        cuda_host.low_rank_linear(host, x, v, u, bias, activation, residual, keep=True)
+        cuda_host.low_rank_linear(
+            host, x, v, u, bias, activation, residual, keep_intermediates=True)
         strided = [x, v, u, *([] if residual is None else [residual])]
         spans = [memory(t) for t in strided]
         device = Device([*spans, *([] if bias is None else [bias]), y, middle])

@@ -1,6 +1,7 @@
 """csrc/cuda/low_rank_linear.cu as host C++: both tiles, all types, ragged shapes, sanitizers."""
 
 from math import prod
+from typing import Any
 
 import cuda_host
 import pytest
@@ -23,7 +24,7 @@ def host(tile: str, mode: str = "plain", seed: int = 0) -> Host:
     return Host(mode, cuda_host.tile_of(16 if tile == "small" else 64), seed)
 
 
-def draw(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+def draw(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Any]:
     m, k, r, n = shape
     tensors = {"x": torch.randn(m, k), "v": torch.randn(k, r) / max(k, 1) ** 0.5,
                "u": torch.randn(n, r) / max(r, 1) ** 0.5, "bias": torch.randn(n),
@@ -33,11 +34,12 @@ def draw(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Tens
 
 def complaints(found: tuple[Tensor, Tensor], tensors: dict[str, Tensor], activation: str | None,
                dtype: str) -> list[str]:
-    """What exceeds twice the error of plain PyTorch, of y and of x V."""
+    """The complaints of `worst` about y and x V, against `reference.low_rank_linear`."""
     double = {name: t.double() for name, t in tensors.items()}
     results = (found, reference.low_rank_linear(**double, activation=activation),
                reference.low_rank_linear(**tensors, activation=activation))
-    return worst(*(dict(zip(("y", "middle"), r, strict=True)) for r in results), UNITS[dtype])
+    actual, exact, plain = (dict(zip(("y", "middle"), r, strict=True)) for r in results)
+    return worst(actual, exact, plain, UNITS[dtype])
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -47,7 +49,7 @@ def test_low_rank_linear(shape: tuple[int, int, int, int], dtype: str, tile: str
     tensors = draw(shape, TYPES[dtype])
     activation = ACTIVATIONS[list(SHAPES.values()).index(shape) % len(ACTIVATIONS)]
     found = cuda_host.low_rank_linear(host(tile, seed=1), **tensors, activation=activation,
-                                      keep=True)
+                                      keep_intermediates=True)
     assert complaints(found, tensors, activation, dtype) == []
 
 
@@ -58,13 +60,14 @@ def test_activations_without_bias_and_residual(dtype: str, activation: str | Non
     plain = {name: tensors[name] for name in "xvu"}
     y, middle = cuda_host.low_rank_linear(Host(), **plain, activation=activation)
     assert middle.numel() == 0
-    _, middle = cuda_host.low_rank_linear(Host(), **plain, activation=activation, keep=True)
+    _, middle = cuda_host.low_rank_linear(
+        Host(), **plain, activation=activation, keep_intermediates=True)
     assert complaints((y, middle), plain, activation, dtype) == []
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_rows_that_lie_apart(dtype: str) -> None:
-    """At multiples of 16 bytes, and off them."""
+    """Row strides at multiples of 16 bytes, and off them."""
     tensors = draw((20, 48, 16, 24), TYPES[dtype])
     expected = cuda_host.low_rank_linear(Host(), **tensors)[0]
     for gap in (8, 3):
@@ -90,8 +93,8 @@ def test_infinite_numbers_stay_in_their_row() -> None:
 @pytest.mark.parametrize("shape", [(70, 72, 40, 144), (19, 33, 21, 131)], ids=str)
 def test_under_sanitizers(shape: tuple[int, int, int, int], dtype: str, tile: str,
                           mode: str) -> None:
-    """Copied 16 bytes at a time, and element by element."""
+    """The first shape is copied 16 bytes at a time, the second one element by element."""
     tensors = draw(shape, TYPES[dtype])
     found = cuda_host.low_rank_linear(host(tile, mode, seed=3), **tensors, activation="gelu",
-                                      keep=True)
+                                      keep_intermediates=True)
     assert complaints(found, tensors, "gelu", dtype) == []

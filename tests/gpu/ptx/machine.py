@@ -21,7 +21,7 @@ from ptx.memory import (
     put,
     take,
 )
-from ptx.parser import Kernel, narrowest_access
+from ptx.parser import Kernel, narrowest_access, search
 from ptx.trace import Trace
 
 Lanes = np.ndarray
@@ -293,7 +293,8 @@ class Machine:
 
     def address(self, operand: str, space: str) -> Callable[[], Lanes]:
         """Offsets into the memory of `space` for an operand such as [%rd1+16]."""
-        base, offset = re.match(r"([%\w$]+)\s*(?:\+\s*(-?\w+))?", operand.strip("[] ")).groups()
+        pattern = r"^([%\w$]+)\s*(?:\+\s*(-?\w+))?"
+        base, offset = search(pattern, operand.strip("[] ")).groups()
         offset = int(offset or "0", 0)
         narrow = base in self.registers and self.registers[base].dtype.itemsize == 4
         pointer = self.source(base, "u32" if narrow else "u64")

@@ -1,4 +1,4 @@
-"""Device memory that knows what may be touched: allocated, initialised, and by whom."""
+"""Memory that records which bytes are allocated and initialised, and which threads used them."""
 
 from dataclasses import dataclass
 
@@ -8,42 +8,44 @@ from ptx.trace import SEVERAL
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 # numpy moves one element of 16 bytes by its index far faster than its parts one by one.
-WHOLE = {**UNSIGNED, 16: np.complex128}
+ELEMENTS = {**UNSIGNED, 16: np.complex128}
 NOBODY = -1
 SECTOR = 32  # bytes; the unit in which a GPU moves global memory
 # A barrier count and a thread of a block are one number, barriers * EPOCH + thread.
 EPOCH = 2048
 
 
-def _whole(table: np.ndarray, runs: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The table in as few elements for a run as can be, and the indices of these."""
+def _as_large_elements(
+    table: np.ndarray, runs: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A view of the table with few large elements a run, and the indices of a run's elements."""
     size = table.itemsize * count
     if size > 16:
         pieces = size // 16
-        return table.view(WHOLE[16]), runs[:, None] * pieces + np.arange(pieces)
-    return table.view(WHOLE[size]), runs
+        return table.view(ELEMENTS[16]), runs[:, None] * pieces + np.arange(pieces)
+    return table.view(ELEMENTS[size]), runs
 
 
 def take(table: np.ndarray, runs: np.ndarray, count: int) -> np.ndarray:
-    """(runs, count): of each run i the elements from i * count on."""
-    whole, at = _whole(table, runs, count)
-    return whole[at].view(table.dtype).reshape(-1, count)
+    """(runs, count): the elements from i * count on, for each run i."""
+    large, at = _as_large_elements(table, runs, count)
+    return large[at].view(table.dtype).reshape(-1, count)
 
 
 def put(table: np.ndarray, runs: np.ndarray, count: int, values: np.ndarray | int) -> None:
-    """Store what `take` gives; of runs that are named several times the last one stays."""
-    whole, at = _whole(table, runs, count)
+    """Store values at the places that `take` reads; the last one of equal runs stays."""
+    large, at = _as_large_elements(table, runs, count)
     if isinstance(values, int):
-        whole[at] = np.full(count, values, table.dtype).view(whole.dtype)
+        large[at] = np.full(count, values, table.dtype).view(large.dtype)
         return
     if values.shape[1] != count:
         values = np.broadcast_to(values, (len(runs), count))
     values = np.ascontiguousarray(values, table.dtype)
-    whole[at] = values.view(whole.dtype).reshape(at.shape)
+    large[at] = values.view(large.dtype).reshape(at.shape)
 
 
 class Fault(AssertionError):
-    """Something that a kernel may not do."""
+    """A kernel did something that it may not do."""
 
 
 class Memory:

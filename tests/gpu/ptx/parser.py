@@ -25,9 +25,10 @@ class Instruction:
 
 @dataclass
 class Kernel:
-    """One entry point; `shared` maps names to offsets, None for the part sized at the launch.
+    """One entry point.
 
-    Parameters are names and types; a structure is of bytes, b8[size].
+    `shared` maps names to offsets; memory that the launch sizes has None. `parameters` are names
+    and types; a structure has the type b8[size].
     """
 
     name: str
@@ -43,11 +44,19 @@ class Kernel:
         return replace(self, code=code)
 
 
+def search(pattern: str | re.Pattern[str], text: str) -> re.Match[str]:
+    """The first match in `text`; ValueError if there is none."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"no {pattern} in: {text[:200]}")
+    return match
+
+
 _PARAMETER = re.compile(
     r"\.param(?:\s+\.align\s+\d+)?\s+\.(\w+)[^,]*?([\w$]+)(\[\d+\])?\s*(?:,|$)")
 _SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b(\d+)\s+([\w$]+)(?:\[(\d+)\])?")
 _LABEL = re.compile(r"([$\w%]+):(?!:)")
-_INSTRUCTION = re.compile(r"(?:@(!?%?[\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
+_INSTRUCTION = re.compile(r"^(?:@(!?%?[\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 
 
@@ -56,7 +65,7 @@ def parse(text: str, name: str = "") -> Kernel:
     text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M))
     name = re.escape(name)
-    head = re.search(rf"\.entry\s+([\w$]*{name}[\w$]*)\s*\((.*?)\)([^{{]*)\{{", text, re.S)
+    head = search(rf"(?s)\.entry\s+([\w$]*{name}[\w$]*)\s*\((.*?)\)([^{{]*)\{{", text)
     parameters = [(p[2], p[1] + (p[3] or "")) for p in _PARAMETER.finditer(head[2])]
     kernel = Kernel(head[1], parameters)
     for name in re.findall(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[", text):
@@ -70,11 +79,11 @@ def parse(text: str, name: str = "") -> Kernel:
         elif statement.startswith(".reg"):
             _declare_registers(kernel, statement)
         elif statement.startswith(".shared"):
-            _declare_shared(kernel, _SHARED.match(statement))
+            _declare_shared(kernel, search(_SHARED, statement))
         elif statement and not statement.startswith("."):
             while statement.count("}") > statement.count("{"):  # the end of a scope
                 statement = "".join(statement.rpartition("}")[::2]).strip()
-            guard, opcode, operands = _INSTRUCTION.match(statement).groups()
+            guard, opcode, operands = search(_INSTRUCTION, statement).groups()
             operands = tuple(o.strip() for o in _OPERAND.findall(operands))
             kernel.code.append(Instruction(opcode, operands, guard, where))
     return in_execution_order(kernel)
@@ -123,9 +132,9 @@ def _strip_labels(kernel: Kernel, statement: str) -> str:
 
 
 def _declare_registers(kernel: Kernel, statement: str) -> None:
-    kind, names = re.match(r"\.reg\s+\.(\w+)\s+(.*)", statement).groups()
+    kind, names = search(r"\.reg\s+\.(\w+)\s+(.*)", statement).groups()
     for name in names.split(","):
-        stem, count = re.match(r"\s*(%?[\w$]+)(?:<(\d+)>)?", name).groups()
+        stem, count = search(r"^\s*(%?[\w$]+)(?:<(\d+)>)?", name).groups()
         for register in [f"{stem}{i}" for i in range(int(count))] if count else [stem]:
             kernel.registers[register] = kind
 
@@ -138,11 +147,11 @@ def _declare_shared(kernel: Kernel, match: re.Match) -> None:
 
 
 def in_execution_order(kernel: Kernel) -> Kernel:
-    """Basic blocks in reverse postorder of the flow graph.
+    """The kernel with its basic blocks in reverse postorder of the flow graph.
 
-    Threads that part at a branch meet again where the paths join. Running those furthest behind
-    first finds that place, provided that what lies behind also comes first in the order; compilers
-    do not lay code out like that.
+    The machine always runs the threads that are furthest behind, so that threads that diverged meet
+    where their paths join. That needs an order in which every block comes before the blocks that
+    follow it, which compilers do not guarantee.
     """
     starts = sorted({0, *kernel.labels.values()} | {
         i + 1 for i, ins in enumerate(kernel.code) if ins.parts[0] in ("bra", "ret", "exit")

@@ -1,12 +1,11 @@
 """mma.sync (m16n8k*) and wgmma (m64n*k*): 16-bit and tf32 operands, float32 sums.
 
-A model: the sum of an instruction's products and of what they are added to, truncated as the
-hardware does it (Fasi, Higham, Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores, 2021),
-so that an error grows with the number of instructions. It also drops low bits of the single
-products, by generation, and takes a few products at a time: not modelled.
+The model adds an instruction's products and its addend exactly and truncates the sum to float32,
+as the hardware does (Fasi, Higham, Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores,
+2021). Errors therefore grow with the number of instructions. The hardware also drops low bits of
+single products and adds a few products at a time, depending on the generation; the model does not.
 """
 
-import re
 from collections.abc import Callable
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from ptx.machine import WARP, Lanes, Machine, Mask, Step
 from ptx.memory import Fault, take
 from ptx.number_formats import bf16_to_f32, truncate_to_tf32
-from ptx.parser import Instruction, registers_of
+from ptx.parser import Instruction, registers_of, search
 
 GROUP = 128  # threads of a warpgroup
 DECODE: dict[str, Callable[[Lanes], Lanes]] = {
@@ -36,7 +35,8 @@ def _kinds(instruction: Instruction) -> tuple[str, int, np.dtype]:
 
 
 def _sizes(instruction: Instruction) -> tuple[int, int, int]:
-    return tuple(map(int, re.search(r"m(\d+)n(\d+)k(\d+)", instruction.opcode).groups()))
+    m, n, k = search(r"m(\d+)n(\d+)k(\d+)", instruction.opcode).groups()
+    return int(m), int(n), int(k)
 
 
 def _products(a: Lanes, b: Lanes) -> Lanes:
@@ -69,7 +69,7 @@ def mma(machine: Machine, instruction: Instruction) -> Step:
         count = machine.lanes // WARP if mask is None else len(warps)
 
         def fragment(name: str) -> Lanes:
-            """Of each warp that runs 8 rows, and in each what four lanes hold of it."""
+            """The register as 8 rows a warp, each row held by four lanes."""
             lanes = np.ascontiguousarray(machine.registers[name]).view(bits)
             return DECODE[kind](lanes).reshape(-1, 8, half)[warps]
 
@@ -94,9 +94,10 @@ def mma(machine: Machine, instruction: Instruction) -> Step:
 
 
 def wgmma(machine: Machine, instruction: Instruction) -> Step:
-    """Asynchronous: computed at the wait, from shared memory as it then is.
+    """wgmma is asynchronous: it is computed at its wait, from shared memory as it is then.
 
-    What reads the result too early sees the old one; what refills the operands too early is a race.
+    An instruction that reads the result earlier sees old registers. A store to the operands before
+    the wait is a race.
     """
     if "fence" in instruction.parts:
         return lambda mask: None

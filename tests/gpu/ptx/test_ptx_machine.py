@@ -8,6 +8,7 @@ import pytest
 from ptx.machine import RED_ZONE, Machine, room
 from ptx.memory import Fault
 from ptx.parser import Kernel, parse
+from ptx.trace import Trace
 
 ENTRY = """
 .visible .entry parameters(.param .u64 p_0, .param .u32 p_1, .param .u32 p_2,
@@ -95,16 +96,23 @@ EXCHANGES = {
 @pytest.mark.parametrize("steps, spare", EXCHANGES.values(), ids=EXCHANGES.keys())
 def test_spare_barriers(steps: list[str], spare: list[int]) -> None:
     """The race check agrees: it faults without one of the barriers that are not spare, only."""
-    machine, kernel = exchange(steps)
+    trace, kernel = exchange(steps)
     places = [i for i, ins in enumerate(kernel.code) if ins.parts[0] == "bar"]
-    assert [i for i, place in enumerate(places) if machine.trace.spare_barrier(place)] == spare
-    at = [i for i, step in enumerate(steps) if step == BARRIER]
+    assert [i for i, place in enumerate(places) if trace.spare_barrier(place)] == spare
+    check_without_each(steps, (BARRIER,), spare, "race")
+
+
+def check_without_each(
+    steps: list[str], dropped: tuple[str, ...], spare: list[int], message: str
+) -> None:
+    """Without one of the steps in `dropped` the exchange faults, unless that one is spare."""
+    at = [i for i, step in enumerate(steps) if step in dropped]
     for i, step in enumerate(at):
         without = steps[:step] + steps[step + 1 :]
         if i in spare:
             exchange(without)
         else:
-            with pytest.raises(Fault, match="race"):
+            with pytest.raises(Fault, match=message):
                 exchange(without)
 
 
@@ -132,23 +140,17 @@ WAITS = {
 @pytest.mark.parametrize("steps, spare", WAITS.values(), ids=WAITS.keys())
 def test_spare_waits(steps: list[str], spare: list[int]) -> None:
     """As above: without a wait that is not spare, data come too late, or never."""
-    machine, kernel = exchange(steps)
+    trace, kernel = exchange(steps)
     places = [i for i, ins in enumerate(kernel.code) if "wait_group" in ins.opcode]
-    assert [i for i, at in enumerate(places) if machine.trace.spare_wait(at, math.inf)] == spare
-    at = [i for i, step in enumerate(steps) if step in (WAIT, WAIT_ONE)]
-    for i, step in enumerate(at):
-        without = steps[:step] + steps[step + 1 :]
-        if i in spare:
-            exchange(without)
-        else:
-            with pytest.raises(Fault, match="race|in flight|before it is written"):
-                exchange(without)
+    assert [i for i, at in enumerate(places) if trace.spare_wait(at, math.inf)] == spare
+    check_without_each(
+        steps, (WAIT, WAIT_ONE), spare, "race|in flight|before it is written")
 
 
 def test_a_weaker_wait_is_spare_if_it_is_enough() -> None:
-    machine, kernel = exchange([COPY, ELSEWHERE, WAIT, BARRIER, LOAD.format(OTHER), WAIT])
+    trace, kernel = exchange([COPY, ELSEWHERE, WAIT, BARRIER, LOAD.format(OTHER), WAIT])
     place = next(i for i, ins in enumerate(kernel.code) if "wait_group" in ins.opcode)
-    assert machine.trace.spare_wait(place, 1) and not machine.trace.spare_wait(place, 2)
+    assert trace.spare_wait(place, 1) and not trace.spare_wait(place, 2)
 
 
 def test_a_copy_that_lands_over_a_later_store_is_a_race() -> None:
@@ -156,8 +158,9 @@ def test_a_copy_that_lands_over_a_later_store_is_a_race() -> None:
         exchange([COPY, BARRIER, STORE.format(OTHER), BARRIER, WAIT])
 
 
-def exchange(steps: list[str]) -> tuple[Machine, Kernel]:
+def exchange(steps: list[str]) -> tuple[Trace, Kernel]:
     kernel = parse(SHARED.replace("<code>", "\n".join(steps)))
     machine = Machine(RED_ZONE + room(16), trace=True)
     machine.launch(kernel, (2,), 64, [machine.put(np.zeros(16, np.uint8))], 0)
-    return machine, kernel
+    assert machine.trace is not None
+    return machine.trace, kernel

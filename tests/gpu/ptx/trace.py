@@ -1,9 +1,9 @@
-"""All accesses of shared memory in one launch, and which barriers, waits and fences are spare.
+"""A full record of shared-memory accesses, which tells the barriers, waits and fences to be spare.
 
-A second opinion: nothing is summed up on the way as in `SharedUse`, which remembers the last writer
-and readers only. Two accesses of one granule, one of them a store, have to be ordered: by the
-program where one thread makes both, else by a barrier of the block. Barriers of warps are ignored,
-so that rather too little is called spare.
+Spare means that a launch is as well ordered without it. This is a second opinion beside
+`SharedUse`, which remembers only the last writer and readers. Two accesses of one granule, one of
+them a store, must be ordered by one thread's program or by a barrier of the block. Barriers of
+warps are ignored, so an instruction is rather called needed than spare.
 """
 
 from collections.abc import Callable
@@ -14,15 +14,15 @@ import numpy as np
 
 from ptx.parser import Instruction, Kernel, registers_of
 
-SEVERAL = -2  # in place of a thread: what a warp or a warpgroup reads as one
+SEVERAL = -2  # in place of a thread, for reads by a whole warpgroup
 NEVER = np.iinfo(np.int64).max
 
 
 @dataclass
 class Flight:
-    """A copy or a product from its issue to its wait, granule by granule.
+    """A copy or a product between its issue and its wait, granule by granule.
 
-    `threads` are those that the program orders with it, `lanes` those that wait for it.
+    `threads` are ordered with it by their program; `lanes` wait for it.
     """
 
     time: int
@@ -37,7 +37,7 @@ class Flight:
 
 @dataclass
 class Wait:
-    """All but the last `left` of the groups that each lane has committed land here."""
+    """A wait, at which all but the last `left` groups of each lane land."""
 
     time: int
     epoch: int
@@ -70,7 +70,7 @@ class Trace:
         self.sources = frozenset(name for o in products for name in registers_of(o[1]))
 
     def recorded(self, instruction: Instruction, step: Callable) -> Callable:
-        """The step; it takes a time of its own."""
+        """`step`, which also advances the time and records the registers used."""
         waits = "wait_group" in instruction.opcode or "wait_all" in instruction.opcode
         used = self._used_registers(instruction)
 
@@ -84,9 +84,10 @@ class Trace:
         return and_recorded
 
     def _used_registers(self, instruction: Instruction) -> frozenset[str]:
-        """Those that a product in flight makes untouchable: its result, and to write its operand.
+        """The registers used here that a product in flight forbids to use.
 
-        Products that follow may add to the same result.
+        These are its result, and for writing also its operand. Later products may add to the same
+        result, so wgmma itself uses none.
         """
         if instruction.parts[0] == "wgmma" or not instruction.operands:
             return frozenset()
@@ -147,11 +148,10 @@ class Trace:
                 + _pairs(_numbered(by_epoch, threads), stores)) == 0  # fmt: skip
 
     def spare_wait(self, place: int, left: float) -> bool:
-        """Whether what the wait at `place` waits for lands in time if it leaves `left` groups.
+        """Whether all copies or products land in time if the wait at `place` leaves `left` groups.
 
-        In time: before the launch ends, and every access of the same granules (where one of the
-        two stores) comes before the issue or after the landing; nothing else touches the registers
-        of a product meanwhile.
+        In time means before the launch ends; every conflicting access of the same granules comes
+        before the issue or after the landing; nothing else uses a product's registers meanwhile.
         """
         copies = any(wait.place == place for wait in self.waits[True])
         waits = self.waits[copies]
@@ -166,7 +166,7 @@ class Trace:
         return True
 
     def spare_fence(self, place: int) -> bool:
-        """Whether without that at `place` too a fence lies between stores and products of them."""
+        """Whether another fence than that at `place` lies between all stores and their wgmma."""
         granules, *_, stores, times, _ = self.table
         others = [time for time, at in self.fences if at != place]
         for product in self.flights:

@@ -1,4 +1,4 @@
-"""The emulator is only worth what it notices: kernels are damaged in one place, and it must."""
+"""The emulator notices kernels that are damaged in one place."""
 
 import math
 from collections import Counter
@@ -31,7 +31,7 @@ ATTENTION = Case("low_rank_attention", "mutated",
 
 
 def apart(x: torch.Tensor, padding: int = 50) -> torch.Tensor:
-    """The same matrix with NaN between its rows, so that who reads there does not go unnoticed."""
+    """The same matrix with NaN between its rows, so that a read between rows shows."""
     wide = x.new_full((x.shape[0], x.shape[1] + padding), torch.nan)
     wide[:, : x.shape[1]] = x
     return wide[:, : x.shape[1]]
@@ -72,7 +72,7 @@ def projection() -> None:
 
 
 def expansion() -> None:
-    """Of one matrix, with all that can follow; its columns fill tiles, and its rows do not."""
+    """One matrix with bias, activation, residual and grad; only its columns fill whole tiles."""
     residual, grad = normal(150, 64), normal(150, 64)
     project(apart(normal(150, 90)), normal(64), apart(normal(64, 90)), activation="relu",
             residual=residual, grad=grad, tile=TILE)
@@ -87,7 +87,7 @@ def reduction() -> None:
 
 
 def reductions() -> None:
-    """Of U and b, through an activation."""
+    """The gradients of U and b through an activation."""
     grad, middle, u = apart(normal(230, 64)), apart(normal(230, 30)), apart(normal(64, 30))
     weight_and_bias_grads(grad, middle, u, normal(64), "relu", (True, True))
 
@@ -129,13 +129,14 @@ def hidden_grads() -> None:
     sums.hidden_grads(middle1, dmiddle2, u1, normal(70), v2, "relu", True, True, True)
 
 
-def unaligned_parts() -> None:
-    """Parts have no room between their rows; every other one is NaN instead."""
-    parts = normal(2, 50, 30).float()
-    parts[:, 1::2] = torch.nan
+def unaligned_splits() -> None:
+    """Partial sums have no gaps between their rows; every other row is NaN instead."""
+    partial = normal(2, 50, 30).float()
+    partial[:, 1::2] = torch.nan
     out = torch.empty(50, 50, dtype=torch.float16)
     with patch.object(tiles, "multiprocessors", lambda: 4):
-        low_rank_mlp._expand_splits(parts, apart(normal(50, 30)), normal(50), None, out, None, TILE)
+        low_rank_mlp._expand_splits(
+            partial, apart(normal(50, 30)), normal(50), None, out, None, TILE)
 
 
 TILE = tiles.Tile(64, 32, 32, 4, 3)
@@ -153,25 +154,27 @@ RUNS = [
     ("low_rank_mlp_kernel", mlp),
     ("low_rank_mlp_kernel", mlp_apart),
     ("expand_splits_kernel", mlp),
-    ("expand_splits_kernel", unaligned_parts),
+    ("expand_splits_kernel", unaligned_splits),
     ("low_rank_mlp_backward_kernel", mlp_backward),
     ("low_rank_mlp_backward_kernel", mlp_backward_apart),
     ("hidden_grads_kernel", hidden_grads),
 ]
-# Of one kind in one kernel; of more, which are all alike, every second or third.
+# Mutants of one kind in one kernel; of more, which are all alike, every second or third one runs.
 MOST = 32
 
 
 def spare(kind: str, place: int, machine: Machine) -> bool:
-    """Whether a damage changes nothing that could be noticed."""
+    """Whether a damage has no effect at all."""
+    trace = machine.trace
+    assert trace is not None
     if kind == "barriers":
-        return machine.trace.spare_barrier(place)
+        return trace.spare_barrier(place)
     if kind == "waits":
-        return machine.trace.spare_wait(place, math.inf)
+        return trace.spare_wait(place, math.inf)
     if kind == "weak waits":
-        return machine.trace.spare_wait(place, int(machine.kernel.code[place].operands[0], 0) + 1)
+        return trace.spare_wait(place, int(machine.kernel.code[place].operands[0], 0) + 1)
     if kind == "fences":
-        return machine.trace.spare_fence(place)
+        return trace.spare_fence(place)
     if kind == "guards":
         copies = machine.kernel.code[place].parts[0] == "cp"
         return place not in (machine.shortened if copies else machine.held_back)
@@ -179,7 +182,7 @@ def spare(kind: str, place: int, machine: Machine) -> bool:
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:
-    """What NaN does not keep from being compared."""
+    """The bytes of a tensor, since NaN does not equal itself."""
     return t.contiguous().view(torch.uint8)
 
 
@@ -216,7 +219,8 @@ def noticed(name: str, run: Callable[[], None], architecture: str) -> dict[str, 
     return found
 
 
-# Of what is not spare. A guard is missed where the value is loaded for a place that is not stored.
+# The least fraction noticed of damage with an effect. A dropped guard goes unnoticed where the
+# loaded value is never stored.
 LEAST = {kind: 0.9 if kind == "guards" else 1.0 for kind in KINDS}
 
 
@@ -227,7 +231,7 @@ def test_damage_is_noticed(name: str, run: Callable[[], None], architecture: str
     print(name, run.__name__, architecture, {kind: dict(tally) for kind, tally in found.items()})
     for kind, tally in found.items():
         assert tally["caught"] >= LEAST[kind] * (tally["caught"] + tally["missed"]), found
-        # What is spare is told by other code than what is caught, and they never contradict.
+        # ptx/trace.py tells what is spare by other code than the race check; they must agree.
         assert tally["caught but spare"] == 0, found
     assert found["barriers"]["caught"] >= max(2, found["barriers"]["spare"]), found
     assert found["operands"]["caught"] >= 2 and found["guards"]["caught"] >= 4, found

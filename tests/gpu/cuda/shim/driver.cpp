@@ -11,6 +11,7 @@
 
 namespace {
 
+using namespace adacomcat;
 using namespace adacomcat::cuda;
 
 char** arguments;
@@ -94,24 +95,24 @@ struct Input : Array {
   const void* pointer() const { return size ? data : nullptr; }
 };
 
-// type, rows, in, rank, out, activation, whether x V is wanted, the strides of x, V, U and the
+// dtype, rows, in, rank, out, activation, whether x V is wanted, the strides of x, V, U and the
 // residual; then bytes of x, V, U, bias and residual, 0 for one that is absent.
 int run_low_rank_linear() {
-  const Type type = static_cast<Type>(next_number());
-  const int64_t size = type == Type::f32 ? 4 : 2;
+  const Dtype dtype = static_cast<Dtype>(next_number());
+  const int64_t size = dtype_size(dtype);
   LowRankLinear p{};
   p.rows = next_number();
   p.in = next_number(), p.rank = next_number(), p.out = next_number();
   p.activation = static_cast<Activation>(next_number());
   const bool keep = next_number();
-  for (Rows* rows : {&p.x, &p.v, &p.u, &p.residual}) rows->stride = next_number();
+  for (Matrix* rows : {&p.x, &p.v, &p.u, &p.residual}) rows->stride = next_number();
   const Input x(next_number()), v(next_number()), u(next_number());
   const Input bias(next_number()), residual(next_number());
   const Array y(p.rows * p.out * size), middle(keep ? p.rows * p.rank * size : 0);
   p.x.data = x.data, p.v.data = v.data, p.u.data = u.data;
   p.bias = bias.pointer(), p.residual.data = residual.pointer();
   p.y = y.data, p.middle = keep ? middle.data : nullptr;
-  const char* error = low_rank_linear(type, p, nullptr);
+  const char* error = low_rank_linear(dtype, p, nullptr);
   y.write();
   middle.write();
   return finish(error);

@@ -173,6 +173,14 @@ void make_fiber(Fiber& f, char* stack, unsigned index, unsigned block_index, uns
   TSAN(f.tsan = __tsan_create_fiber(0));
 }
 
+// Whether every thread that has not ended waits at a barrier or collective.
+bool all_wait() {
+  for (const Fiber& f : block->fibers) {
+    if (!f.done && !f.waits_at) return false;
+  }
+  return true;
+}
+
 // Runs the threads of a block, warp by warp, until all are done.
 void run_block(std::mt19937* random) {
   std::vector<int> warps(block->warps.size()), lanes(kWarp);
@@ -195,12 +203,23 @@ void run_block(std::mt19937* random) {
         }
       } while (seen != block->progress && (!random || (*random)() % 3));
     }
-    if (left && before == block->progress) {
-      bool stuck = true;
-      for (const Fiber& f : block->fibers) stuck = stuck && (f.done || f.waits_at);
-      if (stuck) fail("no thread can go on: a barrier that not all reach");
+    if (left && before == block->progress && all_wait()) {
+      fail("no thread can go on: a barrier that not all reach");
     }
   }
+}
+
+char* map_stacks(size_t size) {
+  return static_cast<char*>(mmap(nullptr, size, PROT_READ | PROT_WRITE,
+                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+}
+
+// The order in which blocks run: shuffled with a seed, else by index.
+std::vector<unsigned> order_of_blocks(unsigned blocks, std::mt19937* random) {
+  std::vector<unsigned> order(blocks);
+  std::iota(order.begin(), order.end(), 0u);
+  if (random) std::shuffle(order.begin(), order.end(), *random);
+  return order;
 }
 
 }  // namespace
@@ -273,10 +292,8 @@ void launch(unsigned blocks, int threads, int64_t shared, const std::function<vo
   if (threads < 1 || threads > 1024 || threads % kWarp) fail("a bad number of threads");
   const char* seed = std::getenv("SHIM_SEED");
   std::mt19937 random(seed ? std::atoi(seed) : 0);
-  const bool shuffled = seed && std::atoi(seed);
-  std::vector<unsigned> order(blocks);
-  std::iota(order.begin(), order.end(), 0u);
-  if (shuffled) std::shuffle(order.begin(), order.end(), random);
+  std::mt19937* shuffle = seed && std::atoi(seed) ? &random : nullptr;
+  const std::vector<unsigned> order = order_of_blocks(blocks, shuffle);
   kernel = &body;
   TSAN(main_tsan = __tsan_get_current_fiber());
   // Blocks and their memory stay until the end, so that no address is used twice, and that what
@@ -286,10 +303,7 @@ void launch(unsigned blocks, int threads, int64_t shared, const std::function<vo
   char* stacks = nullptr;
   const size_t size = threads * kStack;
   for (const unsigned index : order) {
-    if (!stacks) {
-      stacks = static_cast<char*>(mmap(nullptr, size, PROT_READ | PROT_WRITE,
-                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    }
+    if (!stacks) stacks = map_stacks(size);
     block = &all.emplace_back();
     block->fibers.resize(threads);
     block->warps.resize(threads / kWarp);
@@ -301,7 +315,7 @@ void launch(unsigned blocks, int threads, int64_t shared, const std::function<vo
       make_fiber(block->fibers[i], stacks + i * kStack, i, index, threads,
                  static_cast<char*>(bytes));
     }
-    run_block(shuffled ? &random : nullptr);
+    run_block(shuffle);
     fiber = nullptr;
     current = nullptr;
     TSAN(for (Fiber& f : block->fibers) __tsan_destroy_fiber(f.tsan));

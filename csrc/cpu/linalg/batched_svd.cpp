@@ -1,0 +1,115 @@
+// The truncated SVD of many small matrices, a (..., m, n) → u (..., m, k), s (..., k), v (..., n, k), and
+// their singular values alone.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <tuple>
+
+#include "common/svd.h"
+#include "cpu/isa.h"
+#include "cpu/linalg/kernels.h"
+
+namespace adacomcat {
+namespace {
+
+SvdStatus decompose(const LinalgKernels& kernels, const SvdProblem<float>& problem) {
+  return kernels.svd_float(problem);
+}
+
+SvdStatus decompose(const LinalgKernels& kernels, const SvdProblem<double>& problem) {
+  return kernels.svd_double(problem);
+}
+
+// first = min(first, index)
+void lower(std::atomic<int64_t>& first, int64_t index) {
+  int64_t seen = first.load();
+  while (index < seen && !first.compare_exchange_weak(seen, index)) {
+  }
+}
+
+// The threads that are idle while one matrix is decomposed: none if its batch is shared out already.
+class IdleThreads final : public Workers {
+  void run(int64_t count, void* body, void (*call)(void*, int64_t)) override {
+    const auto part = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) call(body, i);
+    };
+    if (hindered || at::in_parallel_region()) return part(0, count);
+    // If another process has one of the cores, a barrier waits until its time slice ends. A matrix has
+    // dozens of barriers, so after one such wait it continues on one thread.
+    using Clock = std::chrono::steady_clock;
+    const auto begin = Clock::now();
+    Clock::duration own{};
+    at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+      const auto start = Clock::now();
+      part(first, last);
+      if (at::get_thread_num() == 0) own = Clock::now() - start;
+    });
+    const auto all = Clock::now() - begin;
+    hindered = all > 2 * own + std::chrono::milliseconds(1);
+  }
+
+  bool hindered = false;
+};
+
+// Decomposes all matrices of a (count, rows, columns). u and v are null if they are not wanted.
+template <class T>
+void decompose_all(const at::Tensor& a, int64_t k, T* u, T* s, T* v) {
+  const int64_t rows = a.size(1), columns = a.size(2), count = a.size(0);
+  const int64_t size = svd_workspace<T>(std::max(rows, columns), std::min(rows, columns));
+  const LinalgKernels& kernels = *instruction_set().linalg;
+  const T* data = a.const_data_ptr<T>();
+  std::atomic<int64_t> not_finite{count}, not_converged{count};
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    const at::Tensor workspace = at::empty({size}, a.options());
+    IdleThreads workers;
+    for (int64_t i = begin; i < end; ++i) {
+      const SvdProblem<T> problem{rows, columns, k, data + i * a.stride(0), a.stride(1), a.stride(2),
+                                  u ? u + i * rows * k : nullptr, s + i * k,
+                                  v ? v + i * columns * k : nullptr, workspace.data_ptr<T>(), workers};
+      const SvdStatus status = decompose(kernels, problem);
+      if (status == SvdStatus::not_finite) lower(not_finite, i);
+      if (status == SvdStatus::not_converged) lower(not_converged, i);
+    }
+  });
+  check_svd(count, not_finite, not_converged);
+}
+
+void check(const at::Tensor& a) {
+  check_matrices(a);
+  TORCH_CHECK(a.device().is_cpu(), "a must be on the CPU, got ", a.device());
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batched_svd_cpu(const at::Tensor& a, int64_t k) {
+  check(a);
+  const SvdResult result(a, k);
+  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "batched_svd", [&] {
+    decompose_all<scalar_t>(as_batch(a), k, result.u.data_ptr<scalar_t>(),
+                            result.s.data_ptr<scalar_t>(), result.v.data_ptr<scalar_t>());
+  });
+  return {result.u, result.s, result.v};
+}
+
+// All singular values of a (..., m, n), without vectors.
+at::Tensor singular_values_cpu(const at::Tensor& a) {
+  check(a);
+  const int64_t k = std::min(a.size(-2), a.size(-1));
+  const at::Tensor s = at::empty(join_sizes(a.sizes().slice(0, a.dim() - 2), {k}), a.options());
+  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "singular_values", [&] {
+    decompose_all<scalar_t>(as_batch(a), k, nullptr, s.data_ptr<scalar_t>(), nullptr);
+  });
+  return s;
+}
+
+}  // namespace
+}  // namespace adacomcat
+
+TORCH_LIBRARY_IMPL(adacomcat, CPU, m) {
+  m.impl("batched_svd_cpu", &adacomcat::batched_svd_cpu);
+  m.impl("singular_values_cpu", &adacomcat::singular_values_cpu);
+}

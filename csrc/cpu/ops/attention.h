@@ -1,0 +1,28 @@
+// What the attention ops ask of their weights.
+#pragma once
+
+#include "common/arguments.h"
+
+namespace adacomcat {
+
+struct AttentionWeights {
+  const at::Tensor &wq, &wk, &wv, &wo;
+  const OptionalTensor &bq, &bo;
+};
+
+// x (B, N, d), wq and wk (H · rank_qk, d), wv (H · rank_vo, d), wo (out, H · rank_vo).
+inline void check_attention(const at::Tensor& x, const AttentionWeights& w, int64_t num_heads) {
+  TORCH_CHECK(x.dim() == 3, "x must be (B, N, d), got ", x.sizes());
+  TORCH_CHECK(w.wq.dim() == 2 && w.wv.dim() == 2 && w.wo.dim() == 2, "wq, wv, wo must be matrices");
+  const int64_t d = x.size(2), columns_qk = w.wq.size(0), columns_vo = w.wv.size(0);
+  TORCH_CHECK(num_heads > 0 && columns_qk % num_heads == 0 && columns_vo % num_heads == 0,
+              "the rows of wq and wv must split into ", num_heads, " heads");
+  check_like(x, w.wq, "wq", {columns_qk, d});
+  check_like(x, w.wk, "wk", {columns_qk, d});
+  check_like(x, w.wv, "wv", {columns_vo, d});
+  check_like(x, w.wo, "wo", {w.wo.size(0), columns_vo});
+  check_like(x, w.bq, "bq", {columns_qk});
+  check_like(x, w.bo, "bo", {w.wo.size(0)});
+}
+
+}  // namespace adacomcat

@@ -1,0 +1,42 @@
+// y = act(x̂ W1ᵀ + b1) W2ᵀ + b2 + residual.
+#include <torch/library.h>
+
+#include "cpu/ops/mlp.h"
+
+namespace adacomcat {
+namespace {
+
+// The last argument is `keep_intermediates`, which all ops have: this one has none to keep.
+at::Tensor dense_mlp(const at::Tensor& x, const at::Tensor& w1, const OptionalTensor& b1,
+                     const at::Tensor& w2, const OptionalTensor& b2,
+                     std::optional<std::string_view> activation, std::optional<double> epsilon,
+                     const OptionalTensor& residual, bool) {
+  TORCH_CHECK(x.dim() > 0 && w1.dim() == 2 && w2.dim() == 2,
+              "x (..., in) and matrices w1, w2 expected");
+  const int64_t hidden = w1.size(0), out = w2.size(0);
+  check_like(x, w1, "w1", {hidden, x.size(-1)});
+  check_like(x, w2, "w2", {out, hidden});
+  check_like(x, b1, "b1", {hidden});
+  check_like(x, b2, "b2", {out});
+  check_like(x, residual, "residual", with_last(x, out));
+
+  const at::Tensor y = empty_rows(x, out);
+  if (!row_count(x) || !out) return y;
+
+  const Engine& e = engine(dtype_of(x));
+  const MlpOptions options{b1, b2, activation, epsilon, residual};
+  if (uses_gemv(x)) {
+    run_mlp_gemv(e, x,
+                 {{}, GemvWeight(w1, true), GemvWeight(w2, true), {}, x.size(-1), hidden, out},
+                 options, y);
+  } else {
+    run_mlp(e, x, {{}, pack_weight(e, w1, true), pack_weight(e, w2, true), {}}, options, y);
+  }
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(adacomcat, CPU, m) { m.impl("dense_mlp_cpu", &dense_mlp); }
+
+}  // namespace adacomcat

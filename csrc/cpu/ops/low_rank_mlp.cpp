@@ -1,0 +1,51 @@
+// y = act(x̂ V1 U1ᵀ + b1) V2 U2ᵀ + b2 + residual.
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "cpu/ops/mlp.h"
+
+namespace adacomcat {
+namespace {
+
+// Returns y and, if intermediates are kept, x̂ V1 and act(...) V2.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> low_rank_mlp(
+    const at::Tensor& x, const at::Tensor& v1, const at::Tensor& u1, const OptionalTensor& b1,
+    const at::Tensor& v2, const at::Tensor& u2, const OptionalTensor& b2,
+    std::optional<std::string_view> activation, std::optional<double> epsilon,
+    const OptionalTensor& residual, bool keep_intermediates) {
+  TORCH_CHECK(x.dim() > 0 && v1.dim() == 2 && u1.dim() == 2 && v2.dim() == 2 && u2.dim() == 2,
+              "x (..., in) and matrices v1, u1, v2, u2 expected");
+  const int64_t rank1 = v1.size(1), hidden = u1.size(0), rank2 = v2.size(1), out = u2.size(0);
+  check_like(x, v1, "v1", {x.size(-1), rank1});
+  check_like(x, u1, "u1", {hidden, rank1});
+  check_like(x, v2, "v2", {hidden, rank2});
+  check_like(x, u2, "u2", {out, rank2});
+  check_like(x, b1, "b1", {hidden});
+  check_like(x, b2, "b2", {out});
+  check_like(x, residual, "residual", with_last(x, out));
+
+  const at::Tensor y = empty_rows(x, out), middle1 = empty_rows(x, rank1, keep_intermediates),
+                   middle2 = empty_rows(x, rank2, keep_intermediates);
+  if (!row_count(x) || !out) return {y, middle1, middle2};
+
+  const Engine& e = engine(dtype_of(x));
+  const MlpOptions options{b1, b2, activation, epsilon, residual};
+  if (uses_gemv(x) && !keep_intermediates) {
+    run_mlp_gemv(e, x,
+                 {GemvWeight(v1, false), GemvWeight(u1, true), GemvWeight(v2, false),
+                  GemvWeight(u2, true), rank1, hidden, rank2},
+                 options, y);
+    return {y, middle1, middle2};
+  }
+  const MlpWeights weights{pack_weight(e, v1, false), pack_weight(e, u1, true),
+                           pack_weight(e, v2, false), pack_weight(e, u2, true)};
+  run_mlp(e, x, weights, options, y, middle1, middle2);
+  return {y, middle1, middle2};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(adacomcat, CPU, m) { m.impl("low_rank_mlp_cpu", &low_rank_mlp); }
+
+}  // namespace adacomcat

@@ -1,0 +1,49 @@
+// The MLP that low_rank_mlp and dense_mlp share:
+//
+//   x̂ → in → up → activation → down → out → y
+//
+// x̂ is x or its layer norm. `in` and `up` are the factors V1 and U1 of W1, `down` and `out` the factors V2
+// and U2 of W2. With dense weights `up` is W1, `down` is W2, and there are no `in` and `out`.
+#pragma once
+
+#include <optional>
+
+#include "cpu/runtime/gemv.h"
+#include "cpu/runtime/weight_cache.h"
+
+namespace adacomcat {
+
+// What a call says besides x and the weights.
+struct MlpOptions {
+  const OptionalTensor &b1, &b2;
+  std::optional<std::string_view> activation;
+  std::optional<double> epsilon;  // of the layer norm, if there is one
+  const OptionalTensor& residual;
+};
+
+// Packed weights; `in` and `out` are empty if the weights are dense.
+struct MlpWeights {
+  PackedWeight in, up, down, out;
+
+  bool low_rank() const { return in.data != nullptr; }
+};
+
+// Products of packed weights. x V1 and act(...) V2 are stored in middle1 and middle2 if these have
+// elements.
+void run_mlp(const Engine& e, const at::Tensor& x, const MlpWeights& weights,
+             const MlpOptions& options, const at::Tensor& y, const at::Tensor& middle1 = {},
+             const at::Tensor& middle2 = {});
+
+// Weights that are not packed, and the columns of in, up and down.
+struct MlpGemvWeights {
+  std::optional<GemvWeight> in;
+  GemvWeight up, down;
+  std::optional<GemvWeight> out;
+  int64_t inner, hidden, middle;
+};
+
+// The same for a few rows.
+void run_mlp_gemv(const Engine& e, const at::Tensor& x, const MlpGemvWeights& weights,
+                  const MlpOptions& options, const at::Tensor& y);
+
+}  // namespace adacomcat
