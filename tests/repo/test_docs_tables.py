@@ -100,28 +100,38 @@ def test_family_without_sites_is_left_out():
 # Errors
 
 
-def message(node: ast.expr) -> list[str]:
-    """The messages that an expression can be, with … for what varies."""
+def message(node: ast.expr, functions: dict[str, ast.FunctionDef]) -> list[str]:
+    """The messages that an expression can be, with … for what varies.
+
+    functions: those of the same file, by name; what they return is looked up.
+    """
     if isinstance(node, ast.Constant):
         return [str(node.value)]
     if isinstance(node, ast.JoinedStr):
         return ["".join(str(part.value) if isinstance(part, ast.Constant) else "…"
                         for part in node.values)]
     if isinstance(node, ast.BinOp):
-        return [a + b for a in message(node.left) for b in message(node.right)]
+        return [a + b for a in message(node.left, functions)
+                for b in message(node.right, functions)]
     if isinstance(node, ast.IfExp):
-        return [*message(node.body), *message(node.orelse)]
+        return [*message(node.body, functions), *message(node.orelse, functions)]
+    if isinstance(node, ast.Call) and getattr(node.func, "id", None) in functions:
+        return [text for inner in ast.walk(functions[node.func.id])
+                if isinstance(inner, ast.Return) for text in message(inner.value, functions)]
     return ["…"]
 
 
 def raised(*names: str) -> Iterator[tuple[Path, str]]:
     """(file, message) of every call of these in the package."""
     for path in sorted((ROOT / "adacomcat").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        functions = {node.name: node for node in ast.walk(tree)
+                     if isinstance(node, ast.FunctionDef)}
+        for node in ast.walk(tree):
             if isinstance(node, ast.Call) and node.args:
                 called = getattr(node.func, "id", None) or getattr(node.func, "attr", None)
                 if called in names:
-                    for text in message(node.args[0]):
+                    for text in message(node.args[0], functions):
                         yield path, re.sub("…+", "…", " ".join(text.split()))
 
 
@@ -138,6 +148,11 @@ def test_every_error_of_users_is_explained():
     missing = [(path.name, text) for path, text in messages
                if text != "…" and not any(row in text for row in explained())]
     assert not missing
+
+
+def test_every_error_is_explained_once():
+    rows = re.findall(r"^\| `(.+?)` \| .", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(rows) == len(set(rows))
 
 
 def test_no_error_is_explained_that_nothing_raises():
