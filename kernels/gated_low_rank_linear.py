@@ -21,11 +21,11 @@ def forward(
     gate: Tensor,
     u: Tensor,
     bias: Tensor | None = None,
-    keep: bool = True,
+    keep_intermediates: bool = True,
     tile: tiles.Tile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """((x V) * gate) Uᵀ + b, and x V if `keep`."""
-    return gated(x, v, gate, u, bias, need_middle=keep, tile=tile)
+    """((x V) * gate) Uᵀ + b, and x V if `keep_intermediates`."""
+    return gated(x, v, gate, u, bias, need_middle=keep_intermediates, tile=tile)
 
 
 def backward(

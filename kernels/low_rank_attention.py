@@ -217,19 +217,19 @@ def forward(
     num_heads: int,
     scale: float,
     attn_mask: Tensor | None = None,
-    keep: bool = True,
+    keep_intermediates: bool = True,
     tile: tiles.Tile | None = None,
     epsilon: float | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output, q, k, v and the context, which gradients want as dense as they are with `keep`.
+    """The output, q, k, v and the context; with `keep_intermediates` dense, as gradients want them.
 
-    Of x's layer norm if there is an `epsilon`: in a launch of its own, since each tile of the
-    projections' columns would take it again.
+    With an `epsilon` a launch of its own normalizes x first, since each tile of the projections'
+    columns would do it again.
     """
     if epsilon is not None:
         x = normalize(x, epsilon)
-    joint = None if keep or x.element_size() > 2 else joined(wq, wk, wv)
+    joint = None if keep_intermediates or x.element_size() > 2 else joined(wq, wk, wv)
     if joint is None:
         q, k, v = project(x, bq, wq, wk, wv)
         bq = None

@@ -97,11 +97,11 @@ def forward(
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
-    keep: bool = True,
+    keep_intermediates: bool = True,
     tile: tiles.Tile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """act((x V) Uᵀ + b) + residual, and x V if `keep`."""
-    return gated(x, v, None, u, bias, activation, residual, True, keep, tile)
+    """act((x V) Uᵀ + b) + residual, and x V if `keep_intermediates`."""
+    return gated(x, v, None, u, bias, activation, residual, True, keep_intermediates, tile)
 
 
 def gated(

@@ -189,12 +189,14 @@ def forward(
     u2: Tensor,
     b2: Tensor | None,
     activation: str | None,
-    keep: bool = True,
+    keep_intermediates: bool = True,
     tile: tiles.Tile | None = None,
     epsilon: float | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(h V2) U2ᵀ + b2 + residual, and x V1 and h V2 if `keep`; of x's layer norm if `epsilon`."""
+    """(h V2) U2ᵀ + b2 + residual, and x V1 and h V2 if `keep_intermediates`.
+
+    With an `epsilon` x is normalized first."""
     rank = max(v1.shape[1], v2.shape[1])
     wide = tiles.is_wide(rank)
     apart = wide or tiles.takes_two_launches(rows(x).shape[0], *v1.shape, x)
@@ -210,7 +212,8 @@ def forward(
     (m, k), (h, r1), (n, r2) = flat.shape, u1.shape, u2.shape
     tile = tile or tiles.mlp_tile(m, rank, x)
     out = x.new_empty(*x.shape[:-1], n)
-    middle1, middle2 = (x.new_empty(*x.shape[:-1], r) if keep else None for r in (r1, r2))
+    middle1, middle2 = (x.new_empty(*x.shape[:-1], r) if keep_intermediates else None
+                        for r in (r1, r2))
     if apart:
         middle1 = product(x, v1)
 

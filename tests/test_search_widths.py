@@ -15,7 +15,7 @@ from adacomcat.data import datasets
 from adacomcat.distill import TrainConfig
 from adacomcat.errors import UserError
 from adacomcat.factorize.factors import LinearStatistics
-from adacomcat.factorize.neurons import SHRINKAGE, HiddenFactors, factorize_hidden
+from adacomcat.factorize.neurons import REFIT_SHRINKAGE, NeuronFactors, factorize_neurons
 from adacomcat.plan import RankPlan
 from adacomcat.search import RankGates
 from adacomcat.search.supernet import GatedMlp
@@ -26,19 +26,19 @@ SIZE = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth"
         "num_heads": 2, "num_classes": 10}
 
 
-def make_mlp(bias: bool = True) -> tuple[Mlp, HiddenFactors, Tensor]:
+def make_mlp(bias: bool = True) -> tuple[Mlp, NeuronFactors, Tensor]:
     """(MLP in float64, its factors, the hidden activations they were made of)."""
     mlp = Mlp(IN, HIDDEN, OUT, bias=bias).double()
     h = mlp.act(mlp.fc1(torch.randn(300, IN, dtype=torch.float64))).detach()
     statistics = LinearStatistics(h.mean(0), torch.cov(h.mT, correction=0), len(h))
-    return mlp, factorize_hidden(mlp.fc2.weight.detach(), mlp.fc2.bias, statistics), h
+    return mlp, factorize_neurons(mlp.fc2.weight.detach(), mlp.fc2.bias, statistics), h
 
 
 def narrowed_output(mlp: Mlp, h: Tensor, kept: Tensor, x: Tensor) -> Tensor:
     """The MLP of the kept neurons, fc2 from the normal equations of ridge regression on h."""
     centred = h - h.mean(0)
     covariance = centred.mT @ centred / len(h)
-    covariance += SHRINKAGE * covariance.trace() / HIDDEN * torch.eye(HIDDEN, dtype=h.dtype)
+    covariance += REFIT_SHRINKAGE * covariance.trace() / HIDDEN * torch.eye(HIDDEN, dtype=h.dtype)
     weight = torch.linalg.solve(covariance[kept][:, kept],
                                 covariance[kept] @ mlp.fc2.weight.mT).mT
     y = mlp.act(mlp.fc1(x))[:, kept] @ weight.mT

@@ -21,13 +21,13 @@ from adacomcat.factorize.factors import (
     value_spectrum,
 )
 from adacomcat.factorize.linalg import require_finite
-from adacomcat.factorize.neurons import HiddenFactors, factorize_hidden
+from adacomcat.factorize.neurons import NeuronFactors, factorize_neurons
 from adacomcat.layers.attention import attention_weights
 from adacomcat.ops.decompositions import truncation_errors
 from adacomcat.sites import Site, find_sites
 from adacomcat.utils.parallel_map import one_by_one, side_by_side
 
-SiteFactors = LinearFactors | ScoreFactors | ValueFactors | HiddenFactors
+SiteFactors = LinearFactors | ScoreFactors | ValueFactors | NeuronFactors
 Factors = dict[str, SiteFactors]
 
 # Shrinkage of every whitening covariance; measured on DINOv2 ViT-S (examples/dinov2).
@@ -62,7 +62,7 @@ def decompose_site(make: Decomposition, model: nn.Module, site: Site, statistics
         if found is None:
             raise UserError(f"{site.name}: only activations tell which neurons can go; give "
                             "calibration images")
-        return factorize_hidden(*_weight_and_bias(module.fc2), found)
+        return factorize_neurons(*_weight_and_bias(module.fc2), found)
     found = statistics.get(site.module)
     if site.kind == "linear":
         return make.linear(*_weight_and_bias(module), _for_linear(found, site),

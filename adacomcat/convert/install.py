@@ -10,7 +10,7 @@ from torch import nn
 from adacomcat.convert.factors import Factors
 from adacomcat.layers.attention import low_rank_class
 from adacomcat.layers.linear import LowRankLinear
-from adacomcat.layers.mlp import LowRankMlp, narrow, narrowed
+from adacomcat.layers.mlp import LowRankMlp, mlp_of_width, prune_mlp
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Site
 
@@ -40,7 +40,7 @@ def low_rank_module(module: nn.Module, sites: list[Site], plan: RankPlan,
                     factors: Factors) -> nn.Module:
     """The drop-in for one dense module, filled. ``sites``: those of this module that shrink."""
     if sites[0].kind == "hidden":
-        return narrowed(module, *factors[sites[0].name].narrowed(plan[sites[0].name]))
+        return prune_mlp(module, *factors[sites[0].name].pruned(plan[sites[0].name]))
     replacement = skeleton_module(module, sites, plan)
     if isinstance(replacement, LowRankLinear):
         replacement.set_(factors[sites[0].name])
@@ -61,7 +61,7 @@ def skeleton_module(module: nn.Module, sites: list[Site], plan: RankPlan) -> nn.
     if site.kind == "linear":
         return LowRankLinear.like(module, plan[site.name])
     if site.kind == "hidden":
-        return narrow(module, plan[site.name])
+        return mlp_of_width(module, plan[site.name])
 
     def folded(part: str) -> int:
         rank = plan[f"{prefix}.{part}"]

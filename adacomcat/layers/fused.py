@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adacomcat import ops
-from adacomcat.factorize.gauge import Factors, with_identities
+from adacomcat.factorize.gauge import MlpFactors, identity_gauge
 from adacomcat.layers.attention import LowRankAttention, attention_weights, causal_mask
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.mlp import LowRankMlp, activation_name
@@ -67,7 +67,7 @@ class FusedAttention(nn.Module):
 
     def first_token(self, x: Tensor) -> Tensor:
         """The first token of the result, (B, 1, d)."""
-        return inference.first_token_attention(
+        return inference.class_attention(
             x, self.wq, self.bq, self.wk, self.wv, self.wo, self.bo, self.num_heads, self.scale,
             self.epsilon)
 
@@ -80,12 +80,12 @@ class FusedMlp(nn.Module):
         affine, gamma = _affine(norm), _layer_scale(scale, mlp.fc2.u)
         v1, u1, u2 = (w.detach().double() for w in (mlp.fc1.v, mlp.fc1.u, mlp.fc2.u))
         self.activation, self.epsilon = mlp.activation, affine.epsilon
-        factors = Factors(affine.weight.unsqueeze(1) * v1, u1,
-                          _bias(mlp.fc1) + u1 @ (affine.bias @ v1), mlp.fc2.v.detach().double(),
-                          gamma.unsqueeze(1) * u2)
+        factors = MlpFactors(affine.weight.unsqueeze(1) * v1, u1,
+                             _bias(mlp.fc1) + u1 @ (affine.bias @ v1),
+                             mlp.fc2.v.detach().double(), gamma.unsqueeze(1) * u2)
         like = mlp.fc1.v
         if like.is_cpu and like.dtype == torch.float32:  # fewer digits would be rounded once more
-            factors = with_identities(factors)
+            factors = identity_gauge(factors)
         _set_weights(self, like, **factors._asdict(), b2=gamma * _bias(mlp.fc2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class FewRowsLinear(nn.Linear):
     """A linear layer that mostly meets a few rows: a head, in small batches."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return inference.few_rows_linear(x, self.weight, self.bias)
+        return inference.linear(x, self.weight, self.bias)
 
 
 class FirstTokenVisionTransformer(VisionTransformer):

@@ -250,7 +250,7 @@ def run_kernels(
     if case.sublayer:
         if case.op == "low_rank_attention":
             arguments = in_one_matrix(arguments)
-        fused = dict(keep=False, tile=tile, epsilon=EPSILON, residual=grad)
+        fused = dict(keep_intermediates=False, tile=tile, epsilon=EPSILON, residual=grad)
         return {"out": module.forward(*arguments, **fused)[0]}
     out, *kept = module.forward(*arguments, tile=tile)
     needed = [name for name in DIFFERENTIATED[case.op]]

@@ -101,7 +101,7 @@ def mlp_arguments() -> list:
 def mlp() -> None:
     """Two programs share the same rows, with several steps along the hidden layer each."""
     with patch.object(tiles, "multiprocessors", lambda: 8):
-        load("low_rank_mlp").forward(*mlp_arguments(), keep=False, tile=TILE)
+        load("low_rank_mlp").forward(*mlp_arguments(), keep_intermediates=False, tile=TILE)
 
 
 def mlp_apart() -> None:

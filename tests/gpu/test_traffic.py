@@ -38,10 +38,10 @@ def launch(shape: Shape) -> list[Launch]:
         if hidden:
             load("low_rank_mlp").forward(
                 e(m, k), e(k, r), e(hidden, r), e(hidden), e(hidden, r), e(n, r), e(n), "relu",
-                keep=False,
+                keep_intermediates=False,
             )  # fmt: skip
         else:
-            load("low_rank_linear").forward(e(m, k), e(k, r), e(n, r), e(n), keep=False)
+            load("low_rank_linear").forward(e(m, k), e(k, r), e(n, r), e(n), keep_intermediates=False)
     return found
 
 
