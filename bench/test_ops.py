@@ -100,13 +100,13 @@ def first_token() -> Problem:
         y = F.scaled_dot_product_attention(q, k, v, scale=scale)
         return x[:, :1] + F.linear(y.transpose(1, 2).flatten(2), wo, bo)
 
-    return Problem(inference.first_token_attention, plain,
+    return Problem(inference.class_attention, plain,
                    [weight(192, 384), torch.randn(192), weight(192, 384), weight(192, 384),
                     weight(384, 192), torch.randn(384)], (6, 64**-0.5, 1e-6), trains=False)
 
 
 def head() -> Problem:
-    return Problem(inference.few_rows_linear, F.linear, [weight(1000, 384), torch.randn(1000)], (),
+    return Problem(inference.linear, F.linear, [weight(1000, 384), torch.randn(1000)], (),
                    (384,), trains=False)
 
 

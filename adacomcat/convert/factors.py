@@ -25,13 +25,13 @@ from adacomcat.factorize.factors import (
     value_spectrum,
 )
 from adacomcat.factorize.linalg import require_finite
-from adacomcat.factorize.neurons import HiddenFactors, factorize_hidden
+from adacomcat.factorize.neurons import NeuronFactors, factorize_neurons
 from adacomcat.layers.registry import attention_weights
 from adacomcat.ops.decompositions import truncation_errors
 from adacomcat.sites import Site, find_sites
 from adacomcat.utils.parallel_map import one_by_one, side_by_side
 
-SiteFactors = LinearFactors | ScoreFactors | ValueFactors | HiddenFactors
+SiteFactors = LinearFactors | ScoreFactors | ValueFactors | NeuronFactors
 Factors = dict[str, SiteFactors]
 
 # Shrinkage of every whitening covariance; measured on DINOv2 ViT-S (examples/dinov2).
@@ -79,12 +79,12 @@ def decompose_site(make: Decomposition, model: nn.Module, site: Site, statistics
                        shrinkage=shrinkage)
 
 
-def _neurons(fc2: nn.Linear, site: Site, statistics: Statistics) -> HiddenFactors:
+def _neurons(fc2: nn.Linear, site: Site, statistics: Statistics) -> NeuronFactors:
     found = statistics.get(f"{site.module}.fc2")
     if not isinstance(found, LinearStatistics):
         raise UserError(f"{site.name}: only activations tell which neurons can go; give "
                         "calibration images")
-    return factorize_hidden(*_weight_and_bias(fc2), found)
+    return factorize_neurons(*_weight_and_bias(fc2), found)
 
 
 def decompose_sites(make: Decomposition, model: nn.Module, sites: list[Site],

@@ -15,7 +15,7 @@ from adacomcat.convert.factors import Factors
 from adacomcat.convert.record import record_
 from adacomcat.layers.attention import low_rank_class
 from adacomcat.layers.linear import LowRankLinear
-from adacomcat.layers.mlp import LowRankMlp, narrow, narrowed
+from adacomcat.layers.mlp import LowRankMlp, mlp_of_width, prune_mlp
 from adacomcat.layers.registry import mlp_parts
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Site
@@ -49,7 +49,7 @@ def low_rank_module(module: nn.Module, sites: list[Site], plan: RankPlan,
     # The kind of a site says which class its factors and its module have.
     found = cast(dict[str, Any], factors)
     if sites[0].kind == "hidden":
-        return narrowed(cast(Any, module), *found[sites[0].name].narrowed(plan[sites[0].name]))
+        return prune_mlp(cast(Any, module), *found[sites[0].name].pruned(plan[sites[0].name]))
     replacement: Any = skeleton_module(module, sites, plan)
     if isinstance(replacement, LowRankLinear):
         replacement.set_(found[sites[0].name])
@@ -72,7 +72,7 @@ def skeleton_module(module: nn.Module, sites: list[Site], plan: RankPlan) -> nn.
     if rank != DENSE and site.kind == "linear":
         return LowRankLinear.like(found, rank)
     if rank != DENSE and site.kind == "hidden":
-        return narrow(found, rank)
+        return mlp_of_width(found, rank)
 
     def folded(part: str) -> int:
         rank = plan[f"{prefix}.{part}"]

@@ -20,10 +20,10 @@ from adacomcat.factorize.factors import (
     factorize_values,
 )
 from adacomcat.factorize.linalg import descending_eigh, shrink
-from adacomcat.factorize.neurons import SHRINKAGE, eliminate, refitted
+from adacomcat.factorize.neurons import REFIT_SHRINKAGE, eliminate, refitted
 from adacomcat.layers.attention import LowRankAttention, low_rank_class
 from adacomcat.layers.linear import LowRankLinear
-from adacomcat.layers.mlp import narrowed
+from adacomcat.layers.mlp import prune_mlp
 from adacomcat.layers.registry import (
     BlockParts,
     EncoderParts,
@@ -283,11 +283,11 @@ def _pruned(mlp: Any, scale: Tensor, regression: Regression, width: int) -> nn.M
     the drift then as everywhere.
     """
     covariance, dense = regression.inputs.covariance, regression.weight
-    order, _ = eliminate(dense, shrink(covariance, SHRINKAGE))
+    order, _ = eliminate(dense, shrink(covariance, REFIT_SHRINKAGE))
     kept = order[:width].sort().values
     base = refitted(dense, covariance, kept)
     weight, bias = regression.on_inputs(kept, base).solve_dense()
-    return narrowed(mlp, kept, weight / scale.unsqueeze(1), bias / scale)
+    return prune_mlp(mlp, kept, weight / scale.unsqueeze(1), bias / scale)
 
 
 def _low_rank(linear: nn.Linear, rank: int, v: Tensor, u: Tensor, bias: Tensor) -> LowRankLinear:

@@ -1,7 +1,7 @@
-"""Weights, and statistics of what flows into them, to factors. Everything in float64.
+"""Weights, and statistics of their inputs → low-rank factors, in float64.
 
-All decompositions are nested: rank r is the first r columns, and the squared error of every rank
-is the tail of one spectrum.
+All decompositions are nested: the factors of rank r are the first r columns. One spectrum gives the
+squared error of every rank as its tail.
 """
 
 from dataclasses import dataclass
@@ -12,15 +12,18 @@ from torch import Tensor
 
 from adacomcat.factorize.linalg import (
     descending_eigh,
-    eigenvalues,
-    gram,
     shrink,
-    singular_values,
     square_root,
     square_roots,
     triangle,
 )
-from adacomcat.ops.decompositions import batched_svd, truncation_errors
+from adacomcat.ops.decompositions import (
+    batched_svd,
+    eigenvalues,
+    gram,
+    singular_values,
+    truncation_errors,
+)
 
 
 class LinearStatistics(NamedTuple):
@@ -32,7 +35,8 @@ class LinearStatistics(NamedTuple):
 
 
 class AttentionStatistics(NamedTuple):
-    """What whitens an attention, in the notation of its tokens x and their averages z_h = P_h x."""
+    """Moments that whiten an attention: of its tokens x and of their averages z_h = P_h x, with P_h
+    the probabilities of head h."""
 
     mean: Tensor  # (d,) of x
     covariance: Tensor  # (d, d) of x, centred
@@ -58,7 +62,7 @@ class LinearFactors:
 
 
 class ScoreFactors(NamedTuple):
-    """Logits of head h: s (x wq_hᵀ + bq_h)(x wk_hᵀ)ᵀ."""
+    """Factors of the logits s (x wq_hᵀ + bq_h)(x wk_hᵀ)ᵀ of every head h."""
 
     wq: Tensor  # (H, R, d)
     bq: Tensor  # (H, R)
@@ -67,7 +71,7 @@ class ScoreFactors(NamedTuple):
 
 
 class ValueFactors(NamedTuple):
-    """Σ_h wo_h wv_h z_h + bo, where ``bo`` is that of the full rank."""
+    """Factors of the output Σ_h wo_h wv_h z_h + bo; ``bo`` holds at the full rank."""
 
     wv: Tensor  # (H, R, d)
     wo: Tensor  # (H, out, R)
@@ -76,6 +80,7 @@ class ValueFactors(NamedTuple):
     errors: Tensor  # (R + 1,)
 
     def truncated_bias(self, rank: int) -> Tensor:
+        """bo plus the mean of the values that the truncation drops."""
         lost = torch.einsum("hor,hrd,hd->o", self.wo[..., rank:], self.wv[:, rank:], self.mean)
         return self.bo + lost
 
@@ -92,26 +97,33 @@ def factorize_linear(weight: Tensor, bias: Tensor | None,
                      shrinkage: float = 0.0) -> LinearFactors:
     """Ŵ = SVD_r(W C^½) C^-½: the best rank-r map in E|x Wᵀ - x Ŵᵀ|². C = I without statistics.
 
-    By the eigenvectors of the smaller Gram matrix of W C^½: with P on the output side
+    Computed by the eigenvectors of the smaller Gram matrix of W C^½: with P on the output side
     Ŵ_r = P_r P_rᵀ W, with Q on the input side Ŵ_r = W C^½ Q_r (C^-½ Q_r)ᵀ.
+
+    Args:
+        weight: W, (out, in).
+        bias: (out,) or None for zeros.
+        statistics: Mean and covariance of the inputs x.
+        shrinkage: λ of C + λ m I, with m the mean of C's diagonal.
     """
     weight = weight.double()
     out_features, in_features = weight.shape
-    mean = weight.new_zeros(in_features)
+    mean, covariance = weight.new_zeros(in_features), None
     if statistics is not None:
         covariance = shrink(statistics.covariance.double(), shrinkage)
         mean = statistics.mean.double()
     if out_features <= in_features:
-        product = gram(weight.mT) if statistics is None else weight @ covariance @ weight.mT
+        product = gram(weight.mT) if covariance is None else weight @ covariance @ weight.mT
         energy, u = descending_eigh(product)
         v = weight.mT @ u
+    elif covariance is None:
+        energy, v = descending_eigh(gram(weight))
+        u = weight @ v
     else:
-        whitened, inverse = weight, None
-        if statistics is not None:
-            root, inverse = square_roots(covariance)
-            whitened = weight @ root
+        root, inverse = square_roots(covariance)
+        whitened = weight @ root
         energy, right = descending_eigh(gram(whitened))
-        u, v = whitened @ right, right if inverse is None else inverse @ right
+        u, v = whitened @ right, inverse @ right
     bias = weight.new_zeros(out_features) if bias is None else bias.double()
     return LinearFactors(*balance(v, u), bias, mean,
                          truncation_errors(energy.sqrt().unsqueeze(0)))

@@ -1,11 +1,12 @@
-"""Which hidden neurons of an MLP stay, and what its second projection becomes without the others.
+"""Pruning of an MLP's hidden neurons, and the refit of its second projection.
 
-Through the activation only a choice of coordinates passes, so the low-rank form of a whole MLP is
-a column subset: y = act(x W1ᵀ + b1) W2ᵀ ≈ act(x W1ᵀ + b1)_K W_Kᵀ. With rows of the hidden
-covariance C, the best W_K for a kept set K is the regression of W2 h on h_K. K comes by elimination
-in blocks, least loss first, each time refitting the rest (Hassibi and Stork, Optimal Brain Surgeon,
-1993; for the MLPs of language models: MoDeGPT, arXiv 2408.09632). Measured on DINOv2 ViT-S
-(examples/dinov2): half the error, on other photographs, of two low-rank projections of equal size.
+The activation lets only a choice of coordinates pass, so the low-rank form of a whole MLP is a
+column subset: y = act(x W1ᵀ + b1) W2ᵀ ≈ act(x W1ᵀ + b1)_K W_Kᵀ. For kept neurons K the best W_K is
+the regression of W2 h on h_K, by the covariance C of the hidden activations h. Neurons are
+eliminated in blocks, those of least loss first, and the rest is refitted each time (Hassibi and
+Stork, Optimal Brain Surgeon, 1993; for the MLPs of language models MoDeGPT, arXiv 2408.09632). On
+DINOv2 ViT-S and photographs outside of the calibration (examples/dinov2), pruned MLPs had half the
+relative error of the features that two low-rank projections of equal size had.
 """
 
 from dataclasses import dataclass
@@ -16,15 +17,17 @@ from torch import Tensor
 from adacomcat.factorize.factors import LinearStatistics
 from adacomcat.factorize.linalg import shrink
 
-# Of the refit towards the dense weights; ten times as much was no better (examples/dinov2).
-SHRINKAGE = 0.01
-# Neurons leave in at most this many rounds; losses are exact at their ends, linear in between.
-ROUNDS = 48
+# Shrinkage of a refit towards the dense weights, as a part of the mean variance; ten times as much
+# gave no smaller error of the features (examples/dinov2).
+REFIT_SHRINKAGE = 0.01
+# The most rounds of elimination. Losses are exact at the ends of rounds and linear in between.
+ELIMINATION_ROUNDS = 48
 
 
 @dataclass
-class HiddenFactors:
-    """Neurons in the order of their worth. ``errors[n]`` is E|y - ŷ|² with n of them, n = 0 … H."""
+class NeuronFactors:
+    """Hidden neurons, the most valuable first. ``errors[n]`` is E|y - ŷ|² with the first n of them,
+    n = 0 … H."""
 
     order: Tensor  # (H,) indices
     weight: Tensor  # (out, H) of the dense second projection
@@ -35,44 +38,50 @@ class HiddenFactors:
 
     @property
     def triangle(self) -> Tensor:
-        """Lower L, L Lᵀ the neurons' shrunk covariance in their order. W L 1_{j ≤ n} L⁻¹ is the
-        regression of W h on the first n neurons: with L, refits of every width are prefixes."""
+        """Lower L with L Lᵀ the shrunk covariance of the neurons in their order. W L 1_{j ≤ n} L⁻¹
+        is the regression of W h on the first n neurons: with L, refits of all widths are nested."""
         ordered = self.covariance[self.order][:, self.order]
-        return torch.linalg.cholesky(shrink(ordered, SHRINKAGE))
+        return torch.linalg.cholesky(shrink(ordered, REFIT_SHRINKAGE))
 
     def kept(self, width: int) -> Tensor:
         return self.order[:width].sort().values
 
-    def narrowed(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    def pruned(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """(kept neurons (width,), weight (out, width), bias (out,))."""
         kept = self.kept(width)
         weight = refitted(self.weight, self.covariance, kept)
         return kept, weight, self.bias + self.weight @ self.mean - weight @ self.mean[kept]
 
 
-def factorize_hidden(weight: Tensor, bias: Tensor | None,
-                     statistics: LinearStatistics) -> HiddenFactors:
-    """weight (out, H) and the statistics of what enters it."""
+def factorize_neurons(weight: Tensor, bias: Tensor | None,
+                      statistics: LinearStatistics) -> NeuronFactors:
+    """The order of the neurons that enter a second projection, and the loss of every width.
+
+    Args:
+        weight: (out, H) of the projection.
+        bias: (out,) or None.
+        statistics: Mean and covariance of the hidden activations.
+    """
     weight = weight.double()
     bias = weight.new_zeros(len(weight)) if bias is None else bias.double()
     mean, covariance = statistics.mean.double(), statistics.covariance.double()
-    order, errors = eliminate(weight, shrink(covariance, SHRINKAGE))
-    return HiddenFactors(order, weight, bias, mean, covariance, errors)
+    order, errors = eliminate(weight, shrink(covariance, REFIT_SHRINKAGE))
+    return NeuronFactors(order, weight, bias, mean, covariance, errors)
 
 
 def refitted(weight: Tensor, covariance: Tensor, kept: Tensor) -> Tensor:
     """W_K = argmin E|W h - W_K h_K|² + λ m |W_K - W[:, K]|², m the mean variance; (out, K)."""
     own = covariance[kept][:, kept]
-    pull = SHRINKAGE * own.diagonal().mean()
+    pull = REFIT_SHRINKAGE * own.diagonal().mean()
     target = covariance[kept] @ weight.mT + pull * weight[:, kept].mT
-    return torch.cholesky_solve(target, torch.linalg.cholesky(shrink(own, SHRINKAGE))).mT
+    return torch.cholesky_solve(target, torch.linalg.cholesky(shrink(own, REFIT_SHRINKAGE))).mT
 
 
 def eliminate(weight: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """(order, errors): neurons, the first to go last, and the loss tr(ΔW C ΔWᵀ) of every width.
+    """(order, errors): neurons, last eliminated first, and the loss tr(ΔW C ΔWᵀ) of every width.
 
-    Removing the set S costs tr(W_S [(C⁻¹)_SS]⁻¹ W_Sᵀ) once the rest is refitted; within a round
-    the single losses |w_j|² / (C⁻¹)_jj choose S.
+    The removal of a set S costs tr(W_S [(C⁻¹)_SS]⁻¹ W_Sᵀ) once the rest is refitted. A round
+    removes the neurons of the least single losses |w_j|² / (C⁻¹)_jj.
     """
     hidden = weight.shape[1]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
@@ -96,6 +105,6 @@ def eliminate(weight: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rounds(hidden: int) -> list[int]:
-    """Sizes of the rounds, together all neurons."""
-    size = -(-hidden // ROUNDS)
+    """Sizes of the rounds; their sum is ``hidden``."""
+    size = -(-hidden // ELIMINATION_ROUNDS)
     return [min(size, hidden - start) for start in range(0, hidden, size)]

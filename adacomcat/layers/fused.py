@@ -12,7 +12,7 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from adacomcat import ops
-from adacomcat.factorize.gauge import Factors, with_identities
+from adacomcat.factorize.gauge import MlpFactors, identity_gauge
 from adacomcat.layers.attention import LowRankAttention, causal_mask
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.mlp import LowRankMlp, activation_name
@@ -78,7 +78,7 @@ class FusedAttention(nn.Module):
 
     def class_token(self, x: Tensor) -> Tensor:
         """The class token of the result, (B, 1, d): the first one."""
-        return inference.first_token_attention(
+        return inference.class_attention(
             x, self.wq, self.bq, self.wk, self.wv, self.wo, self.bo, self.num_heads, self.scale,
             self.epsilon)
 
@@ -92,13 +92,13 @@ class FusedMlp(nn.Module):
         gamma = _gamma(part, mlp.fc2.u)
         v1, u1, u2 = (w.detach().double() for w in (mlp.fc1.v, mlp.fc1.u, mlp.fc2.u))
         self.activation, self.epsilon = mlp.activation, affine.epsilon
-        factors = Factors(affine.weight.unsqueeze(1) * v1, u1,
-                          _bias(mlp.fc1) + u1 @ (affine.bias @ v1), mlp.fc2.v.detach().double(),
-                          gamma.unsqueeze(1) * u2)
+        factors = MlpFactors(affine.weight.unsqueeze(1) * v1, u1,
+                             _bias(mlp.fc1) + u1 @ (affine.bias @ v1),
+                             mlp.fc2.v.detach().double(), gamma.unsqueeze(1) * u2)
         like = mlp.fc1.v
         # The identities save products; in bfloat16 and float16 they would cost one more rounding.
         if like.is_cpu and like.dtype == torch.float32:
-            factors = with_identities(factors)
+            factors = identity_gauge(factors)
         _set_weights(self, like, **factors._asdict(), b2=gamma * _bias(mlp.fc2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ class GemvLinear(nn.Linear):
         self.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        return inference.few_rows_linear(input, self.weight, self.bias)
+        return inference.linear(input, self.weight, self.bias)
 
 
 class ClassTokenEncoder(nn.Module):

@@ -1,34 +1,43 @@
-"""Low-rank linear layers and MLPs, drop-in for ``nn.Linear`` and timm's ``Mlp``."""
+"""A low-rank linear layer, drop-in for ``nn.Linear``."""
 
 import math
 
 import torch
-from timm.layers import GELU, GELUTanh
 from torch import Tensor, nn
 
 from adacomcat import ops
 from adacomcat.factorize.factors import LinearFactors, LinearStatistics, factorize_linear
 
-_ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", GELU: "gelu", GELUTanh: "gelu_tanh"}
-
 
 class LowRankLinear(nn.Module):
-    """y = (x V) Uᵀ + b, with v: (in, rank), u: (out, rank). LoRA's A is Vᵀ, its B is U.
+    """y = (x V) Uᵀ + b, equivalent to ``nn.Linear`` with weight U Vᵀ.
 
-    Pays below rank in·out / (in + out). Equivalent to ``nn.Linear`` with weight U Vᵀ.
+    It has fewer parameters and operations than the dense layer below rank in·out / (in + out). In
+    the words of LoRA, A is Vᵀ and B is U.
+
+    Args:
+        in_features: Size of the last dimension of x (..., in).
+        out_features: Size of the last dimension of y (..., out).
+        rank: r, of ``v`` (in, r) and ``u`` (out, r).
+        bias: Whether there is a ``bias`` (out,).
+        device: Of the parameters.
+        dtype: Of the parameters.
     """
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True,
                  device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        kwargs = {"device": device, "dtype": dtype}
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.v = nn.Parameter(torch.empty(in_features, rank, **kwargs))
-        self.u = nn.Parameter(torch.empty(out_features, rank, **kwargs))
-        self.bias = nn.Parameter(torch.empty(out_features, **kwargs)) if bias else None
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        self.v, self.u = empty(in_features, rank), empty(out_features, rank)
+        self.bias = empty(out_features) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Random factors as ``nn.Linear`` initialises weights, and a bias of zeros."""
         nn.init.kaiming_uniform_(self.v.T, a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.u, a=math.sqrt(5))
         if self.bias is not None:
@@ -36,23 +45,40 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     def like(cls, linear: nn.Linear, rank: int) -> "LowRankLinear":
-        """Uninitialised, of ``linear``'s shape."""
+        """A layer of ``linear``'s shape, device, dtype and mode; its factors are random."""
         return cls(linear.in_features, linear.out_features, rank, linear.bias is not None,
                    linear.weight.device, linear.weight.dtype).train(linear.training)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, rank: int, covariance: Tensor | None = None,
                     mean: Tensor | None = None) -> "LowRankLinear":
-        """The best rank-``rank`` map for inputs of this centred covariance (in, in) and mean."""
+        """The best map of this rank: Ŵ = SVD_r(W C^½) C^-½, b̂ = b + (W - Ŵ) mean.
+
+        It minimises E|x Wᵀ - x Ŵᵀ|² over inputs of covariance C; without one, |W - Ŵ|.
+
+        Args:
+            linear: The dense layer.
+            rank: r.
+            covariance: C, (in, in), the centred covariance of the inputs.
+            mean: (in,), the mean of the inputs, zero by default; only read with a covariance.
+        """
         statistics = None
         if covariance is not None:
             mean = covariance.new_zeros(linear.in_features) if mean is None else mean
             statistics = LinearStatistics(mean, covariance, tokens=0)
+        return cls.from_statistics(linear, rank, statistics)
+
+    @classmethod
+    def from_statistics(cls, linear: nn.Linear, rank: int,
+                        statistics: LinearStatistics | None) -> "LowRankLinear":
+        """``from_linear`` for the statistics of the inputs; None for the plain SVD."""
         module = cls.like(linear, rank)
-        module.set_(factorize_linear(linear.weight.detach(), _bias(linear), statistics))
+        bias = None if linear.bias is None else linear.bias.detach()
+        module.set_(factorize_linear(linear.weight.detach(), bias, statistics))
         return module
 
     def to_linear(self) -> nn.Linear:
+        """The dense layer of weight U Vᵀ."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None,
                            self.v.device, self.v.dtype)
         with torch.no_grad():
@@ -63,7 +89,7 @@ class LowRankLinear(nn.Module):
 
     @torch.no_grad()
     def set_(self, factors: LinearFactors) -> None:
-        """Take the first ``rank`` columns; where there is a bias it absorbs the mean error."""
+        """Take the first ``rank`` columns of the factors; a bias absorbs the mean error."""
         self.v.copy_(factors.v[:, :self.rank])
         self.u.copy_(factors.u[:, :self.rank])
         if self.bias is not None:
@@ -71,16 +97,13 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """U Vᵀ, for code that reads ``linear.weight``; forward never forms it."""
+        """U Vᵀ, (out, in), for code that reads ``linear.weight``; ``forward`` never forms it."""
         return self.u @ self.v.T
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) → (..., out)."""
         return ops.low_rank_linear(x, self.v, self.u, self.bias)
 
     def extra_repr(self) -> str:
         return (f"in_features={self.in_features}, out_features={self.out_features}, "
                 f"rank={self.rank}, bias={self.bias is not None}")
-
-
-def _bias(linear: nn.Linear) -> Tensor | None:
-    return None if linear.bias is None else linear.bias.detach()

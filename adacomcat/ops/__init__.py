@@ -1,6 +1,7 @@
-"""The fused ops: public functions on tensors, and everything that registers them with PyTorch."""
+"""The ops: public functions on tensors, their backends, and their registration with PyTorch."""
 
 from adacomcat.moved import forward
+from adacomcat.ops import backends, decompositions, inference
 from adacomcat.ops.functions import (
     dense_mlp,
     gated_low_rank_linear,
@@ -9,7 +10,7 @@ from adacomcat.ops.functions import (
     low_rank_mlp,
 )
 
-__all__ = ["dense_mlp", "gated_low_rank_linear", "low_rank_attention", "low_rank_linear",
-           "low_rank_mlp"]
+__all__ = ["backends", "decompositions", "dense_mlp", "gated_low_rank_linear", "inference",
+           "low_rank_attention", "low_rank_linear", "low_rank_mlp"]
 
 __getattr__ = forward(__name__, ("ops.registry",))

@@ -1,8 +1,8 @@
-"""The backward pass of every op: only the gradients that are asked for.
+"""The backward formula of every op, under the op's name: only the gradients that are asked for.
 
-`ctx` holds the tensor arguments and the kept intermediates in `saved_tensors`, the other arguments
-in `options`. Kept intermediates carry no graph of their own, so a backward pass that is itself
-differentiated computes them anew.
+``registry`` calls them. ``ctx`` holds the tensor arguments and then the intermediates in
+``saved_tensors``, the other arguments by name in ``options``. Intermediates carry no graph of their
+own, so a backward pass that is itself differentiated computes them anew.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adacomcat.ops import shapes
 from adacomcat.ops.reference import activate, broadcast_mask, merge_heads, probability, split_heads
 
 Gradient = Tensor | None
@@ -21,7 +22,7 @@ Gradient = Tensor | None
 def by_kernel(
     launch: Callable[..., tuple[Gradient, ...]], ctx: Any, names: list[str], grad: Tensor
 ) -> tuple[Gradient, ...]:
-    """What a backend's kernels give, in the order of the op's arguments `names`."""
+    """The gradients that a backend's kernels compute, in the order of the arguments ``names``."""
     tensors = [name for name in names if name not in ctx.options]
     values = ctx.options | dict(zip(tensors, ctx.saved_tensors, strict=False))
     needed = dict(zip(names, ctx.needs_input_grad, strict=False))
@@ -47,13 +48,16 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(prod(x.shape[:-1]), x.shape[-1])  # -1 is ambiguous where a width is 0
 
 
-def _weight_grad(needed: bool, a: Tensor, b: Tensor) -> Gradient:
-    """aᵀ b over all rows."""
-    return _rows(a).t() @ _rows(b) if needed else None
+def _weight_grad(needed: bool, a: Gradient, b: Gradient) -> Gradient:
+    """aᵀ b over all rows; a and b are None only where nothing needs them."""
+    if not needed or a is None or b is None:
+        return None
+    return _rows(a).t() @ _rows(b)
 
 
-def _bias_grad(needed: bool, grad: Tensor) -> Gradient:
-    return _rows(grad).sum(0) if needed else None
+def _bias_grad(needed: bool, grad: Gradient) -> Gradient:
+    """The sum of all rows."""
+    return _rows(grad).sum(0) if needed and grad is not None else None
 
 
 def _activation_backward(grad: Tensor, pre: Tensor, activation: str | None) -> Tensor:
@@ -110,7 +114,7 @@ def gated_low_rank_linear(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradien
 
 def low_rank_mlp(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, ...]:
     x, v1, u1, b1, v2, u2, _, middle1, middle2 = ctx.saved_tensors
-    need_x, need_v1, need_u1, need_b1, need_v2, need_u2, need_b2, *_ = ctx.needs_input_grad
+    need_x, need_v1, need_u1, need_b1, need_v2, need_u2, need_b2 = ctx.needs_input_grad[:7]
     reusable = _reusable(ctx)
     middle1 = middle1 if reusable else x @ v1
     pre = F.linear(middle1, u1, b1)
@@ -133,18 +137,20 @@ def low_rank_mlp(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, ...]:
 
 
 def dense_mlp(ctx: Any, grad: Tensor, *_: Gradient) -> tuple[Gradient, ...]:
-    """Nothing of the hidden layer was kept: it is computed anew."""
+    """The op keeps no intermediate: the hidden layer is computed anew."""
     x, w1, b1, w2, _ = ctx.saved_tensors
-    need_x, need_w1, need_b1, need_w2, need_b2, *_ = ctx.needs_input_grad
-    grad_w2 = grad_pre = None
+    need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad[:5]
+    activation = ctx.options["activation"]
+    grad_x = grad_w2 = grad_pre = None
     if need_x or need_w1 or need_b1 or need_w2:
         pre = F.linear(x, w1, b1)
-    if need_w2:
-        grad_w2 = _weight_grad(True, grad, activate(pre, ctx.options["activation"]))
-    if need_x or need_w1 or need_b1:
-        grad_pre = _activation_backward(grad @ w2, pre, ctx.options["activation"])
+        if need_w2:
+            grad_w2 = _weight_grad(True, grad, activate(pre, activation))
+        if need_x or need_w1 or need_b1:
+            grad_pre = _activation_backward(grad @ w2, pre, activation)
+            grad_x = grad_pre @ w1 if need_x else None
     return (
-        grad_pre @ w1 if need_x else None,
+        grad_x,
         _weight_grad(need_w1, grad_pre, x),
         _bias_grad(need_b1, grad_pre),
         grad_w2,
@@ -191,7 +197,7 @@ def _svd_gradient(u: Tensor, s: Tensor, v: Tensor, k: int, grad_u: Gradient, gra
 
     Gradients of the first k triples (Townsend, "Differentiating the singular value decomposition"):
     U (S̃ + (F∘P̃) S + S (F∘Q̃)) Vᵀ, P̃ = P - Pᵀ for P = Uᵀ grad_u, Q̃ of V, F_ij = 1 / (s_j² - s_i²),
-    and what leaves the two spaces: (I - U Uᵀ) grad_u S⁻¹ Vᵀ, U S⁻¹ ((I - V Vᵀ) grad_v)ᵀ.
+    and the parts outside of the two spaces: (I - U Uᵀ) grad_u S⁻¹ Vᵀ, U S⁻¹ ((I - V Vᵀ) grad_v)ᵀ.
     """
     size = s.shape[-1]
     core = s.new_zeros(*s.shape, size)
@@ -203,7 +209,7 @@ def _svd_gradient(u: Tensor, s: Tensor, v: Tensor, k: int, grad_u: Gradient, gra
     s = torch.ops.adacomcat.require_distinct(s, k, any(outside))
     row, column = s.unsqueeze(-1), s.unsqueeze(-2)
     index = torch.arange(size, device=s.device)
-    # Two triples that are both cut off, or one with itself: nothing to weigh.
+    # Two triples that are both cut off, and one triple with itself, add nothing.
     idle = ((index[:, None] >= k) & (index >= k)) | (index[:, None] == index)
     weights = ((column - row) * (column + row)).masked_fill(idle, 1).reciprocal()
     weights = weights.masked_fill(idle, 0)
@@ -222,25 +228,28 @@ def _svd_gradient(u: Tensor, s: Tensor, v: Tensor, k: int, grad_u: Gradient, gra
     return torch.cat([u @ core, *lefts], -1), torch.cat([v, *rights], -1)
 
 
-def batched_svd(ctx: Any, *grads: Gradient) -> tuple[Gradient, ...]:
-    (a,), (k,) = ctx.saved_tensors, ctx.options
-    whole = torch.ops.adacomcat.batched_svd(a, min(a.shape[-2:]))
-    left, right = _svd_gradient(*whole, k, *grads)
+def batched_svd(ctx: Any, grad_u: Gradient, grad_s: Gradient,
+                grad_v: Gradient) -> tuple[Gradient, ...]:
+    (a,) = ctx.saved_tensors
+    u, s, v = torch.ops.adacomcat.batched_svd(a, min(a.shape[-2:]))
+    left, right = _svd_gradient(u, s, v, ctx.options["k"], grad_u, grad_s, grad_v)
     return left @ right.mT, None
 
 
-def low_rank_approximation(ctx: Any, *grads: Gradient) -> tuple[Gradient, ...]:
-    (a,), (k,) = ctx.saved_tensors, ctx.options
-    whole = torch.ops.adacomcat.low_rank_approximation(a, min(a.shape[-2:]))
-    left, right = _svd_gradient(*whole, k, *grads)
+def low_rank_approximation(ctx: Any, grad_u: Gradient, grad_s: Gradient,
+                           grad_v: Gradient) -> tuple[Gradient, ...]:
+    (a,) = ctx.saved_tensors
+    u, s, v = torch.ops.adacomcat.low_rank_approximation(a, min(a.shape[-2:]))
+    left, right = _svd_gradient(u, s, v, ctx.options["k"], grad_u, grad_s, grad_v)
     return left @ right.mT, None
 
 
-def factored_svd(ctx: Any, *grads: Gradient) -> tuple[Gradient, ...]:
+def factored_svd(ctx: Any, grad_u: Gradient, grad_s: Gradient,
+                 grad_v: Gradient) -> tuple[Gradient, ...]:
     """a bᵀ has the gradient left rightᵀ: left (rightᵀ b) for a, right (leftᵀ a) for b."""
-    (a, b), (k,) = ctx.saved_tensors, ctx.options
-    whole = torch.ops.adacomcat.factored_svd(a, b, min(a.shape[-2], b.shape[-2], a.shape[-1]))
-    left, right = _svd_gradient(*whole, k, *grads)
+    a, b = ctx.saved_tensors
+    u, s, v = torch.ops.adacomcat.factored_svd(a, b, shapes.rank_limit(a, b))
+    left, right = _svd_gradient(u, s, v, ctx.options["k"], grad_u, grad_s, grad_v)
     return left @ (right.mT @ b), right @ (left.mT @ a), None
 
 

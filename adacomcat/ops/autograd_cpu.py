@@ -1,7 +1,8 @@
-"""The backward pass of the ops on the C++ kernels: formulas of ``gradients``, other products.
+"""The backward pass of the ops on C++ kernels: the formulas of ``autograd``, on fused products.
 
-Each function takes the incoming gradient, the op's arguments without residual, what the op kept,
-and which gradients are needed; of the hidden layer it recomputes what no one kept.
+``registry`` calls these functions through ``backends.backward_kernel``. Each takes the incoming
+gradient, the op's arguments without a residual, the op's intermediates, and which gradients are
+needed. Kernels recompute the hidden layer of an MLP, which the forward pass does not keep.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch import Tensor
 from adacomcat.ops.reference import broadcast_mask, merge_heads, probability, split_heads
 
 Gradient = Tensor | None
-# Of an attention's probabilities so many at a time: they stay in cache, of any number of images.
+# Attention probabilities that are computed at a time, so that they stay in cache in any batch.
 LOGITS = 1 << 20
 _OPS = torch.ops.adacomcat
 
@@ -35,7 +36,8 @@ def low_rank_linear(grad: Tensor, x: Tensor, v: Tensor, u: Tensor, bias: Tensor 
                     needs: Sequence[bool]) -> tuple[Gradient, ...]:
     need_x, need_v, need_u, need_bias = needs
     if activation is None:
-        grad_x, grad_middle = _OPS.low_rank_linear_cpu(grad, u, v, None, None, None, keep=True)
+        grad_x, grad_middle = _OPS.low_rank_linear_cpu(grad, u, v, None, None, None,
+                                                        keep_intermediates=True)
     else:
         grad, _, _, grad_middle, grad_x = _OPS.hidden_gradient_cpu(
             grad, middle, u, bias, activation, None, None, v, False)

@@ -1,4 +1,8 @@
-"""Which implementation of an op runs: what is available here, why not, and the choice."""
+"""Which implementation of an op runs: what this machine can run, why not the rest, and the choice.
+
+``registry`` and the public functions ask ``pick``, ``kernel`` and ``direct_kernel``. This is the
+only module that imports optional parts: the C++ extension and, through ``kernels.load``, Triton.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,7 +10,6 @@ from contextvars import ContextVar
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from adacomcat.errors import UserError
 from adacomcat.ops import autograd_cpu, reference, shapes
 
 
-def _load_extension() -> tuple[ModuleType | None, str | None]:
+def _load_extension() -> tuple[Any, str | None]:
     """The compiled extension, or the reason why there is none."""
     try:
         return import_module("adacomcat._C"), None
@@ -30,30 +33,36 @@ def _load_extension() -> tuple[ModuleType | None, str | None]:
 _EXTENSION, _NO_EXTENSION = _load_extension()
 _FORCED: ContextVar[str | None] = ContextVar("adacomcat_backend", default=None)
 
-# What `pick` tries, in this order: bench/RESULTS.md shows that the C++ kernels win.
+# The order in which `pick` tries the backends; bench/RESULTS.md shows that the C++ kernels win.
 PREFERENCE = ("cpp", "triton", "cuda", "reference")
-# Those for GPUs come before plain PyTorch where they were faster on an H200 (bench/gpu/RESULTS.md);
-# on older ones and AMD's nothing was measured. Of Triton's 16-bit types: float32 is not faster.
+# A GPU kernel comes before plain PyTorch where it was faster on an H200 (bench/gpu/RESULTS.md): for
+# Triton in bfloat16 and float16, since float32 is not faster. Older GPUs and AMD's were not timed.
 MEASURED_CAPABILITY = (9, 0)
 TRITON_FOR_INFERENCE = ("low_rank_mlp", "low_rank_attention")
 TRITON_FOR_TRAINING = ("low_rank_attention",)
 CUDA_FIRST = ("batched_svd",)
-SPECTRA = ("gram", "eigenvalues", "singular_values")  # what only the CPU has kernels for
+# The ops with a compiled kernel for CPUs and for GPUs; `registry` declares each of these kernels.
+SPECTRA = ("gram", "eigenvalues", "singular_values")
 CPP_OPS = ("low_rank_linear", "low_rank_mlp", "dense_mlp", "low_rank_attention",
            "class_attention", "linear", "patch_embedding", "batched_svd", *SPECTRA)
 CUDA_OPS = ("low_rank_linear", "batched_svd", "truncation_errors")
+# Ops that the C++ extension registers under another name.
 CUDA_CAPABILITY = (8, 0)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Decompositions give no intermediates, and want more digits.
+# Decompositions have no intermediates, and want more digits.
 DECOMPOSITIONS = ("batched_svd", "truncation_errors", *SPECTRA)
 DECOMPOSITION_DTYPES = (torch.float32, torch.float64)
-# Of the smaller side; for CUDA of both. From 96 on LAPACK takes one float64 matrix faster, but it
-# loses digits of small singular values of graded ones, and only a QR would tell which are graded.
+# The kernels' limit for the smaller side of a matrix, on GPUs for both sides. From 96 on LAPACK is
+# faster for a single float64 matrix, but it loses digits of the small singular values of graded
+# matrices, and only a QR decomposition would tell which matrices are graded.
 SVD_WIDTH = 128
+
+# A kernel returns what the op's schema says: a tensor, or a tuple of several.
+Kernel = Callable[..., Any]
 
 
 def available() -> dict[str, str | None]:
-    """Every backend: None where it can run on this machine, else the reason why it cannot."""
+    """Backend → None where it can run on this machine, else the reason why it cannot."""
     return {
         "reference": None,
         "cpp": _NO_EXTENSION,
@@ -68,7 +77,7 @@ def build_info() -> dict[str, object] | None:
 
 
 def refusal(backend: str, op: str, x: Tensor) -> str | None:
-    """Why `backend` cannot run `op` on `x`; None if it can."""
+    """Why ``backend`` cannot run ``op`` on ``x``; None if it can."""
     if backend == "cpp":
         return _NO_EXTENSION or _no_cpp_kernel(op, x)
     if backend == "triton":
@@ -81,10 +90,38 @@ def refusal(backend: str, op: str, x: Tensor) -> str | None:
     return reasons[backend]
 
 
-def pick(op: str, x: Tensor, keep: bool = False) -> str:
-    """The backend that runs `op` on `x`: the one in use, else the first able one preferred.
+def compatible_backends(op: str, x: Tensor) -> list[str]:
+    """The backends that can run an op on x on this machine, in the order in which ``pick`` tries
+    them.
 
-    `keep`: gradients will follow.
+    Args:
+        op: The op's name, as in ``adacomcat.ops``: 'low_rank_mlp', 'batched_svd', …
+        x: The op's first argument; its device, dtype and for decompositions its shape decide.
+
+    Returns:
+        Names that ``use_backend`` takes; 'reference' is always among them. ``refusal`` gives the
+        reason for every other backend.
+
+    Raises:
+        UserError: The op has no kernels to choose from.
+    """
+    names = dict.fromkeys((*kernels.KERNELS, *CPP_OPS, *CUDA_OPS))
+    if op not in names:
+        raise UserError(f"'{op}' is no op with kernels; choose one of {', '.join(names)}")
+    return [name for name in PREFERENCE if refusal(name, op, x) is None]
+
+
+def pick(op: str, x: Tensor, keep_intermediates: bool = False) -> str:
+    """The backend that runs ``op`` on ``x``: the one in use, else the first of ``PREFERENCE`` that
+    can run it and is known to be faster than those behind it.
+
+    Args:
+        op: The op's name.
+        x: The op's first argument.
+        keep_intermediates: Whether gradients will follow.
+
+    Raises:
+        UserError: The backend in use cannot run the op; the message has the reason.
     """
     forced = _FORCED.get()
     if forced is not None:
@@ -93,44 +130,70 @@ def pick(op: str, x: Tensor, keep: bool = False) -> str:
             raise UserError(f"backend '{forced}' cannot run {op}: {reason}")
         return forced
     return next(name for name in PREFERENCE
-                if refusal(name, op, x) is None and _is_faster(name, op, x, keep))
+                if refusal(name, op, x) is None
+                and _is_faster(name, op, x, keep_intermediates))
 
 
-def _is_faster(backend: str, op: str, x: Tensor, keep: bool) -> bool:
-    """Whether a kernel for GPUs is known to be faster than plain PyTorch; all others are."""
+def _is_faster(backend: str, op: str, x: Tensor, keep_intermediates: bool) -> bool:
+    """Whether a GPU kernel was measured to be faster than plain PyTorch; True on CPUs."""
     if backend not in ("triton", "cuda"):
         return True
     if torch.version.hip or torch.cuda.get_device_capability(x.device) < MEASURED_CAPABILITY:
         return False
     if backend == "cuda":
         return op in CUDA_FIRST
-    faster = TRITON_FOR_TRAINING if keep else TRITON_FOR_INFERENCE
+    faster = TRITON_FOR_TRAINING if keep_intermediates else TRITON_FOR_INFERENCE
     return op in faster and x.element_size() == 2
 
 
 def in_use() -> str | None:
-    """The backend that `use_backend` asks for."""
+    """The backend that ``use_backend`` asks for; None outside of it."""
     return _FORCED.get()
 
 
-def kernel(op: str, x: Tensor, keep: bool = True) -> Callable[..., tuple[Tensor, ...]]:
-    """The function that runs `op` on `x`, with the signature of the reference."""
-    backend = pick(op, x, keep)
+def compiled_name(op: str, device: str) -> str:
+    """The name under which the C++ extension registers the op's kernel for 'cpu' or 'cuda'."""
+    return f"{op}_{device}"
+
+
+def compiled_for(op: str) -> list[str]:
+    """The devices for which ``csrc`` has a kernel of the op."""
+    return [device for device, ops in (("cpu", CPP_OPS), ("cuda", CUDA_OPS)) if op in ops]
+
+
+def _compiled(op: str, device: str) -> Kernel:
+    return getattr(torch.ops.adacomcat, compiled_name(op, device)).default
+
+
+def kernel(op: str, x: Tensor, keep_intermediates: bool = True) -> Kernel:
+    """The function that runs ``op`` on ``x``, with the signature of the reference."""
+    backend = pick(op, x, keep_intermediates)
     if backend in ("cpp", "cuda"):
-        device = "cpu" if backend == "cpp" else "cuda"
-        function = getattr(torch.ops.adacomcat, f"{op}_{device}").default
-        return function if op in DECOMPOSITIONS else partial(function, keep=keep)
+        function = _compiled(op, "cpu" if backend == "cpp" else "cuda")
+        if op in DECOMPOSITIONS:
+            return function
+        return partial(function, keep_intermediates=keep_intermediates)
     if backend == "triton":
-        return partial(kernels.load(op).forward, keep_intermediates=keep)
+        return partial(kernels.load(op).forward, keep_intermediates=keep_intermediates)
     return getattr(reference, op)
+
+
+def truncation_errors(s: Tensor) -> Tensor:
+    """The op on the CUDA backend where that is in use, else the formula.
+
+    Other backends have no such kernel and do not refuse: the op is no work.
+    """
+    if in_use() != "cuda":
+        return reference.truncation_errors(s)
+    return kernel("truncation_errors", s)(s)
 
 
 def backward_kernel(
     op: str, backend: str, grad: Tensor
 ) -> Callable[..., tuple[Tensor | None, ...]] | None:
-    """The function that computes all gradients of `op` on `backend`; None where the formulas do.
+    """The function that computes all gradients of ``op`` on ``backend``; None for the formulas.
 
-    They also do where a gradient is traced or batched: kernels want memory that is there.
+    The formulas also serve gradients that are traced or batched, which have no memory of their own.
     """
     if type(grad) is not Tensor:
         return None
@@ -139,41 +202,68 @@ def backward_kernel(
     return kernels.load(op).backward if backend == "triton" else None
 
 
-def direct_kernel(op: str, x: Tensor) -> Callable[..., tuple[Tensor, ...]] | None:
-    """The kernel for inference where `pick` would take C++ or Triton and nothing is traced.
+def direct_kernel(op: str, x: Tensor) -> Kernel | None:
+    """The kernel for inference where ``pick`` would take C++ or Triton and nothing is traced.
 
-    C++ without any Python in between; of Triton's those that serve whole sublayers.
+    It runs without PyTorch's dispatcher in Python, takes ``epsilon`` and ``residual`` if it serves
+    a whole sublayer, and keeps the op's contract. Triton's kernels are called so only for whole
+    sublayers.
     """
     if torch.compiler.is_compiling():
         return None
     if not x.is_cpu:
         sublayer = op in kernels.SUBLAYERS and type(x) is Tensor
         return _triton_kernel(op) if sublayer and pick(op, x) == "triton" else None
-    if _FORCED.get() not in (None, "cpp") or refusal("cpp", op, x) is not None:
+    if _FORCED.get() not in (None, "cpp") or _NO_EXTENSION or _no_cpp_kernel(op, x):
         return None
     return _cpu_kernel(op)
 
 
-@cache  # of a small model these look-ups would be a part of its time
-def _cpu_kernel(op: str) -> Callable[..., tuple[Tensor, ...]]:
-    return getattr(torch.ops.adacomcat, f"{op}_cpu").default
+@cache  # small models feel every look-up
+def _cpu_kernel(op: str) -> Kernel:
+    """The C++ kernel; where it refuses its arguments, the op's contract says why.
+
+    The contract in Python takes about as long as a small product, so it runs only after a refusal.
+    """
+    function, contract = _compiled(op, "cpu"), getattr(shapes, op)
+
+    def run(*arguments: Any, **sublayer: Any) -> Any:
+        try:
+            return function(*arguments, **sublayer)
+        except RuntimeError as error:
+            refused = error
+        results = contract(*arguments)
+        shapes.residual(arguments[0], sublayer.get("residual"), results[0])
+        raise refused
+
+    return run
 
 
 @cache
-def _triton_kernel(op: str) -> Callable[..., tuple[Tensor, ...]]:
-    check, forward = getattr(shapes, op), kernels.load(op).forward
+def _triton_kernel(op: str) -> Kernel:
+    contract, forward = getattr(shapes, op), kernels.load(op).forward
 
     def run(x: Tensor, *arguments: Any, residual: Tensor | None = None,
             epsilon: float | None = None) -> tuple[Tensor, ...]:
-        shapes.residual(x, residual, check(x, *arguments)[0])
-        return forward(x, *arguments, keep_intermediates=False, epsilon=epsilon, residual=residual)
+        shapes.residual(x, residual, contract(x, *arguments)[0])
+        return forward(x, *arguments, keep_intermediates=False, epsilon=epsilon,
+                       residual=residual)
 
     return run
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op on one backend; an op that it cannot run raises UserError with the reason."""
+    """Run every op inside the ``with`` block on one backend.
+
+    Args:
+        name: 'reference', 'cpp', 'triton' or 'cuda'; ``compatible_backends`` lists those that can
+            run an op.
+
+    Raises:
+        UserError: There is no such backend, or it cannot run on this machine. Inside the block: the
+            backend cannot run an op; the message has the reason.
+    """
     reasons = available()
     if name not in reasons:
         raise UserError(f"unknown backend '{name}'; choose one of {', '.join(reasons)}")
@@ -195,7 +285,7 @@ def _no_cpp_kernel(op: str, x: Tensor) -> str | None:
         return _no_dtype(x, KERNEL_DTYPES)
     if op in ("gram", "eigenvalues"):
         if _EXTENSION.build_info()["instruction_set"] == "generic":
-            return "the kernel is for AVX2 and AVX512; a library's are faster without them"
+            return "the kernel is for AVX2 and AVX512; without them PyTorch's routine is faster"
         return _no_dtype(x, DECOMPOSITION_DTYPES if op == "gram" else (torch.float64,))
     width = min(x.shape[-2:])
     if width > SVD_WIDTH:

@@ -1,23 +1,23 @@
-"""The ops: public functions, schemas, shapes, gradients and flop formulas.
+"""The fused ops as public functions. ``registry`` says how each call runs, ``backends`` where.
 
-Each op also returns the intermediates that its backward pass reuses, if there are any; they are
-empty unless `keep`.
-The implementation is chosen in `backends.pick`.
+All take float32, bfloat16, float16 and, without kernels, float64; x in any layout. They have
+gradients of any order, obey autocast, and trace with ``torch.compile(fullgraph=True)``.
 """
 
-from typing import Any
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from adacomcat.errors import UserError
-from adacomcat.ops import backends
 from adacomcat.ops.reference import ACTIVATIONS
-from adacomcat.ops.registry import _OPS
+from adacomcat.ops.registry import OPS
 
 __all__ = ["dense_mlp", "gated_low_rank_linear", "low_rank_attention", "low_rank_linear",
            "low_rank_mlp"]
+
+_LOW_RANK_LINEAR = OPS["low_rank_linear"]
+_GATED_LOW_RANK_LINEAR = OPS["gated_low_rank_linear"]
+_LOW_RANK_MLP = OPS["low_rank_mlp"]
+_DENSE_MLP = OPS["dense_mlp"]
+_LOW_RANK_ATTENTION = OPS["low_rank_attention"]
 
 
 def low_rank_linear(
@@ -28,26 +28,51 @@ def low_rank_linear(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """act((x V) Uᵀ + b) + residual.
+    """act((x V) Uᵀ + b) + residual, a linear layer of weight U Vᵀ. The (..., r) middle stays on
+    chip.
 
-    x (..., in), V (in, r), U (out, r), b (out,), residual (..., out); activation one of gelu,
-    gelu_tanh, silu, relu or None.
+    Args:
+        x: (..., in).
+        v: V, (in, r).
+        u: U, (out, r).
+        bias: b, (out,).
+        activation: 'gelu', 'gelu_tanh', 'silu', 'relu' or None for the identity.
+        residual: (..., out), added last.
+
+    Returns:
+        (..., out), contiguous, in x's dtype.
+
+    Raises:
+        UserError: The activation is unknown, or the backend in use cannot run the op.
+        RuntimeError: A shape, dtype or device does not fit; the message names the argument.
     """
     _check_activation(activation)
-    x, v, u, bias, residual = _autocast(x, v, u, bias, residual)
-    keep = _needs_grad(x, v, u, bias, residual)
-    if not keep and (kernel := backends.direct_kernel("low_rank_linear", x)):
-        return kernel(x, v, u, bias, activation, residual)[0]
-    return _OPS.low_rank_linear(x, v, u, bias, activation, residual, keep)[0]
+    return _LOW_RANK_LINEAR(x, v, u, bias, activation, residual)
 
 
 def gated_low_rank_linear(
     x: Tensor, v: Tensor, gate: Tensor, u: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """((x V) * gate) Uᵀ + b.  x (..., in), V (in, r), gate (r,), U (out, r), b (out,)."""
-    x, v, gate, u, bias = _autocast(x, v, gate, u, bias)
-    keep = _needs_grad(x, v, gate, u, bias)
-    return _OPS.gated_low_rank_linear(x, v, gate, u, bias, keep)[0]
+    """((x V) * gate) Uᵀ + b: the mixture of low-rank layers of a rank search, in one pass.
+
+    With weights mᵢ of candidate ranks rᵢ, gate_j = Σ mᵢ over the candidates rᵢ > j gives
+    Σᵢ mᵢ (x V_{:rᵢ}) U_{:rᵢ}ᵀ + b (ComCAT, arXiv 2305.17235, computes each candidate alone).
+
+    Args:
+        x: (..., in).
+        v: V, (in, r).
+        gate: (r,), one factor for each rank-one term.
+        u: U, (out, r).
+        bias: b, (out,).
+
+    Returns:
+        (..., out), contiguous, in x's dtype.
+
+    Raises:
+        UserError: The backend in use cannot run the op.
+        RuntimeError: A shape, dtype or device does not fit; the message names the argument.
+    """
+    return _GATED_LOW_RANK_LINEAR(x, v, gate, u, bias)
 
 
 def low_rank_mlp(
@@ -63,20 +88,30 @@ def low_rank_mlp(
     epsilon: float | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """(h V2) U2ᵀ + b2 (+ residual) with h = act((x̂ V1) U1ᵀ + b1).
+    """(h V2) U2ᵀ + b2 (+ residual) with h = act((x̂ V1) U1ᵀ + b1); h is never written to memory.
 
-    x (..., in), V1 (in, r1), U1 (hidden, r1), V2 (hidden, r2), U2 (out, r2). x̂ is x, or with an
-    ``epsilon`` its layer norm without weight and bias.
+    Args:
+        x: (..., in).
+        v1: V1, (in, r1).
+        u1: U1, (hidden, r1).
+        b1: (hidden,) or None.
+        v2: V2, (hidden, r2).
+        u2: U2, (out, r2).
+        b2: (out,) or None.
+        activation: 'gelu', 'gelu_tanh', 'silu', 'relu' or None for the identity.
+        epsilon: x̂ is the layer norm of x with this epsilon, without weight and bias; without an
+            epsilon x̂ is x.
+        residual: (..., out), added last.
+
+    Returns:
+        (..., out), contiguous, in x's dtype.
+
+    Raises:
+        UserError: The activation is unknown, or the backend in use cannot run the op.
+        RuntimeError: A shape, dtype or device does not fit; the message names the argument.
     """
     _check_activation(activation)
-    x, v1, u1, b1, v2, u2, b2, residual = _autocast(x, v1, u1, b1, v2, u2, b2, residual)
-    keep = _needs_grad(x, v1, u1, b1, v2, u2, b2, residual)
-    if not keep and (kernel := backends.direct_kernel("low_rank_mlp", x)):
-        return kernel(x, v1, u1, b1, v2, u2, b2, activation, epsilon=epsilon,
-                      residual=residual)[0]
-    x = _normalized(x, epsilon)
-    y = _OPS.low_rank_mlp(x, v1, u1, b1, v2, u2, b2, activation, keep)[0]
-    return y if residual is None else y + residual
+    return _LOW_RANK_MLP(x, v1, u1, b1, v2, u2, b2, activation, epsilon=epsilon, residual=residual)
 
 
 def dense_mlp(
@@ -90,19 +125,28 @@ def dense_mlp(
     epsilon: float | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """act(x̂ W1ᵀ + b1) W2ᵀ + b2 (+ residual), the hidden layer computed anew for gradients.
+    """act(x̂ W1ᵀ + b1) W2ᵀ + b2 (+ residual); the backward pass recomputes the hidden layer.
 
-    x (..., in), W1 (hidden, in), W2 (out, hidden). x̂ is x, or with an ``epsilon`` its layer norm
-    without weight and bias.
+    Args:
+        x: (..., in).
+        w1: W1, (hidden, in).
+        b1: (hidden,) or None.
+        w2: W2, (out, hidden).
+        b2: (out,) or None.
+        activation: 'gelu', 'gelu_tanh', 'silu', 'relu' or None for the identity.
+        epsilon: x̂ is the layer norm of x with this epsilon, without weight and bias; without an
+            epsilon x̂ is x.
+        residual: (..., out), added last.
+
+    Returns:
+        (..., out), contiguous, in x's dtype.
+
+    Raises:
+        UserError: The activation is unknown, or the backend in use cannot run the op.
+        RuntimeError: A shape, dtype or device does not fit; the message names the argument.
     """
     _check_activation(activation)
-    x, w1, b1, w2, b2, residual = _autocast(x, w1, b1, w2, b2, residual)
-    keep = _needs_grad(x, w1, b1, w2, b2, residual)
-    if not keep and (kernel := backends.direct_kernel("dense_mlp", x)):
-        return kernel(x, w1, b1, w2, b2, activation, epsilon=epsilon, residual=residual)
-    x = _normalized(x, epsilon)
-    y = _OPS.dense_mlp(x, w1, b1, w2, b2, activation, keep)
-    return y if residual is None else y + residual
+    return _DENSE_MLP(x, w1, b1, w2, b2, activation, epsilon=epsilon, residual=residual)
 
 
 def low_rank_attention(
@@ -120,24 +164,35 @@ def low_rank_attention(
     epsilon: float | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """concat_h[softmax(q_h k_hᵀ · scale + mask) v_h] Woᵀ + bo (+ residual), from x̂.
+    """concat_h[softmax(q_h k_hᵀ · scale + mask) v_h] Woᵀ + bo (+ residual), the folded attention.
 
-    x (B, N, d), wq and wk (H·rq, d), wv (H·rv, d), wo (out, H·rv), rows head by head; attn_mask
-    broadcasts to (B, H, N, N), bool (True = keep) or additive. x̂ is x, or with an ``epsilon`` its
-    layer norm without weight and bias.
+    q = x̂ Wqᵀ + bq, k = x̂ Wkᵀ, v = x̂ Wvᵀ. A bias of the keys would cancel in the softmax, one of
+    the values belongs into bo. Ranks of queries and values may differ.
+
+    Args:
+        x: (B, N, d).
+        wq: Wq, (H·rank_qk, d), rows head by head.
+        bq: (H·rank_qk,) or None.
+        wk: Wk, (H·rank_qk, d).
+        wv: Wv, (H·rank_vo, d).
+        wo: Wo, (out, H·rank_vo).
+        bo: (out,) or None.
+        num_heads: H.
+        scale: Factor of the logits; that of the dense attention, head_dim^-½ of the dense model.
+        attn_mask: Broadcasts to (B, H, N, N); bool (True attends) or additive, in x's dtype.
+        epsilon: x̂ is the layer norm of x with this epsilon, without weight and bias; without an
+            epsilon x̂ is x.
+        residual: (B, N, out), added last.
+
+    Returns:
+        (B, N, out), contiguous, in x's dtype. Queries that the mask lets see nothing give bo.
+
+    Raises:
+        UserError: The backend in use cannot run the op.
+        RuntimeError: A shape, dtype or device does not fit; the message names the argument.
     """
-    x, wq, bq, wk, wv, wo, bo, attn_mask, residual = _autocast(
-        x, wq, bq, wk, wv, wo, bo, attn_mask, residual
-    )
-    keep = _needs_grad(x, wq, bq, wk, wv, wo, bo, attn_mask, residual)
-    if not keep and (kernel := backends.direct_kernel("low_rank_attention", x)):
-        return kernel(x, wq, bq, wk, wv, wo, bo, num_heads, scale, attn_mask, epsilon=epsilon,
-                      residual=residual)[0]
-    x = _normalized(x, epsilon)
-    y = _OPS.low_rank_attention(
-        x, wq, bq, wk, wv, wo, bo, num_heads, scale, attn_mask, keep
-    )[0]
-    return y if residual is None else y + residual
+    return _LOW_RANK_ATTENTION(x, wq, bq, wk, wv, wo, bo, num_heads, scale, attn_mask,
+                               epsilon=epsilon, residual=residual)
 
 
 def _check_activation(activation: str | None) -> None:
@@ -145,25 +200,3 @@ def _check_activation(activation: str | None) -> None:
         raise UserError(
             f"unknown activation '{activation}'; choose one of {', '.join(ACTIVATIONS)} or None"
         )
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in autocast's dtype where it is on for their device; float64 stays."""
-    if tensors[0].is_cpu and not torch.is_autocast_enabled("cpu"):
-        return tensors  # at once: it is asked at every call
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    )
-
-
-def _normalized(x: Tensor, epsilon: float | None) -> Tensor:
-    return x if epsilon is None else F.layer_norm(x, x.shape[-1:], eps=epsilon)
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,24 +1,24 @@
-"""Ops that only `optimize` uses, for inference: C++ kernels on CPUs, else the formula.
+"""Ops for inference alone, which ``optimize`` puts into models: C++ kernels on CPUs.
 
-The formula serves too where a gradient, autocast or a trace wants what it consists of.
+The formulas serve wherever a kernel cannot: on GPUs, in float64, under autocast, in a trace, and
+where a gradient follows, which then passes through the formula.
 """
 
-from collections.abc import Callable
-from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from adacomcat.ops import backends
 
-FEW_ROWS = 4  # what the kernel takes: of more rows a product is faster
-_LIBRARY = torch.library.Library("adacomcat", "FRAGMENT")
+__all__ = ["GEMV_ROWS", "class_attention", "linear", "patch_embedding", "patches"]
+
+# The most rows that the gemv kernel takes; with more rows a matrix product is faster.
+GEMV_ROWS = 4
 
 
-def first_token_attention(
+def class_attention(
     x: Tensor,
     wq: Tensor,
     bq: Tensor | None,
@@ -30,23 +30,51 @@ def first_token_attention(
     scale: float,
     epsilon: float,
 ) -> Tensor:
-    """The first token of x + low_rank_attention(x, ..., epsilon=epsilon): (B, 1, d).
+    """The class token of x + low_rank_attention(x, …, epsilon=epsilon), and no other token.
 
-    No token has a key or a value: logits are x̂ (wk_hᵀ q_h), and values wv_h (x̂ᵀ p_h), so a weight
-    is multiplied by single vectors only. Arguments as of ``low_rank_attention``.
+    No token gets a key or a value. The logits are x̂ (wk_hᵀ q_h) and the values wv_h (x̂ᵀ p_h), so
+    weights are multiplied by single vectors only. Only the class token queries, as in the class
+    attention of CaiT (arXiv 2103.17239).
+
+    Args:
+        x: (B, N, d), the class token first.
+        wq: (H·rank_qk, d), rows head by head; the other weights as in ``low_rank_attention``.
+        bq: (H·rank_qk,) or None.
+        wk: (H·rank_qk, d).
+        wv: (H·rank_vo, d).
+        wo: (d, H·rank_vo).
+        bo: (d,) or None.
+        num_heads: H.
+        scale: Factor of the logits.
+        epsilon: Of the layer norm, without weight and bias, that gives x̂ from x.
+
+    Returns:
+        (B, 1, d).
+
+    Raises:
+        RuntimeError: A shape, dtype or device does not fit; the message names the argument.
     """
     arguments = (x, wq, bq, wk, wv, wo, bo, num_heads, scale, epsilon)
-    kernel = _kernel("class_attention", *arguments) or _first_token_attention
+    kernel = _kernel("class_attention", *arguments) or _class_attention
     return kernel(*arguments)
 
 
-def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear(x, weight, bias), on threads that share out the weight's rows.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b, for up to ``GEMV_ROWS`` rows by a gemv whose threads share out the weight's rows.
 
-    x (..., in), of at most four rows for the kernel, weight (out, in), bias (out,).
+    Args:
+        x: (..., in).
+        weight: W, (out, in).
+        bias: b, (out,) or None.
+
+    Returns:
+        (..., out).
+
+    Raises:
+        RuntimeError: A shape, dtype or device does not fit; the message names the argument.
     """
     kernel = None
-    if x.shape[:-1].numel() <= FEW_ROWS:
+    if x.shape[:-1].numel() <= GEMV_ROWS:
         kernel = _kernel("linear", x, weight, bias)
     return (kernel or F.linear)(x, weight, bias)
 
@@ -55,8 +83,18 @@ def patch_embedding(image: Tensor, weight: Tensor, bias: Tensor | None,
                     prefix: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
     """F.conv2d(image, weight, bias, stride=(h, w)).flatten(2).mT + positions, after a prefix.
 
-    image (B, C, H, W), weight (out, C, h, w) for patches that do not overlap, prefix (n, out),
-    positions (patches, out) → (B, n + patches, out).
+    Args:
+        image: (B, C, H, W); rows and columns that fill no patch are left out.
+        weight: (out, C, h, w), for patches that do not overlap.
+        bias: (out,) or None.
+        prefix: (n, out), tokens that every image has before its patches.
+        positions: (patches, out), added to the patches.
+
+    Returns:
+        (B, n + patches, out).
+
+    Raises:
+        RuntimeError: A shape, dtype or device does not fit; the message names the argument.
     """
     kernel = _kernel("patch_embedding", image, weight, bias, prefix, positions)
     if kernel is None or weight.shape[-1] % 2:
@@ -64,7 +102,7 @@ def patch_embedding(image: Tensor, weight: Tensor, bias: Tensor | None,
     return kernel(image, weight, bias, prefix, positions)
 
 
-def _kernel(op: str, x: Tensor, *others: Any) -> Callable[..., Tensor] | None:
+def _kernel(op: str, x: Tensor, *others: Any) -> backends.Kernel | None:
     wants_grad = torch.is_grad_enabled() and any(
         isinstance(t, Tensor) and t.requires_grad for t in (x, *others))
     if wants_grad or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
@@ -72,7 +110,8 @@ def _kernel(op: str, x: Tensor, *others: Any) -> Callable[..., Tensor] | None:
     return backends.direct_kernel(op, x)
 
 
-def _first_token_attention(x, wq, bq, wk, wv, wo, bo, num_heads, scale, epsilon) -> Tensor:
+def _class_attention(x: Tensor, wq: Tensor, bq: Tensor | None, wk: Tensor, wv: Tensor, wo: Tensor,
+                     bo: Tensor | None, num_heads: int, scale: float, epsilon: float) -> Tensor:
     def per_head(weight: Tensor) -> Tensor:
         return weight.unflatten(0, (num_heads, -1))  # (H, r, d)
 
@@ -84,12 +123,14 @@ def _first_token_attention(x, wq, bq, wk, wv, wo, bo, num_heads, scale, epsilon)
     return x[:, :1] + F.linear(heads.flatten(1), wo, bo).unsqueeze(1)
 
 
-def _patch_embedding(image, weight, bias, prefix, positions) -> Tensor:
-    # On an H200 cuDNN's convolution was a fifth of a whole DeiT-S of 64 images in bfloat16.
+def _patch_embedding(image: Tensor, weight: Tensor, bias: Tensor | None, prefix: Tensor | None,
+                     positions: Tensor | None) -> Tensor:
+    # On an H200 cuDNN's convolution took a fifth of the time of a DeiT-S on 64 images in bfloat16.
+    height, width = weight.shape[2:]
     if image.is_cuda:
-        tokens = F.linear(patches(image, *weight.shape[2:]), weight.flatten(1), bias)
+        tokens = F.linear(patches(image, height, width), weight.flatten(1), bias)
     else:
-        tokens = F.conv2d(image, weight, bias, stride=weight.shape[2:]).flatten(2).mT
+        tokens = F.conv2d(image, weight, bias, stride=(height, width)).flatten(2).mT
     if positions is not None:
         tokens = tokens + positions
     return tokens if prefix is None else torch.cat(
@@ -97,58 +138,10 @@ def _patch_embedding(image, weight, bias, prefix, positions) -> Tensor:
 
 
 def patches(image: Tensor, height: int, width: int) -> Tensor:
-    """(B, C, H, W) → (B, H/height · W/width, C · height · width), without what is left over."""
+    """(B, C, H, W) → (B, H/height · W/width, C · height · width), without rows and columns that
+    fill no patch."""
     b, channels, rows, columns = image.shape
     down, across = rows // height, columns // width
     image = image[:, :, :down * height, :across * width]
     image = image.reshape(b, channels, down, height, across, width).permute(0, 2, 4, 1, 3, 5)
     return image.reshape(b, down * across, -1)
-
-
-def _flops_first_token_attention(x, wq, bq, wk, wv, wo, bo, num_heads, *_, **__) -> int:
-    projections = wq[0] * x[2] + wk[0] * x[2] + wv[0] * x[2] + wo[0] * wo[1]
-    return 2 * x[0] * (projections + 2 * num_heads * x[1] * x[2])
-
-
-def _flops_few_rows_linear(x, weight, *_, **__) -> int:
-    return 2 * prod(x) * weight[0]
-
-
-def _flops_patch_embedding(image, weight, *_, **__) -> int:
-    out, channels, height, width = weight
-    patches = image[2] // height * (image[3] // width)
-    return 2 * image[0] * patches * out * channels * height * width
-
-
-def _register(name: str, arguments: str, shape: Callable[..., tuple[int, ...]],
-              flops: Callable[..., int]) -> None:
-    _LIBRARY.define(f"{name}({arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"adacomcat::{name}", lambda x, *a: x.new_empty(shape(x, *a)),
-                                lib=_LIBRARY)
-    register_flop_formula(getattr(torch.ops.adacomcat, name))(flops)
-
-
-_register(
-    "class_attention_cpu",
-    "Tensor x, Tensor wq, Tensor? bq, Tensor wk, Tensor wv, Tensor wo, Tensor? bo, "
-    "int num_heads, float scale, float epsilon",
-    lambda x, *_: (x.shape[0], 1, x.shape[2]),
-    _flops_first_token_attention,
-)
-_register(
-    "linear_cpu",
-    "Tensor x, Tensor weight, Tensor? bias",
-    lambda x, weight, _: (*x.shape[:-1], weight.shape[0]),
-    _flops_few_rows_linear,
-)
-_register(
-    "patch_embedding_cpu",
-    "Tensor image, Tensor weight, Tensor? bias, Tensor? prefix, Tensor? positions",
-    lambda image, weight, bias, prefix, positions: (
-        image.shape[0],
-        (0 if prefix is None else prefix.shape[0])
-        + image.shape[2] // weight.shape[2] * (image.shape[3] // weight.shape[3]),
-        weight.shape[0],
-    ),
-    _flops_patch_embedding,
-)

@@ -1,7 +1,8 @@
-"""Every op in a few lines of PyTorch: the oracle, and what runs where nothing faster can.
+"""Every op in a few lines of PyTorch: the oracle of the tests, and the implementation that runs
+where no faster one can.
 
-Each function returns its result first, then the intermediates that the backward pass reuses; the
-result alone where there are none.
+A function returns the op's result, or a tuple of it and the intermediates that the backward pass
+reuses.
 """
 
 import torch
@@ -129,12 +130,13 @@ def low_rank_attention(
     x (B, N, d), wq and wk (H·rq, d), wv (H·rv, d), wo (out, H·rv), head-major rows.
     """
     q, k, v = F.linear(x, wq, bq), F.linear(x, wk), F.linear(x, wv)
-    heads = attend(*(split_heads(t, num_heads) for t in (q, k, v)), scale, attn_mask)
-    context = heads.transpose(1, 2).flatten(2)
+    heads = attend(split_heads(q, num_heads), split_heads(k, num_heads), split_heads(v, num_heads),
+                   scale, attn_mask)
+    context = merge_heads(heads)
     return F.linear(context, wo, bo), q, k, v, context
 
 
-def require_finite(a: Tensor, name: str = "a") -> None:
+def require_finite_matrices(a: Tensor, name: str = "a") -> None:
     """ValueError naming the first matrix of a batch that holds NaN or infinity."""
     bad = ~torch.isfinite(a).flatten(-2).all(-1).flatten()
     if bad.any():
@@ -157,6 +159,12 @@ def require_distinct(s: Tensor, k: int, zero: bool) -> None:
             "whole product")
 
 
+def distinct(s: Tensor, k: int, zero: bool) -> Tensor:
+    """s itself, where ``require_distinct`` raises nothing; a copy, as ops return no argument."""
+    require_distinct(s, k, zero)
+    return s.clone()
+
+
 def fix_signs(u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The largest element of each left vector (the first of equals) made positive."""
     if u.numel() == 0:
@@ -168,9 +176,42 @@ def fix_signs(u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def batched_svd(a: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """a ≈ u diag(s) vᵀ, truncated.  a (..., m, n) → u (..., m, k), s (..., k), v (..., n, k)."""
-    require_finite(a)
+    require_finite_matrices(a)
     u, s, vh = torch.linalg.svd(a, full_matrices=False)
     return fix_signs(u[..., :k], s[..., :k], vh.mT[..., :k])
+
+
+def factored_svd(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """a bᵀ ≈ u diag(s) vᵀ by QR of both factors and the SVD of an r × r matrix.
+
+    a (..., m, r), b (..., n, r) → u (..., m, k), s (..., k), v (..., n, k). The small SVD is the
+    op, so that the fastest backend computes it.
+    """
+    require_finite_matrices(a, "a")
+    require_finite_matrices(b, "b")
+    basis_a, inner_a = torch.linalg.qr(a)
+    basis_b, inner_b = torch.linalg.qr(b)
+    u, s, v = torch.ops.adacomcat.batched_svd(inner_a @ inner_b.mT, k)
+    return fix_signs(basis_a @ u, s, basis_b @ v)
+
+
+def low_rank_approximation(a: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """a ≈ u diag(s) vᵀ in float64 by eigenvectors of the smaller Gram matrix.
+
+    a (..., m, n) → u (..., m, k), s (..., k), v (..., n, k). The small SVD is the op, so that the
+    fastest backend computes it.
+    """
+    require_finite_matrices(a, "a")
+    wide = a.shape[-2] < a.shape[-1]
+    tall = (a.mT if wide else a).double()
+    right = torch.linalg.eigh(tall.mT @ tall).eigenvectors.flip(-1)[..., :k]
+    image = tall @ right  # its columns are nearly orthogonal; QR makes them so
+    left, triangle = torch.linalg.qr(image)
+    # The triangle is diagonal up to rounding, which its own SVD removes.
+    inner_u, s, inner_v = torch.ops.adacomcat.batched_svd(triangle, k)
+    u, v = left @ inner_u, right @ inner_v
+    u, s, v = fix_signs(*((v, s, u) if wide else (u, s, v)))
+    return u.to(a.dtype), s.to(a.dtype), v.to(a.dtype)
 
 
 def truncation_errors(s: Tensor) -> Tensor:

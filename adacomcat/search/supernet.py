@@ -20,10 +20,10 @@ from adacomcat.convert.factors import Factors
 from adacomcat.convert.install import join_mlps_
 from adacomcat.convert.record import record_
 from adacomcat.factorize.factors import LinearFactors
-from adacomcat.factorize.neurons import HiddenFactors
+from adacomcat.factorize.neurons import NeuronFactors
 from adacomcat.layers.attention import LowRankAttention, low_rank_class
 from adacomcat.layers.linear import LowRankLinear
-from adacomcat.layers.mlp import narrow, narrowed
+from adacomcat.layers.mlp import mlp_of_width, prune_mlp
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Rank, Site, find_sites
 
@@ -163,7 +163,7 @@ class GatedMlp(nn.Module):
 
     The neurons stand in the order of their worth and L is their ``triangle``: with g = 1_{j ≤ n},
     Ŵ takes the first n alone, and what W makes of the others is regressed on them. So the gate
-    mixes narrowed MLPs exactly, and all ones are the dense MLP. ``active`` is the width where no
+    mixes pruned MLPs exactly, and all ones are the dense MLP. ``active`` is the width where no
     gate is set; neurons beyond it then get no gradient.
     """
 
@@ -171,10 +171,10 @@ class GatedMlp(nn.Module):
     mean: Tensor  # (H,) of the hidden activations
     gate: Tensor | None  # (H,)
 
-    def __init__(self, mlp: Mlp, factors: HiddenFactors) -> None:
+    def __init__(self, mlp: Mlp, factors: NeuronFactors) -> None:
         super().__init__()
         order = factors.order
-        self.full = narrowed(mlp, order, factors.weight[:, order], factors.bias)
+        self.full = prune_mlp(mlp, order, factors.weight[:, order], factors.bias)
         weight = self.full.fc2.weight
         self.register_buffer("triangle", factors.triangle.to(weight))
         self.register_buffer("mean", factors.mean[order].to(weight))
@@ -217,7 +217,7 @@ class GatedMlp(nn.Module):
     @torch.no_grad()
     def finalized(self) -> Mlp:
         """The MLP of the active width."""
-        mlp = narrow(self.full, self.active)
+        mlp = mlp_of_width(self.full, self.active)
         mlp.load_state_dict(self.full.state_dict() | self.factors_())
         return mlp
 

@@ -9,8 +9,9 @@ from helpers.memory import allocation_peak
 from torch import Tensor, nn
 
 from adacomcat.convert.factors import error_curves, factorize_model
-from adacomcat.factorize.linalg import gram, triangle
+from adacomcat.factorize.linalg import triangle
 from adacomcat.ops import backends
+from adacomcat.ops.decompositions import gram
 from adacomcat.sites import find_sites
 from adacomcat.utils.parallel_map import side_by_side
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch import Tensor
+from timm.layers import Mlp, SwiGLU
+from torch import Tensor, nn
 
 from adacomcat.errors import UserError
 from adacomcat.factorize.factors import (
@@ -14,7 +15,7 @@ from adacomcat.factorize.factors import (
     factorize_values,
 )
 from adacomcat.factorize.linalg import require_finite
-from adacomcat.layers.linear import LowRankLinear
+from adacomcat.layers import LowRankLinear, LowRankMlp
 
 
 def tokens(count: int, width: int) -> Tensor:
@@ -161,3 +162,48 @@ def test_values_that_are_not_finite_name_their_layer(value: float) -> None:
 def _root(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     return vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def draw_mlp(bias: bool = True) -> Mlp:
+    return Mlp(24, 40, 20, act_layer=nn.GELU, bias=bias, drop=0.1).eval()
+
+
+@torch.no_grad()
+def test_mlp_from_timm_at_full_rank_is_the_same_function() -> None:
+    for bias in (True, False):
+        mlp, x = draw_mlp(bias), torch.randn(7, 24)
+        low = LowRankMlp.from_timm(mlp)
+        assert (low.fc1.rank, low.fc2.rank, low.drop1.p, low.training) == (24, 20, 0.1, False)
+        torch.testing.assert_close(low(x), mlp(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_mlp_from_timm_has_the_best_projections_of_its_ranks() -> None:
+    mlp, x = draw_mlp(), tokens(400, 24).float()
+    plain = LowRankMlp.from_timm(mlp, 6, 5)
+    u, s, vh = torch.linalg.svd(mlp.fc1.weight.double())
+    best = (u[:, :6] * s[:6]) @ vh[:6]
+    torch.testing.assert_close(plain.fc1.weight, best.float(), rtol=1e-4, atol=1e-5)
+    hidden = mlp.act(mlp.fc1(x))
+    aware = LowRankMlp.from_timm(mlp, 6, 5, statistics1=statistics(x.double()),
+                                 statistics2=statistics(hidden.double()))
+    assert {name: p.shape for name, p in aware.named_parameters()} == {
+        name: p.shape for name, p in plain.named_parameters()}
+    for part, inputs in (("fc1", x), ("fc2", hidden)):
+        dense = getattr(mlp, part)(inputs)
+        errors = [(getattr(low, part)(inputs) - dense).norm() for low in (plain, aware)]
+        assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("module, ranks, message", [
+    (nn.Linear(3, 3), (), "Linear is not timm's Mlp"),
+    (SwiGLU(24, 40), (), "SwiGLU is not timm's Mlp"),
+    (Mlp(24, 40, norm_layer=nn.LayerNorm), (), "without a norm"),
+    (Mlp(24, 40, use_conv=True), (), "two linear layers"),
+    (draw_mlp(), (25,), "rank1 must lie in 1 … 24, got 25"),
+    (draw_mlp(), (4, 0), "rank2 must lie in 1 … 20, got 0"),
+], ids=["linear", "swiglu", "norm", "convolution", "rank1", "rank2"])
+def test_mlp_from_timm_refuses_with_the_reason(module: nn.Module, ranks: tuple,
+                                               message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        LowRankMlp.from_timm(module, *ranks)

@@ -11,22 +11,22 @@ from torch import Tensor
 
 from adacomcat import ops
 from adacomcat.compression import compress
-from adacomcat.factorize.gauge import Factors, with_identities
+from adacomcat.factorize.gauge import MlpFactors, identity_gauge
 from adacomcat.fuse import optimize
 from adacomcat.layers.fused import FusedMlp
 from adacomcat.ops import reference
 
 
-def draw(inputs: int, rank1: int, hidden: int, rank2: int, outputs: int) -> Factors:
+def draw(inputs: int, rank1: int, hidden: int, rank2: int, outputs: int) -> MlpFactors:
     shapes = (inputs, rank1), (hidden, rank1), (hidden,), (hidden, rank2), (outputs, rank2)
-    return Factors(*(torch.randn(shape, dtype=torch.float64) for shape in shapes))
+    return MlpFactors(*(torch.randn(shape, dtype=torch.float64) for shape in shapes))
 
 
-def apply(x: Tensor, f: Factors) -> Tensor:
+def apply(x: Tensor, f: MlpFactors) -> Tensor:
     return reference.low_rank_mlp(x, *f, None, "gelu")[0]
 
 
-def identity_sizes(f: Factors) -> tuple[int, int]:
+def identity_sizes(f: MlpFactors) -> tuple[int, int]:
     """(|P|, |Q|): the last rows of u1 and the first of v2 that are the identity's."""
     def leading(rows: Tensor) -> int:
         equal = (rows == torch.eye(*rows.shape, dtype=rows.dtype)).all(1).long()
@@ -45,7 +45,7 @@ def identity_sizes(f: Factors) -> tuple[int, int]:
 ])
 def test_the_same_function(sizes: tuple, expected: tuple) -> None:
     before = draw(*sizes)
-    after = with_identities(before)
+    after = identity_gauge(before)
     x = torch.randn(33, sizes[0], dtype=torch.float64)
     torch.testing.assert_close(apply(x, after), apply(x, before), rtol=1e-10, atol=1e-9)
     assert identity_sizes(after) == expected
@@ -54,7 +54,7 @@ def test_the_same_function(sizes: tuple, expected: tuple) -> None:
 def test_numbers_that_are_none_stay_where_they_are() -> None:
     before = draw(48, 44, 200, 44, 48)
     before.u1[7, 7], before.v2[8, 8] = float("nan"), float("inf")
-    for a, b in zip(with_identities(before), before, strict=True):
+    for a, b in zip(identity_gauge(before), before, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
@@ -62,7 +62,7 @@ def test_where_no_other_neurons_serve() -> None:
     """All that V2 reads are neurons that U1 has taken."""
     before = draw(48, 44, 200, 44, 48)
     before.u1[44:], before.v2[44:] = 0, 0
-    after = with_identities(before)
+    after = identity_gauge(before)
     x = torch.randn(33, 48, dtype=torch.float64)
     torch.testing.assert_close(apply(x, after), apply(x, before), rtol=1e-10, atol=1e-9)
     assert identity_sizes(after) == (32, 0)
@@ -111,7 +111,7 @@ def test_optimize_takes_it_in_float32(dtype: torch.dtype) -> None:
     model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=10).eval()
     low = compress(model, keep_params=0.7).to(dtype)
     fused = optimize(low)
-    factors = [Factors(*(getattr(m, name) for name in Factors._fields))
+    factors = [MlpFactors(*(getattr(m, name) for name in MlpFactors._fields))
                for m in fused.modules() if type(m) is FusedMlp]
     assert [identity_sizes(f) for f in factors] == [
         tuple(w.shape[1] * 3 // 4 // 32 * 32 * (dtype == torch.float32) for w in (f.u1, f.v2))

@@ -13,7 +13,7 @@ import adacomcat
 from adacomcat import RankPlan, UserError, compress
 from adacomcat.cost import model_macs, model_params, plan_macs, plan_params
 from adacomcat.factorize.factors import LinearStatistics
-from adacomcat.factorize.neurons import eliminate, factorize_hidden
+from adacomcat.factorize.neurons import eliminate, factorize_neurons
 
 TINY = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
 
@@ -73,10 +73,10 @@ def test_copies_of_neurons_go_without_loss() -> None:
     h = torch.cat([h, h], 1)
     weight = torch.randn(6, 16, dtype=torch.float64)
     statistics = LinearStatistics(h.mean(0), torch.cov(h.mT, correction=0), len(h))
-    factors = factorize_hidden(weight, None, statistics)
-    kept, narrow, bias = factors.narrowed(8)
+    factors = factorize_neurons(weight, None, statistics)
+    kept, refit, bias = factors.pruned(8)
     dense = h @ weight.mT
-    assert (h[:, kept] @ narrow.mT + bias - dense).norm() < 0.02 * dense.norm()
+    assert (h[:, kept] @ refit.mT + bias - dense).norm() < 0.02 * dense.norm()
 
 
 def mlps(model: nn.Module) -> list[nn.Module]:
@@ -84,7 +84,7 @@ def mlps(model: nn.Module) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("budget", ["keep_params", "keep_macs"])
-def test_calibrated_models_have_narrower_mlps_within_the_budget(budget: str) -> None:
+def test_calibrated_models_have_pruned_mlps_within_the_budget(budget: str) -> None:
     model = timm.create_model("vit_tiny_patch16_224", **TINY).eval()
     x = torch.randn(32, 3, 32, 32)
     small = compress(model, calibration=x, **{budget: 0.5})

@@ -29,7 +29,7 @@ SHAPES = {
     "dense-hidden": dense_case((2, 50), 47, 1027, 65, "gelu_tanh"),
     "dense-256": dense_case((25,), 33, 256, 16, "relu", bias=False),
     "linear-1100": linear_case((1100,), 40, 33, 77, activation="gelu"),  # rows in two parts
-    "dense-narrow": dense_case((2, 30), 70, 24, 50, "silu"),
+    "dense-thin": dense_case((2, 30), 70, 24, 50, "silu"),
     "mlp-identity": mlp_case((9,), 16, 5, 24, 7, None),
     "attention-197": attention_case(2, 197, 64, 4, 16, 24),
     "attention-long": attention_case(1, 523, 32, 2, 8, 33, "float", (1, 2, 523, 523)),

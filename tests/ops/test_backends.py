@@ -51,7 +51,7 @@ def test_cpp_low_rank_linear(shape: tuple, activation: str | None, poisoned_memo
         actual = ops.low_rank_linear(**tensors, activation=activation)
     assert_close_to_float64(actual, exact[0], plain[0])
     kernel = torch.ops.adacomcat.low_rank_linear_cpu
-    _, middle = kernel(**tensors, activation=activation, keep=True)
+    _, middle = kernel(**tensors, activation=activation, keep_intermediates=True)
     assert_close_to_float64(middle, exact[1], plain[1], "middle")
 
 
@@ -116,11 +116,25 @@ def test_kernels_for_gpus_come_first_where_they_were_faster(
         return name if capability >= (9, 0) else "reference"
 
     assert backends.pick("low_rank_mlp", half) == first("triton")
-    assert backends.pick("low_rank_mlp", half, keep=True) == "reference"
-    assert backends.pick("low_rank_attention", half, keep=True) == first("triton")
+    assert backends.pick("low_rank_mlp", half, keep_intermediates=True) == "reference"
+    assert backends.pick("low_rank_attention", half, keep_intermediates=True) == first("triton")
     assert backends.pick("low_rank_linear", half) == "reference"
     assert backends.pick("low_rank_mlp", single) == "reference"
     assert backends.pick("batched_svd", single) == first("cuda")
+
+
+def test_compatible_backends() -> None:
+    x, double = torch.zeros(3, 8), torch.zeros(3, 8).double()
+    kernel = [] if backends.available()["cpp"] else ["cpp"]
+    assert backends.compatible_backends("low_rank_mlp", x) == [*kernel, "reference"]
+    assert backends.compatible_backends("low_rank_mlp", double) == ["reference"]
+    assert backends.compatible_backends("gated_low_rank_linear", x) == ["reference"]
+    assert backends.compatible_backends("batched_svd", double) == [*kernel, "reference"]
+    for name in backends.compatible_backends("low_rank_linear", x):
+        with backends.use_backend(name):
+            assert ops.low_rank_linear(x, torch.zeros(8, 2), torch.zeros(5, 2)).shape == (3, 5)
+    with pytest.raises(UserError, match="'low_rank' is no op with kernels.*low_rank_linear"):
+        backends.compatible_backends("low_rank", x)
 
 
 def test_use_backend_is_undone_by_an_error() -> None:

@@ -51,14 +51,14 @@ def doubled(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
 @each_dtype
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("sizes", ATTENTION, ids=str)
-def test_first_token_attention(sizes: tuple, bias: bool, dtype: torch.dtype,
-                               instruction_set: str, poisoned_memory: None) -> None:
+def test_class_attention(sizes: tuple, bias: bool, dtype: torch.dtype,
+                         instruction_set: str, poisoned_memory: None) -> None:
     tensors, heads = draw_attention(sizes, dtype, bias), sizes[3]
     exact = whole_attention(*doubled(tensors), num_heads=heads)
     plain = whole_attention(*tensors, num_heads=heads)
-    actual = inference.first_token_attention(*tensors, heads, 0.37, EPSILON)
+    actual = inference.class_attention(*tensors, heads, 0.37, EPSILON)
     assert_close_to_float64(actual, exact, plain)
-    again = inference.first_token_attention(*map(strided, tensors), heads, 0.37, EPSILON)
+    again = inference.class_attention(*map(strided, tensors), heads, 0.37, EPSILON)
     torch.testing.assert_close(again, actual)
 
 
@@ -109,9 +109,9 @@ def test_patches_of_an_odd_width_are_convolved() -> None:
 def test_gradients_come_from_the_formula() -> None:
     tensors = [t.requires_grad_() for t in draw_attention(ATTENTION[1], torch.float64)]
     assert torch.autograd.gradcheck(
-        lambda *t: inference.first_token_attention(*t, 2, 0.37, EPSILON), tensors)
+        lambda *t: inference.class_attention(*t, 2, 0.37, EPSILON), tensors)
     float32 = [t.detach().float().requires_grad_() for t in tensors]
-    inference.first_token_attention(*float32, 2, 0.37, EPSILON).sum().backward()
+    inference.class_attention(*float32, 2, 0.37, EPSILON).sum().backward()
     assert all(t.grad is not None for t in float32)
     image, weight = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 4, 4, requires_grad=True)
     inference.patch_embedding(image, weight, None).sum().backward()
@@ -138,8 +138,8 @@ class TestKernels:
     def test_wrong_weights_are_named(self) -> None:
         x, wq, *others = draw_attention(ATTENTION[0], torch.float32)
         with pytest.raises(RuntimeError, match="wq must have shape"):
-            inference.first_token_attention(x, wq[:, :-1], *others, 6, 0.37, EPSILON)
-        with pytest.raises(RuntimeError, match="weight is .*Half"):
+            inference.class_attention(x, wq[:, :-1], *others, 6, 0.37, EPSILON)
+        with pytest.raises(RuntimeError, match="weight is torch.float16 and image is"):
             inference.patch_embedding(torch.randn(1, 3, 8, 8), torch.randn(4, 3, 4, 4).half(), None)
         image, weight = torch.randn(1, 3, 16, 8), torch.randn(4, 3, 8, 8)
         with pytest.raises(RuntimeError, match="positions must have shape .2, 4., got .3, 4."):
@@ -147,7 +147,7 @@ class TestKernels:
         with pytest.raises(RuntimeError, match="prefix must have shape"):
             inference.patch_embedding(image, weight, None, torch.randn(1, 5))
         with pytest.raises(RuntimeError, match="split into 4 heads"):
-            inference.first_token_attention(x, wq[:-1], *others, 4, 0.37, EPSILON)
+            inference.class_attention(x, wq[:-1], *others, 4, 0.37, EPSILON)
 
     def test_flops_are_those_of_the_formula(self) -> None:
         tensors = draw_attention(ATTENTION[0], torch.float32)
@@ -155,7 +155,7 @@ class TestKernels:
         counts = []
         for backend in ("cpp", "reference"):
             with backends.use_backend(backend), FlopCounterMode(display=False) as counter:
-                inference.first_token_attention(*tensors, 6, 0.37, EPSILON)
+                inference.class_attention(*tensors, 6, 0.37, EPSILON)
                 inference.patch_embedding(image, weight, None)
             counts.append(counter.get_total_flops())
         assert counts[0] == counts[1] > 0

@@ -10,9 +10,8 @@ from helpers.matrices import hard
 from torch import Tensor
 
 from adacomcat.convert.factors import SPECTRA, decompose_site
-from adacomcat.factorize.linalg import eigenvalues, gram, singular_values
 from adacomcat.ops import backends
-from adacomcat.ops.decompositions import batched_svd
+from adacomcat.ops.decompositions import batched_svd, eigenvalues, gram, singular_values
 from adacomcat.sites import find_sites
 
 HARD = ["condition 1e12", "clusters", "rank 3", "huge", "tiny", "kahan", "zeros", "identity"]

@@ -1,4 +1,4 @@
-"""Gated hidden neurons: against narrowed MLPs one by one, in training, on the command line."""
+"""Gated hidden neurons: against pruned MLPs one by one, in training, on the command line."""
 
 import json
 from typing import Any
@@ -15,7 +15,7 @@ from adacomcat.data import datasets
 from adacomcat.distill import TrainConfig
 from adacomcat.errors import UserError
 from adacomcat.factorize.factors import LinearStatistics
-from adacomcat.factorize.neurons import SHRINKAGE, HiddenFactors, factorize_hidden
+from adacomcat.factorize.neurons import REFIT_SHRINKAGE, NeuronFactors, factorize_neurons
 from adacomcat.plan import RankPlan
 from adacomcat.search import RankGates
 from adacomcat.search.supernet import GatedMlp
@@ -26,19 +26,19 @@ SIZE = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth"
         "num_heads": 2, "num_classes": 10}
 
 
-def make_mlp(bias: bool = True) -> tuple[Mlp, HiddenFactors, Tensor]:
+def make_mlp(bias: bool = True) -> tuple[Mlp, NeuronFactors, Tensor]:
     """(MLP in float64, its factors, the hidden activations they were made of)."""
     mlp = Mlp(IN, HIDDEN, OUT, bias=bias).double()
     h = mlp.act(mlp.fc1(torch.randn(300, IN, dtype=torch.float64))).detach()
     statistics = LinearStatistics(h.mean(0), torch.cov(h.mT, correction=0), len(h))
-    return mlp, factorize_hidden(mlp.fc2.weight.detach(), mlp.fc2.bias, statistics), h
+    return mlp, factorize_neurons(mlp.fc2.weight.detach(), mlp.fc2.bias, statistics), h
 
 
-def narrowed_output(mlp: Mlp, h: Tensor, kept: Tensor, x: Tensor) -> Tensor:
+def pruned_output(mlp: Mlp, h: Tensor, kept: Tensor, x: Tensor) -> Tensor:
     """The MLP of the kept neurons, fc2 from the normal equations of ridge regression on h."""
     centred = h - h.mean(0)
     covariance = centred.mT @ centred / len(h)
-    covariance += SHRINKAGE * covariance.trace() / HIDDEN * torch.eye(HIDDEN, dtype=h.dtype)
+    covariance += REFIT_SHRINKAGE * covariance.trace() / HIDDEN * torch.eye(HIDDEN, dtype=h.dtype)
     weight = torch.linalg.solve(covariance[kept][:, kept],
                                 covariance[kept] @ mlp.fc2.weight.mT).mT
     y = mlp.act(mlp.fc1(x))[:, kept] @ weight.mT
@@ -48,7 +48,7 @@ def narrowed_output(mlp: Mlp, h: Tensor, kept: Tensor, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_gated_is_the_mixture_of_narrowed_mlps(bias: bool) -> None:
+def test_gated_is_the_mixture_of_pruned_mlps(bias: bool) -> None:
     mlp, factors, h = make_mlp(bias)
     gated = GatedMlp(mlp, factors)
     site = Site("mlp.hidden", "mlp", "hidden", IN, OUT, hidden=HIDDEN,
@@ -63,7 +63,7 @@ def test_gated_is_the_mixture_of_narrowed_mlps(bias: bool) -> None:
     gated.gate = gates.gates(mixed.unsqueeze(0))["mlp.hidden"]
     out = gated(x)
     gradient, = torch.autograd.grad(F.mse_loss(out, target), logits)
-    expected = sum(m * narrowed_output(mlp, h, factors.order[:width], x)
+    expected = sum(m * pruned_output(mlp, h, factors.order[:width], x)
                    for m, width in zip(logits.softmax(0), widths, strict=True))
     expected_gradient, = torch.autograd.grad(F.mse_loss(expected, target), logits)
     assert expected_gradient.abs().min() > 1e-5
@@ -72,12 +72,12 @@ def test_gated_is_the_mixture_of_narrowed_mlps(bias: bool) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 17, 39])
-def test_a_cut_mlp_is_the_narrowed_one(width: int) -> None:
+def test_a_cut_mlp_is_the_pruned_one(width: int) -> None:
     mlp, factors, h = make_mlp()
     gated = GatedMlp(mlp, factors)
     gated.active = width
     x = torch.randn(7, IN, dtype=torch.float64)
-    expected = narrowed_output(mlp, h, factors.order[:width], x)
+    expected = pruned_output(mlp, h, factors.order[:width], x)
     torch.testing.assert_close(gated(x), expected, rtol=1e-10, atol=1e-10)
     final = gated.finalized()
     assert final.fc1.out_features == final.fc2.in_features == width
@@ -93,8 +93,8 @@ def test_full_width_is_the_dense_mlp() -> None:
     torch.testing.assert_close(gated(x), mlp(x), rtol=1e-11, atol=1e-11)
 
 
-def test_a_cut_mlp_trains_as_the_narrowed_one_does() -> None:
-    """Under AdamW, whose decay takes from all of fc2 what it would take from the narrow one."""
+def test_a_cut_mlp_trains_as_the_pruned_one_does() -> None:
+    """Under AdamW, whose decay takes from all of fc2 what it would take from the pruned one."""
     mlp, factors, _ = make_mlp(bias=False)
     gated = GatedMlp(mlp, factors)
     gated.active = 12

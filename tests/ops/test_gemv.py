@@ -27,7 +27,7 @@ SINGLE = {
 @pytest.mark.parametrize("name", ["mlp-197", "mlp-hidden", "mlp-relu", "mlp-rank0", "dense-197",
                                   "dense-hidden", "dense-256", "attention-197", "attention-wide",
                                   "attention-causal"])
-def test_few_rows_on_several_threads(name: str, count: int, dtype: torch.dtype,
+def test_columns_shared_by_threads(name: str, count: int, dtype: torch.dtype,
                                      instruction_set: str, threads: None,
                                      poisoned_memory: None) -> None:
     """Which share out columns of the weights, in which every one of these has panels enough."""
@@ -38,7 +38,9 @@ def test_few_rows_on_several_threads(name: str, count: int, dtype: torch.dtype,
     torch.set_num_threads(count)
     assert_close_to_float64(case.call(base), exact, plain)
     kernel = getattr(torch.ops.adacomcat, f"{case.op}_cpu")
-    out, *kept = kernel(**base, **case.options, keep=True) if "dense" not in name else [None]
+    kept = []
+    if "dense" not in name:
+        _, *kept = kernel(**base, **case.options, keep_intermediates=True)
     expected = getattr(backends.reference, case.op)(**base, **case.options)
     for found, middle in zip(kept, expected[1:], strict=False):
         torch.testing.assert_close(found, middle, rtol=0.05, atol=0.05)
@@ -64,7 +66,7 @@ def test_single_rows(case: Case, count: int, dtype: torch.dtype, instruction_set
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 384, 1000), (4, 33, 70), (3, 1, 1), (2, 130, 5), (0, 8, 3),
                                    (2, 8, 0), (5, 64, 40), (2, 0, 3), (6, 0, 3)], ids=str)
-def test_linear_layer_of_few_rows(shape: tuple[int, int, int], bias: bool, count: int,
+def test_gemv(shape: tuple[int, int, int], bias: bool, count: int,
                                   dtype: torch.dtype, instruction_set: str,
                                   threads: None, poisoned_memory: None) -> None:
     """Five rows are PyTorch's."""
@@ -73,26 +75,26 @@ def test_linear_layer_of_few_rows(shape: tuple[int, int, int], bias: bool, count
     x, weight = ((torch.randn(n, width) / max(width, 1)**0.5).to(dtype) for n in (rows, out))
     b = torch.randn(out).to(dtype) if bias else None
     exact = F.linear(x.double(), weight.double(), b if b is None else b.double())
-    actual = inference.few_rows_linear(x, weight, b)
+    actual = inference.linear(x, weight, b)
     assert actual.shape == (rows, out) and actual.dtype == dtype
     if actual.numel():
         assert_close_to_float64(actual, exact, F.linear(x, weight, b))
     for layout in (strided, transposed):
-        other = inference.few_rows_linear(layout(x), layout(weight), b)
+        other = inference.linear(layout(x), layout(weight), b)
         torch.testing.assert_close(other, actual)
 
 
-def test_linear_layer_of_few_rows_elsewhere() -> None:
+def test_gemv_elsewhere() -> None:
     """With a gradient, under autocast and of float64 it is PyTorch's."""
     x, weight, bias = torch.randn(2, 8), torch.randn(3, 8, requires_grad=True), torch.randn(3)
-    assert inference.few_rows_linear(x, weight, bias).requires_grad
+    assert inference.linear(x, weight, bias).requires_grad
     weight = weight.detach()
     with torch.autocast("cpu", torch.bfloat16):
-        assert inference.few_rows_linear(x, weight, bias).dtype == torch.bfloat16
+        assert inference.linear(x, weight, bias).dtype == torch.bfloat16
     double = [t.double() for t in (x, weight, bias)]
-    assert torch.equal(inference.few_rows_linear(*double), F.linear(*double))
+    assert torch.equal(inference.linear(*double), F.linear(*double))
     with pytest.raises(RuntimeError, match="weight must have shape"):
-        inference.few_rows_linear(x, weight[:, :5], bias)
+        inference.linear(x, weight[:, :5], bias)
 
 
 def transposed(tensor: torch.Tensor | None) -> torch.Tensor | None:
