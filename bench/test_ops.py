@@ -92,7 +92,7 @@ def attention(rank_qk: int, rank_vo: int) -> Problem:
                     weight(384, vo), torch.randn(384)], (6, 64**-0.5))
 
 
-def first_token() -> Problem:
+def class_attention() -> Problem:
     def plain(x, wq, bq, wk, wv, wo, bo, heads, scale, epsilon) -> Tensor:
         normed = F.layer_norm(x, x.shape[-1:], eps=epsilon)
         q, k, v = (F.linear(t, w, b).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -130,8 +130,8 @@ OPS: dict[str, Callable[[], Problem]] = {
     "dense_mlp_half": lambda: dense_mlp(768),
     "low_rank_attention": lambda: attention(32, 32),
     "low_rank_attention_unequal": lambda: attention(24, 40),
-    "first_token_attention": first_token,
-    "few_rows_linear": head,
+    "class_attention": class_attention,
+    "linear": head,
     "patch_embedding": patches,
 }
 
