@@ -141,8 +141,8 @@ def test_compress_takes_milliseconds_and_only_one_budget(clockless) -> None:
     for images in (None, torch.randn(16, 3, 32, 32)):
         small = adacomcat.compress(model, max_latency_ms=budget, calibration=images)
         assert 0.9 * budget < clockless.of(small) <= budget
-        narrowed = [name for name in small.rank_plan.ranks if name.endswith("hidden")]
-        assert len(narrowed) == (0 if images is None else 3)
+        pruned = [name for name in small.rank_plan.ranks if name.endswith("hidden")]
+        assert len(pruned) == (0 if images is None else 3)
     for budgets in ({}, {"max_latency_ms": 1.0, "keep_params": 0.5},
                     {"max_latency_ms": 1.0, "plan": RankPlan()}):
         with pytest.raises(UserError, match="exactly one of keep_params, keep_macs, max_latency"):
