@@ -19,14 +19,22 @@ class MicroKernel : public AmxKernel<MicroKernel> {
     for (int64_t step = 0; step < whole; ++step) {
       issue(prefetch, kSide);
       load_sides<R, P>(a, a_stride_, b);
-      multiply_step<R, P>(!step, c, c_stride, add);
+      if (step) {
+        multiply_registers<R, P>();
+      } else {
+        multiply_first<R, P>(c, c_stride, add);
+      }
       deferred.next();
       a += kSide * kLaneBytes;
       b += kSide * P * kLanes;
     }
     if (rest) {
       load_rest<R, P>(rest, a, b);
-      multiply_step<R, P>(!whole, c, c_stride, add);
+      if (whole) {
+        multiply_registers<R, P>();
+      } else {
+        multiply_first<R, P>(c, c_stride, add);
+      }
     }
     deferred.all();
   }
@@ -52,6 +60,6 @@ class MicroKernel : public AmxKernel<MicroKernel> {
     memory_barrier();
   }
 
-  int64_t a_stride_ = 0;
+  int64_t steps_ = 0, a_stride_ = 0;
   const char* a_ = nullptr;
 };

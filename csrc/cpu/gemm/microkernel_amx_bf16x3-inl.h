@@ -72,7 +72,11 @@ class MicroKernel : public AmxKernel<MicroKernel> {
       issue(prefetch, kKMultiple);
       load_lhs<R>(a);
       load_rhs<P>(b + 2 * kRhs);
-      multiply_step<R, P>(!step, c, c_stride, add);
+      if (step) {
+        multiply_registers<R, P>();
+      } else {
+        multiply_first<R, P>(c, c_stride, add);
+      }
       deferred.next();
       load_rhs<P>(b + kRhs);
       multiply_held();
@@ -90,5 +94,6 @@ class MicroKernel : public AmxKernel<MicroKernel> {
     deferred.all();
   }
 
+  int64_t steps_ = 0;
   alignas(64) char lhs_[Blocking::kMostLhsBytes];
 };
