@@ -7,7 +7,6 @@ shrunk towards the dense weights, for calibration knows only the directions that
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -238,7 +237,7 @@ class BlockCompression:
         for x, target in zip(_batches(stream), _batches(dense), strict=True):
             regression.add(mlp.act(mlp.fc1(part.norm(x))), target - x)
         if (width := self.ranks["hidden"]) != DENSE:
-            pruned = _pruned(part.inner, scale, regression, width)
+            pruned = _pruned(part, scale, regression, width)
             self.block.set_submodule(part.name, pruned)
         elif rank == DENSE:
             weight, bias = regression.solve_dense()
@@ -275,8 +274,8 @@ def _layer_scale(part: Residual) -> Tensor:
     return torch.where(gamma.abs() < 1e-8, torch.full_like(gamma, 1e-8), gamma)
 
 
-def _pruned(mlp: Any, scale: Tensor, regression: Regression, width: int) -> nn.Module:
-    """``mlp`` without the neurons that the regression's weight can spare the most easily.
+def _pruned(part: Residual, scale: Tensor, regression: Regression, width: int) -> nn.Module:
+    """The MLP without the neurons that the regression's weight can spare the most easily.
 
     The metric is that of the stream. What the others did is refitted first, with little shrinkage;
     the drift then as everywhere.
@@ -286,7 +285,7 @@ def _pruned(mlp: Any, scale: Tensor, regression: Regression, width: int) -> nn.M
     kept = order[:width].sort().values
     base = refitted(dense, covariance, kept)
     weight, bias = regression.on_inputs(kept, base).solve_dense()
-    return narrowed(mlp, kept, weight / scale.unsqueeze(1), bias / scale)
+    return narrowed(part.inner, kept, weight / scale.unsqueeze(1), bias / scale)
 
 
 def _low_rank(linear: nn.Linear, rank: int, v: Tensor, u: Tensor, bias: Tensor) -> LowRankLinear:
@@ -315,7 +314,7 @@ def compress_blocks_(model: nn.Module, plan: RankPlan, calibration: Tensor | Ite
         model: A model for which ``sequential_blocks`` holds.
         plan: Ranks of the sites inside the blocks; other entries are not looked at.
         calibration: Images (N, C, H, W), or an iterable of batches.
-        shrinkage: Ridge of every whitening covariance, relative to its mean diagonal.
+        shrinkage: Of every whitening covariance.
     """
     encoder = _encoder(model)
     assert encoder is not None, "ask sequential_blocks first"
