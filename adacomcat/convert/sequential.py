@@ -7,7 +7,6 @@ shrunk towards the dense weights, for calibration knows only the directions that
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -239,7 +238,7 @@ class BlockCompression:
         for x, target in zip(_batches(stream), _batches(dense), strict=True):
             regression.add(mlp.act(mlp.fc1(part.norm(x))), target - x)
         if (width := self.ranks["hidden"]) != DENSE:
-            pruned = _pruned(part.inner, scale, regression, width)
+            pruned = _pruned(part, scale, regression, width)
             self.block.set_submodule(part.name, pruned)
         elif rank == DENSE:
             weight, bias = regression.solve_dense()
@@ -276,8 +275,8 @@ def _layer_scale(part: Residual) -> Tensor:
     return torch.where(gamma.abs() < 1e-8, torch.full_like(gamma, 1e-8), gamma)
 
 
-def _pruned(mlp: Any, scale: Tensor, regression: Regression, width: int) -> nn.Module:
-    """``mlp`` without the neurons that the regression's weight can spare the most easily.
+def _pruned(part: Residual, scale: Tensor, regression: Regression, width: int) -> nn.Module:
+    """The MLP without the neurons that the regression's weight can spare the most easily.
 
     The metric is that of the stream. What the others did is refitted first, with little shrinkage;
     the drift then as everywhere.
@@ -287,7 +286,7 @@ def _pruned(mlp: Any, scale: Tensor, regression: Regression, width: int) -> nn.M
     kept = order[:width].sort().values
     base = refitted(dense, covariance, kept)
     weight, bias = regression.on_inputs(kept, base).solve_dense()
-    return prune_mlp(mlp, kept, weight / scale.unsqueeze(1), bias / scale)
+    return prune_mlp(part.inner, kept, weight / scale.unsqueeze(1), bias / scale)
 
 
 def _low_rank(linear: nn.Linear, rank: int, v: Tensor, u: Tensor, bias: Tensor) -> LowRankLinear:

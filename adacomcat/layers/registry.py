@@ -149,7 +149,7 @@ class Residual:
 
     name: str  # of ``inner`` in its block
     norm: nn.Module
-    inner: nn.Module
+    inner: Any  # a module of whatever class
     scale: nn.Module
     gamma: Tensor | None  # (d,): what ``scale`` multiplies by; None where it is the identity
 
