@@ -49,6 +49,7 @@ def run_shell(block: Block) -> None:
             assert main([*argv, *SHORTER.get(argv[0], [])]) == 0, " ".join(words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=name)
 def test_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
