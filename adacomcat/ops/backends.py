@@ -223,7 +223,8 @@ def direct_kernel(op: str, x: Tensor) -> Kernel | None:
 def _cpu_kernel(op: str) -> Kernel:
     """The C++ kernel; where it refuses its arguments, the op's contract says why.
 
-    The contract in Python takes about as long as a small product, so it runs only after a refusal.
+    The contract in Python takes longer than a product of single rows, so it runs only after a
+    refusal.
     """
     function, contract = _compiled(op, "cpu"), getattr(shapes, op)
 
