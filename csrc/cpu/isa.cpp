@@ -48,10 +48,10 @@ std::vector<InstructionSet> detect() {
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   const Engine* const reduced = vnni ? &kAvx512VnniFloat : &kAvx512;
   const auto* const linalg = &kAvx512Linalg;
-  const InstructionSet with_bf16{"avx512_bf16", bf16,         linalg,       &kAvx512,
+  const InstructionSet with_bf16{"avx512_bf16", bf16,         linalg,      &kAvx512,
                                  reduced,       &kAvx512Bf16, &kAvx512Bf16};
-  const InstructionSet with_vnni{"avx512_vnni", vnni, linalg, &kAvx512, reduced, &kAvx512Vnni,
-                                 &kAvx512};
+  const InstructionSet with_vnni{"avx512_vnni", vnni,         linalg,  &kAvx512,
+                                 reduced,       &kAvx512Vnni, &kAvx512};
   // Outside AMX, Intel's CPUs multiply bfloat16 at half the rate of float32, AMD's at twice the rate.
   const bool slow_bf16 = __builtin_cpu_is("intel");
   sets.push_back({"amx", bf16 && amx_allowed(), linalg, &kAmxBf16x3, &kAmxBf16x3, &kAmx, &kAmx});
@@ -78,8 +78,9 @@ std::atomic<const InstructionSet*>& chosen() {
   static std::atomic<const InstructionSet*> set = [] {
     const char* wish = std::getenv("ADACOMCAT_CPU");
     const InstructionSet* found = find(wish && *wish ? wish : nullptr);
-    TORCH_CHECK(found, "ADACOMCAT_CPU=", wish, " is not an instruction set of this CPU; its best is ",
-                find(nullptr)->name, " of amx, avx512_vnni, avx512_bf16, avx512, avx2, generic");
+    TORCH_CHECK(found, "ADACOMCAT_CPU=", wish,
+                " is not an instruction set of this CPU; its best is ", find(nullptr)->name,
+                " of amx, avx512_vnni, avx512_bf16, avx512, avx2, generic");
     return found;
   }();
   return set;

@@ -35,14 +35,9 @@ class Svd {
   static constexpr int kLanes = small ? 2 : kWarp;
 
   __device__ Svd(const SvdBatch<T>& problem, int64_t index, char* memory)
-      : p(problem),
-        index(index),
-        wide(p.columns > p.rows),
-        m(long_side(p.rows, p.columns)),
-        n(short_side(p.rows, p.columns)),
-        thread(small ? threadIdx.x % kWarp : threadIdx.x),
-        size(small ? kWarp : blockDim.x),
-        lane(threadIdx.x % kLanes) {
+      : p(problem), index(index), wide(p.columns > p.rows), m(long_side(p.rows, p.columns)),
+        n(short_side(p.rows, p.columns)), thread(small ? threadIdx.x % kWarp : threadIdx.x),
+        size(small ? kWarp : blockDim.x), lane(threadIdx.x % kLanes) {
     T* next = reinterpret_cast<T*>(memory);
     x = next, next += n * pitch(m);
     values = next, next += n;
@@ -229,8 +224,8 @@ class Svd {
     for (int column = thread; column < n; column += size) {
       int place = 0;
       for (int other = 0; other < n; ++other) {
-        place += values[other] > values[column] ||
-                 (values[other] == values[column] && other < column);
+        place +=
+            values[other] > values[column] || (values[other] == values[column] && other < column);
       }
       order[place] = column;
     }
@@ -319,7 +314,7 @@ class Svd {
 
 // `stride` bytes of shared memory for each matrix of the block.
 template <class T, bool small, bool scratch>
-__global__ void __launch_bounds__(kWarp * (small ? kWarpsOfSmall : kMostWarps), 1)
+__global__ void __launch_bounds__(kWarp*(small ? kWarpsOfSmall : kMostWarps), 1)
     batched_svd_kernel(const SvdBatch<T> problem, int stride) {
   const int team = small ? threadIdx.x / kWarp : 0, teams = small ? blockDim.x / kWarp : 1;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * teams + team;
@@ -334,8 +329,8 @@ const char* run(const SvdBatch<T>& p, Stream stream) {
   const int64_t bytes = bytes_of(p.rows, p.columns, sizeof(T), !p.rotations);
   if (n > kWarp) {
     const int pairs = (n + 1) / 2, warps = pairs < kMostWarps ? pairs : kMostWarps;
-    auto* kernel = p.rotations ? batched_svd_kernel<T, false, true>
-                               : batched_svd_kernel<T, false, false>;
+    auto* kernel =
+        p.rotations ? batched_svd_kernel<T, false, true> : batched_svd_kernel<T, false, false>;
     return launch(kernel, p.count, kWarp * warps, bytes, stream, p, static_cast<int>(bytes));
   }
   // Few enough matrices a block that several blocks fit on a multiprocessor.

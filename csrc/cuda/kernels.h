@@ -20,9 +20,9 @@ struct SvdBatch {
   int rows, columns, rank;
   const T* a;
   int64_t batch_stride, row_stride, column_stride;
-  T *u, *s, *v;    // (count, rows, rank), (count, rank), (count, columns, rank)
-  int* status;     // (count,): SvdStatus
-  T* rotations;    // (count, svd_rotations()) of scratch where svd_needs_scratch, else null
+  T *u, *s, *v;  // (count, rows, rank), (count, rank), (count, columns, rank)
+  int* status;   // (count,): SvdStatus
+  T* rotations;  // (count, svd_rotations()) of scratch where svd_needs_scratch, else null
 };
 
 enum SvdStatus : int { kSvdDone = 0, kSvdNotFinite = 1, kSvdNotConverged = 2 };

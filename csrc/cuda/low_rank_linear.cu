@@ -50,18 +50,17 @@ __global__ void __launch_bounds__(kThreads, 1) low_rank_linear_kernel(const LowR
 
   for (int first = 0; first < p.rank; first += kColumns) {
     typename Tile::Sums sums = {};
-    pipeline(
-        (p.in + Tile::kDepth - 1) / Tile::kDepth,
-        [&](int step, int stage) {
-          T* to = stages + stage * Tile::kStage;
-          load_tile<rows, Tile::kDepth>(to, Tile::kPitch, x, first_row, step * Tile::kDepth);
-          load_tile<Tile::kDepth, kColumns>(to + Tile::kLhs, Tile::kWidePitch, v,
-                                            step * Tile::kDepth, first);
-        },
-        [&](int, int stage) {
-          const T* from = stages + stage * Tile::kStage;
-          multiply_tiles<Tile, true>(sums, from, Tile::kPitch, from + Tile::kLhs);
-        });
+    pipeline((p.in + Tile::kDepth - 1) / Tile::kDepth,
+             [&](int step, int stage) {
+               T* to = stages + stage * Tile::kStage;
+               load_tile<rows, Tile::kDepth>(to, Tile::kPitch, x, first_row, step * Tile::kDepth);
+               load_tile<Tile::kDepth, kColumns>(to + Tile::kLhs, Tile::kWidePitch, v,
+                                                 step * Tile::kDepth, first);
+             },
+             [&](int, int stage) {
+               const T* from = stages + stage * Tile::kStage;
+               multiply_tiles<Tile, true>(sums, from, Tile::kPitch, from + Tile::kLhs);
+             });
     drain<Tile>(sums, staging, [&](int row, int column, float sum) {
       const int r = first + column;
       // Zero beyond the rank even where x is infinite.
@@ -118,7 +117,8 @@ const char* run(const LowRankLinear& p, Stream stream) {
 }  // namespace
 
 int64_t low_rank_linear_shared_memory(Dtype dtype, int rank) {
-  return dtype == Dtype::f32 ? bytes_of<float, kSmallRows>(rank) : bytes_of<__half, kSmallRows>(rank);
+  return dtype == Dtype::f32 ? bytes_of<float, kSmallRows>(rank)
+                             : bytes_of<__half, kSmallRows>(rank);
 }
 
 const char* low_rank_linear(Dtype dtype, const LowRankLinear& problem, Stream stream) {

@@ -61,10 +61,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batched_svd_cuda(const at::Tensor
       rotations = at::empty({batch.size(0), svd_rotations(rows, columns)}, a.options());
     }
     const SvdBatch<scalar_t> problem{
-        batch.size(0), static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(k),
-        batch.const_data_ptr<scalar_t>(), batch.stride(0), batch.stride(1), batch.stride(2),
-        result.u.mutable_data_ptr<scalar_t>(), result.s.mutable_data_ptr<scalar_t>(),
-        result.v.mutable_data_ptr<scalar_t>(), status.mutable_data_ptr<int>(),
+        batch.size(0),
+        static_cast<int>(rows),
+        static_cast<int>(columns),
+        static_cast<int>(k),
+        batch.const_data_ptr<scalar_t>(),
+        batch.stride(0),
+        batch.stride(1),
+        batch.stride(2),
+        result.u.mutable_data_ptr<scalar_t>(),
+        result.s.mutable_data_ptr<scalar_t>(),
+        result.v.mutable_data_ptr<scalar_t>(),
+        status.mutable_data_ptr<int>(),
         rotations.defined() ? rotations.mutable_data_ptr<scalar_t>() : nullptr};
     check_launch(batched_svd(problem, stream_of(a)));
   });
@@ -90,10 +98,12 @@ at::Tensor truncation_errors_cuda(const at::Tensor& s) {
   return errors;
 }
 
-std::tuple<at::Tensor, at::Tensor> low_rank_linear_cuda(
-    const at::Tensor& x, const at::Tensor& v, const at::Tensor& u, const OptionalTensor& bias,
-    std::optional<std::string_view> activation, const OptionalTensor& residual,
-    bool keep_intermediates) {
+std::tuple<at::Tensor, at::Tensor> low_rank_linear_cuda(const at::Tensor& x, const at::Tensor& v,
+                                                        const at::Tensor& u,
+                                                        const OptionalTensor& bias,
+                                                        std::optional<std::string_view> activation,
+                                                        const OptionalTensor& residual,
+                                                        bool keep_intermediates) {
   TORCH_CHECK(x.dim() > 0 && v.dim() == 2 && u.dim() == 2, "x (..., in), v, u matrices expected");
   check_device(x, "x");
   const int64_t in = x.size(-1), rank = v.size(1), out = u.size(0);
@@ -114,11 +124,18 @@ std::tuple<at::Tensor, at::Tensor> low_rank_linear_cuda(
               " bytes of shared memory and a block of this GPU has ", available);
   const DenseRows xs(x), vs(v), us(u), residuals(residual ? *residual : x);
   const at::Tensor biases = bias ? bias->contiguous() : at::Tensor();
-  const LowRankLinear problem{
-      rows, static_cast<int>(in), static_cast<int>(rank), static_cast<int>(out),
-      matrix_of(xs), matrix_of(vs), matrix_of(us), residual ? matrix_of(residuals) : Matrix{},
-      bias ? biases.const_data_ptr() : nullptr, y.mutable_data_ptr(),
-      keep_intermediates ? middle.mutable_data_ptr() : nullptr, parse_activation(activation)};
+  const LowRankLinear problem{rows,
+                              static_cast<int>(in),
+                              static_cast<int>(rank),
+                              static_cast<int>(out),
+                              matrix_of(xs),
+                              matrix_of(vs),
+                              matrix_of(us),
+                              residual ? matrix_of(residuals) : Matrix{},
+                              bias ? biases.const_data_ptr() : nullptr,
+                              y.mutable_data_ptr(),
+                              keep_intermediates ? middle.mutable_data_ptr() : nullptr,
+                              parse_activation(activation)};
   check_launch(low_rank_linear(dtype, problem, stream_of(x)));
   return {y, middle};
 }

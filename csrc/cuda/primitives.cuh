@@ -109,9 +109,9 @@ template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared,
                    cudaStream_t stream, const Arguments&... arguments) {
   if (blocks > std::numeric_limits<int>::max()) return "the batch is too large for one launch";
-  cudaError_t error = cudaFuncSetAttribute(
-      reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-      static_cast<int>(shared));
+  cudaError_t error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                           cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (error == cudaSuccess) {
     kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(arguments...);
     error = cudaGetLastError();

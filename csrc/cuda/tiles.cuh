@@ -52,8 +52,8 @@ struct Source {
   __device__ Source(const Matrix& from, int64_t rows, int columns)
       : data(static_cast<const T*>(from.data)), stride(from.stride), rows(rows), columns(columns) {
     constexpr int chunk = 16 / sizeof(T);
-    chunks = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % chunk == 0 &&
-             columns % chunk == 0;
+    chunks =
+        reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % chunk == 0 && columns % chunk == 0;
   }
 };
 

@@ -9,7 +9,7 @@ namespace {
 constexpr int kWarp = 32, kWarps = 4;
 
 template <class T>
-__global__ void __launch_bounds__(kWarp * kWarps)
+__global__ void __launch_bounds__(kWarp* kWarps)
     truncation_errors_kernel(const T* s, T* errors, int64_t count, int64_t heads, int64_t ranks) {
   const int lane = threadIdx.x % kWarp;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;

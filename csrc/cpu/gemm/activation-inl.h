@@ -4,7 +4,8 @@
 // -87.3, infinity above 88.72, NaN for NaN.
 inline Vector exponential(Vector x) {
   const Vector least = broadcast(-87.3f), most = broadcast(88.72f);
-  const Integers low = x < least, high = x > most;
+  const Integers low = x < least;
+  const Integers high = x > most;
   const Vector clamped = select(low, least, select(high, most, x));
   const float round = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer
   const Vector shifted = clamped * 1.44269504088896f + round;
@@ -46,7 +47,8 @@ constexpr float kPower[] = {0.99999994f,   0.693153083f,   0.240153611f,
 inline Vector power_of_two(Vector x) {
   constexpr float least_exponent = -100.0f;
 #ifdef ADACOMCAT_AVX512
-  const __mmask16 near = _mm512_cmp_ps_mask((__m512)x, (__m512)broadcast(least_exponent), _CMP_NLE_UQ);
+  const __mmask16 near =
+      _mm512_cmp_ps_mask((__m512)x, (__m512)broadcast(least_exponent), _CMP_NLE_UQ);
   const Vector above_floor = (Vector)_mm512_reduce_ps((__m512)x, 9);
   return (Vector)_mm512_maskz_scalef_ps(near, (__m512)horner(kPower, above_floor), (__m512)x);
 #else
@@ -54,15 +56,15 @@ inline Vector power_of_two(Vector x) {
   const Vector shifted = (x - 0.5f) + round;
   const Vector p = horner(kPower, x - (shifted - round));
   const Words power = (Words)p + ((Words)shifted << 23);  // the floor in the low bits
-  return (Vector)(power & (Words)~(x <= least_exponent));
+  return (Vector)(power & (Words) ~(x <= least_exponent));
 #endif
 }
 
 // Minimax polynomial of (Φ(x) - ½) / x in s = 2 (x / limit)² - 1, Φ the cumulative distribution function
 // of the normal distribution. Beyond ± limit Φ is taken as constant. Absolute error of Φ: 2e-7.
 constexpr float kNormalLimit = 5.09116882f;
-constexpr float kNormal[] = {0.138844667f, -0.0691156453f, 0.0508475834f, -0.0402530219f,
-                             0.0317170212f, -0.0238713403f, 0.0172483938f, -0.0121798316f,
+constexpr float kNormal[] = {0.138844667f,   -0.0691156453f,  0.0508475834f,  -0.0402530219f,
+                             0.0317170212f,  -0.0238713403f,  0.0172483938f,  -0.0121798316f,
                              0.00713675329f, -0.00290317622f, 0.00198536591f, -0.00204285034f,
                              0.000795360054f};
 
@@ -120,8 +122,8 @@ inline Vector activate(Vector x, Activation activation, Vector& grad) {
     case Activation::gelu_tanh: {  // far out, where x³ would overflow, the sigmoid is 0 or 1
       const Vector square = minimum(broadcast(1e6f), x * x);
       const Vector below = sigmoid(1.59576912160573071f * x * (1.0f + 0.044715f * square));
-      grad = below + x * below * (1.0f - below) * 1.59576912160573071f *
-                          (1.0f + 3 * 0.044715f * square);
+      grad = below +
+             x * below * (1.0f - below) * 1.59576912160573071f * (1.0f + 3 * 0.044715f * square);
       return x * below;
     }
     case Activation::silu: {

@@ -42,7 +42,8 @@ constexpr int64_t kRhsBytes = 1 << 20;
 #ifdef ADACOMCAT_AMX
 constexpr int64_t kBlockRows = 400;  // fewer would read all weights from the third cache more often
 #else
-constexpr int64_t kBlockRows = 264;  // one image of 224 x 224 is one block and reads each weight once
+constexpr int64_t kBlockRows =
+    264;  // one image of 224 x 224 is one block and reads each weight once
 #endif
 
 // mr, nc and kc of one product. kc is less than k only where mr rows of the lhs are longer than the

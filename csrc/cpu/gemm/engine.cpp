@@ -11,8 +11,8 @@ namespace {
 // Whether float32 products may lose precision. Torch before 2.14 is not asked.
 bool precision_reduced() {
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 14
-  const auto precision = at::globalContext().float32Precision(at::Float32Backend::MKLDNN,
-                                                              at::Float32Op::MATMUL);
+  const auto precision =
+      at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
   return precision == at::Float32Precision::TF32 || precision == at::Float32Precision::BF16;
 #else
   return false;

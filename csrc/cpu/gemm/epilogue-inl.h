@@ -118,7 +118,8 @@ inline void gradient_of_column(const Epilogue& f, const float* tile, int64_t row
       store(f.out, out, D, activation_grad * load(f.gradient.data, from, D));
       if (f.activated) store(f.activated, out, D, y);
     } else {
-      store_some(f.out, out, D, activation_grad * load_some(f.gradient.data, from, D, count), count);
+      store_some(f.out, out, D, activation_grad * load_some(f.gradient.data, from, D, count),
+                 count);
       if (f.activated) store_some(f.activated, out, D, y, count);
     }
   }
@@ -168,8 +169,8 @@ class DeferredEpilogue : public RowWork {
   // registers, and the kind is compiled in. Null otherwise.
   const FullTile* fused(int64_t row, int64_t count, int64_t column, int64_t columns) {
     const bool plain = !epilogue_.row_scale && !epilogue_.residual.data;
-    if (!kFused<A, D> || count != kTileRows || columns != kTileStride || !has_whole_vectors(columns) ||
-        (A != Activation::none && !plain)) {
+    if (!kFused<A, D> || count != kTileRows || columns != kTileStride ||
+        !has_whole_vectors(columns) || (A != Activation::none && !plain)) {
       return nullptr;
     }
     all();
@@ -180,8 +181,8 @@ class DeferredEpilogue : public RowWork {
  private:
   bool has_whole_vectors(int64_t columns) const {
     const Epilogue& f = epilogue_;
-    return columns % kLanes == 0 && !f.sum && !f.gradient.data && !(f.row_scale && f.residual.data) &&
-           !(f.residual.data && f.residual.dtype != D);
+    return columns % kLanes == 0 && !f.sum && !f.gradient.data &&
+           !(f.row_scale && f.residual.data) && !(f.residual.data && f.residual.dtype != D);
   }
 
   void prepare(const float* tile, int64_t row, int64_t column, int64_t columns) {

@@ -22,7 +22,8 @@ inline PackedRhs packed_panel(const Gemm& p, int64_t k, int64_t column, int64_t 
 inline int64_t steps_of(int64_t k) { return (k + kGroup - 1) / kGroup; }
 
 // Gives the micro-kernel the lhs of its next tiles: mr rows from `row` on, kc elements from `k` on.
-inline void set_lhs(MicroKernel& kernel, const Gemm& p, const Blocking& blocking, int64_t row, int64_t k) {
+inline void set_lhs(MicroKernel& kernel, const Gemm& p, const Blocking& blocking, int64_t row,
+                    int64_t k) {
   kernel.set_lhs(least(blocking.mr, p.m - row), steps_of(least(blocking.kc, p.k - k)),
                  lhs_row(p, row) + k * kOperandSize, p.lhs_stride * kOperandSize);
 }
@@ -85,8 +86,8 @@ void accumulate(const Gemm& p, float* sum, int64_t stride, bool add) {
     for (int64_t k = 0; k == 0 || k < p.k; k += blocking.kc) {
       set_lhs(kernel, p, blocking, row, k);
       for_each_panel(0, p.n, [&](int64_t column, int64_t vectors) {
-        kernel.multiply<0>(vectors, packed_panel(p, k, column, vectors), sum + row * stride + column,
-                           stride, add || k, prefetches.next(), none);
+        kernel.multiply<0>(vectors, packed_panel(p, k, column, vectors),
+                           sum + row * stride + column, stride, add || k, prefetches.next(), none);
       });
     }
   }

@@ -8,20 +8,19 @@ void inner_products_of(int64_t m, int64_t k, Rows x, int64_t count, const float*
     const int64_t row = i * x.stride;
     for (int64_t v = 0; v < count; ++v) {
       const float* vector = vectors + v * stride;
-      Vector sums = sum_terms(whole, [=](int64_t j) {
-        return load(x.data, row + j, D) * load(vector + j);
-      });
+      Vector sums =
+          sum_terms(whole, [=](int64_t j) { return load(x.data, row + j, D) * load(vector + j); });
       if (tail) {
-        sums += load_some(x.data, row + whole, D, tail) *
-                load_some(vector, whole, Dtype::f32, tail);
+        sums +=
+            load_some(x.data, row + whole, D, tail) * load_some(vector, whole, Dtype::f32, tail);
       }
       out[v * out_stride + i] = sum_of(sums);
     }
   }
 }
 
-void inner_products(int64_t m, int64_t k, Rows x, int64_t count, const float* vectors, int64_t stride,
-                    float* out, int64_t out_stride) {
+void inner_products(int64_t m, int64_t k, Rows x, int64_t count, const float* vectors,
+                    int64_t stride, float* out, int64_t out_stride) {
   const auto run = x.dtype == Dtype::f32    ? &inner_products_of<Dtype::f32>
                    : x.dtype == Dtype::bf16 ? &inner_products_of<Dtype::bf16>
                                             : &inner_products_of<Dtype::f16>;
@@ -30,8 +29,8 @@ void inner_products(int64_t m, int64_t k, Rows x, int64_t count, const float* ve
 
 // As many columns at a time as registers hold sums of, so that a row is read in long pieces.
 template <Dtype D, int count>
-void weighted_sums_of(int64_t m, int64_t k, Rows x, const float* weights, int64_t stride, float* out,
-                      int64_t out_stride) {
+void weighted_sums_of(int64_t m, int64_t k, Rows x, const float* weights, int64_t stride,
+                      float* out, int64_t out_stride) {
   constexpr int kTogether = (count == 1 ? 8 : 4) * kLanes / 16;
   int64_t j = 0;
   for (; j + kTogether * kLanes <= k; j += kTogether * kLanes) {
@@ -69,8 +68,8 @@ void weighted_sums_of(int64_t m, int64_t k, Rows x, int64_t count, const float* 
   }
 }
 
-void weighted_sums(int64_t m, int64_t k, Rows x, int64_t count, const float* weights, int64_t stride,
-                   float* out, int64_t out_stride) {
+void weighted_sums(int64_t m, int64_t k, Rows x, int64_t count, const float* weights,
+                   int64_t stride, float* out, int64_t out_stride) {
   if (x.dtype == Dtype::f32) {
     weighted_sums_of<Dtype::f32>(m, k, x, count, weights, stride, out, out_stride);
   } else if (x.dtype == Dtype::bf16) {

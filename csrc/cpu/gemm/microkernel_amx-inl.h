@@ -12,7 +12,8 @@ class MicroKernel : public AmxKernel<MicroKernel> {
 
  private:
   template <int R, int P>
-  void run(const float* b, float* c, int64_t c_stride, bool add, Prefetch prefetch, RowWork& deferred) {
+  void run(const float* b, float* c, int64_t c_stride, bool add, Prefetch prefetch,
+           RowWork& deferred) {
     const char* a = a_;
     const int64_t whole = steps_ / kSide, rest = steps_ % kSide;
     deferred.begin(whole);

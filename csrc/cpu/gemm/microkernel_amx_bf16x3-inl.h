@@ -31,7 +31,8 @@ class MicroKernel : public AmxKernel<MicroKernel> {
       const float* row = reinterpret_cast<const float*>(a);
       char* out = lhs_ + i * kRowBytes;
       for (int64_t k = 0; k < steps; k += kKMultiple, out += kParts * kPartBytes) {
-        split(some(row + k, steps - k), some(row + k + kLanes, steps - k - kLanes), out, kPartBytes);
+        split(some(row + k, steps - k), some(row + k + kLanes, steps - k - kLanes), out,
+              kPartBytes);
       }
     }
   }
@@ -60,7 +61,8 @@ class MicroKernel : public AmxKernel<MicroKernel> {
   // From each product to the next, only one side is loaded anew. The deferred work is spread over all
   // products: instructions that wait for a tile product would fill the core's reorder buffer.
   template <int R, int P>
-  void run(const float* b, float* c, int64_t c_stride, bool add, Prefetch prefetch, RowWork& deferred) {
+  void run(const float* b, float* c, int64_t c_stride, bool add, Prefetch prefetch,
+           RowWork& deferred) {
     constexpr int64_t kRhs = P * kRegisterFloats;
     const char* a = lhs_;
     const auto multiply_held = [&] {

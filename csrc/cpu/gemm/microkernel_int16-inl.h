@@ -16,8 +16,7 @@ inline Sum multiply_add(Sum sum, Lane a, Vector b) {
 
 // The value of an integer sum. It is multiplied by one norm after the other, since the product of both
 // could overflow or vanish.
-inline Vector value_of(Sum sum, const float* row_norms, int r,
-                       const float* column_norms, int p) {
+inline Vector value_of(Sum sum, const float* row_norms, int r, const float* column_norms, int p) {
   constexpr float kUnit = 1 / (kMostInteger * kMostInteger);
   const Vector cosine = (Vector)_mm512_cvtepi32_ps((__m512i)sum) * kUnit;
   return cosine * load(column_norms + p * kLanes) * row_norms[r];

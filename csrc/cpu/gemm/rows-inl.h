@@ -16,7 +16,8 @@ void load_rows(int64_t m, int64_t k, Rows x, void* out, int64_t stride) {
   for (int64_t i = 0; i < m; ++i) {
     char* row = static_cast<char*>(out) + i * stride * kOperandSize;
     if (x.dtype == kOperand) {
-      copy_row(row, static_cast<const char*>(x.data) + i * x.stride * kOperandSize, k * kOperandSize);
+      copy_row(row, static_cast<const char*>(x.data) + i * x.stride * kOperandSize,
+               k * kOperandSize);
     } else {
       for (int64_t j = 0; j < k; j += kLanes) {
         const int64_t count = least(kLanes, k - j);
@@ -114,14 +115,14 @@ void normalize_rows_of(int64_t m, int64_t k, Rows x, float epsilon, void* out, i
   constexpr int64_t kMostHeld = 2048;
   alignas(64) float values[kTogether * kMostHeld];
   const bool held = D != Dtype::f32 && k <= kMostHeld;
-  const auto together = held ? &normalize_together<D, true, kTogether>
-                             : &normalize_together<D, false, kTogether>;
+  const auto together =
+      held ? &normalize_together<D, true, kTogether> : &normalize_together<D, false, kTogether>;
   const auto alone = held ? &normalize_together<D, true, 1> : &normalize_together<D, false, 1>;
   for (int64_t i = 0; i < m;) {
     const bool four = i + kTogether <= m;
     (four ? together : alone)(k, static_cast<const char*>(x.data) + i * x.stride * dtype_size(D),
-                              x.stride, epsilon, static_cast<char*>(out) + i * stride * kOperandSize,
-                              stride, values);
+                              x.stride, epsilon,
+                              static_cast<char*>(out) + i * stride * kOperandSize, stride, values);
     i += four ? kTogether : 1;
   }
 }
@@ -191,7 +192,8 @@ void softmax_together(int64_t n, const float* logits, int64_t stride, float scal
     for (int r = 0; r < count; ++r) {
       const float* row = logits + r * stride + j;
       const Vector first_power = power(r, load(row));
-      store_two(out + r * out_stride * kOperandSize, j, kOperand, first_power, power(r, load(row + kLanes)));
+      store_two(out + r * out_stride * kOperandSize, j, kOperand, first_power,
+                power(r, load(row + kLanes)));
     }
   }
   for (int r = 0; r < count; ++r) {
@@ -213,9 +215,11 @@ void softmax_rows(int64_t m, int64_t n, float* logits, int64_t stride, float sca
 #ifdef ADACOMCAT_AMX
     if (i % 8 == 0) stay_awake();
 #endif
-    (count == 1 ? &softmax_together<1> : &softmax_together<kTogether>)(
-        n, logits + i * stride, stride, prepared ? 1.0f : scale,
-        static_cast<char*>(out) + i * out_stride * kOperandSize, out_stride, inverse_sum + i);
+    (count == 1
+         ? &softmax_together<1>
+         : &softmax_together<kTogether>)(n, logits + i * stride, stride, prepared ? 1.0f : scale,
+                                         static_cast<char*>(out) + i * out_stride * kOperandSize,
+                                         out_stride, inverse_sum + i);
     i += count;
   }
 }

@@ -113,7 +113,8 @@ inline Vector load_some(const void* p, int64_t i, Dtype dtype, int64_t count) {
   if (count >= kLanes) return load(p, i, dtype);
 #ifdef ADACOMCAT_AVX512
   const __mmask16 lanes = lanes_of(count);
-  if (dtype == Dtype::f32) return (Vector)_mm512_maskz_loadu_ps(lanes, static_cast<const float*>(p) + i);
+  if (dtype == Dtype::f32)
+    return (Vector)_mm512_maskz_loadu_ps(lanes, static_cast<const float*>(p) + i);
   const Halves x = (Halves)_mm256_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(p) + i);
   return dtype == Dtype::bf16 ? from_bf16(x) : from_f16(x);
 #else
@@ -132,7 +133,8 @@ inline void store_some(void* p, int64_t i, Dtype dtype, Vector x, int64_t count)
   if (count >= kLanes) return store(p, i, dtype, x);
 #ifdef ADACOMCAT_AVX512
   const __mmask16 lanes = lanes_of(count);
-  if (dtype == Dtype::f32) return _mm512_mask_storeu_ps(static_cast<float*>(p) + i, lanes, (__m512)x);
+  if (dtype == Dtype::f32)
+    return _mm512_mask_storeu_ps(static_cast<float*>(p) + i, lanes, (__m512)x);
   const Halves halves = dtype == Dtype::bf16 ? to_bf16(x) : to_f16(x);
   _mm256_mask_storeu_epi16(static_cast<uint16_t*>(p) + i, lanes, (__m256i)halves);
 #else

@@ -7,12 +7,8 @@ template <class T>
 class Svd {
  public:
   explicit Svd(const SvdProblem<T>& problem)
-      : p(problem),
-        wide(p.columns > p.rows),
-        m(wide ? p.columns : p.rows),
-        n(wide ? p.rows : p.columns),
-        ldm(padded<T>(m)),
-        ldn(padded<T>(n)),
+      : p(problem), wide(p.columns > p.rows), m(wide ? p.columns : p.rows),
+        n(wide ? p.rows : p.columns), ldm(padded<T>(m)), ldn(padded<T>(n)),
         x(n, p.workspace, p.workers) {
     T* next = p.workspace + svd_blocks<T>(n) * svd_block_stride<T>(n);
     const auto take = [&next](int64_t size) { return std::exchange(next, next + size); };
@@ -244,8 +240,8 @@ class Svd {
   // Stores u and v, signed so that the largest element (the first of equals) of each u is positive.
   void store() {
     for (int64_t i = 0; i < p.rank; ++i) {
-      const bool negative = wide ? is_negative(column_x(order[i]), ldn)
-                                 : is_negative(column_left(i), ldm);
+      const bool negative =
+          wide ? is_negative(column_x(order[i]), ldn) : is_negative(column_left(i), ldm);
       squares[i] = negative ? T(-1) : T(1);  // the memory of the squares is free
     }
     store([this](int64_t i) { return column_left(i); }, wide ? p.v : p.u, m);

@@ -69,9 +69,17 @@ void decompose_all(const at::Tensor& a, int64_t k, T* u, T* s, T* v) {
     const at::Tensor workspace = at::empty({size}, a.options());
     IdleThreads workers;
     for (int64_t i = begin; i < end; ++i) {
-      const SvdProblem<T> problem{rows, columns, k, data + i * a.stride(0), a.stride(1), a.stride(2),
-                                  u ? u + i * rows * k : nullptr, s + i * k,
-                                  v ? v + i * columns * k : nullptr, workspace.data_ptr<T>(), workers};
+      const SvdProblem<T> problem{rows,
+                                  columns,
+                                  k,
+                                  data + i * a.stride(0),
+                                  a.stride(1),
+                                  a.stride(2),
+                                  u ? u + i * rows * k : nullptr,
+                                  s + i * k,
+                                  v ? v + i * columns * k : nullptr,
+                                  workspace.data_ptr<T>(),
+                                  workers};
       const SvdStatus status = decompose(kernels, problem);
       if (status == SvdStatus::not_finite) lower(not_finite, i);
       if (status == SvdStatus::not_converged) lower(not_converged, i);

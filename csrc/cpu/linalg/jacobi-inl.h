@@ -47,12 +47,18 @@ class Jacobi {
   bool orthogonalize(int64_t r) {
     rank = r;
     switch (ld / kLanes<T>) {
-      case 1: return orthogonalize<1>();
-      case 2: return orthogonalize<2>();
-      case 4: return orthogonalize<4>();
-      case 8: return orthogonalize<8>();
-      case 16: return orthogonalize<16>();
-      default: return orthogonalize<0>();
+      case 1:
+        return orthogonalize<1>();
+      case 2:
+        return orthogonalize<2>();
+      case 4:
+        return orthogonalize<4>();
+      case 8:
+        return orthogonalize<8>();
+      case 16:
+        return orthogonalize<16>();
+      default:
+        return orthogonalize<0>();
     }
   }
 

@@ -202,7 +202,8 @@ class Tridiagonal {
   void update(int64_t begin, int64_t count) {
     for (int64_t first = begin / kWidth * kWidth; first < n; first += kWidth) {
       int64_t column = first;
-      for (; column + kPanelColumns <= ld; column += kPanelColumns) update_tile<2>(first, column, count);
+      for (; column + kPanelColumns <= ld; column += kPanelColumns)
+        update_tile<2>(first, column, count);
       for (; column < ld; column += kWidth) update_tile<1>(first, column, count);
     }
   }

@@ -39,7 +39,8 @@ void mirror(int64_t n, double* gram) {
   for (int64_t top = 0; top < n; top += block) {
     for (int64_t left = 0; left <= top; left += block) {
       for (int64_t i = top; i < std::min(n, top + block); ++i) {
-        for (int64_t j = left; j < std::min(i, left + block); ++j) gram[i * n + j] = gram[j * n + i];
+        for (int64_t j = left; j < std::min(i, left + block); ++j)
+          gram[i * n + j] = gram[j * n + i];
       }
     }
   }

@@ -36,8 +36,8 @@ class ClassAttention {
   // The class token of one image. Threads share out the tokens, then the heads, then the columns of y.
   void attend(int64_t image) const {
     const int64_t columns_vo = num_heads * rank_vo, sum_stride = e.padded_n(d);
-    Workspace workspace({lhs_bytes(e, tokens, d), d * kFloat, sum_stride * kFloat,
-                         columns_vo * kFloat});
+    Workspace workspace(
+        {lhs_bytes(e, tokens, d), d * kFloat, sum_stride * kFloat, columns_vo * kFloat});
     char* rows = workspace.next<char>();
     float* class_token = workspace.next<float>();
     float* sums = workspace.next<float>();
@@ -54,7 +54,8 @@ class ClassAttention {
       attend_heads(begin, end - begin, normed, class_token, heads + begin * rank_vo);
     });
     for_each_column_share(columns_vo, d, [&](int64_t n, int64_t columns) {
-      e.inner_products(columns, columns_vo, rows_from(os.rows, n), 1, heads, columns_vo, sums + n, 0);
+      e.inner_products(columns, columns_vo, rows_from(os.rows, n), 1, heads, columns_vo, sums + n,
+                       0);
     });
     Epilogue epilogue = out.epilogue(image);
     epilogue.bias = bias_o.rows;
@@ -74,8 +75,8 @@ class ClassAttention {
     float* p = scratch.next<float>();
     float* averages = scratch.next<float>();
 
-    e.inner_products(count * rank_qk, d, rows_from(qs.rows, first * rank_qk), 1, class_token, d, queries,
-                     0);
+    e.inner_products(count * rank_qk, d, rows_from(qs.rows, first * rank_qk), 1, class_token, d,
+                     queries, 0);
     row_to_floats(e, rows_from(bias_q.rows, 0, first * rank_qk), count * rank_qk, bias);
     for (int64_t j = 0; j < count * rank_qk; ++j) queries[j] += bias[j];
     for (int64_t h = 0; h < count; ++h) {
@@ -86,8 +87,8 @@ class ClassAttention {
     for (int64_t h = 0; h < count; ++h) softmax(p + h * tokens, tokens, scale);
     e.weighted_sums(tokens, d, normed, count, p, tokens, averages, d);
     for (int64_t h = 0; h < count; ++h) {
-      e.inner_products(rank_vo, d, rows_from(vs.rows, (first + h) * rank_vo), 1, averages + h * d, d,
-                       values + h * rank_vo, rank_vo);
+      e.inner_products(rank_vo, d, rows_from(vs.rows, (first + h) * rank_vo), 1, averages + h * d,
+                       d, values + h * rank_vo, rank_vo);
     }
   }
 

@@ -50,8 +50,8 @@ class HiddenGradient {
       : e(activation_engine(dtype_of(middle))), into2(pack_optional(e, w.u2, false)),
         out_of2(pack_optional(e, w.v2, true)), up(pack_weight(e, w.u, true)),
         back(pack_weight(e, w.u, false)), into_x(pack_optional(e, w.v, true)), middles(middle),
-        grads(grad), bias(w.bias), act(act), to(to), rows(row_count(middle)), inner(middle.size(-1)),
-        hidden(w.u.size(0)), out(grad.size(-1)), inner2(w.inner2(grad)) {}
+        grads(grad), bias(w.bias), act(act), to(to), rows(row_count(middle)),
+        inner(middle.size(-1)), hidden(w.u.size(0)), out(grad.size(-1)), inner2(w.inner2(grad)) {}
 
   void run() const {
     const int64_t block = block_rows(e, rows), size = e.operand_size();

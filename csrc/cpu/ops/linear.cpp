@@ -8,8 +8,8 @@ namespace adacomcat {
 namespace {
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
-  TORCH_CHECK(x.dim() > 0 && weight.dim() == 2, "x (..., in) and a matrix expected, got ", x.sizes(),
-              " and ", weight.sizes());
+  TORCH_CHECK(x.dim() > 0 && weight.dim() == 2, "x (..., in) and a matrix expected, got ",
+              x.sizes(), " and ", weight.sizes());
   const int64_t rows = row_count(x), in = x.size(-1), out = weight.size(0);
   TORCH_CHECK(uses_gemv(x), "at most ", kMostGemvRows, " rows expected, got ", rows);
   check_like(x, weight, "weight", {out, in});

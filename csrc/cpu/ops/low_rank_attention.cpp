@@ -40,8 +40,8 @@ struct Masks {
     if (!first.data) return first;
     Mask mask = first;
     const int64_t size = first.boolean ? 1 : dtype_size(first.dtype);
-    mask.data = static_cast<const char*>(first.data) +
-                (b * batch + h * head + row * first.row) * size;
+    mask.data =
+        static_cast<const char*>(first.data) + (b * batch + h * head + row * first.row) * size;
     return mask;
   }
 };
@@ -102,12 +102,13 @@ bool shares_images(int64_t images) {
 // One call of the op.
 class LowRankAttention {
  public:
-  LowRankAttention(const at::Tensor& x, const AttentionWeights& w, const Options& options, const at::Tensor& y)
+  LowRankAttention(const at::Tensor& x, const AttentionWeights& w, const Options& options,
+                   const at::Tensor& y)
       : e(engine(dtype_of(x))), wq(pack_weight(e, w.wq, true)), wk(pack_weight(e, w.wk, true)),
         wv(pack_weight(e, w.wv, true)), wo(pack_weight(e, w.wo, true)), xs(x),
-        residuals(options.residual ? *options.residual : x), bias_q(w.bq), bias_o(w.bo), no_bias({}),
-        masks(options.mask, x.size(0), options.num_heads, x.size(1)), options(options), result(y),
-        tokens(x.size(1)), in(x.size(2)), out(y.size(2)) {}
+        residuals(options.residual ? *options.residual : x), bias_q(w.bq), bias_o(w.bo),
+        no_bias({}), masks(options.mask, x.size(0), options.num_heads, x.size(1)), options(options),
+        result(y), tokens(x.size(1)), in(x.size(2)), out(y.size(2)) {}
 
   // All three sweeps over some images. `intermediates` are q, k, v and context; those that have elements
   // are stored.
@@ -162,9 +163,10 @@ class LowRankAttention {
         const PackedWeight& next = projections[i + 1].weight;
         hint = {next.data.get(), e.packed_bytes(in, std::min(end * width, next.n))};
       }
-      e.multiply(p.weight.product(e, part.rows, lhs, column, columns, fresh ? hint : PrefetchHint{}),
-                 {p.to.at_row(part.row, column), p.to.columns, e.operand,
-                  rows_from(p.bias.rows, 0, column)});
+      e.multiply(
+          p.weight.product(e, part.rows, lhs, column, columns, fresh ? hint : PrefetchHint{}),
+          {p.to.at_row(part.row, column), p.to.columns, e.operand,
+           rows_from(p.bias.rows, 0, column)});
     }
   }
 
@@ -210,8 +212,8 @@ class LowRankAttention {
       const int64_t m = std::min(block, end - row);
       const Rows rows{q.at_row(first + row, head * rank_qk), q.columns, e.operand};
       const LhsOperand lhs = lhs_operand(e, m, rank_qk, rows, {}, queries);
-      e.accumulate({m, n, rank_qk, lhs.data, lhs.stride, keys, e.packed_k(rank_qk), 0}, logits, width,
-                   false);
+      e.accumulate({m, n, rank_qk, lhs.data, lhs.stride, keys, e.packed_k(rank_qk), 0}, logits,
+                   width, false);
       e.softmax(m, n, logits, width, options.scale, masks.of(sweep.first_image + image, head, row),
                 logits, softmax_stride, inverse_sum);
       Epilogue epilogue{sweep.context.at_row(first + row, head * rank_vo), sweep.context.columns,

@@ -13,10 +13,11 @@ namespace adacomcat {
 namespace {
 
 // Returns y and, if intermediates are kept, x V.
-std::tuple<at::Tensor, at::Tensor> low_rank_linear(
-    const at::Tensor& x, const at::Tensor& v, const at::Tensor& u, const OptionalTensor& bias,
-    std::optional<std::string_view> activation, const OptionalTensor& residual,
-    bool keep_intermediates) {
+std::tuple<at::Tensor, at::Tensor> low_rank_linear(const at::Tensor& x, const at::Tensor& v,
+                                                   const at::Tensor& u, const OptionalTensor& bias,
+                                                   std::optional<std::string_view> activation,
+                                                   const OptionalTensor& residual,
+                                                   bool keep_intermediates) {
   TORCH_CHECK(x.dim() > 0 && v.dim() == 2 && u.dim() == 2, "x (..., in), v, u matrices expected");
   const int64_t in = x.size(-1), rank = v.size(1), out = u.size(0), rows = row_count(x);
   check_like(x, v, "v", {in, rank});

@@ -36,8 +36,8 @@ struct HiddenRange {
 // What all rows of a call have in common.
 class Mlp {
  public:
-  Mlp(const Engine& engine, const at::Tensor& x, const MlpWeights& weights, const MlpOptions& options,
-      const at::Tensor& y)
+  Mlp(const Engine& engine, const at::Tensor& x, const MlpWeights& weights,
+      const MlpOptions& options, const at::Tensor& y)
       : e(engine), w(weights), xs(x), residuals(options.residual ? *options.residual : x),
         bias1(options.b1), bias2(options.b2), act(parse_activation(options.activation)),
         epsilon(options.epsilon), has_residual(options.residual.has_value()), in(x.size(-1)),
@@ -69,8 +69,8 @@ class Mlp {
   // Takes m rows through a range of the hidden layer. Its product with `down` goes to range.sum, or through
   // the epilogue if there is one. The range that ends at `hidden` includes the columns that are not
   // multiplied by `down`.
-  void multiply_hidden(int64_t m, LhsOperand lhs, const HiddenRange& range, const Epilogue* epilogue,
-                       const HiddenHints& hints) const {
+  void multiply_hidden(int64_t m, LhsOperand lhs, const HiddenRange& range,
+                       const Epilogue* epilogue, const HiddenHints& hints) const {
     const bool started = range.end == hidden && first_multiplied > 0;
     if (started) start_sum(m, lhs, range.sum);
     for (int64_t first = range.begin; first == range.begin || first < range.end; first += chunk()) {
@@ -80,7 +80,8 @@ class Mlp {
       compute_hidden(m, lhs, first, columns,
                      {range.h, chunk(), e.operand, rows_from(bias1.rows, 0, first), act},
                      hint_during_up(first, columns, last, hints));
-      Gemm down = w.down.product(m, {range.h, chunk()}, hint_during_down(first, range, last, hints));
+      Gemm down =
+          w.down.product(m, {range.h, chunk()}, hint_during_down(first, range, last, hints));
       down.k = columns, down.rhs_first = first;
       const bool add = started || first > range.begin;
       if (!last || !epilogue) {
@@ -143,7 +144,8 @@ class Mlp {
     for (int64_t i = 0; rest && i < m; ++i) {
       std::memset(sum + i * sum_stride() + first_multiplied, 0, rest * sizeof(float));
     }
-    compute_hidden(m, lhs, 0, first_multiplied, {sum, sum_stride(), Dtype::f32, bias1.rows, act}, {});
+    compute_hidden(m, lhs, 0, first_multiplied, {sum, sum_stride(), Dtype::f32, bias1.rows, act},
+                   {});
   }
 
   // Some hidden columns. Those from first_copied on are columns of the lhs.
@@ -168,7 +170,8 @@ class Mlp {
     return epilogue;
   }
 
-  PrefetchHint hint_during_up(int64_t first, int64_t columns, bool last, const HiddenHints& hints) const {
+  PrefetchHint hint_during_up(int64_t first, int64_t columns, bool last,
+                              const HiddenHints& hints) const {
     if (hints.weights_are_new) return hint_for_down(first, columns);
     return last ? hints.last_up : PrefetchHint{};
   }
@@ -213,8 +216,8 @@ void share_rows(const Mlp& mlp, const at::Tensor& middle1, const at::Tensor& mid
     float* sum = scratch.next<float>();
     void* t2 = scratch.next();
 
-    const LhsOperand lhs = mlp.enter(row, m, normed, t1,
-                                     turn.first ? mlp.hint_for_up(begin, end) : PrefetchHint{});
+    const LhsOperand lhs =
+        mlp.enter(row, m, normed, t1, turn.first ? mlp.hint_for_up(begin, end) : PrefetchHint{});
     const Epilogue last = mlp.last_epilogue(row);
     const HiddenRange range{begin, end, h, sum};
     const PrefetchHint residual = hint_for_rows(last.residual, 0, m, mlp.out);

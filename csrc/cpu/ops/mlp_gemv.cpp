@@ -22,15 +22,17 @@ struct HiddenShares {
 
 // sums (rows, stride) = act(lhs · up + b1) · down, over all shares. `sums` has room for a copy of it for
 // each share.
-void multiply_hidden(const Engine& e, const MlpGemvWeights& w, const HiddenShares& shares, int64_t rows,
-                     const float* lhs, const Bias& bias, Activation act, float* sums, int64_t stride) {
+void multiply_hidden(const Engine& e, const MlpGemvWeights& w, const HiddenShares& shares,
+                     int64_t rows, const float* lhs, const Bias& bias, Activation act, float* sums,
+                     int64_t stride) {
   at::parallel_for(0, shares.parts, 1, [&](int64_t begin, int64_t end) {
     const int64_t share_bytes = rows * shares.columns * kFloat;
     Scratch scratch({share_bytes, share_bytes});
     float* before = scratch.next<float>();
     float* h = scratch.next<float>();
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * shares.columns, columns = std::min(shares.columns, w.hidden - first);
+      const int64_t first = i * shares.columns,
+                    columns = std::min(shares.columns, w.hidden - first);
       w.up.multiply(e, rows, lhs, w.inner, 0, w.inner, first, columns, before, shares.columns);
       apply_epilogue(e, rows, columns, before, shares.columns,
                      {h, shares.columns, Dtype::f32, rows_from(bias.rows, 0, first), act});
@@ -54,7 +56,8 @@ void run_mlp_gemv(const Engine& e, const at::Tensor& x, const MlpGemvWeights& w,
   const Bias bias1(options.b1), bias2(options.b2);
   const HiddenShares shares(w);
   const int64_t lhs_bytes_of_rows = rows * std::max(in, w.inner) * kFloat;
-  Workspace workspace({lhs_bytes_of_rows, lhs_bytes_of_rows, shares.parts * rows * sum_stride * kFloat,
+  Workspace workspace({lhs_bytes_of_rows, lhs_bytes_of_rows,
+                       shares.parts * rows * sum_stride * kFloat,
                        std::max(lhs_bytes(e, 1, in), rows * out_stride * kFloat)});
   float* lhs = workspace.next<float>();
   float* inner = workspace.next<float>();

@@ -38,14 +38,16 @@ struct Patches {
 
 void check(const at::Tensor& image, const at::Tensor& weight, const OptionalTensor& bias,
            const OptionalTensor& prefix) {
-  TORCH_CHECK(image.dim() == 4 && weight.dim() == 4, "image (B, C, H, W) and weight "
-              "(out, C, height, width) expected, got ", image.sizes(), " and ", weight.sizes());
+  TORCH_CHECK(image.dim() == 4 && weight.dim() == 4,
+              "image (B, C, H, W) and weight "
+              "(out, C, height, width) expected, got ",
+              image.sizes(), " and ", weight.sizes());
   const int64_t out = weight.size(0), height = weight.size(2), width = weight.size(3);
   check_like(image, weight, "weight", {out, image.size(1), height, width});
   check_like(image, bias, "bias", {out});
   if (prefix) check_like(image, *prefix, "prefix", {prefix->size(0), out});
-  TORCH_CHECK(height > 0 && width > 0 && width % engine(dtype_of(image)).k_group == 0, "patches of ",
-              height, " x ", width, " pixels: the kernel takes an even width");
+  TORCH_CHECK(height > 0 && width > 0 && width % engine(dtype_of(image)).k_group == 0,
+              "patches of ", height, " x ", width, " pixels: the kernel takes an even width");
 }
 
 // The patches' rows of y (B, tokens, out), `leading` tokens after the start of each image.

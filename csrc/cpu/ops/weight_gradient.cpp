@@ -67,7 +67,8 @@ at::Tensor product_over_rows(const at::Tensor& small, const at::Tensor& large) {
   const int64_t step = kPackedPanels * e.panel_columns();
 
   at::parallel_for(0, ceil_div(m, step), 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch({e.packed_bytes(kPackedRows, step), n * step * static_cast<int64_t>(sizeof(float))});
+    Scratch scratch(
+        {e.packed_bytes(kPackedRows, step), n * step * static_cast<int64_t>(sizeof(float))});
     void* packed = scratch.next();
     float* sum = scratch.next<float>();
     for (int64_t first = begin * step; first < std::min(end * step, m); first += step) {

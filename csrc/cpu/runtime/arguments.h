@@ -15,8 +15,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct TensorRows : DenseRows {
   Rows rows;
 
-  explicit TensorRows(const at::Tensor& x)
-      : DenseRows(x), rows{data(), stride, dtype_of(tensor)} {}
+  explicit TensorRows(const at::Tensor& x) : DenseRows(x), rows{data(), stride, dtype_of(tensor)} {}
 };
 
 // A bias (n) or none.
@@ -51,7 +50,9 @@ struct OutputRows {
     return data + (row * stride + column) * dtype_size(dtype);
   }
   // The epilogue that writes from (row, column) on.
-  Epilogue epilogue(int64_t row, int64_t column = 0) const { return {at(row, column), stride, dtype}; }
+  Epilogue epilogue(int64_t row, int64_t column = 0) const {
+    return {at(row, column), stride, dtype};
+  }
 };
 
 // A prefetch hint for `count` rows of k elements, up to what the second cache has place for.

@@ -69,16 +69,16 @@ inline bool shares_columns(const Engine& engine, int64_t rows, int64_t panels) {
 template <typename Body>
 inline void for_each_part(const Engine& engine, int64_t rows, int64_t panels, Body body) {
   if (!shares_columns(engine, rows, panels)) {
-    for_each_block(engine, rows, [&](int64_t row, int64_t m, Turn turn) {
-      body(Part{row, m, 0, panels, turn});
-    });
+    for_each_block(engine, rows,
+                   [&](int64_t row, int64_t m, Turn turn) { body(Part{row, m, 0, panels, turn}); });
     return;
   }
   const int64_t share = ceil_div(panels, at::get_num_threads());
   at::parallel_for(0, ceil_div(panels, share), 1, [&](int64_t begin, int64_t end) {
     const Session session(engine);
     for (int64_t i = begin; i < end; ++i) {
-      body(Part{0, rows, i * share, std::min(share, panels - i * share), {i == begin, i + 1 == end}});
+      body(Part{
+          0, rows, i * share, std::min(share, panels - i * share), {i == begin, i + 1 == end}});
     }
   });
 }

@@ -31,15 +31,19 @@ ThreadMemory::ThreadMemory(Buffer& buffer, std::initializer_list<int64_t> sizes)
 }
 
 Scratch::Scratch(std::initializer_list<int64_t> sizes)
-    : ThreadMemory([]() -> Buffer& {
-        thread_local Buffer buffer;
-        return buffer;
-      }(), sizes) {}
+    : ThreadMemory(
+          []() -> Buffer& {
+            thread_local Buffer buffer;
+            return buffer;
+          }(),
+          sizes) {}
 
 Workspace::Workspace(std::initializer_list<int64_t> sizes)
-    : ThreadMemory([]() -> Buffer& {
-        thread_local Buffer buffer;
-        return buffer;
-      }(), sizes) {}
+    : ThreadMemory(
+          []() -> Buffer& {
+            thread_local Buffer buffer;
+            return buffer;
+          }(),
+          sizes) {}
 
 }  // namespace adacomcat

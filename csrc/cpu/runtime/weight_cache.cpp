@@ -22,7 +22,8 @@ struct Source {
 
   Source(const at::Tensor& weight, bool transposed)
       : k(weight.size(transposed)), n(weight.size(!transposed)), row(weight.stride(transposed)),
-        column(weight.stride(!transposed)), data(weight.const_data_ptr()), dtype(dtype_of(weight)) {}
+        column(weight.stride(!transposed)), data(weight.const_data_ptr()), dtype(dtype_of(weight)) {
+  }
 };
 
 // A hash of a few elements, spread evenly over the weight.
@@ -127,8 +128,7 @@ PackedWeight pack_weight(const Engine& engine, const at::Tensor& weight, bool tr
   const Source source(weight, transposed);
   if (weight.is_inference()) return pack(engine, source);
 
-  const Key key{&engine,    source.data,   source.k, source.n,
-                source.row, source.column, transposed};
+  const Key key{&engine, source.data, source.k, source.n, source.row, source.column, transposed};
   const uint32_t version = weight._version();
   const uint64_t sample = fingerprint(weight);
   Cache& all = cache();

@@ -2,7 +2,8 @@
 #include "cpu/gemm/targets/prelude.h"
 
 #ifdef ADACOMCAT_X86
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma,f16c,prefer-vector-width=512")
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma,f16c,prefer-vector-width=512")
 #define ADACOMCAT_AVX512
 #define ADACOMCAT_AMX
 #define ADACOMCAT_BF16X3_PRODUCTS

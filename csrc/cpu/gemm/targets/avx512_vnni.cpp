@@ -19,6 +19,7 @@ namespace bfloat16 {
 }
 }  // namespace adacomcat::avx512_vnni
 
-const adacomcat::Engine adacomcat::kAvx512VnniFloat = avx512_vnni::float32::make_engine("avx512_vnni");
+const adacomcat::Engine adacomcat::kAvx512VnniFloat =
+    avx512_vnni::float32::make_engine("avx512_vnni");
 const adacomcat::Engine adacomcat::kAvx512Vnni = avx512_vnni::bfloat16::make_engine("avx512_vnni");
 #endif

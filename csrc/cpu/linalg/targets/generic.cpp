@@ -10,5 +10,5 @@ namespace {
 }  // namespace
 }  // namespace adacomcat::generic
 
-const adacomcat::LinalgKernels adacomcat::kGenericLinalg{
-    generic::batched_svd<float>, generic::batched_svd<double>, nullptr};
+const adacomcat::LinalgKernels adacomcat::kGenericLinalg{generic::batched_svd<float>,
+                                                         generic::batched_svd<double>, nullptr};
