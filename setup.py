@@ -64,12 +64,13 @@ def use_cuda(sources: list[str]) -> bool:
     import torch
     from torch.utils import cpp_extension
 
-    home = find_cuda_home() if torch.version.cuda else None
-    if home is None:
+    wanted = torch.version.cuda
+    home = find_cuda_home() if wanted else None
+    if wanted is None or home is None:
         return False
     release = re.search(r"release (\d+)", ask_nvcc(home, "--version"))
-    if not release or release[1] != torch.version.cuda.split(".")[0]:
-        print(f"adacomcat: nvcc is not of CUDA {torch.version.cuda}, torch's: no CUDA kernels")
+    if not release or release[1] != wanted.split(".")[0]:
+        print(f"adacomcat: nvcc is not of CUDA {wanted}, torch's: no CUDA kernels")
         return False
     known = ask_nvcc(home, "--list-gpu-arch").split()
     names = [a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known]

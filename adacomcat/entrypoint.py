@@ -44,7 +44,7 @@ def adacomcat_vit(pretrained: bool = False, **kwargs: Any) -> Any:
         feature_cfg={"out_indices": 3, "feature_cls": "getter"}, **kwargs)
 
 
-def _build(base: str, plan: dict[str, int | str], **model_args: Any) -> Any:
+def _build(base: str, plan: dict[str, Any], **model_args: Any) -> Any:
     import timm
 
     from adacomcat.convert.install import build_skeleton

@@ -141,7 +141,7 @@ def late_imports(imports: list[Import]) -> list[Import]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("package", nargs="?", type=Path,
                         default=Path(__file__).parents[1] / "adacomcat")
     parser.add_argument("--arrows", action="store_true", help="list every arrow with its files")
