@@ -177,9 +177,9 @@ def attention_queries_backward_kernel(
             q, k, scale, mask_ptr, stride_mask_q, stride_mask_k, queries, keys, N,
             IS_BOOL, PRECISION,
         )  # fmt: skip
-        p = tl.exp2(logits - lse[:, None])  # pyright: ignore[reportArgumentType]
+        p = tl.exp2(logits - lse[:, None])
         dp = tl.dot(dcontext, tl.trans(v), input_precision=PRECISION)
-        dlogits = p * (dp - delta[:, None])
+        dlogits = p * (dp - delta[:, None])  # pyright: ignore[reportArgumentType]
         dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision=PRECISION)
     store_tile(dq_ptr + at_qk, stride_qk, queries, ranks_qk, N, RANK_QK, dq * scale)
 

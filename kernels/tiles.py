@@ -46,7 +46,7 @@ def enough_programs() -> int:
 
 def target() -> GPUTarget:
     """The architecture that kernels are compiled for at this moment."""
-    return triton.runtime.driver.active.get_current_target()
+    return triton.runtime.driver.active.get_current_target()  # pyright: ignore[reportReturnType]
 
 
 def on_amd() -> bool:

@@ -6,12 +6,13 @@ from pathlib import Path
 import cuda_ptx
 import pytest
 from cuda_report import ARCHITECTURES, resources
+from ptx.parser import search
 
 ROOT = Path(__file__).parents[3]
 
 
 def test_the_architectures_are_those_of_setup() -> None:
-    listed = re.search(r"ARCHITECTURES = \((.*?)\)", (ROOT / "setup.py").read_text())[1]
+    listed = search(r"ARCHITECTURES = \((.*?)\)", (ROOT / "setup.py").read_text())[1]
     assert [int(name) for name in re.sub(r'[".]', "", listed).split(",")] == list(ARCHITECTURES)
 
 

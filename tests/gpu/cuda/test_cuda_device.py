@@ -1,5 +1,7 @@
 """The CUDA C++ ops on a real GPU, through `use_backend("cuda")`, against float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from helpers.matrices import check
@@ -25,7 +27,7 @@ def test_low_rank_linear_in_cuda(case: Case, dtype: str) -> None:
     needs_cuda()
     arguments = draw(case, DTYPES[dtype][0])
     exact, plain = oracles(case, dtype, arguments, incoming(case, arguments))
-    moved = [a.cuda() if isinstance(a, Tensor) else a for a in arguments]
+    moved: list[Any] = [a.cuda() if isinstance(a, Tensor) else a for a in arguments]
     with torch.no_grad(), backends.use_backend("cuda"):
         out = ops.low_rank_linear(*moved).cpu()
     assert worst({"out": out}, {"out": exact["out"]}, {"out": plain["out"]}, UNITS[dtype]) == []
@@ -44,6 +46,6 @@ def test_decompositions_in_cuda(shape: tuple[int, ...], dtype: torch.dtype) -> N
         with pytest.raises(ValueError, match="matrix 1 of .*NaN or infinite"):
             decompositions.batched_svd(a.cuda())
     a[1, 2, 1] = 0
-    check(a[:1], *(t.cpu()[:1] for t in (u, s, v)))
+    check(a[:1], u.cpu()[:1], s.cpu()[:1], v.cpu()[:1])
     expected = reference.truncation_errors(s.cpu().double()).to(dtype)
     torch.testing.assert_close(errors.cpu(), expected)

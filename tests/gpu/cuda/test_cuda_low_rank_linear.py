@@ -38,7 +38,7 @@ def complaints(found: tuple[Tensor, Tensor], tensors: dict[str, Tensor], activat
     double = {name: t.double() for name, t in tensors.items()}
     results = (found, reference.low_rank_linear(**double, activation=activation),
                reference.low_rank_linear(**tensors, activation=activation))
-    actual, exact, plain = (dict(zip(("y", "middle"), r, strict=True)) for r in results)
+    actual, exact, plain = ({"y": y, "middle": middle} for y, middle in results)
     return worst(actual, exact, plain, UNITS[dtype])
 
 
@@ -71,8 +71,9 @@ def test_rows_that_lie_apart(dtype: str) -> None:
     tensors = draw((20, 48, 16, 24), TYPES[dtype])
     expected = cuda_host.low_rank_linear(Host(), **tensors)[0]
     for gap in (8, 3):
-        apart = {name: torch.cat([t, t.new_full((len(t), gap), torch.nan)], 1)[:, : t.shape[1]]
-                 if t.dim() == 2 else t for name, t in tensors.items()}
+        apart: dict[str, Any] = {
+            name: torch.cat([t, t.new_full((len(t), gap), torch.nan)], 1)[:, : t.shape[1]]
+            if t.dim() == 2 else t for name, t in tensors.items()}
         assert torch.equal(cuda_host.low_rank_linear(Host(), **apart)[0], expected)
 
 

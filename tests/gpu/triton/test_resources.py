@@ -36,7 +36,7 @@ def assert_room(k: Resources) -> None:
         return
     least = 4 if k.architecture == "sm_89" else 8
     assert k.shared <= MULTIPROCESSOR[int(k.architecture[3:])][4], k
-    assert k.registers <= 255 and k.blocks * k.warps >= least, k
+    assert k.registers <= 255 and k.blocks is not None and k.blocks * k.warps >= least, k
 
 
 @pytest.mark.parametrize("architecture", [name for name in TARGETS if name.startswith("sm")])

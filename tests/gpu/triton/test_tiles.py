@@ -1,6 +1,7 @@
 """The table of tile sizes, and the measured choice that may replace it."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,8 @@ def test_few_rows_are_shared_out(name: str, most: int, columns: int, programs: i
 
 def test_autotuning_takes_the_fastest_and_remembers(monkeypatch: pytest.MonkeyPatch) -> None:
     table = tiles.Tile(32, 64, 64, 4, 3)
-    x, timed = SimpleNamespace(is_cuda=True, dtype=torch.float16), []
+    x: Any = SimpleNamespace(is_cuda=True, dtype=torch.float16)
+    timed: list[tiles.Tile] = []
 
     def milliseconds(run: object, tile: tiles.Tile) -> float:
         timed.append(tile)
