@@ -385,13 +385,10 @@ class _Heads:
 
     def tile(self) -> tiles.Tile:
         rank = max(self.rank_qk, self.rank_vo)
-        return tiles.attention_tile(
-            self.tokens, self.batch * self.num_heads, rank, self.like
-        )
+        return tiles.attention_tile(self.tokens, self.batch * self.num_heads, rank, self.like)
 
-    def launch(
-        self, kernel: Any, tile: tiles.Tile, *tensors: Tensor | None, **options: object
-    ) -> None:
+    def launch(self, kernel: Any, tile: tiles.Tile, *tensors: Tensor | None,
+               **options: object) -> None:
         """Launch one program for each tile of tokens, image and head."""
         grid = (triton.cdiv(self.tokens, tile.BLOCK_M), self.batch * self.num_heads)
         strides = (0, 0, 0, 0) if self.mask is None else self.mask.stride()

@@ -35,6 +35,7 @@ from adacomcat.kernels.blocks import (
     row_block,
     store_tile,
 )
+from adacomcat.kernels.expand_splits import expand_splits
 from adacomcat.kernels.launch import (
     as_matrix,
     contiguous_rows,
@@ -120,35 +121,6 @@ def low_rank_mlp_kernel(
             middle2.to(dtype), u2_ptr, stride_u2, b2_ptr, residual_ptr, stride_residual,
             y_ptr + first * N, remaining, N, R2, 0, N, BLOCK_M, BLOCK_N, BLOCK_R2, PRECISION,
         )  # fmt: skip
-
-
-@triton.jit
-def expand_splits_kernel(
-    partial_ptr, u_ptr, bias_ptr, residual_ptr, y_ptr, middle_ptr,
-    M, N, R, SPLITS, stride_split, stride_u, stride_residual, columns_per_program,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """y = middle Uᵀ + b + residual; middle is the sum of the SPLITS of `partial` (SPLITS, M, R)."""
-    first, remaining = row_block(M, BLOCK_M)
-    rows, ranks = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
-    middle = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    partial_ptr += first * R
-    for _ in range(SPLITS):
-        middle += load_tile(partial_ptr, R, rows, ranks, remaining, R)
-        partial_ptr += stride_split
-    if middle_ptr is not None:
-        # Of the programs that share these rows, the first one stores them.
-        stored = tl.where(tl.program_id(1) == 0, remaining, 0)
-        store_tile(middle_ptr + first * R, R, rows, ranks, stored, R, middle)
-    if residual_ptr is not None:
-        residual_ptr += first * stride_residual
-    begin = tl.program_id(1) * columns_per_program
-    expand(
-        middle.to(y_ptr.dtype.element_ty), u_ptr, stride_u, bias_ptr,
-        residual_ptr, stride_residual, y_ptr + first * N, remaining, N, R,
-        begin, tl.minimum(begin + columns_per_program, N),
-        BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -254,7 +226,7 @@ def forward(
             PRECISION=tiles.precision(x), FULL=full, **tile.arguments(),
         )  # fmt: skip
         if partial is not None:
-            _expand_splits(partial, u2, b2, residual, out, middle2)
+            expand_splits(partial, u2, b2, residual, out, middle2)
 
     run(tiles.best(tile, ("low_rank_mlp", m, k, h, n, r1, r2), x, run))
     return out, middle1, middle2
@@ -386,7 +358,7 @@ def _input_grads(
         PRECISION=tiles.precision(grad), **tile.arguments(), **tiles.registers(tile, blocks=1),
     )  # fmt: skip
     if partial is not None and dx is not None:
-        _expand_splits(partial, v1, None, None, dx, dmiddle1)
+        expand_splits(partial, v1, None, None, dx, dmiddle1)
     return dx, dmiddle1, dmiddle2
 
 
@@ -404,34 +376,3 @@ def _split_hidden(
         return (blocks, 1), h, None
     partial = x.new_empty(splits, m, r, dtype=torch.float32)
     return (blocks, splits), hidden_per_program, partial
-
-
-def _expand_splits(
-    partial: Tensor,
-    u: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor,
-    middle: Tensor | None,
-    tile: tiles.Tile | None = None,
-) -> None:
-    """Store out = middle Uᵀ + b + residual, with middle = Σ_splits partial, and middle if given.
-
-    Args:
-        partial: (splits, m, r) in float32.
-        u, bias, residual: (n, r), (n,), (m, n).
-        out, middle: m rows of n and of r.
-
-    Every program reads all splits of its rows, hence a small `least`.
-    """
-    (splits, m, r), n = partial.shape, u.shape[0]
-    tile = tile or tiles.row_tile(m, r, out, least=16)
-    blocks = triton.cdiv(m, tile.BLOCK_M)
-    columns = tiles.columns_per_program(n, tile.BLOCK_N, blocks)
-    launch(
-        expand_splits_kernel, (blocks, triton.cdiv(n, columns)), partial,
-        partial, u, bias, residual, out, middle,
-        m, n, r, splits, partial.stride(0), u.stride(0), stride(residual), columns,
-        BLOCK_R=tiles.padded(r), PRECISION=tiles.precision(out),
-        **tile.arguments(without="BLOCK_K"),
-    )  # fmt: skip
