@@ -50,7 +50,7 @@ lint: install
 	$(PY) -m ruff check .
 
 types: install
-	$(PY) -m pyright
+	$(PY) -m pyright --pythonpath $(PY)
 
 # The site, in build/site. The build fails on every warning.
 docs: install
