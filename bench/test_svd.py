@@ -127,7 +127,7 @@ def scoring(name: str, repeats: int = 3, whole: bool = False) -> dict[str, float
 @torch.no_grad()
 def _difference(model: nn.Module, task: comcat_scoring.Task,
                 score: comcat_scoring.Score) -> float:
-    """Of ours and numpy's singular values; the scale of the logits is ours alone."""
+    """The largest relative difference of our singular values from numpy's, logits unscaled."""
     site = task.sites[0]
     values = decompose_site(SPECTRA, model, site, {}, 0.0)[0]
     if site.kind == "qk":
@@ -137,7 +137,7 @@ def _difference(model: nn.Module, task: comcat_scoring.Task,
 
 
 def layer_bytes(model: nn.Module) -> int:
-    """Of the weights of the largest layer with ranks: an attention or a linear."""
+    """The weights of the largest layer that has ranks: an attention or a linear layer."""
     modules = (model.get_submodule(site.module) for site in find_sites(model))
     return max(sum(p.numel() * p.element_size() for p in module.parameters())
                for module in modules)

@@ -67,7 +67,7 @@ def contract_or_load(
             BLOCK_M, BLOCK_K, BLOCK_R, PRECISION,
         )  # fmt: skip
         if middle_ptr is not None:
-            # Of the programs that share these rows, the first one stores them.
+            # The first of the programs that share these rows stores them.
             stored = tl.where(tl.program_id(1) == 0, remaining, 0)
             store_tile(middle_ptr + first * R, R, rows, ranks, stored, R, middle)
         middle = middle.to(DTYPE)

@@ -83,7 +83,7 @@ def test_what_is_not_finite_is_written_as_it_is():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_pivots_keep_the_other_rows_small(seed):
-    """Of random subspaces; Gaussian elimination's bound would be 2^r."""
+    """Pivots of random subspaces stay small; the bound of Gaussian elimination would be 2^r."""
     torch.manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(3, 200, 40, dtype=torch.float64)).Q
     pivots = pivot_rows(basis)

@@ -113,7 +113,7 @@ def test_slopes_over_their_whole_range(activation: str, instruction_set: str) ->
 
 
 def test_backward_keeps_less_than_the_formulas_need() -> None:
-    """Of the hidden layer nothing is kept between the passes."""
+    """The hidden layer is not saved between the passes."""
     case = mlp_case((50,), 32, 8, 512, 8, "gelu")
     tensors, saved = convert(case.draw(), torch.float32, grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(

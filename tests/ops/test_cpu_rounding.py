@@ -66,7 +66,7 @@ def test_softmax_of_any_size(scale: float, dtype: torch.dtype, instruction_set: 
     call = {**case.options, "scale": scale}
     exact = plain_attention(**convert(base, torch.float64), **call)
     actual = ops.low_rank_attention(**base, **call)
-    # Of bfloat16 logits of hundreds the last place decides: PyTorch's own error is the measure.
+    # The last place of bfloat16 logits of hundreds decides, so PyTorch's own error is the measure.
     assert_close_to_float64(actual, exact, plain_attention(**base, **call))
 
 

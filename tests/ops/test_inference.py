@@ -38,7 +38,7 @@ def draw_attention(
 
 
 def whole_attention(x: Tensor, *weights: Tensor | None, num_heads: int) -> Tensor:
-    """Of all tokens, and the first of them: not the formula that never has a key."""
+    """Attention of all tokens by the plain formula, cut to the first token."""
     normed = F.layer_norm(x, x.shape[-1:], eps=EPSILON)
     y = plain_attention(normed, *weights, num_heads=num_heads, scale=0.37)
     return (x + y)[:, :1]

@@ -95,7 +95,7 @@ def test_many_rows_are_not_spilled(architecture: str) -> None:
 @pytest.mark.parametrize("dtype, model", [("fp32", "deit_s"), ("tf32", "deit_s"),
                                           ("fp16", "deit_b")])
 def test_gradients_are_read_128_bits_at_a_time(dtype: str, model: str, architecture: str) -> None:
-    """Of an activation's input: a tile that is read as rows and multiplied as columns."""
+    """The gradient of an activation's input reads a tile as rows and multiplies it as columns."""
     (kind, setting), (d, r, _) = DTYPES[dtype], DEIT[model]
     shapes = ((394, d), (394, r), (d, r), (d,))
     grad, middle, u, bias = (torch.empty(shape, dtype=kind) for shape in shapes)
