@@ -86,7 +86,7 @@ def inside(blocks: str, parts: list[str]) -> list[str]:
     ({"include": lambda name, module: name == "blocks.0", "exclude": "*.qk"},
      inside("0", ["attn.vo", *MLP])),
     ({"include": ()}, []),
-], ids=str)
+])
 def test_filters_by_name_and_by_module(filters: dict, names: list[str]) -> None:
     model = timm.create_model("vit_tiny_patch16_224", **TINY | {"depth": 2})
     assert [site.name for site in find_sites(model, **filters)] == names
@@ -96,7 +96,7 @@ def test_filters_by_name_and_by_module(filters: dict, names: list[str]) -> None:
     ({}, ["hidden"]), ({"exclude": "*.fc1"}, ["fc2"]), ({"exclude": "*.hidden"}, ["fc1", "fc2"]),
     ({"include": "*.mlp"}, ["hidden"]), ({"include": "*.hidden"}, ["hidden"]),
     ({"include": "*.fc[12]"}, ["hidden"]), ({"include": "*.fc2"}, ["fc2"]),
-    ({"exclude": "*.mlp"}, [])], ids=str)
+    ({"exclude": "*.mlp"}, [])])
 def test_filters_of_mlps_whose_neurons_are_counted(filters: dict, parts: list[str]) -> None:
     model = timm.create_model("vit_tiny_patch16_224", **TINY)
     names = [site.name for site in find_sites(model, prunable_mlps(model), **filters)]

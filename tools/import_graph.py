@@ -140,6 +140,27 @@ def late_imports(imports: list[Import]) -> list[Import]:
     return [found for found in imports if found.late and room(found.importer) not in LATE]
 
 
+def report(imports: list[Import]) -> list[str]:
+    """Lines for a person: how many rooms and arrows there are, and what runs the wrong way."""
+    drawn = arrows(imports)
+    rooms = {name for pair in drawn for name in pair}
+    files = {(found.importer, found.imported) for found in imports}
+    prompt = {(found.importer, found.imported) for found in imports if not found.late}
+    lines = [
+        f"{len(rooms)} rooms, {len(drawn)} arrows between them, "
+        f"{len(files)} imports between files",
+        f"circles of rooms: {circles(set(drawn)) or 'none'}",
+        f"circles of files: {circles(files) or 'none'}",
+        f"circles of files without late imports: {circles(prompt) or 'none'}",
+        f"imports inside functions, outside {', '.join(LATE)}: {len(late_imports(imports))}",
+    ]
+    if rooms <= set(DIRECTION):
+        wrong = upward(imports)
+        lines.append(f"arrows upward: {len(wrong)}")
+        lines += [f"  {found.importer}:{found.line} imports {found.imported}" for found in wrong]
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("package", nargs="?", type=Path,
@@ -148,23 +169,9 @@ def main() -> None:
     args = parser.parse_args()
     imports = [found for found in read_imports(args.package.resolve())
                if not found.imported.endswith(".__init__")]
-    prompt = [found for found in imports if not found.late]
-    drawn = arrows(imports)
-    rooms = {name for pair in drawn for name in pair}
-    files = {(found.importer, found.imported) for found in imports}
-    print(f"{len(rooms)} rooms, {len(drawn)} arrows between them, "
-          f"{len(files)} imports between files")
-    print(f"circles of rooms: {circles(set(drawn)) or 'none'}")
-    print(f"circles of files: {circles(files) or 'none'}")
-    print(f"circles of files without late imports: "
-          f"{circles({(f.importer, f.imported) for f in prompt}) or 'none'}")
-    print(f"imports inside functions, outside {', '.join(LATE)}: {len(late_imports(imports))}")
-    if rooms <= set(DIRECTION):
-        print(f"arrows upward: {len(upward(imports))}")
-        for found in upward(imports):
-            print(f"  {found.importer}:{found.line} imports {found.imported}")
+    print("\n".join(report(imports)))
     if args.arrows:
-        for (start, end), there in sorted(drawn.items()):
+        for (start, end), there in sorted(arrows(imports).items()):
             print(f"  {start} → {end}: {', '.join(sorted({f.importer for f in there}))}")
 
 

@@ -1,5 +1,5 @@
 // What the kernels ask of a GPU: PTX, shared memory, launches. Nothing here is particular to an op.
-// Without nvcc, tests/gpu/cuda_shim provides the same names as a model on the CPU.
+// Without nvcc, tests/gpu/cuda/shim provides the same names as a model on the CPU.
 #pragma once
 
 #include <cmath>

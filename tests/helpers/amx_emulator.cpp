@@ -62,29 +62,27 @@ int64_t value(const ucontext_t* context, int number) {
   return context->uc_mcontext.gregs[kNames[number]];
 }
 
-// A VEX.128.0F38.W0 instruction; false where it is something else.
-bool decode(const ucontext_t* context, Instruction& out) {
-  const int64_t start = context->uc_mcontext.gregs[REG_RIP];
-  const auto* code = reinterpret_cast<const uint8_t*>(start);
-  if (code[0] != 0xc4 || (code[1] & 0x1f) != 2 || (code[2] & 0x84)) return false;
-  const int extend_reg = code[1] & 0x80 ? 0 : 8, extend_index = code[1] & 0x40 ? 0 : 8,
-            extend_base = code[1] & 0x20 ? 0 : 8;
-  out = {};
-  out.prefix = code[2] & 3, out.third = ~(code[2] >> 3) & 15, out.opcode = code[3];
+// The bits that a prefix adds to the numbers of registers.
+struct Extensions {
+  int reg, index, base;
+};
+
+// Reads the memory operand that follows `code`'s opcode: its address and stride, and how long the
+// instruction is.
+void decode_address(const ucontext_t* context, const uint8_t* code, const Extensions& extend,
+                    Instruction& out) {
   const int mode = code[4] >> 6, low = code[4] & 7;
-  out.first = (code[4] >> 3 & 7) + extend_reg, out.second = low + extend_base;
-  out.memory = mode != 3, out.length = 5;
-  if (!out.memory) return true;
   int64_t base = 0;
   bool wide = mode == 2;
   if (low == 4) {
-    const int sib = code[out.length++], index = (sib >> 3 & 7) + extend_index;
+    const int sib = code[out.length++], index = (sib >> 3 & 7) + extend.index;
+    const bool no_base = mode == 0 && (sib & 7) == 5;
     if (index != 4) out.stride = value(context, index) << (sib >> 6);
-    wide |= mode == 0 && (sib & 7) == 5;
-    if (!(mode == 0 && (sib & 7) == 5)) base = value(context, (sib & 7) + extend_base);
+    wide |= no_base;
+    if (!no_base) base = value(context, (sib & 7) + extend.base);
   } else if (mode == 0 && low == 5) {  // relative to the next instruction
     wide = true;
-    base = start + out.length + 4;
+    base = reinterpret_cast<int64_t>(code) + out.length + 4;
   } else {
     base = value(context, out.second);
   }
@@ -96,6 +94,18 @@ bool decode(const ucontext_t* context, Instruction& out) {
     base += static_cast<int8_t>(code[out.length++]);
   }
   out.address = reinterpret_cast<char*>(base);
+}
+
+// A VEX.128.0F38.W0 instruction; false where it is something else.
+bool decode(const ucontext_t* context, Instruction& out) {
+  const auto* code = reinterpret_cast<const uint8_t*>(context->uc_mcontext.gregs[REG_RIP]);
+  if (code[0] != 0xc4 || (code[1] & 0x1f) != 2 || (code[2] & 0x84)) return false;
+  const Extensions extend{code[1] & 0x80 ? 0 : 8, code[1] & 0x40 ? 0 : 8, code[1] & 0x20 ? 0 : 8};
+  out = {};
+  out.prefix = code[2] & 3, out.third = ~(code[2] >> 3) & 15, out.opcode = code[3];
+  out.first = (code[4] >> 3 & 7) + extend.reg, out.second = (code[4] & 7) + extend.base;
+  out.memory = code[4] >> 6 != 3, out.length = 5;
+  if (out.memory) decode_address(context, code, extend, out);
   return true;
 }
 
