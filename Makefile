@@ -36,7 +36,7 @@ bench: install
 	$(PY) -m pytest bench -rs --benchmark-only --benchmark-columns=median,iqr,rounds \
 	  --benchmark-group-by=func,param:name,param:shape,param:dtype,param:direction
 
-# Correctness and timings of the Triton kernels, where there is a GPU.
+# Correctness and timings of the Triton and CUDA kernels, where there is a GPU.
 gpu-check: install
 	PYTHONPATH=bench $(PY) bench/gpu/check.py
 

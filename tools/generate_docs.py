@@ -41,9 +41,16 @@ def _marks(name: str) -> re.Pattern[str]:
 # Backends
 
 
+def _public_ops() -> list[str]:
+    """The functions among what ``adacomcat.ops`` exports; the rest are modules."""
+    from adacomcat import ops
+
+    return [name for name in ops.__all__ if callable(getattr(ops, name))]
+
+
 def backends() -> str:
     """Op × backend: the dtypes that a kernel takes."""
-    from adacomcat import kernels, ops
+    from adacomcat import kernels
     from adacomcat.ops import backends
 
     def names(dtypes: Iterable[object]) -> str:
@@ -55,7 +62,7 @@ def backends() -> str:
         decomposition = op in backends.DECOMPOSITIONS
         return names(backends.DECOMPOSITION_DTYPES if decomposition else backends.KERNEL_DTYPES)
 
-    every = dict.fromkeys((*ops.__all__, *backends.CPP_OPS, *kernels.KERNELS, *backends.CUDA_OPS))
+    every = dict.fromkeys((*_public_ops(), *backends.CPP_OPS, *kernels.KERNELS, *backends.CUDA_OPS))
     columns = (backends.CPP_OPS, kernels.KERNELS, backends.CUDA_OPS)
     return markdown_table(
         ("op", "`cpp`: CPU", "`triton`: GPU", "`cuda`: GPU"),
@@ -64,7 +71,7 @@ def backends() -> str:
 
 def choices() -> str:
     """Op × situation: the backend that runs where nobody asks for another."""
-    from adacomcat import kernels, ops
+    from adacomcat import kernels
     from adacomcat.ops import backends
 
     def on_gpu(op: str, triton: Sequence[str]) -> str:
@@ -72,7 +79,7 @@ def choices() -> str:
             return "`cuda`"
         return "`triton`" if op in triton else "`reference`"
 
-    every = dict.fromkeys((*ops.__all__, *kernels.KERNELS, *backends.CUDA_OPS))
+    every = dict.fromkeys((*_public_ops(), *kernels.KERNELS, *backends.CUDA_OPS))
     major, minor = backends.MEASURED_CAPABILITY
     return markdown_table(
         ("op", "CPU", f"GPU from {major}.{minor} on, 16 bits, inference",

@@ -17,8 +17,9 @@ class Choice:
 def knapsack(items: list[list[Choice]], budget: float) -> list[int] | None:
     """One choice per item, least total error within ``budget``; None where nothing fits.
 
-    Walks the lower convex hull of every item's (cost, error) curve in order of error saved per
-    cost (the Lagrangian solution), then spends what is left on single upgrades.
+    Takes the steps along the lower convex hulls of all items' (cost, error) curves by error saved
+    per unit of cost, largest first (the Lagrangian solution). Then spends the rest on single
+    upgrades.
     """
     chosen = [min(range(len(item)), key=lambda i: (item[i].cost, item[i].error))
               for item in items]
@@ -41,7 +42,7 @@ def knapsack(items: list[list[Choice]], budget: float) -> list[int] | None:
 def fill(items: list[list[Choice]], chosen: list[int], budget: float) -> None:
     """In place: raise single items to dearer choices while ``budget`` pays for one.
 
-    The upgrade that adds the least error comes first, the first item's among equals.
+    The upgrade that adds the least error comes first. Ties go to the first item.
     """
     spent = sum(item[i].cost for item, i in zip(items, chosen, strict=True))
     _spend(items, chosen, budget - spent, dearer=True)
@@ -65,8 +66,10 @@ def _spend(items: list[list[Choice]], chosen: list[int], rest: float, *,
            dearer: bool = False) -> None:
     """In place: take upgrades of single items while ``rest`` pays for one, the best one first.
 
-    An upgrade saves error; of equally good ones the last item's is taken. Where ``dearer``, an
-    upgrade costs more instead, whatever it does to the error, and the first item's is taken.
+    An upgrade is a choice of smaller error, or with ``dearer`` any choice of higher cost. The one
+    that saves the most error (absolute, not per cost) is taken. Ties go to the last item, with
+    ``dearer`` to the first. Equal layers tie often, so both rules are kept: another rule would
+    give models other plans.
     """
     order = -1 if dearer else 1
     while True:

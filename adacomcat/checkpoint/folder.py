@@ -17,6 +17,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models import PretrainedCfg
 from timm.utils import unwrap_model
@@ -72,7 +73,7 @@ def save(model: nn.Module, folder: str | Path, *, architecture: str | None = Non
         with atomic_folder(folder) as scratch:
             save_file(weights, scratch / WEIGHTS, metadata={"format": "pt"})
             (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter where the disk is full
         raise UserError(f"cannot write {folder}: {error}") from error
 
 

@@ -1,7 +1,7 @@
-"""Surgery: what a plan names becomes its low-rank drop-in, empty or filled with factors.
+"""Replaces each module that a plan names by its low-rank drop-in, empty or filled with factors.
 
-Compression, the latency table and the timm entry point call it. The record of the model then
-names the plan.
+Compression, the latency table and the timm entry point call it. Afterwards ``model.rank_plan`` is
+the plan.
 """
 
 from collections.abc import Callable
@@ -45,8 +45,11 @@ def _swap(model: nn.Module, plan: RankPlan,
 
 def low_rank_module(module: nn.Module, sites: list[Site], plan: RankPlan,
                     factors: Factors) -> nn.Module:
-    """The drop-in for one dense module, filled. ``sites``: the sites of this module that shrink."""
-    # The kind of a site says which class its factors and its module have.
+    """The drop-in for one dense module, filled.
+
+    ``sites``: sites of this module; the plan shrinks at least one of them.
+    """
+    # Cast to Any: `site.kind` determines the classes of the factors and of the module.
     found = cast(dict[str, Any], factors)
     if sites[0].kind == "hidden":
         return prune_mlp(cast(Any, module), *found[sites[0].name].pruned(plan[sites[0].name]))
@@ -67,7 +70,7 @@ def low_rank_module(module: nn.Module, sites: list[Site], plan: RankPlan,
 def skeleton_module(module: nn.Module, sites: list[Site], plan: RankPlan) -> nn.Module:
     """The drop-in for one dense module, its factors not yet filled."""
     site, prefix = sites[0], sites[0].module
-    found: Any = module  # the kind of its site says which class it has
+    found: Any = module  # `site.kind` determines the class
     rank = plan[site.name]
     if rank != DENSE and site.kind == "linear":
         return LowRankLinear.like(found, rank)

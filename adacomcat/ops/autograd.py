@@ -70,6 +70,8 @@ def _activation_backward(grad: Tensor, pre: Tensor, activation: str | None) -> T
         # aten.silu_backward has no derivative of its own.
         sigmoid = pre.sigmoid()
         return grad * sigmoid * (1 + pre * (1 - sigmoid))
+    if activation not in ("gelu", "gelu_tanh"):
+        raise ValueError(f"unknown activation '{activation}'")
     approximate = "tanh" if activation == "gelu_tanh" else "none"
     return torch.ops.aten.gelu_backward(grad, pre, approximate=approximate)
 

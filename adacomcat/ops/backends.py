@@ -46,7 +46,6 @@ SPECTRA = ("gram", "eigenvalues", "singular_values")
 CPP_OPS = ("low_rank_linear", "low_rank_mlp", "dense_mlp", "low_rank_attention",
            "class_attention", "linear", "patch_embedding", "batched_svd", *SPECTRA)
 CUDA_OPS = ("low_rank_linear", "batched_svd", "truncation_errors")
-# Ops that the C++ extension registers under another name.
 CUDA_CAPABILITY = (8, 0)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Decompositions have no intermediates, and want more digits.

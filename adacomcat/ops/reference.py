@@ -20,7 +20,11 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
         return F.gelu(x)
     if activation == "gelu_tanh":
         return F.gelu(x, approximate="tanh")
-    return F.silu(x) if activation == "silu" else F.relu(x)
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "relu":
+        return F.relu(x)
+    raise ValueError(f"unknown activation '{activation}'")
 
 
 def low_rank_linear(

@@ -35,14 +35,14 @@ from adacomcat.ops import autograd, backends, reference, shapes
 REGISTERED = torch.ops.adacomcat
 _LIBRARY = torch.library.Library("adacomcat", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-# The C++ kernels of whole sublayers also take the epsilon of a layer norm that x passes first
-# (without weight and bias, which are folded into the projections), and a residual that is added.
+# C++ kernels of whole sublayers take two more arguments: `epsilon` of a layer norm applied to x
+# first (its weight and bias are already folded into the projections), and `residual`, added last.
 _SUBLAYER = "float? epsilon=None, Tensor? residual=None"
 
 
 @dataclass(frozen=True)
 class Op:
-    """An op: its entry, and the functions that PyTorch and the public functions call for it.
+    """One op: its description, and the callbacks that PyTorch and ``functions.py`` call.
 
     Attributes:
         name: The name of the op, of its contract in ``shapes`` and of its formulas.
@@ -50,15 +50,15 @@ class Op:
         contract: Arguments → shapes of all results; raises where an argument is wrong.
         flops: Shapes of the arguments → floating-point operations.
         autograd: ``(ctx, *gradients of the results)`` → gradient of every argument. None for an op
-            that nothing differentiates or traces: it consists of its compiled kernels.
+            that has compiled kernels only; nothing differentiates or traces it.
         implementation: The function that runs on every device; None for the kernel that
             ``backends`` picks.
         results: How many results can be differentiated.
         intermediates: How many results follow that only the backward pass reads.
-        fused: Whether the op has the argument ``keep_intermediates``, which follows the gradients:
-            False leaves the intermediates empty. Such an op obeys autocast, and the backend that
-            ran it also runs its backward pass.
-        kernel_arguments: Keyword arguments that the C++ kernel has besides.
+        fused: Whether the op takes ``keep_intermediates``, true when a gradient will be needed. If
+            false, the intermediates are empty. Such an op obeys autocast, and the backend that ran
+            it also runs its backward pass.
+        kernel_arguments: Additional keyword arguments of the CPU kernel.
         float64: Whether the results are float64 whatever the arguments are.
     """
 
@@ -174,7 +174,8 @@ class Op:
         results = (output,) if isinstance(output, Tensor) else output
         intermediates = results[self.results:]
         if self.fused:
-            # Chosen now: on GPUs another thread runs the backward pass, without `use_backend`.
+            # Chosen now: on GPUs another thread runs the backward pass, and that thread does not
+            # see `use_backend`.
             ctx.backend = backends.pick(self.name, inputs[0], ctx.keep)
         ctx.mark_non_differentiable(*intermediates)
         ctx.set_materialize_grads(self.results == 1)
@@ -260,7 +261,7 @@ OPS = {op.name: op for op in (
        autograd=autograd.factored_svd, implementation=reference.factored_svd, results=3),
     Op("truncation_errors", "Tensor s", shapes.truncation_errors,
        autograd=autograd.truncation_errors, implementation=backends.truncation_errors),
-    # Opaque to tracing, since it looks at values.
+    # An op of its own: it reads values, which a trace cannot.
     Op("require_distinct", "Tensor s, int k, bool zero", shapes.require_distinct,
        autograd=autograd.require_distinct, implementation=reference.distinct),
     Op("gram", "Tensor a", shapes.gram, float64=True),

@@ -1,8 +1,9 @@
 """Files and folders that are written whole or not at all.
 
 The content is written under a temporary name beside its target, then renamed. A reader finds the
-old content or the new, also where the process dies in between. A write that fails leaves the old
-content as it was and removes the temporary one.
+old content or the new one. A write that fails, also on a full disk, leaves the old content as it
+was and removes the temporary one. A process that is killed leaves both: the name of the temporary
+one ends in ``.partial``, and it can be removed.
 """
 
 import os

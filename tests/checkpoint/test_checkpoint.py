@@ -7,10 +7,13 @@ import sys
 import pytest
 import timm
 import torch
+from helpers.command_line import MODEL
 from helpers.models import FAMILIES, compressed, dense_model, images
+from safetensors import SafetensorError
 from torch import nn
 
 import adacomcat
+from adacomcat import cli
 from adacomcat.checkpoint import folder
 from adacomcat.errors import UserError
 
@@ -138,6 +141,21 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         adacomcat.save(model, tmp_path / "interrupted")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    """safetensors raises its own class there, which is no OSError."""
+    def full(*args, **kwargs):
+        raise SafetensorError('Error while serializing: I/O error: IoError(Os { code: 28, kind: '
+                              'StorageFull, message: "No space left on device" })')
+    model = compressed()
+    monkeypatch.setattr(folder, "save_file", full)
+    with pytest.raises(UserError, match="cannot write .*StorageFull"):
+        adacomcat.save(model, tmp_path / "small")
+    assert not any(tmp_path.iterdir())
+    assert cli.main(["compress", *MODEL, "--keep-params", "0.5", "-o", f"{tmp_path}/small"]) == 2
+    assert "adacomcat: error: cannot write" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def edited_config(folder, **changes):

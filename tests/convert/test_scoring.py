@@ -92,7 +92,7 @@ def test_the_peak_of_memory_is_counted(two_threads: None) -> None:
 
 
 def test_gram_of_half_precision() -> None:
-    """No kernel takes it; tests/test_spectra.py has the others."""
+    """No kernel takes it; tests/ops/test_spectra.py has the others."""
     a = torch.randn(700, 130).bfloat16()
     torch.testing.assert_close(gram(a), a.double().mT @ a.double(), rtol=1e-12, atol=1e-11)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adacomcat import ops
 from adacomcat.errors import UserError
-from adacomcat.ops import backends, registry, shapes
+from adacomcat.ops import autograd, backends, reference, registry, shapes
 
 needs_cpp = pytest.mark.skipif(
     backends.available()["cpp"] is not None, reason=str(backends.available()["cpp"])
@@ -52,6 +52,15 @@ def test_mixed_dtypes_and_unknown_activations_are_named() -> None:
         ops.low_rank_linear(tensors["x"], tensors["v"].float(), tensors["u"])
     with pytest.raises(UserError, match="unknown activation 'swish'.*silu"):
         ops.low_rank_linear(tensors["x"], tensors["v"], tensors["u"], activation="swish")
+
+
+def test_formulas_refuse_unknown_activations() -> None:
+    """They end in an error, so that a name which one of them lacks does not pass as another."""
+    x = torch.randn(3, requires_grad=True)
+    with pytest.raises(ValueError, match="unknown activation 'swish'"):
+        reference.activate(x, "swish")
+    with pytest.raises(ValueError, match="unknown activation 'swish'"):
+        autograd._activation_backward(x, x, "swish")
 
 
 # What the direct path, which calls a C++ kernel without the dispatcher, must refuse like the op.

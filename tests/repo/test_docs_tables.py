@@ -54,7 +54,8 @@ HELPERS = {
 }
 
 
-@pytest.mark.parametrize("op", ops.__all__)
+# `ops` also exports modules, which are no ops.
+@pytest.mark.parametrize("op", [name for name in ops.__all__ if callable(getattr(ops, name))])
 def test_op_equals_the_line_beside_it(op):
     arguments, line = table_of_ops()[op]
     given = operands()

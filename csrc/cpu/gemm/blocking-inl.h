@@ -31,8 +31,9 @@ constexpr int kKMultiple = 2;
 constexpr int kKMultiple = kGroup;
 #endif
 
-// Bytes of the packed rhs that stay in the second cache while all rows of the lhs pass (nc). bf16x3
-// splits the lhs anew for every nc, but its rhs shares the cache with more.
+// Bytes of the packed rhs that stay in the second cache while all rows of the lhs pass (nc). A
+// larger nc would spare bf16x3 work, since it splits the lhs anew for every nc. But its rhs shares
+// the cache with kBlockRows rows of floats, twice the bytes of AMX's bfloat16 rows.
 #ifdef ADACOMCAT_BF16X3_PRODUCTS
 constexpr int64_t kRhsBytes = 5 << 17;
 #else

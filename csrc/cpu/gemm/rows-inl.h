@@ -1,9 +1,11 @@
 // Operations on rows: conversion to the operand format, layer norm without affine, softmax.
 
+// Zeros behind the first k elements of the row that starts at `out`, up to a multiple of kGroup.
 inline void pad_row(char* out, int64_t k) {
   for (int64_t j = k; j % kGroup; ++j) __builtin_memset(out + j * kOperandSize, 0, kOperandSize);
 }
 
+// A row that is in the operand format already: `bytes` bytes, without their padding.
 inline void copy_row(char* to, const char* from, int64_t bytes) {
   constexpr int64_t kPiece = sizeof(Halves);
   for (; bytes >= kPiece; bytes -= kPiece, to += kPiece, from += kPiece) {
@@ -28,8 +30,9 @@ void load_rows(int64_t m, int64_t k, Rows x, void* out, int64_t stride) {
   }
 }
 
-// The layer norm of `count` rows at once: with one row alone, each addition would wait for the one before.
-// `held`: the rows fit into `values`, converted to floats once.
+// Normalises `count` rows at once, so that their additions overlap: the sum of one row is a single
+// dependency chain. `held`: find_means() keeps the whole vectors of the rows as floats in `values`,
+// and later passes read them there.
 template <Dtype D, bool held, int count>
 class Normalizer {
  public:
@@ -96,7 +99,7 @@ class Normalizer {
   int64_t x_stride_;
   float* values_;
   Integers tail_lanes_;
-  Vector last_[count];  // the lanes after the whole vectors, first as they are, then centred
+  Vector last_[count];  // the incomplete last vector of each row; find_means() centres it
   float mean_[count], scale_[count];
 };
 
@@ -159,14 +162,15 @@ inline void prepare_row(int64_t i, int64_t n, float* row, float scale, const Mas
   }
 }
 
-// The softmax of `count` rows at once: one row alone would wait for its own maximum and sum. `scale` is
-// positive; it is applied after the maximum, in the exponent of 2.
+// The softmax of `count` rows at once, so that their maxima and sums overlap. `scale` is positive,
+// so the maximum is taken before scaling; scale · log2(e) then goes into the exponent of 2.
 template <int count>
 void softmax_together(int64_t n, const float* logits, int64_t stride, float scale, char* out,
                       int64_t out_stride, float* inverse_sum) {
   const float infinity = __builtin_inff();
   scale *= 1.44269504088896f;
-  const int64_t whole = n / kLanes * kLanes;  // a row has room for one vector more
+  // The caller pads each row of `logits` to whole vectors, so the load at `whole` stays inside.
+  const int64_t whole = n / kLanes * kLanes;
   const Integers first = first_lanes(n - whole);
   Vector last[count], peaks[count], sums[count] = {};
   float peak[count];
@@ -213,7 +217,7 @@ void softmax_rows(int64_t m, int64_t n, float* logits, int64_t stride, float sca
   for (int64_t i = 0; i < m;) {
     const int64_t count = i + kTogether <= m ? kTogether : 1;
 #ifdef ADACOMCAT_AMX
-    if (i % 8 == 0) stay_awake();
+    if (i % 8 == 0) stay_awake();  // keeps the tile multiplier powered (amx-inl.h)
 #endif
     (count == 1
          ? &softmax_together<1>

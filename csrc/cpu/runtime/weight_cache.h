@@ -10,19 +10,20 @@
 
 namespace adacomcat {
 
-// Identities in a weight are recognised in multiples of this many rows or columns: a multiple of every
-// engine's panel.
+// The size of an identity block is a multiple of this, which is a multiple of every engine's panel
+// width.
 constexpr int64_t kIdentityStep = 32;
 
 // A weight B (k, n) packed in panels; `rows` counts the packed rows, padding and scales included.
 struct PackedWeight {
   int64_t k = 0, n = 0, rows = 0, bytes = 0;
   std::shared_ptr<const void> data;
-  // The weight that this thread asked for after this one, last time. Null if it is unknown or gone.
+  // The weight that was requested after this one in the previous pass; ops prefetch it. Null if it
+  // is unknown or freed.
   std::shared_ptr<const void> next;
   int64_t next_bytes = 0;
-  // The first rows of B, and the last columns, that are an identity matrix beside zeros: multiples of
-  // kIdentityStep, looked for in float32 weights only.
+  // identity_rows r: the first r rows of B are [I 0]. identity_columns c: the last c columns are I
+  // above zeros. Both are multiples of kIdentityStep, and 0 in weights that are not float32.
   int64_t identity_rows = 0, identity_columns = 0;
 
   // The panel that starts at `column`.
@@ -45,8 +46,9 @@ struct PackedWeight {
 };
 
 // `weight` is B, or Bᵀ if `transposed`. The packed weight is kept, for all threads, until the weight
-// changes or is freed. PyTorch does not count a change through `.data`: it is noticed by a sample of the
-// elements. Weights of inference mode are packed anew in each call, since their changes are not counted.
+// changes or is freed. Writes through `.data` do not raise the version counter; a hash of 16
+// elements detects those that change the whole weight. Tensors created in inference mode have no
+// version counter, so they are packed again in every call.
 PackedWeight pack_weight(const Engine& engine, const at::Tensor& weight, bool transposed);
 
 }  // namespace adacomcat
