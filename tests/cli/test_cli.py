@@ -9,6 +9,7 @@ from importlib import metadata
 import pytest
 import timm
 import torch
+from helpers import comcat
 from helpers.command_line import ARCHITECTURE, MODEL, SMALL, shell
 from safetensors.torch import save_file
 
@@ -311,14 +312,13 @@ def test_evaluate_counts_the_same_on_two_processes(tmp_path, weights, run_json):
 
 
 def test_import_comcat_then_evaluate(tmp_path, run, run_json):
-    from test_comcat import ARGS, RANKS, released
-    released(tmp_path)
+    comcat.released(tmp_path)
     flags = ["import-comcat", "--ranks", tmp_path / "ranks.txt", "--checkpoint",
              tmp_path / "checkpoint.pth", "-m", "deit_tiny_patch16_224", "--num-classes", 10,
              "--img-size", 32, "--model-kwargs",
-             *(f"{key}={ARGS[key]}" for key in ("embed_dim", "depth", "num_heads"))]
+             *(f"{key}={comcat.ARGS[key]}" for key in ("embed_dim", "depth", "num_heads"))]
     found = run_json(*flags, "--output", tmp_path / "folder")
-    assert found["ranks"]["head"] == RANKS[-1]
+    assert found["ranks"]["head"] == comcat.RANKS[-1]
     assert 0 <= run_json("evaluate", "-m", tmp_path / "folder", "--data", "digits")["top1"] <= 100
     (tmp_path / "ranks.txt").write_text("1,2")
     code, _, err = run(*flags, "--output", tmp_path / "other")

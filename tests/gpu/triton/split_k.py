@@ -56,9 +56,10 @@ def oracles(
 
 def run_kernels(partial: Tensor, u: Tensor, bias: Tensor) -> dict[str, Tensor]:
     """The results of `sum_splits_kernel` and of `expand_splits_kernel`."""
-    from adacomcat.kernels import low_rank_mlp, reductions
+    from adacomcat.kernels import reductions
+    from adacomcat.kernels.expand_splits import expand_splits
 
     _, rows, rank = partial.shape
     out, middle = u.new_empty(rows, u.shape[0]), u.new_empty(rows, rank)
-    low_rank_mlp._expand_splits(partial, u, bias, None, out, middle)
+    expand_splits(partial, u, bias, None, out, middle)
     return {"total": reductions.sum_splits(partial, u.dtype), "middle": middle, "out": out}

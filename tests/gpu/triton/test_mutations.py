@@ -15,8 +15,9 @@ from ptx.memory import Fault
 from ptx.mutations import KINDS, place_of
 from ptx.parser import Kernel
 
-from adacomcat.kernels import load, low_rank_mlp, tiles
+from adacomcat.kernels import load, tiles
 from adacomcat.kernels import reductions as sums
+from adacomcat.kernels.expand_splits import expand_splits
 from adacomcat.kernels.matmul import matmul_sum, project
 from adacomcat.kernels.reductions import weight_and_bias_grads, weight_grad
 
@@ -135,7 +136,7 @@ def unaligned_splits() -> None:
     partial[:, 1::2] = torch.nan
     out = torch.empty(50, 50, dtype=torch.float16)
     with patch.object(tiles, "multiprocessors", lambda: 4):
-        low_rank_mlp._expand_splits(
+        expand_splits(
             partial, apart(normal(50, 30)), normal(50), None, out, None, TILE)
 
 
