@@ -94,5 +94,5 @@ def _patch_macs(model: nn.Module) -> int:
     return projection.weight.numel() * (height // rows) * (width // columns)
 
 
-# Names that left this module in 0.2.
+# Names that left this module; their old place works for one more release.
 __getattr__ = forward(__name__, ("utils.model", "latency.timing"))

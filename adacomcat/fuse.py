@@ -116,5 +116,5 @@ def _ends_fused(blocks: nn.Sequential) -> bool:
             and type(blocks[-1].attn) is FusedAttention)
 
 
-# Names that left this module in 0.2.
+# Names that left this module; their old place works for one more release.
 __getattr__ = forward(__name__, ("layers.fused",))

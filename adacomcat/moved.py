@@ -1,4 +1,4 @@
-"""Module paths of 0.1, which work for one more release and warn.
+"""Module paths from before the packages by task: they work for one more release and warn.
 
 ``adacomcat/__init__`` installs the finder; packages that kept an old module's name forward the
 names that left them.
