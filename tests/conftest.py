@@ -5,6 +5,7 @@ import importlib
 import json
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,18 @@ from helpers import instruction_sets
 
 from adacomcat import cli
 from adacomcat.ops import backends
+
+# What `make check` leaves out: compiling and emulating GPU kernels, and whole runs.
+SLOW = ("gpu", "repo/test_demo.py", "repo/test_imagenet_recipe.py", "repo/test_quality.py",
+        "cli/test_cli_train.py", "distill/test_recovery.py", "test_train.py",
+        "ops/test_cpu_rounding.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = [Path(__file__).parent / name for name in SLOW]
+    for item in items:
+        if any(item.path.is_relative_to(path) for path in slow):
+            item.add_marker("slow")
 
 
 def pytest_collection_finish() -> None:
