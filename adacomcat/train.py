@@ -31,6 +31,7 @@ from adacomcat.search.gates import RankGates, reachable_multiple, uniform_plan
 from adacomcat.search.search import RankSearch
 from adacomcat.search.supernet import build_supernet, explicit_plan, finalize, set_ranks_
 from adacomcat.sites import DENSE, Site, find_sites, prunable_mlps
+from adacomcat.utils.checksum import checksum
 from adacomcat.utils.distributed import Processes, start_processes
 from adacomcat.utils.random import derived_generator
 
@@ -65,7 +66,9 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
     Raises:
         UserError: settings contradict each other, the budget cannot be reached, the model has no
             site or is compressed already, a weight is not finite, the loss diverges, or the state
-            to resume from belongs to another run.
+            to resume from belongs to another run or cannot be written.
+        Stopped: a signal asked the run to stop, inside ``utils.stopping.heeding_signals``; with
+            a state_dir it can be resumed.
     """
     config = config.checked()
     if config.threads is not None:
@@ -76,12 +79,13 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
     processes = start_processes(config.device)
     model = copy.deepcopy(model).to(processes.device)
     start = time.perf_counter()
+    began_with = _checksums(model, config, train_set, teacher, plan)
     if config.keep_params is None and plan is None:
-        trainer = _dense_trainer(model, config, train_set, processes, teacher)
+        trainer = _dense_trainer(model, config, train_set, processes, teacher, began_with)
     elif config.total_epochs == 0:
         return _without_epochs(model, config, train_set, test_set, plan, processes)
     else:
-        trainer = _search_trainer(model, config, train_set, processes, teacher, plan)
+        trainer = _search_trainer(model, config, train_set, processes, teacher, plan, began_with)
     _resume(trainer, config)
     trainer.train(test_set)
     trained = trainer.best_model
@@ -92,15 +96,29 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
 
 
 def _dense_trainer(model: nn.Module, config: TrainConfig, train_set: Any, processes: Processes,
-                   teacher: nn.Module | None) -> Trainer:
+                   teacher: nn.Module | None, began_with: dict[str, str]) -> Trainer:
     student = copy.deepcopy(model)
     student.requires_grad_(True)
     processes.broadcast_(student)
-    return Trainer(student, config, train_set, processes, teacher=_frozen(teacher, processes))
+    return Trainer(student, config, train_set, processes, teacher=_frozen(teacher, processes),
+                   inputs=began_with)
+
+
+def _checksums(model: nn.Module, config: TrainConfig, train_set: data.LabelledImages,
+               teacher: nn.Module | None, plan: RankPlan | None) -> dict[str, str]:
+    """What decides the run beside its settings, by checksums; nothing where no state is kept."""
+    if config.state_dir is None:
+        return {}
+    found = {"model": checksum(model.state_dict()), "training set": train_set.checksum(),
+             "plan": checksum(None if plan is None else plan.ranks)}
+    if config.has_teacher and teacher is not None:
+        found["teacher"] = checksum(teacher.state_dict())
+    return found
 
 
 def _search_trainer(model: nn.Module, config: TrainConfig, train_set: Any, processes: Processes,
-                    teacher: nn.Module | None, plan: RankPlan | None) -> Trainer:
+                    teacher: nn.Module | None, plan: RankPlan | None,
+                    began_with: dict[str, str]) -> Trainer:
     if config.has_teacher:
         teacher = _frozen(model if teacher is None else teacher, processes)
     searching = config.search != "off" and plan is None
@@ -112,7 +130,7 @@ def _search_trainer(model: nn.Module, config: TrainConfig, train_set: Any, proce
     search = start_search(ready, config, plan, processes, judges)
     return Trainer(search.supernet, config, train_part, processes,
                    teacher=teacher if config.has_teacher else None, search=search,
-                   search_part=search_part)
+                   search_part=search_part, inputs=began_with)
 
 
 def _frozen(teacher: nn.Module | None, processes: Processes) -> nn.Module | None:

@@ -3,11 +3,14 @@
 Run as a script, this file is the child process of its own tests.
 """
 
+import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.search import RankSearch
 from adacomcat.sites import find_sites
+from adacomcat.utils import stopping
+from adacomcat.utils.checksum import checksum
 from adacomcat.utils.distributed import Processes
 
 STEPS = 6  # per epoch of the small run
@@ -193,7 +198,108 @@ def test_resuming_with_other_settings_names_them(tmp_path: Path) -> None:
         small_run(epochs=1, state_dir=str(tmp_path), resume=True, lr=0.5)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 truncated", b"\x80\x04N."])
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+@pytest.mark.parametrize("when", ["step", "search"])
+def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(
+    when: str, number: signal.Signals, tmp_path: Path, uninterrupted: train.TrainResult,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch, stopping.heeding_signals():
+        signal_at(when, number, patch)
+        with pytest.raises(stopping.Stopped, match=f"{number.name} at epoch 2, step") as stopped:
+            small_run(state_dir=str(tmp_path))
+    assert stopped.value.exit_code == 128 + number
+    before = state.load_state(tmp_path)
+    begun = before["search"]["begun"]
+    assert before["step"] == 3 if when == "step" else len(begun["losses"]) == 2
+    resumed = small_run(state_dir=str(tmp_path), resume=True)
+    assert curve(resumed.results) == curve(uninterrupted.results)
+    for name, tensor in resumed.model.state_dict().items():
+        assert torch.equal(tensor, uninterrupted.model.state_dict()[name]), name
+
+
+def signal_at(when: str, number: signal.Signals, patch: pytest.MonkeyPatch) -> None:
+    """The signal arrives in the second epoch: in its third step, or its search's second."""
+    owner, name, calls = {"step": (Trainer, "_train_step", STEPS + 3),
+                          "search": (RankSearch, "step", 5)}[when]
+    real, seen = getattr(owner, name), []
+
+    def counted(self: Any, *args: Any) -> Any:
+        seen.append(name)
+        if len(seen) == calls:
+            signal.raise_signal(number)
+        return real(self, *args)
+
+    patch.setattr(owner, name, counted)
+
+
+def test_time_saves_within_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, save = [], Trainer.save
+
+    def counted(self: Trainer) -> None:
+        saved.append((self.epoch, self.step))
+        save(self)
+
+    monkeypatch.setattr(Trainer, "save", counted)
+    settings = {"epochs": 1, "search": "off", "state_dir": str(tmp_path)}
+    small_run(**settings)
+    assert saved == [(2, 0)]
+    small_run(**settings, checkpoint_seconds=1e-9)
+    assert saved[1:] == [*((1, step) for step in range(1, STEPS)), (2, 0)]
+
+
+def other_inputs(name: str) -> dict[str, Any]:
+    """Arguments of ``train.run`` in which one differs from those that a run began with."""
+    model, plan = make_model(), RankPlan({"blocks.0.mlp.fc1": 16})
+    given = {"model": model, "train_set": make_sets(model)[0], "teacher": make_model(1),
+             "plan": plan}
+    changed = {"model": make_model(2), "train_set": make_sets(model, 431)[0].subset(
+        torch.arange(1, 431)), "teacher": make_model(3), "plan": RankPlan({"blocks.0.mlp.fc1": 8})}
+    return given | {key: value for key, value in changed.items() if key == name}
+
+
+@pytest.mark.parametrize("name", ["model", "train_set", "teacher", "plan"])
+def test_resuming_with_other_inputs_is_refused(name: str, tmp_path: Path) -> None:
+    config = small_config(epochs=1, keep_params=None, steps=1, state_dir=str(tmp_path))
+    train.run(config=config, **other_inputs(""))
+    train.run(config=config.with_(resume=True), **other_inputs(""))
+    with pytest.raises(UserError, match=f"another {name.replace('train_', 'training ')}"):
+        train.run(config=config.with_(resume=True), **other_inputs(name))
+
+
+def test_every_damaged_bit_of_a_state_is_found(tmp_path: Path) -> None:
+    """Anywhere in the file, and in the values of every tensor."""
+    small_run(epochs=1, steps=1, state_dir=str(tmp_path))
+    path = tmp_path / state.FILE
+    whole, good = path.read_bytes(), checksum(state.load_state(tmp_path))
+    generator = random.Random(0)
+    for _ in range(60):
+        at, bit = generator.randrange(len(whole)), 1 << generator.randrange(8)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1:])
+        try:
+            assert checksum(state.load_state(tmp_path)) == good  # padding between the tensors
+        except UserError as error:
+            assert state.FILE in str(error)
+    torch.save(torch.load(io.BytesIO(whole)) | {"epoch": 5}, path)
+    with pytest.raises(UserError, match="damaged"):
+        state.load_state(tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    {"ema": None}, {"search": None}, {"config": None}, {"student": None}, {"optimizer": {}},
+    {"student": {}}, {"search": {"gates": {}}},
+])
+def test_a_state_of_another_layout_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    small_run(epochs=1, steps=1, state_dir=str(tmp_path))
+    found = state.load_state(tmp_path)
+    state.save_state(tmp_path, {key: value for key, value in (found | change).items()
+                                if key not in ("format", "checksum")})
+    with pytest.raises(UserError, match="remove it and begin anew"):
+        small_run(epochs=1, steps=1, state_dir=str(tmp_path), resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 truncated", b"\x80\x04N.",
+                                     b"\x80\x02](((((((."])
 def test_a_foreign_training_state_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / state.FILE).write_bytes(content)
     with pytest.raises(UserError, match=state.FILE):
@@ -201,7 +307,7 @@ def test_a_foreign_training_state_is_refused(content: bytes, tmp_path: Path) -> 
 
 
 def test_a_training_state_with_code_in_it_is_refused(tmp_path: Path) -> None:
-    torch.save({"format": 1, "model": nn.Linear(1, 1)}, tmp_path / state.FILE)
+    torch.save({"format": state.FORMAT, "model": nn.Linear(1, 1)}, tmp_path / state.FILE)
     with pytest.raises(UserError, match="cannot read"):
         state.load_state(tmp_path)
 
@@ -216,10 +322,29 @@ def test_a_failed_save_leaves_the_old_state(tmp_path: Path,
         raise OSError("no space left")
 
     monkeypatch.setattr(torch, "save", dies)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match="no space left; the state before it stays"):
         state.save_state(tmp_path, {"epoch": 2})
+    writer = state.StateWriter(tmp_path)
+    writer.write({"epoch": 3})
+    with pytest.raises(UserError, match="no space"):
+        writer.finish()
     monkeypatch.undo()
     assert state.load_state(tmp_path)["epoch"] == 1
+
+
+def test_a_state_is_written_as_it_was_handed_over(tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    go, real = threading.Event(), torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: (go.wait(), real(*args)))
+    weights, losses = torch.zeros(3), [1.0]
+    writer = state.StateWriter(tmp_path)
+    writer.write({"weights": weights, "losses": losses})
+    weights += 1
+    losses.append(2.0)
+    go.set()
+    writer.finish()
+    found = state.load_state(tmp_path)
+    assert found["weights"].tolist() == [0, 0, 0] and found["losses"] == [1.0]
 
 
 def test_a_diverged_loss_stops_the_run() -> None:

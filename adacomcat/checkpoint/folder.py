@@ -3,6 +3,7 @@
     config.json   architecture   'adacomcat_vit'; where nothing was compressed timm's own name
                   model_args     base (timm's name), plan (site → rank), and base's arguments
                   num_classes, num_features, pretrained_cfg   as timm writes them
+                  checksums      of the files beside it: name → XXH3 with 128 bits
 
 After ``import adacomcat``, unmodified timm loads such a folder:
 ``timm.create_model('local-dir:DIR', pretrained=True)``.
@@ -28,7 +29,8 @@ from adacomcat.checkpoint.weights import load_weights_, read_weights
 from adacomcat.convert.record import compression_of
 from adacomcat.errors import UserError
 from adacomcat.sites import DENSE
-from adacomcat.utils.files import atomic_folder
+from adacomcat.utils.checksum import file_checksum
+from adacomcat.utils.files import atomic_folder, require_writable
 from adacomcat.utils.model import evaluating, input_size
 from adacomcat.utils.names import ENTRYPOINT
 
@@ -70,37 +72,76 @@ def save(model: nn.Module, folder: str | Path, *, architecture: str | None = Non
         weights = without_gauge(model, weights)
     _require_same(model, _rebuilt(config, with_gauge(weights)), config)
     try:
-        with atomic_folder(folder) as scratch:
-            save_file(weights, scratch / WEIGHTS, metadata={"format": "pt"})
-            (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        with atomic_folder(folder, last=CONFIG) as scratch:
+            _write(scratch, weights, config)
     except (OSError, SafetensorError) as error:  # the latter where the disk is full
         raise UserError(f"cannot write {folder}: {error}") from error
 
 
-def load(folder: str | Path) -> nn.Module:
+def _write(folder: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    config = config | {"checksums": {WEIGHTS: file_checksum(folder / WEIGHTS)}}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    # safetensors lets nobody else read; the umask has decided for the file that Python made.
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
+
+
+def load(folder: str | Path, *, verify: bool = True) -> nn.Module:
     """The model of a checkpoint folder that ``save`` or timm wrote, on the CPU, in eval mode.
 
     Args:
         folder: holds model.safetensors and config.json.
+        verify: compare the weights with the checksum that ``save`` wrote; a folder of timm's has
+            none.
 
     Raises:
         UserError: the folder is absent, damaged, or describes no model that can be built.
     """
     folder = Path(folder)
     config = read_config(folder)
+    if verify:
+        _verify(folder, config.get("checksums"))
     weights = with_gauge(read_weights(folder / WEIGHTS))
     model = _build(config, str(folder))
     load_weights_(model, weights, str(folder))
     return model.eval()
 
 
-def require_empty(folder: str | Path) -> None:
-    """Raise a ``UserError`` unless ``folder`` is absent or an empty folder."""
-    folder = Path(folder)
-    if folder.is_dir() and not any(folder.iterdir()):
+def _verify(folder: Path, checksums: object) -> None:
+    """Compare files with their checksums in config.json, where it has any."""
+    if checksums is None:
         return
-    if folder.exists() or folder.is_symlink():
+    if not isinstance(checksums, dict):
+        raise UserError(f"{folder}: the checksums in {CONFIG} are damaged; copy the folder again")
+    for name, expected in checksums.items():
+        path = folder / Path(name).name
+        if path.is_file() and file_checksum(path) != expected:
+            raise UserError(f"{path} is not the file that was saved: its checksum differs; copy "
+                            "it again, or load it unverified (--no-verify, verify=False) if it "
+                            "was changed on purpose")
+
+
+def require_empty(folder: str | Path, size: int = 0) -> None:
+    """Raise a ``UserError`` unless ``folder`` is absent or an empty folder, and can be written.
+
+    What a killed writer left in it counts as nothing.
+
+    Args:
+        folder: where ``save`` will write.
+        size: bytes that it will write, where they can be estimated.
+    """
+    folder = Path(folder)
+    taken = folder.exists() or folder.is_symlink()
+    if folder.is_dir():
+        taken = any(not path.name.endswith(".partial") for path in folder.iterdir())
+    if taken:
         raise UserError(f"{folder} already holds something; name an absent or empty folder")
+    require_writable(folder / CONFIG, size)
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether ``folder`` holds what ``save`` writes last."""
+    return (Path(folder) / CONFIG).is_file()
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -92,6 +92,8 @@ def _model(parser: Parser) -> None:
     group.add_argument("--checkpoint", metavar="FILE",
                        help="weights of the architecture: .safetensors, or .pth, which is "
                             "read with weights_only=True")
+    group.add_argument("--no-verify", action="store_true",
+                       help="load a checkpoint folder without comparing its checksums")
     _model_size(group)
 
 
@@ -210,7 +212,9 @@ def _train(parser: Parser) -> None:
         "--model-ema-decay": (float, "D", "decay of the averaged weights (with --model-ema: "
                                           "0.9998)"),
         "--checkpoint-steps": (at_least(0), "N", "write the training state every N steps, too "
-                                                 "(default: after each epoch only)"),
+                                                 "(default: time decides)"),
+        "--checkpoint-seconds": (positive, "S", "write it when it is older than S seconds, too "
+                                                "(default: 60.0)"),
         "--state-dir": (str, "DIR", "where the training state goes (default: OUTPUT.state)"),
     })
     for flag, text in (("--model-ema", "average the weights, and save the average"),

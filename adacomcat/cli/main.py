@@ -1,7 +1,7 @@
 """The command line: parses flags and the YAML file, runs the command, gives the exit code.
 
 Exit codes: 0 done, 1 a bug or a failure of the machine, 2 wrong use or bad input, 3 a gate failed,
-130 interrupted.
+128 + a signal's number: stopped by it (130 is Ctrl-C).
 """
 
 import argparse
@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -18,6 +19,7 @@ from typing import Any
 
 from adacomcat.cli.arguments import EXCLUSIVE, REQUIRED, build_parser
 from adacomcat.errors import UserError
+from adacomcat.utils.stopping import Stopped
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 
@@ -36,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split())
         print(f"adacomcat: error: {message}", file=sys.stderr)
         return WRONG_USE
+    except Stopped as stopped:
+        if first_process():
+            words = sys.argv[1:] if argv is None else list(argv)
+            print(f"adacomcat: {stopped}; go on with: {_resuming(words)}", file=sys.stderr)
+        return stopped.exit_code
     except KeyboardInterrupt:
         print("adacomcat: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -44,6 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return FAILED
+
+
+def _resuming(words: Sequence[str]) -> str:
+    """The command line that goes on with a run that was stopped."""
+    if "WORLD_SIZE" in os.environ:
+        return "the same launcher and command, with --resume"
+    return shlex.join(["adacomcat", *words, *([] if "--resume" in words else ["--resume"])])
 
 
 @contextlib.contextmanager

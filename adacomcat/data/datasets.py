@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from adacomcat.data.augmentation import Augmentation
 from adacomcat.data.folder import FolderImages, ImageFormat
 from adacomcat.errors import UserError
+from adacomcat.utils.checksum import checksum
 
 ARRAY_DATASETS = ("digits", "fashion-mnist")
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -49,6 +50,10 @@ class TensorImages(Dataset):
     def subset(self, indices: Tensor) -> "TensorImages":
         images, labels = self.images[indices], self.labels[indices]
         return TensorImages(images, labels, self.white, self.flips, self.image_format)
+
+    def checksum(self) -> str:
+        """The checksum of all images and labels."""
+        return checksum([self.images, self.labels])
 
     def batch(self, indices: Tensor,
               augmentation: Augmentation | None = None) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Picture files as a model sees them: as they are, or augmented from a seed."""
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from adacomcat.errors import UserError
+from adacomcat.utils.checksum import checksum
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,12 @@ class FolderImages(Dataset):
         if seed is None:
             return self.transforms[False](picture), label
         return _seeded(seed, lambda: self.transforms[True](picture)), label
+
+    def checksum(self) -> str:
+        """The checksum of the pictures' names and labels, wherever their folder lies."""
+        chosen = [self.samples[i] for i in self.indices.tolist()]
+        root = os.path.commonpath([os.path.dirname(path) for path, _ in chosen]) if chosen else ""
+        return checksum([(str(path)[len(root):], label) for path, label in chosen])
 
     def subset(self, indices: Tensor) -> "FolderImages":
         return FolderImages(self.samples, self.indices[indices], self.image_format)

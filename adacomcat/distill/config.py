@@ -74,8 +74,8 @@ class TrainConfig:
         device: torch's name of a device; None: a GPU where there is one.
         amp: bfloat16 autocast.
         state_dir: folder of the training state; None keeps none.
-        checkpoint_steps: steps after which the state is written within an epoch; 0: it is written
-            at the end of an epoch only.
+        checkpoint_steps: steps after which the state is written within an epoch; 0: time decides.
+        checkpoint_seconds: the state is written when it is older than this, too.
         resume: go on from the state in ``state_dir``.
     """
 
@@ -124,6 +124,7 @@ class TrainConfig:
     amp: bool = False
     state_dir: str | None = None
     checkpoint_steps: int = 0
+    checkpoint_seconds: float = 60.0
     resume: bool = False
 
     @classmethod
@@ -171,6 +172,9 @@ class TrainConfig:
         for name in ("epochs", "finetune_epochs", "refine", "search_steps", "checkpoint_steps"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative; got {getattr(self, name)}")
+        if not self.checkpoint_seconds > 0:
+            raise UserError("checkpoint_seconds must be above 0; got "
+                            f"{self.checkpoint_seconds}")
         for name in ("batch_size", "steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -188,7 +192,8 @@ class TrainConfig:
 
     def identity(self) -> dict[str, object]:
         """The settings that must agree between a run and its resumption, as plain values."""
-        apart = ("state_dir", "resume", "checkpoint_steps", "threads", "workers", "device")
+        apart = ("state_dir", "resume", "checkpoint_steps", "checkpoint_seconds",
+                 "threads", "workers", "device")
         return {field.name: list(value) if isinstance(value, tuple) else value
                 for field in fields(self) if field.name not in apart
                 for value in (getattr(self, field.name),)}

@@ -1,27 +1,87 @@
 """The state of a training run on disk: tensors, numbers, lists and dicts, in one file.
 
-``Trainer.save`` writes it after every epoch; ``train.run`` reads it to resume.
+``Trainer.save`` writes it; ``train.run`` reads it to resume. The file carries a checksum of its
+content, and a reader finds the state that was written last as a whole.
 """
 
-import pickle
+import copy
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from adacomcat.errors import UserError
+from adacomcat.utils.checksum import checksum
 from adacomcat.utils.files import atomic_file
 
 FILE = "training_state.pt"
-FORMAT = 1
+FORMAT = 2
+
+
+class StateWriter:
+    """Writes states to a folder in a thread of its own, one after the other.
+
+    Args:
+        folder: where the state goes; it is made where it is missing.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.written = time.monotonic()  # when the latest state was handed over
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="training-state")
+        self._latest: Future[None] | None = None
+
+    def write(self, state: dict[str, Any]) -> None:
+        """Copy ``state`` and write the copy while the caller goes on.
+
+        Raises:
+            UserError: the state before could not be written.
+        """
+        self.finish()
+        self._latest = self._thread.submit(save_state, self.folder, _snapshot(state))
+        self.written = time.monotonic()
+
+    def finish(self) -> None:
+        """Wait until the latest state is on the disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self._latest is not None:
+            latest, self._latest = self._latest, None
+            latest.result()
+
+
+def _snapshot(value: Any) -> Any:
+    """A copy that later steps do not change, on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _snapshot(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_snapshot(item) for item in value)
+    return copy.copy(value)
 
 
 def save_state(folder: str | Path, state: dict[str, Any]) -> None:
-    """Replace the state in ``folder``; whoever reads it finds the previous state or this one."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(folder / FILE, durable=True) as scratch, scratch.open("wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
+    """Replace the state in ``folder``; whoever reads it finds the previous state or this one.
+
+    Raises:
+        UserError: it cannot be written; the previous state stays.
+    """
+    path = Path(folder) / FILE
+    whole = {"format": FORMAT, **state}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path, durable=True) as scratch, scratch.open("wb") as file:
+            torch.save(whole | {"checksum": checksum(whole)}, file)
+    except (OSError, RuntimeError) as error:  # the latter from torch, where the disk is full
+        raise UserError(f"cannot write the training state {path}: {_reason(error)}; the state "
+                        "before it stays, and --resume goes on from there") from error
 
 
 def has_state(folder: str | Path) -> bool:
@@ -33,13 +93,22 @@ def load_state(folder: str | Path) -> dict[str, Any]:
     """The state that ``save_state`` wrote to ``folder``.
 
     Raises:
-        UserError: the file cannot be read, or another program wrote it.
+        UserError: the file cannot be read, is damaged, or another program or version wrote it.
     """
     path = Path(folder) / FILE
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"cannot read the training state {path}: {error}") from error
+    except Exception as error:  # unpickling damaged bytes raises nearly anything
+        raise UserError(f"cannot read the training state {path}: {_reason(error)}; remove it and "
+                        "begin anew") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path} is no training state of this program")
+        raise UserError(f"{path} is no training state of this version; remove it and begin anew")
+    if checksum({key: item for key, item in state.items() if key != "checksum"}) \
+            != state.get("checksum"):
+        raise UserError(f"the training state {path} is damaged: its checksum differs; remove it "
+                        "and begin anew")
     return state
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

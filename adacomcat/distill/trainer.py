@@ -1,8 +1,9 @@
 """The training loop: epochs of steps, searches between them, and a state to resume from."""
 
 import logging
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from adacomcat.data import Batches, LabelledImages
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.evaluation import evaluate
 from adacomcat.distill.objective import BatchMixing, Objective
-from adacomcat.distill.state import save_state
+from adacomcat.distill.state import StateWriter
 from adacomcat.errors import UserError
 from adacomcat.search.search import RankSearch
 from adacomcat.search.supernet import set_ranks_
 from adacomcat.utils.distributed import Processes
 from adacomcat.utils.progress import progress
 from adacomcat.utils.random import derived_generator, derived_seed
+from adacomcat.utils.stopping import Stopped, asked_to_stop
 
 LOG = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class Trainer:
         teacher: a model in eval mode without gradients, to distil from; None: labels alone.
         search: chooses ranks at the start of the epochs that its policy names.
         search_part: the images that ranks are searched on; none of them is in ``train_part``.
+        inputs: name → checksum of what the run began with. A state is refused where they differ.
 
     Raises:
         UserError: the settings do not fit the data or the model.
@@ -55,8 +58,10 @@ class Trainer:
     def __init__(self, student: nn.Module, config: TrainConfig, train_part: LabelledImages,
                  processes: Processes, *, teacher: nn.Module | None = None,
                  search: RankSearch | None = None,
-                 search_part: LabelledImages | None = None) -> None:
+                 search_part: LabelledImages | None = None,
+                 inputs: Mapping[str, str] | None = None) -> None:
         self.student, self.config, self.processes = student, config, processes
+        self.inputs = dict(inputs or {})
         self.search, self.train_part, self.search_part = search, train_part, search_part
         self.steps = len(self._batches(epoch=1))
         self.optimizer = create_optimizer_v2(student, opt=config.opt, lr=config.lr,
@@ -67,6 +72,9 @@ class Trainer:
             self.ema = ModelEmaV3(student, decay=config.ema_decay, use_warmup=True)
         self.objective = Objective(config, student, teacher)
         self.mixing = BatchMixing(config, student, processes)
+        self.writer = None
+        if config.state_dir is not None and processes.first:
+            self.writer = StateWriter(config.state_dir)
         self.epoch, self.step = 1, 0
         self.searched = False  # whether this epoch has asked the policy for a search
         self.loss_sum = 0.0  # over the steps of this epoch
@@ -83,7 +91,12 @@ class Trainer:
         return self.ema.module
 
     def train(self, test_set: LabelledImages | None = None) -> None:
-        """Every epoch that is left; with a test set, accuracy after each."""
+        """Every epoch that is left; with a test set, accuracy after each.
+
+        Raises:
+            Stopped: a signal asked for it; the state is saved.
+            UserError: the loss diverges, or a state cannot be written.
+        """
         while self.epoch <= self.config.total_epochs:
             start = time.perf_counter()
             self._maybe_search()
@@ -103,19 +116,23 @@ class Trainer:
             self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
             self.searched = False
             self.save()
+        if self.writer is not None:
+            self.writer.finish()
 
     def _maybe_search(self) -> None:
         search, config = self.search, self.config
         if self.searched:
             return
-        self.searched = True
         if (search is None or self.search_part is None or self.epoch > config.epochs
                 or not search.policy.due(self.epoch)):
+            self.searched = True
             return
         batches = progress(search_batches(self.search_part, config, self.epoch, self.processes),
                            f"epoch {self.epoch}: searching", total=config.search_steps)
         self.searches.append(search.run(batches, epoch=self.epoch, epochs=config.epochs,
-                                        seed=config.seed + SEARCH, processes=self.processes))
+                                        seed=config.seed + SEARCH, processes=self.processes,
+                                        after_step=self._after_step))
+        self.searched = True
 
     def _batches(self, epoch: int, start_step: int = 0) -> Batches:
         config, processes = self.config, self.processes
@@ -127,12 +144,11 @@ class Trainer:
     def _run_epoch(self) -> None:
         self.student.train()
         batches = self._batches(self.epoch, self.step)
-        every = self.config.checkpoint_steps
         for images, labels in progress(batches, f"epoch {self.epoch}", total=len(batches)):
             self.loss_sum += self._train_step(images, labels)
             self.step += 1
-            if every and self.step % every == 0 and self.step < self.steps:
-                self.save()
+            if self.step < self.steps:  # the end of an epoch saves, too
+                self._after_step()
 
     def _train_step(self, images: Tensor, labels: Tensor) -> float:
         """One update of the weights; the loss, a mean over all processes."""
@@ -165,14 +181,28 @@ class Trainer:
     def _key(self, stream: int) -> tuple[int, ...]:
         return (self.config.seed, stream, self.epoch, self.step)
 
+    def _after_step(self) -> None:
+        """Save where it is time, and end where a signal asks for it."""
+        asked, every = asked_to_stop(), self.config.checkpoint_steps
+        if self.processes.any(asked is not None):
+            self.save()
+            if self.writer is not None:
+                self.writer.finish()
+            raise Stopped(asked or signal.SIGTERM, f"epoch {self.epoch}, step {self.step}")
+        waited = time.monotonic() - self.writer.written if self.writer is not None else 0.0
+        if (every and self.step and self.step % every == 0) \
+                or waited > self.config.checkpoint_seconds:
+            self.save()
+
     def save(self) -> None:
-        """Write the state where the settings name a folder for it."""
-        if self.config.state_dir is not None and self.processes.first:
-            save_state(self.config.state_dir, self.state_dict())
+        """Hand the state to the thread that writes it, where the settings name a folder for it."""
+        if self.writer is not None:
+            self.writer.write(self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Settings, weights, optimisers and position."""
-        return {"config": self.config.identity(), "student": self.student.state_dict(),
+        return {"config": self.config.identity(), "inputs": self.inputs,
+                "student": self.student.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "ema": None if self.ema is None else self.ema.module.state_dict(),
                 "search": None if self.search is None else self.search.state_dict(),
@@ -184,11 +214,18 @@ class Trainer:
         Raises:
             UserError: it was made with other settings or is of another model.
         """
-        _require_same_settings(self.config.identity(), state["config"])
         try:
-            self.student.load_state_dict(state["student"])
-        except RuntimeError as error:
-            raise UserError(f"the training state is of another model: {error}") from error
+            _require_same_settings(self.config.identity(), state["config"])
+            _require_same_inputs(self.inputs, state["inputs"])
+            self._load(state)
+        except UserError:
+            raise
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(f"the training state is of another model or version ({error}); remove "
+                            "it and begin anew") from error
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
@@ -241,3 +278,12 @@ def _require_same_settings(ours: dict[str, object], theirs: dict[str, object]) -
         raise UserError("cannot resume: the training state was made with other settings for "
                         + ", ".join(f"{name} ({theirs.get(name)!r}, now {ours[name]!r})"
                                     for name in differing))
+
+
+def _require_same_inputs(ours: dict[str, str], theirs: dict[str, str]) -> None:
+    differing = sorted(name for name in ours.keys() | theirs.keys()
+                       if ours.get(name) != theirs.get(name))
+    if differing:
+        raise UserError("cannot resume: the run began with another "
+                        + " and another ".join(differing)
+                        + "; give the same again, or remove the state and begin anew")

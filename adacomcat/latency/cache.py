@@ -74,7 +74,7 @@ class LatencyCache:
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"machine": self.machine, "milliseconds": self.milliseconds}, indent=1)
-        atomic_write_text(self.path, content, shared=True)
+        atomic_write_text(self.path, content)
 
 
 def _plausible(times: object) -> bool:

@@ -1,7 +1,7 @@
 """Searching the ranks: gradient steps on the architecture parameters, weights at rest."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +96,8 @@ class RankSearch:
         self.policy: EveryEpoch = make_policy(config.policy)
         self.count, self.seconds = 0, 0.0
         self.refinement: dict[str, Any] | None = None  # what made the plan that it starts from
+        # The steps of a search that has begun: their losses, and the generator's state after them.
+        self.begun: dict[str, Any] | None = None
         self.adopt(plan)
 
     def adopt(self, plan: RankPlan) -> None:
@@ -125,8 +127,10 @@ class RankSearch:
         return processes.mean(loss)
 
     def run(self, batches: Iterable[tuple[Tensor, Tensor]], *, epoch: int, epochs: int, seed: int,
-            processes: Processes) -> dict[str, Any]:
+            processes: Processes, after_step: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Search at the start of ``epoch`` and adopt the plan that it finds, if it is better.
+
+        A search whose state was loaded in its midst goes on behind its last step.
 
         Args:
             batches: (images, labels) of this process, one for each step.
@@ -134,22 +138,29 @@ class RankSearch:
             epochs: how many the temperature anneals over.
             seed: decides the Gumbel noise.
             processes: who shares the search.
+            after_step: called after each step, when the state can be saved.
 
         Returns:
             What it did, in plain numbers, lists and dicts.
         """
         start = time.perf_counter()
-        temperature, losses = self.temperature(epoch, epochs), []
-        held_out: list[tuple[Tensor, Tensor]] = []
-        generator = derived_generator(seed, epoch, self.count)
+        temperature, generator = self.temperature(epoch, epochs), derived_generator(
+            seed, epoch, self.count)
+        losses, held_out = self._goes_on(generator), []
+        behind = len(losses)
         with frozen(self.supernet), evaluating(self.supernet):
-            for images, labels in batches:
+            for number, (images, labels) in enumerate(batches):
                 batch = images.to(processes.device), labels.to(processes.device)
                 held_out.extend([batch] if len(held_out) < CONFIRMING_BATCHES else [])
+                if number < behind:
+                    continue
                 losses.append(self.step(*batch, temperature, generator, processes))
+                self.begun = {"losses": losses, "generator": generator.get_state()}
+                after_step()
             before = self.numeric(self.plan)
             rejected = not self._propose(self.gates.plan(self.target - self.fixed), held_out,
                                          processes)
+        self.begun = None
         ranks = self.numeric(self.plan)
         self.policy.record(epoch, ranks)
         self.count += 1
@@ -161,6 +172,13 @@ class RankSearch:
                 "changed": sum(a != b for a, b in zip(before, ranks, strict=True)),
                 "params": int(self.fixed) + self.plan.params(self.sites),
                 "ranks": dict(self.plan.ranks)}
+
+    def _goes_on(self, generator: torch.Generator) -> list[float]:
+        """The losses of the steps that this search has behind it; ``generator`` is set behind."""
+        if self.begun is None:
+            return []
+        generator.set_state(self.begun["generator"])
+        return list(self.begun["losses"])
 
     def _propose(self, plan: RankPlan, held_out: list[tuple[Tensor, Tensor]],
                  processes: Processes) -> bool:
@@ -188,12 +206,13 @@ class RankSearch:
     def state_dict(self) -> dict[str, Any]:
         return {"gates": self.gates.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "policy": self.policy.state_dict(), "plan": dict(self.plan.ranks),
-                "count": self.count, "seconds": self.seconds, "refinement": self.refinement}
+                "count": self.count, "seconds": self.seconds, "refinement": self.refinement,
+                "begun": self.begun}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.gates.load_state_dict(state["gates"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.policy.load_state_dict(state["policy"])
         self.count, self.seconds = state["count"], state["seconds"]
-        self.refinement = state["refinement"]
+        self.refinement, self.begun = state["refinement"], state["begun"]
         self.adopt(RankPlan(dict(state["plan"])))

@@ -52,6 +52,12 @@ class Processes:
         """The mean of a scalar over all processes."""
         return self.sum(value.detach().double()).item() / self.world_size
 
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is true on any process."""
+        if self.world_size == 1:
+            return flag
+        return self.sum(torch.tensor(int(flag), device=self.device)).item() > 0
+
     def gather_interleaved(self, shard: Tensor) -> Tensor:
         """The global batch from its shards, the rows rank::world_size of each process."""
         if self.world_size == 1:

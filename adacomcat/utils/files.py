@@ -1,9 +1,9 @@
-"""Files and folders that are written whole or not at all.
+"""Files and folders that are written whole or not at all, and locks that die with their process.
 
 The content is written under a temporary name beside its target, then renamed. A reader finds the
 old content or the new one. A write that fails, also on a full disk, leaves the old content as it
-was and removes the temporary one. A process that is killed leaves both: the name of the temporary
-one ends in ``.partial``, and it can be removed.
+was and removes the temporary one. A process that is killed leaves its temporary one, whose name
+ends in ``.partial``; the next writer of the same target removes it.
 """
 
 import os
@@ -13,55 +13,216 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
+from adacomcat.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: what killed processes leave there stays, and runs do not exclude
+    fcntl = None
+
+# Longer names of targets are cut in temporary names, which may have 255 bytes.
+_NAME_BYTES = 200
+
 
 @contextmanager
-def atomic_file(path: str | Path, *, durable: bool = False, shared: bool = False) -> Iterator[Path]:
+def atomic_file(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
     """The path to write to inside the ``with`` block; afterwards the file stands at ``path``.
+
+    Several processes may write the same file: the last one to finish wins.
 
     Args:
         path: the file to write or replace; its folder exists.
-        durable: wait until the content is on the disk before the file takes its name.
-        shared: several processes may write this file at the same time.
+        durable: wait until the content and the name are on the disk.
 
     Raises:
         OSError: the file cannot be written.
     """
     path = Path(path)
-    writer = f".{uuid4().hex}" if shared else ""
-    scratch = path.with_name(f"{path.name}{writer}.partial")
-    try:
-        yield scratch
-        if durable:
-            with scratch.open("rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except BaseException:
-        with suppress(OSError):
-            scratch.unlink()
-        raise
+    with _scratch(path) as scratch:
+        scratch.touch(exist_ok=False)
+        with _held(scratch):
+            yield scratch
+            if durable:
+                _to_disk(scratch)
+            os.replace(scratch, path)
+    if durable:
+        _to_disk(path.parent)
 
 
-def atomic_write_text(path: str | Path, text: str, *, shared: bool = False) -> None:
-    """``Path.write_text``, whole or not at all; for the arguments see ``atomic_file``."""
-    with atomic_file(path, shared=shared) as scratch:
-        scratch.write_text(text)
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """``Path.write_text``, whole or not at all, as UTF-8; for the errors see ``atomic_file``."""
+    with atomic_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """The folder to fill inside the ``with`` block; afterwards it stands at ``folder``.
+def atomic_folder(folder: str | Path, *, last: str) -> Iterator[Path]:
+    """The folder to fill with files inside the ``with`` block; afterwards it stands at ``folder``.
+
+    All is on the disk before the folder has its name. A folder that cannot take another one's
+    place (a mount, or the one that a process works in) gets the files one by one, ``last`` at the
+    end: whoever looks for that file finds all others with it.
 
     Args:
         folder: an absent or empty folder; folders above it are made where they are missing.
+        last: the name of a file inside, without which the folder counts as empty.
 
     Raises:
         OSError: the folder cannot be written, or something stands there already.
     """
-    folder = Path(folder)
-    scratch = folder.absolute().with_name(f".{folder.name}.{os.getpid()}.partial")
+    folder = Path(os.path.realpath(folder))
+    place = folder if folder.is_dir() else folder.parent
+    place.mkdir(parents=True, exist_ok=True)
+    with _scratch(folder) as scratch:
+        scratch.mkdir()
+        with _held(scratch):
+            yield scratch
+            for file in [*scratch.iterdir(), scratch]:
+                _to_disk(file)
+            _take_place(scratch, folder, last)
+    _to_disk(folder)
+    _to_disk(folder.parent)
+
+
+def require_writable(path: str | Path, size: int = 0) -> None:
+    """Try what writing ``path`` will take, and leave nothing behind.
+
+    Args:
+        path: a file or folder that is to be made later, with the folders above it.
+        size: bytes that it will have.
+
+    Raises:
+        UserError: a folder cannot be made there, or the disk has no room for ``size`` bytes.
+    """
+    path = Path(os.path.realpath(path))
+    above = next(folder for folder in path.parents if folder.exists())
     try:
-        scratch.mkdir(parents=True)
+        for name in path.relative_to(above).parts:
+            with suppress(FileNotFoundError):
+                (above / name).lstat()  # the name may be too long
+            trial = above / _scratch_name(name)
+            trial.mkdir()
+            trial.rmdir()
+        free = shutil.disk_usage(above).free
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; name another place, or "
+                        "mend this one") from error
+    if free < size:
+        raise UserError(f"cannot write {path}: it needs about {size / 1e6:.0f} MB, and the disk "
+                        f"has {free / 1e6:.0f} MB left; make room or name another place")
+
+
+@contextmanager
+def exclusive(path: str | Path, what: str) -> Iterator[None]:
+    """Inside, no other process is inside with the same ``path``, a file that is made for this.
+
+    The lock ends with its process, however that ends.
+
+    Args:
+        path: the lock file; its folder exists.
+        what: what the error says is in use.
+
+    Raises:
+        UserError: another process is inside.
+    """
+    with Path(path).open("a+", encoding="utf-8") as file:
+        try:
+            _lock(file.fileno())
+        except BlockingIOError as error:
+            raise UserError(f"another run is writing {what}; wait until it ends, or name another "
+                            "output") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+@contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``, or inside it where it is a folder; it is gone after."""
+    place = path if path.is_dir() else path.parent
+    _remove_leftovers(place, path.name)
+    scratch = place / _scratch_name(path.name)
+    try:
         yield scratch
-        os.replace(scratch, folder)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _remove(scratch)
+
+
+def _prefix(name: str) -> str:
+    return f".{os.fsdecode(os.fsencode(name)[:_NAME_BYTES])}."
+
+
+def _scratch_name(name: str) -> str:
+    return f"{_prefix(name)}{uuid4().hex[:12]}.partial"
+
+
+def _remove_leftovers(place: Path, name: str) -> None:
+    """Remove what killed writers left: a living one holds a lock on its temporary path."""
+    if fcntl is None or not place.is_dir():
+        return
+    for path in place.iterdir():
+        if not (path.name.startswith(_prefix(name)) and path.name.endswith(".partial")):
+            continue
+        with suppress(OSError), _opened(path) as descriptor:
+            _lock(descriptor)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Inside, other processes see that the writer of ``path`` lives."""
+    if fcntl is None:
+        yield
+        return
+    with _opened(path) as descriptor:
+        with suppress(OSError):  # a file system without locks
+            _lock(descriptor)
+        yield
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY if fcntl is not None else os.O_RDWR)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    """Lock until the descriptor is closed.
+
+    Raises:
+        BlockingIOError: another process has the lock.
+        OSError: the file system has no locks.
+    """
+    if fcntl is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    if fcntl is None and path.is_dir():  # Windows opens no folders
+        return
+    with _opened(path) as descriptor:
+        os.fsync(descriptor)
+
+
+def _take_place(scratch: Path, folder: Path, last: str) -> None:
+    """Rename ``scratch`` to ``folder``; where that folder exists, its files move one by one."""
+    if not folder.is_dir():
+        os.replace(scratch, folder)
+        return
+    others = [path for path in folder.iterdir() if path != scratch]
+    if others:
+        raise FileExistsError(f"{folder} holds {others[0].name}")
+    for path in sorted(scratch.iterdir(), key=lambda path: path.name == last):
+        os.replace(path, folder / path.name)

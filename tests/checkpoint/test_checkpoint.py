@@ -1,6 +1,8 @@
 """Checkpoint folders: saved, loaded by us and by timm, refused where they are broken."""
 
 import json
+import os
+import random
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import torch
 from helpers.command_line import MODEL
 from helpers.models import FAMILIES, compressed, dense_model, images
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adacomcat
@@ -121,6 +124,39 @@ def test_any_import_order_serves_unmodified_timm(imports, tmp_path):
     assert done.stdout.strip() == "LowRankAttention", done.stderr
 
 
+def test_every_flipped_bit_of_the_weights_is_found(tmp_path):
+    adacomcat.save(compressed(), tmp_path / "small")
+    path = tmp_path / "small" / "model.safetensors"
+    whole, generator = path.read_bytes(), random.Random(0)
+    for _ in range(300):
+        at, bit = generator.randrange(len(whole)), 1 << generator.randrange(8)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1:])
+        with pytest.raises(UserError, match="checksum differs"):
+            adacomcat.load(tmp_path / "small")
+
+
+def test_weights_that_were_changed_on_purpose_load_unverified(tmp_path):
+    adacomcat.save(compressed(), tmp_path / "small")
+    path = tmp_path / "small" / "model.safetensors"
+    weights = load_file(path)
+    weights["norm.bias"] += 1
+    save_file(weights, path)
+    with pytest.raises(UserError, match="verify=False"):
+        adacomcat.load(tmp_path / "small")
+    loaded = adacomcat.load(tmp_path / "small", verify=False)
+    assert torch.equal(loaded.norm.bias, weights["norm.bias"])
+
+
+def test_files_have_the_permissions_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        adacomcat.save(compressed(), tmp_path / "small")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "small").iterdir()}
+    assert modes == {"config.json": 0o640, "model.safetensors": 0o640}
+
+
 def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path, monkeypatch):
     model = compressed()
     (tmp_path / "full").mkdir()
@@ -172,7 +208,7 @@ BROKEN = {
     "config.json cannot be read": lambda f: truncated(f / "config.json"),
     "names no 'architecture'": lambda f: (f / "config.json").write_text('{"model_type": "vit"}'),
     "no weights file": lambda f: (f / "model.safetensors").unlink(),
-    "truncated or no weights file": lambda f: truncated(f / "model.safetensors"),
+    "its checksum differs": lambda f: truncated(f / "model.safetensors"),
     "did you mean vit_tiny": lambda f: edited_config(f, architecture="vit_tiny_patch16"),
     "names 'blocks.7.attn.qk'": lambda f: edited_config(f, model_args={
         "base": "vit_tiny_patch16_224", "plan": {"blocks.7.attn.qk": 4}, "depth": 2}),
@@ -194,13 +230,15 @@ def test_broken_folders_get_one_clear_error(message, tmp_path):
 
 
 def test_missing_and_unexpected_keys_are_named(tmp_path):
-    from safetensors.torch import load_file, save_file
     adacomcat.save(compressed(), tmp_path / "folder")
     weights = load_file(tmp_path / "folder" / "model.safetensors")
     weights["surplus"] = weights.pop("norm.weight")
     save_file(weights, tmp_path / "folder" / "model.safetensors")
     with pytest.raises(UserError, match="missing: norm.weight; unexpected: surplus"):
-        adacomcat.load(tmp_path / "folder")
+        adacomcat.load(tmp_path / "folder", verify=False)
+    truncated(tmp_path / "folder" / "model.safetensors")
+    with pytest.raises(UserError, match="truncated or no weights file"):
+        adacomcat.load(tmp_path / "folder", verify=False)
     with pytest.raises(UserError, match="there is no checkpoint folder"):
         adacomcat.load(tmp_path / "absent")
 

@@ -2,6 +2,10 @@
 
 import json
 import re
+import shlex
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from helpers.command_line import ARCHITECTURE, SMALL, shell
 
 import adacomcat
 from adacomcat import cli
+from adacomcat.utils.files import exclusive
 
 GRAY = ["-m", ARCHITECTURE, "--img-size", "16", "--in-chans", "1", "--num-classes", "10",
         "--model-kwargs", "patch_size=8", *(f"{key}={value}" for key, value in SMALL.items())]
@@ -104,6 +109,68 @@ def test_interrupted_training_goes_on(tmp_path, run, run_json, monkeypatch):
     assert [row["loss"] for row in resumed["history"]] == [row["loss"] for row in whole["history"]]
     assert resumed["plan"] == whole["plan"]
     assert not (tmp_path / "cut.state").exists()
+
+
+def test_a_signal_stops_a_run_that_says_how_to_go_on(tmp_path):
+    flags = ["train", *GRAY, *QUICK, "--keep-params", "0.5", "--epochs", "500", "--no-report",
+             "--output", str(tmp_path / "out")]
+    child = subprocess.Popen([sys.executable, "-m", "adacomcat", *map(str, flags)], text=True,
+                             stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    first = next(line for line in child.stderr if line.startswith("epoch 1 of 500"))
+    assert first
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate()
+    line = err.splitlines()[-1]
+    assert child.returncode == 143, err
+    assert line.startswith("adacomcat: stopped by SIGTERM at epoch ")
+    assert line.endswith("--resume") and shlex.split(line)[-1 - len(flags):-1] == flags
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.state").is_dir()
+
+
+@pytest.mark.parametrize("place", ["report", "state", "done"])
+def test_a_run_that_died_behind_its_checkpoint_is_completed(place, tmp_path, run, run_json,
+                                                            monkeypatch):
+    from adacomcat.cli.commands import train as command
+    flags = ["train", *GRAY, *QUICK, "--keep-params", 0.5, "--epochs", 1, "--seed", 1]
+    whole = run_json(*flags, "--output", tmp_path / "whole")
+    output = tmp_path / "cut"
+
+    def dies(*args, **kwargs):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        if place != "done":
+            owner, name = {"report": (command, "write_report"),
+                           "state": (command.shutil, "rmtree")}[place]
+            patch.setattr(owner, name, dies)
+        assert run(*flags, "--output", output)[0] == (0 if place == "done" else 130)
+    found = run_json(*flags, "--output", output, "--resume")
+    if place == "done":
+        assert found["finished"]
+    else:
+        assert found["history"][0]["loss"] == whole["history"][0]["loss"]
+    assert not (tmp_path / "cut.state").exists()
+    assert sorted(path.name for path in output.iterdir()) == [
+        "config.json", "model.safetensors", "report.html"]
+
+
+@pytest.mark.parametrize("case", ["below a file", "state is a file", "state dir is a file"])
+def test_an_output_that_cannot_be_written_is_refused_at_once(case, tmp_path, run, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken.state").write_text("")
+    flags = {"below a file": ["-o", tmp_path / "file" / "out"],
+             "state is a file": ["-o", tmp_path / "taken"],
+             "state dir is a file": ["-o", tmp_path / "out", "--state-dir", tmp_path / "file"]}
+    monkeypatch.setattr("timm.create_model", None)
+    code, _, err = run("train", *GRAY, *QUICK, "--dense", *flags[case])
+    assert code == 2 and "cannot write" in err and len(err.splitlines()) == 1, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken.state"]
+
+
+def test_two_runs_do_not_write_one_output(tmp_path, run):
+    (tmp_path / "out.state").mkdir()
+    with exclusive(tmp_path / "out.state" / "lock", "out"):
+        code, _, err = run("train", *GRAY, *QUICK, "--dense", "-o", tmp_path / "out")
+    assert code == 2 and "another run is writing" in err
 
 
 @pytest.mark.parametrize(("flags", "says"), [

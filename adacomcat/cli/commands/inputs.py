@@ -53,7 +53,7 @@ def model(args: argparse.Namespace, weights_matter: bool = True) -> nn.Module:
         if args.pretrained or args.checkpoint:
             raise UserError(f"the folder {name} has its own weights; leave out --pretrained and "
                             "--checkpoint")
-        found = checkpoint.load(name)
+        found = checkpoint.load(name, verify=not args.no_verify)
         return found if not overrides else _overridden(name, overrides)
     checkpoint.require_architecture(name)
     torch.manual_seed(getattr(args, "seed", 0))  # random weights: the same on every process

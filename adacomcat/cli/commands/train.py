@@ -1,7 +1,11 @@
 """adacomcat train: search ranks, train and distil; or train a model as it is."""
 
 import argparse
+import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,50 +16,103 @@ from adacomcat.cli.commands import Outcome, inputs
 from adacomcat.cli.main import first_process
 from adacomcat.convert.record import compression_of
 from adacomcat.distill.config import TrainConfig
-from adacomcat.distill.state import has_state
+from adacomcat.distill.state import FILE, has_state
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.report.page import write_report
 from adacomcat.report.tables import Comparison, print_comparison, print_refinement
 from adacomcat.utils.distributed import stop_processes
+from adacomcat.utils.files import atomic_write_text, exclusive, require_writable
+from adacomcat.utils.stopping import heeding_signals
 
 # Flags that are fields of TrainConfig; where one is not given, the preset's value stays.
 FIELDS = ("epochs", "finetune_epochs", "steps", "batch_size", "opt", "lr", "weight_decay", "sched",
           "warmup_epochs", "warmup_lr", "min_lr", "clip_grad", "mixup", "cutmix", "smoothing",
           "kd", "kd_alpha", "kd_temperature", "align", "align_weight", "keep_params", "search",
           "search_steps", "search_fraction", "refine", "mlp", "calibration_images",
-          "checkpoint_steps", "seed", "workers", "device")
+          "checkpoint_steps", "checkpoint_seconds", "seed", "workers", "device")
+RESULTS, LOCK = "results.json", "lock"  # in the folder of the training state
 EMA_DECAY = 0.9998  # of --model-ema without --model-ema-decay
 
 
 def run(args: argparse.Namespace) -> Outcome:
     state = Path(args.state_dir or f"{args.output.rstrip('/')}.state")
-    checkpoint.require_empty(args.output)
     _require_budget(args)
+    if args.resume and checkpoint.is_checkpoint(args.output):
+        return _finished(args, state)
+    checkpoint.require_empty(args.output)
+    require_writable(state / FILE)
     if has_state(state) and not args.resume:
         raise UserError(f"{state} holds the state of an earlier run; pass --resume to go on with "
                         "it, or remove it")
     config = _config(args, state)
+    with _alone(state, args.output), heeding_signals():
+        return _trained(args, config, state)
+
+
+def _trained(args: argparse.Namespace, config: TrainConfig, state: Path) -> Outcome:
+    """Train, then write the checkpoint, then the report, and then remove the state."""
     inputs.device(args)
     model = inputs.model(args, weights_matter=not args.dense)
+    _require_room(model, args.output, state)
     teacher = None if args.teacher is None else inputs.teacher(args)
     train_set, test_set = data.train_and_test(*inputs.dataset(args), data.model_data_config(model))
     plan = None if args.plan is None else RankPlan.load(args.plan)
     if plan is not None:
         plan.validate(model)
     trained, results = train.run(model, config, train_set, test_set, teacher=teacher, plan=plan)
-    first = first_process()
-    if first:
+    if first_process():
+        atomic_write_text(state / RESULTS, json.dumps(results))
         checkpoint.save(trained.cpu(), args.output, gauge=args.gauge)
-        shutil.rmtree(state, ignore_errors=True)
     stop_processes()
+    return _reported(args, state, model, trained, results)
+
+
+def _reported(args: argparse.Namespace, state: Path, model: nn.Module, trained: nn.Module,
+              results: dict[str, Any]) -> Outcome:
     comparison = _comparison(model, trained, results)
-    if first and not args.no_report:
-        found = compression_of(trained).plan or RankPlan()
-        write_report(args.output, f"{args.model} trained on {args.data}", comparison,
-                     found.sites(model), found, results["history"])
+    if first_process():
+        if not args.no_report:
+            found = compression_of(trained).plan or RankPlan()
+            write_report(args.output, f"{args.model} trained on {args.data}", comparison,
+                         found.sites(model), found, results["history"])
+        shutil.rmtree(state, ignore_errors=True)
     return Outcome({"output": args.output, "models": comparison.rows} | results,
                    lambda: _show(args, comparison, results))
+
+
+def _finished(args: argparse.Namespace, state: Path) -> Outcome:
+    """What is left to do of a run whose checkpoint is there: its report, and removing its state."""
+    if (state / RESULTS).is_file():
+        results = json.loads((state / RESULTS).read_text(encoding="utf-8"))
+        return _reported(args, state, inputs.model(args, weights_matter=False),
+                         checkpoint.load(args.output), results)
+    return Outcome({"output": args.output, "finished": True},
+                   lambda: print(f"{args.output} is finished; there is nothing to resume"))
+
+
+@contextmanager
+def _alone(state: Path, output: str) -> Iterator[None]:
+    """Inside, no other run writes this output; of several processes the first one looks."""
+    if not first_process():
+        yield
+        return
+    state.mkdir(parents=True, exist_ok=True)
+    with exclusive(state / LOCK, output):
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if os.listdir(state) == [LOCK]:  # there is nothing to resume
+                    shutil.rmtree(state)
+
+
+def _require_room(model: nn.Module, output: str, state: Path) -> None:
+    """Room for the checkpoint and for the weights with their optimiser's two moments."""
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    if first_process():
+        require_writable(Path(output) / checkpoint.CONFIG, size)
+        require_writable(state / FILE, 4 * size)
 
 
 def _require_budget(args: argparse.Namespace) -> None:
