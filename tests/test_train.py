@@ -3,63 +3,31 @@
 Run as a script, this file is the child process of its own tests.
 """
 
-import io
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
+from helpers.runs import make_model, make_sets, small_config, small_run
 from torch import nn
 
 from adacomcat import train
 from adacomcat.convert.install import build_skeleton
 from adacomcat.cost import model_params
-from adacomcat.data import datasets
 from adacomcat.distill import TrainConfig, Trainer, evaluate, state
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.search import RankSearch
 from adacomcat.sites import find_sites
 from adacomcat.utils import stopping
-from adacomcat.utils.checksum import checksum
 from adacomcat.utils.distributed import Processes
 
 STEPS = 6  # per epoch of the small run
-
-
-def make_model(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, in_chans=1,
-                              embed_dim=48, depth=2, num_heads=2, num_classes=10)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-def make_sets(model: nn.Module, count: int = 430) -> tuple[Any, Any]:
-    train_set, test_set = datasets.train_and_test("digits", None, datasets.model_data_config(model))
-    return train_set.subset(torch.arange(count)), test_set.subset(torch.arange(100))
-
-
-def small_config(**changes: Any) -> TrainConfig:
-    settings = {"epochs": 3, "batch_size": 64, "lr": 2e-3, "keep_params": 0.4, "search_steps": 3,
-                "alpha_lr": 0.2, "calibration_images": 64, "mixup": 0.2, "ema_decay": 0.9,
-                "align": "manifold", "threads": 1, "device": "cpu"}
-    return TrainConfig.preset("adacomcat", **settings | changes)
-
-
-def small_run(**changes: Any) -> train.TrainResult:
-    model = make_model()
-    return train.run(model, small_config(**changes), *make_sets(model))
 
 
 def curve(results: dict[str, Any]) -> dict[str, Any]:
@@ -265,86 +233,6 @@ def test_resuming_with_other_inputs_is_refused(name: str, tmp_path: Path) -> Non
     train.run(config=config.with_(resume=True), **other_inputs(""))
     with pytest.raises(UserError, match=f"another {name.replace('train_', 'training ')}"):
         train.run(config=config.with_(resume=True), **other_inputs(name))
-
-
-def test_every_damaged_bit_of_a_state_is_found(tmp_path: Path) -> None:
-    """Anywhere in the file, and in the values of every tensor."""
-    small_run(epochs=1, steps=1, state_dir=str(tmp_path))
-    path = tmp_path / state.FILE
-    whole, good = path.read_bytes(), checksum(state.load_state(tmp_path))
-    generator = random.Random(0)
-    for _ in range(60):
-        at, bit = generator.randrange(len(whole)), 1 << generator.randrange(8)
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1:])
-        try:
-            assert checksum(state.load_state(tmp_path)) == good  # padding between the tensors
-        except UserError as error:
-            assert state.FILE in str(error)
-    torch.save(torch.load(io.BytesIO(whole)) | {"epoch": 5}, path)
-    with pytest.raises(UserError, match="damaged"):
-        state.load_state(tmp_path)
-
-
-@pytest.mark.parametrize("change", [
-    {"ema": None}, {"search": None}, {"config": None}, {"student": None}, {"optimizer": {}},
-    {"student": {}}, {"search": {"gates": {}}},
-])
-def test_a_state_of_another_layout_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
-    small_run(epochs=1, steps=1, state_dir=str(tmp_path))
-    found = state.load_state(tmp_path)
-    state.save_state(tmp_path, {key: value for key, value in (found | change).items()
-                                if key not in ("format", "checksum")})
-    with pytest.raises(UserError, match="remove it and begin anew"):
-        small_run(epochs=1, steps=1, state_dir=str(tmp_path), resume=True)
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 truncated", b"\x80\x04N.",
-                                     b"\x80\x02](((((((."])
-def test_a_foreign_training_state_is_refused(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / state.FILE).write_bytes(content)
-    with pytest.raises(UserError, match=state.FILE):
-        state.load_state(tmp_path)
-
-
-def test_a_training_state_with_code_in_it_is_refused(tmp_path: Path) -> None:
-    torch.save({"format": state.FORMAT, "model": nn.Linear(1, 1)}, tmp_path / state.FILE)
-    with pytest.raises(UserError, match="cannot read"):
-        state.load_state(tmp_path)
-
-
-def test_a_failed_save_leaves_the_old_state(tmp_path: Path,
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    state.save_state(tmp_path, {"epoch": 1})
-    real = torch.save
-
-    def dies(state: object, file: Any) -> None:
-        real(state, file)
-        raise OSError("no space left")
-
-    monkeypatch.setattr(torch, "save", dies)
-    with pytest.raises(UserError, match="no space left; the state before it stays"):
-        state.save_state(tmp_path, {"epoch": 2})
-    writer = state.StateWriter(tmp_path)
-    writer.write({"epoch": 3})
-    with pytest.raises(UserError, match="no space"):
-        writer.finish()
-    monkeypatch.undo()
-    assert state.load_state(tmp_path)["epoch"] == 1
-
-
-def test_a_state_is_written_as_it_was_handed_over(tmp_path: Path,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    go, real = threading.Event(), torch.save
-    monkeypatch.setattr(torch, "save", lambda *args: (go.wait(), real(*args)))
-    weights, losses = torch.zeros(3), [1.0]
-    writer = state.StateWriter(tmp_path)
-    writer.write({"weights": weights, "losses": losses})
-    weights += 1
-    losses.append(2.0)
-    go.set()
-    writer.finish()
-    found = state.load_state(tmp_path)
-    assert found["weights"].tolist() == [0, 0, 0] and found["losses"] == [1.0]
 
 
 def test_a_diverged_loss_stops_the_run() -> None:

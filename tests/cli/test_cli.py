@@ -217,7 +217,8 @@ BAD = {
     "did you mean vit_tiny_patch16_224": lambda t: ["-m", "vit_tiny_patch16_225"],
     "timm has no model 'resnot'": lambda t: ["-m", "resnot"],
     "there is no checkpoint folder": lambda t: ["-m", "no/such/folder"],
-    "truncated or no weights file": lambda t: ["-m", truncated_folder(t)],
+    "its checksum differs": lambda t: ["-m", truncated_folder(t)],
+    "truncated or no weights file": lambda t: ["-m", truncated_folder(t), "--no-verify"],
     "names no 'architecture'": lambda t: ["-m", foreign_folder(t)],
     "of another shape: cls_token (1, 1, 96) instead of (1, 1, 64)":
         lambda t: [*MODEL, "--checkpoint", other_architecture(t)],

@@ -1,0 +1,38 @@
+"""A small training run on the bundled digits."""
+
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from adacomcat import train
+from adacomcat.data import datasets
+from adacomcat.distill import TrainConfig
+
+
+def make_model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, in_chans=1,
+                              embed_dim=48, depth=2, num_heads=2, num_classes=10)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def make_sets(model: nn.Module, count: int = 430) -> tuple[Any, Any]:
+    train_set, test_set = datasets.train_and_test("digits", None, datasets.model_data_config(model))
+    return train_set.subset(torch.arange(count)), test_set.subset(torch.arange(100))
+
+
+def small_config(**changes: Any) -> TrainConfig:
+    settings = {"epochs": 3, "batch_size": 64, "lr": 2e-3, "keep_params": 0.4, "search_steps": 3,
+                "alpha_lr": 0.2, "calibration_images": 64, "mixup": 0.2, "ema_decay": 0.9,
+                "align": "manifold", "threads": 1, "device": "cpu"}
+    return TrainConfig.preset("adacomcat", **settings | changes)
+
+
+def small_run(**changes: Any) -> train.TrainResult:
+    model = make_model()
+    return train.run(model, small_config(**changes), *make_sets(model))
