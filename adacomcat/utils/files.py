@@ -8,7 +8,7 @@ ends in ``.partial``; the next writer of the same target removes it.
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
@@ -38,13 +38,11 @@ def atomic_file(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
         OSError: the file cannot be written.
     """
     path = Path(path)
-    with _scratch(path) as scratch:
-        scratch.touch(exist_ok=False)
-        with _held(scratch):
-            yield scratch
-            if durable:
-                _to_disk(scratch)
-            os.replace(scratch, path)
+    with _scratch(path, Path.touch) as scratch:
+        yield scratch
+        if durable:
+            _to_disk(scratch)
+        os.replace(scratch, path)
     if durable:
         _to_disk(path.parent)
 
@@ -73,13 +71,11 @@ def atomic_folder(folder: str | Path, *, last: str) -> Iterator[Path]:
     folder = Path(os.path.realpath(folder))
     place = folder if folder.is_dir() else folder.parent
     place.mkdir(parents=True, exist_ok=True)
-    with _scratch(folder) as scratch:
-        scratch.mkdir()
-        with _held(scratch):
-            yield scratch
-            for file in [*scratch.iterdir(), scratch]:
-                _to_disk(file)
-            _take_place(scratch, folder, last)
+    with _scratch(folder, Path.mkdir) as scratch:
+        yield scratch
+        for file in [*scratch.iterdir(), scratch]:
+            _to_disk(file)
+        _take_place(scratch, folder, last)
     _to_disk(folder)
     _to_disk(folder.parent)
 
@@ -137,15 +133,44 @@ def exclusive(path: str | Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _scratch(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, or inside it where it is a folder; it is gone after."""
+def _scratch(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A temporary file or folder beside ``path``, or inside it where it is a folder.
+
+    A lock tells other processes that its writer lives. It is gone after.
+    """
     place = path if path.is_dir() else path.parent
     _remove_leftovers(place, path.name)
-    scratch = place / _scratch_name(path.name)
+    scratch, descriptor = _claimed(place, path.name, make)
     try:
         yield scratch
     finally:
+        if descriptor is not None:
+            os.close(descriptor)
         _remove(scratch)
+
+
+def _claimed(place: Path, name: str, make: Callable[[Path], None]) -> tuple[Path, int | None]:
+    """A temporary path that was made, and the descriptor that holds its lock.
+
+    Before it is locked another writer may take it for a leftover: then the next one is tried.
+    """
+    while True:
+        scratch = place / _scratch_name(name)
+        make(scratch)
+        if fcntl is None:
+            return scratch, None
+        with suppress(FileNotFoundError):
+            descriptor = os.open(scratch, os.O_RDONLY)
+            try:
+                _lock(descriptor)
+            except BlockingIOError:
+                os.close(descriptor)
+                continue
+            except OSError:  # a file system without locks, where nobody removes leftovers
+                pass
+            if scratch.exists():
+                return scratch, descriptor
+            os.close(descriptor)
 
 
 def _prefix(name: str) -> str:
@@ -174,18 +199,6 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
-
-
-@contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """Inside, other processes see that the writer of ``path`` lives."""
-    if fcntl is None:
-        yield
-        return
-    with _opened(path) as descriptor:
-        with suppress(OSError):  # a file system without locks
-            _lock(descriptor)
-        yield
 
 
 @contextmanager

@@ -135,6 +135,16 @@ def test_what_a_killed_writer_left_goes_with_the_next_write(manager: str, tmp_pa
     assert names(tmp_path) == ["out"] and path.read_text() == "again"
 
 
+def test_writers_in_several_processes_leave_each_other_alone(tmp_path: Path) -> None:
+    """Also between making a temporary file and locking it, where it looks like a leftover."""
+    code = ("import sys; from adacomcat.utils import files\n"
+            "for i in range(1500): files.atomic_write_text(sys.argv[1], sys.argv[2] * 5000)")
+    children = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "out", letter],
+                                 stderr=subprocess.PIPE, text=True) for letter in "abc"]
+    assert [child.communicate()[1] for child in children] == [""] * 3
+    assert names(tmp_path) == ["out"] and len(set((tmp_path / "out").read_text())) == 1
+
+
 def test_what_others_write_beside_stays(tmp_path: Path) -> None:
     (tmp_path / ".other.abc.partial").write_text("theirs")
     files.atomic_write_text(tmp_path / "out", "mine")
