@@ -42,9 +42,9 @@ def atomic_file(path: str | Path, *, durable: bool = False, shared: bool = False
 
 
 def atomic_write_text(path: str | Path, text: str, *, shared: bool = False) -> None:
-    """``Path.write_text``, whole or not at all; for the arguments see ``atomic_file``."""
+    """``Path.write_text`` in UTF-8, whole or not at all; the arguments are ``atomic_file``'s."""
     with atomic_file(path, shared=shared) as scratch:
-        scratch.write_text(text)
+        scratch.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -9,15 +9,16 @@ from torch import nn
 
 from adacomcat import checkpoint, cost, data, train
 from adacomcat.cli.commands import Outcome, inputs
-from adacomcat.cli.main import first_process
 from adacomcat.convert.record import compression_of
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.state import has_state
+from adacomcat.distill.teacher import require_teacher
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.report.page import write_report
 from adacomcat.report.tables import Comparison, print_comparison, print_refinement
 from adacomcat.utils.distributed import stop_processes
+from adacomcat.utils.launch import is_first
 
 # Flags that are fields of TrainConfig; where one is not given, the preset's value stays.
 FIELDS = ("epochs", "finetune_epochs", "steps", "batch_size", "opt", "lr", "weight_decay", "sched",
@@ -39,12 +40,14 @@ def run(args: argparse.Namespace) -> Outcome:
     inputs.device(args)
     model = inputs.model(args, weights_matter=not args.dense)
     teacher = None if args.teacher is None else inputs.teacher(args)
+    if teacher is not None and config.kd != "none":
+        require_teacher(model, teacher)
     train_set, test_set = data.train_and_test(*inputs.dataset(args), data.model_data_config(model))
     plan = None if args.plan is None else RankPlan.load(args.plan)
     if plan is not None:
         plan.validate(model)
     trained, results = train.run(model, config, train_set, test_set, teacher=teacher, plan=plan)
-    first = first_process()
+    first = is_first()
     if first:
         checkpoint.save(trained.cpu(), args.output, gauge=args.gauge)
         shutil.rmtree(state, ignore_errors=True)
@@ -69,7 +72,8 @@ def _require_budget(args: argparse.Namespace) -> None:
 def _config(args: argparse.Namespace, state: Path) -> TrainConfig:
     given = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
     if args.model_ema or args.model_ema_decay is not None:
-        given["ema_decay"] = args.model_ema_decay or EMA_DECAY
+        decay = args.model_ema_decay
+        given["ema_decay"] = EMA_DECAY if decay is None else decay
     flags = {"amp": args.amp, "augment": not args.no_augment, "resume": args.resume}
     return TrainConfig.preset(args.preset, state_dir=str(state), **flags, **given)
 
