@@ -75,9 +75,10 @@ def _unpickled(path: Path) -> Any:
             unpacked = sum(entry.file_size for entry in archive.infolist())
         if unpacked > path.stat().st_size:
             raise ValueError("its parts are larger than the file")
-    with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+    allowed = torch.serialization.safe_globals([argparse.Namespace])
+    with path.open("rb") as file, warnings.catch_warnings(), allowed:
         warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _unreadable(path: Path, error: Exception) -> str:

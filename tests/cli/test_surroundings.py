@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.command_line import ARCHITECTURE, MODEL, shell
+from helpers.command_line import ARCHITECTURE, MODEL
 from helpers.models import compressed, dense_model
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 import adacomcat
 from adacomcat.cli import download
 from adacomcat.latency import cache
+from adacomcat.report.page import write_report
+from adacomcat.report.tables import Comparison
 
 DIGITS = ["--data", "digits"]
 
@@ -67,8 +69,9 @@ def test_gates_are_percentages(gate, digits, run):
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_an_encoding_without_arrows(encoding):
-    done = shell("adacomcat", "inspect", *MODEL, PYTHONIOENCODING=encoding)
-    assert done.returncode == 0 and "blocks.0.attn.qk" in done.stdout, done.stderr
+    done = subprocess.run([sys.executable, "-m", "adacomcat", "inspect", *MODEL],
+                          env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True)
+    assert done.returncode == 0 and b"blocks.0.attn.qk" in done.stdout, done.stderr
 
 
 def test_a_reader_that_leaves_is_no_failure():
@@ -118,13 +121,13 @@ def test_without_a_home_latencies_are_measured_anew(monkeypatch):
 
 
 def test_names_of_files_that_are_no_text(tmp_path, digits, run):
-    """A name in another encoding, as old archives have it."""
-    place = tmp_path / "caf\udce9"
-    digits.rename(place)
-    code, out, err = run("compress", "-m", place, "--keep-params", "0.9", "-o",
-                         tmp_path / "small\udce9")
-    assert code == 0, err
-    assert (tmp_path / "small\udce9" / "report.html").is_file()
+    """A name in another encoding, as old archives have it: safetensors reads no such file."""
+    digits.rename(tmp_path / "caf\udce9")
+    code, _, err = run("evaluate", "-m", tmp_path / "caf\udce9", *DIGITS)
+    assert code == 2 and "not valid UTF-8" in err and err.count("\n") == 1
+    comparison = Comparison({"given": {"params": 1}})
+    page = write_report(tmp_path, "trained on caf\udce9", comparison, [], adacomcat.RankPlan())
+    assert "trained on caf?" in page.read_text(encoding="utf-8")
 
 
 # Names
