@@ -83,11 +83,11 @@ class RankPlan:
         sites = {site.name: site for site in self.sites(model)}
         for name, rank in self.ranks.items():
             if name not in sites:
-                raise UserError(f"the plan names {name!r}, which this model does not have; its "
-                                f"sites are like {', '.join(list(sites)[:4]) or 'none'}")
+                raise UserError(f"the plan names {name!r:.100}, which this model does not have; "
+                                f"its sites are like {', '.join(list(sites)[:4]) or 'none'}")
             full = sites[name].full_rank
             if rank != DENSE and not (type(rank) is int and 1 <= rank <= full):
-                raise UserError(f"the plan gives {name} the rank {rank!r}; "
+                raise UserError(f"the plan gives {name} the rank {rank!r:.60}; "
                                 f"it must be 'dense' or a whole number from 1 to {full}")
         return list(sites.values())
 

@@ -7,9 +7,7 @@ Exit codes: 0 done, 1 a bug or a failure of the machine, 2 wrong use or bad inpu
 import argparse
 import contextlib
 import importlib
-import io
 import logging
-import os
 import sys
 import traceback
 import warnings
@@ -17,6 +15,7 @@ from collections.abc import Iterator, Sequence
 
 from adacomcat.cli.arguments import EXCLUSIVE, REQUIRED, build_parser
 from adacomcat.cli.config_file import flag, flags_of
+from adacomcat.cli.output import reader_may_leave, tolerate_encodings
 from adacomcat.errors import UserError
 from adacomcat.utils.launch import is_first
 from adacomcat.utils.text import to_json
@@ -30,9 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after the program's name; None: those of this process.
     """
-    for stream in (sys.stdout, sys.stderr):  # an encoding without '→' prints '?'
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    tolerate_encodings()
     try:
         args = parse(sys.argv[1:] if argv is None else list(argv))
         with _told_on_stderr():
@@ -102,26 +99,9 @@ def _run(args: argparse.Namespace) -> int:
         outcome = command.run(args)
     if is_first():
         text = to_json(outcome.data) if args.json else None
-        with _reader_may_leave():
+        with reader_may_leave():
             print(text) if text is not None else outcome.show()
-            sys.stdout.flush()
     return outcome.code
-
-
-@contextlib.contextmanager
-def _reader_may_leave() -> Iterator[None]:
-    """Inside, whoever reads stdout may close it, as `head` does: the work is done all the same.
-
-    Raises:
-        UserError: stdout cannot be written for another reason, like a full disk.
-    """
-    try:
-        yield
-    except BrokenPipeError:
-        # What is left in the buffer goes nowhere, instead of failing when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        raise UserError(f"cannot print the result: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager

@@ -71,7 +71,8 @@ def test_gates_are_percentages(gate, digits, run):
 def test_an_encoding_without_arrows(encoding):
     done = subprocess.run([sys.executable, "-m", "adacomcat", "inspect", *MODEL],
                           env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True)
-    assert done.returncode == 0 and b"blocks.0.attn.qk" in done.stdout, done.stderr
+    assert done.returncode == 0 and b"in -> out" in done.stdout, done.stderr
+    assert b" x 2" in done.stdout and done.stdout.isascii()
 
 
 def test_a_reader_that_leaves_is_no_failure():
@@ -128,6 +129,18 @@ def test_names_of_files_that_are_no_text(tmp_path, digits, run):
     comparison = Comparison({"given": {"params": 1}})
     page = write_report(tmp_path, "trained on caf\udce9", comparison, [], adacomcat.RankPlan())
     assert "trained on caf?" in page.read_text(encoding="utf-8")
+
+
+def test_an_error_in_a_worker_process_is_the_line_alone(tmp_path, run):
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            (tmp_path / part / name / "1.png").write_bytes(b"no picture")
+    code, _, err = run("evaluate", "-m", ARCHITECTURE, "--num-classes", "2", "--data", tmp_path,
+                       "-j", "1", "-b", "2")
+    line = err.splitlines()[-1]
+    assert code == 2 and line.startswith("adacomcat: error: cannot read the picture")
+    assert "Traceback" not in line
 
 
 # Names

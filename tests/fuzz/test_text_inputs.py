@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import yaml
@@ -19,11 +20,20 @@ from adacomcat.cli.main import parse
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 
-PARSERS = build_parser()._subparsers._group_actions[0].choices
+PARSER = build_parser()
+PARSERS = PARSER._subparsers._group_actions[0].choices
 FLAGS = {command: [action for action in PARSERS[command]._actions
                    if action.dest not in ("help", "config")] for command in COMMANDS}
 NEEDED = ["--model", ARCHITECTURE, "--data", "digits", "--output", "x", "--teacher", "y",
           "--ranks", "r", "--checkpoint", "c"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_parser():
+    """Making it takes longer than most inputs do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["adacomcat.cli.main"], "build_parser", lambda: PARSER)
+        yield
 
 
 def needed(command):

@@ -103,7 +103,7 @@ def test_damaged_safetensors(content, tmp_path_factory):
 @fuzzed(2)
 @given(rest=tensors(), pivots=tensors(), other=st.integers(0, 2**31))
 def test_gauges(rest, pivots, other):
-    if pivots.numel() and not pivots.is_complex() and pivots.dtype != torch.bool \
+    if 0 < pivots.numel() < 10**6 and not pivots.is_complex() and pivots.dtype != torch.bool \
             and pivots.layout == torch.strided and not pivots.is_meta:
         pivots = torch.arange(pivots.numel()).reshape(pivots.shape).to(pivots.dtype) * (other % 3)
     if rest.layout != torch.strided or pivots.layout != torch.strided \

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from adacomcat import cli
 from adacomcat.errors import UserError
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 SECONDS, BYTES = 10, 2 << 30  # that one input may take
 SAFETY = 8 << 30  # more address space than that is refused, so that the machine survives
