@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, names no architecture, or has an entry of a wrong type.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"there is no checkpoint folder {folder}")
-    if not (folder / CONFIG).is_file():
+    if not os.path.isfile(folder / CONFIG):
         raise UserError(f"{folder} is no checkpoint folder: it has no {CONFIG}")
     try:
         config = parse_json(read_text(folder / CONFIG))

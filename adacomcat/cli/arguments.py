@@ -53,11 +53,12 @@ def norm_or_none(text: str) -> float:
 def path(text: str) -> str:
     """The name of a file or folder; it may begin with ~."""
     try:
-        if not text or "\0" in text:
+        found = os.path.expanduser(text)
+        if not text or "\0" in text or (found == text and text.startswith("~")):
             raise ValueError
-        return os.path.expanduser(text)
+        return found
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a path; got {text!r}") from error
+        raise argparse.ArgumentTypeError(f"must be a path; got {_short(text)}") from error
 
 
 def _short(text: str) -> str:

@@ -5,7 +5,6 @@ import contextlib
 import copy
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -137,7 +136,7 @@ def dataset(args: argparse.Namespace) -> tuple[str, str | None]:
     """
     if args.data in (*data.ARRAY_DATASETS, "folder"):
         return args.data, args.data_dir
-    if Path(args.data).is_dir():
+    if os.path.isdir(args.data):
         return "folder", args.data
     raise UserError(f"--data {args.data} is neither a folder nor a dataset; the datasets are "
                     f"{', '.join(data.ARRAY_DATASETS)}")
