@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # One process for each core, one thread in each: most tests are too small for more.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -rs -n auto --dist worksteal
 
-.PHONY: install demo check test bench gpu-check gpu-reports lint types docs sanitize
+.PHONY: install demo check test fuzz bench gpu-check gpu-reports lint types docs sanitize
 
 install: $(INSTALLED)
 
@@ -31,6 +31,13 @@ check: lint types
 
 test: install
 	$(PYTEST)
+
+# Random inputs at every boundary, as many as FUZZ_EXAMPLES for each test times its share: about
+# 10^5 in all. FUZZ_SEED=N draws others. `make test` runs a slice of a minute.
+FUZZ_EXAMPLES ?= 4000
+FUZZ_SEED ?= 0
+fuzz: install
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FUZZ_SEED=$(FUZZ_SEED) $(PYTEST) tests/fuzz
 
 bench: install
 	$(PY) -m pytest bench -rs --benchmark-only --benchmark-columns=median,iqr,rounds \

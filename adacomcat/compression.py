@@ -108,6 +108,8 @@ def _goal(keep_params: float | None, keep_macs: float | None, max_latency_ms: fl
     if len(given) + (plan is not None) != 1:
         raise UserError("say exactly one of keep_params, keep_macs, max_latency_ms and plan")
     if plan is not None:
+        if not isinstance(plan, RankPlan):
+            raise UserError(f"plan must be a RankPlan, as RankPlan.load gives; got {plan!r:.60}")
         return plan
     [(kind, value)] = given
     return Budget(kind, value, latency_batch, multiple)

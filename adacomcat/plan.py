@@ -1,7 +1,6 @@
 """A rank for every site of a model: the one thing that search and allocation decide."""
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch import nn
 from adacomcat.errors import UserError
 from adacomcat.sites import DENSE, MULTIPLE, Rank, Site, find_sites
 from adacomcat.utils.files import atomic_write_text
+from adacomcat.utils.text import parse_json, read_text, to_json
 
 HIDDEN = ".hidden"
 
@@ -24,6 +24,10 @@ class RankPlan:
     """
 
     ranks: dict[str, Rank] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ranks, dict) or not all(isinstance(n, str) for n in self.ranks):
+            raise UserError(f"a plan maps names of sites to ranks; got {self.ranks!r:.80}")
 
     @classmethod
     def full(cls, model: nn.Module) -> "RankPlan":
@@ -79,11 +83,11 @@ class RankPlan:
         sites = {site.name: site for site in self.sites(model)}
         for name, rank in self.ranks.items():
             if name not in sites:
-                raise UserError(f"the plan names {name!r}, which this model does not have; its "
-                                f"sites are like {', '.join(list(sites)[:4]) or 'none'}")
+                raise UserError(f"the plan names {name!r:.100}, which this model does not have; "
+                                f"its sites are like {', '.join(list(sites)[:4]) or 'none'}")
             full = sites[name].full_rank
             if rank != DENSE and not (type(rank) is int and 1 <= rank <= full):
-                raise UserError(f"the plan gives {name} the rank {rank!r}; "
+                raise UserError(f"the plan gives {name} the rank {rank!r:.60}; "
                                 f"it must be 'dense' or a whole number from 1 to {full}")
         return list(sites.values())
 
@@ -92,7 +96,7 @@ class RankPlan:
         return sum(site.params(self[site.name]) for site in sites)
 
     def to_json(self) -> str:
-        return json.dumps({"ranks": self.ranks}, indent=1)
+        return to_json({"ranks": self.ranks}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "RankPlan":
@@ -102,13 +106,13 @@ class RankPlan:
             UserError: ``text`` is no such JSON.
         """
         try:
-            ranks = json.loads(text)["ranks"]
+            ranks = parse_json(text)["ranks"]
         except (ValueError, KeyError, TypeError):
             ranks = None
-        if not isinstance(ranks, Mapping):
+        if not isinstance(ranks, dict):
             raise UserError('not a rank plan: JSON like {"ranks": {"blocks.0.attn.qk": 32}} '
                             "is expected")
-        return cls(dict(ranks))
+        return cls(ranks)
 
     def save(self, path: str | Path) -> None:
         atomic_write_text(path, self.to_json())
@@ -120,7 +124,8 @@ class RankPlan:
         Raises:
             UserError: The file cannot be read, or holds no plan.
         """
+        text = read_text(path)
         try:
-            return cls.from_json(Path(path).read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the rank plan {path}: {error}") from error
+            return cls.from_json(text)
+        except UserError as error:
+            raise UserError(f"the rank plan {path}: {error}") from error

@@ -15,7 +15,7 @@ from adacomcat import cli
 from adacomcat.ops import backends
 
 # What `make check` leaves out: compiling and emulating GPU kernels, and whole runs.
-SLOW = ("gpu", "repo/test_demo.py", "repo/test_imagenet_recipe.py", "repo/test_quality.py",
+SLOW = ("gpu", "fuzz", "repo/test_demo.py", "repo/test_imagenet_recipe.py", "repo/test_quality.py",
         "cli/test_cli_train.py", "distill/test_recovery.py", "test_train.py",
         "ops/test_cpu_rounding.py")
 

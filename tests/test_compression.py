@@ -43,6 +43,9 @@ def shrunk(model: nn.Module) -> set[str]:
     ({"kind": "latency_ms", "value": 0.0}, "max_latency_ms must be above 0; got 0.0"),
     ({"multiple": 0}, "multiple must be at least 1; got 0"),
     ({"kind": "latency_ms", "batch": 0}, "latency_batch must be at least 1; got 0"),
+    ({"multiple": 1.5}, "multiple must be at least 1; got 1.5"),
+    ({"kind": "macs", "value": "50%"}, "keep must be a fraction in (0, 1], like 0.5; got '50%'"),
+    ({"kind": "latency_ms", "value": math.inf}, "max_latency_ms must be above 0; got inf"),
 ])
 def test_a_budget_out_of_range_is_one_line(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(says)}$"):
@@ -55,6 +58,8 @@ def test_a_bad_budget_is_named_before_anything_is_computed(model: nn.Module) -> 
         compress(model, keep_params=2.0)
     with pytest.raises(UserError, match="say exactly one of"):
         compress(model, keep_params=2.0, keep_macs=0.5)
+    with pytest.raises(UserError, match="plan must be a RankPlan"):
+        compress(model, plan="plan.json")
 
 
 def test_of_equal_upgrades_the_knapsack_takes_the_last_and_filling_the_first() -> None:

@@ -88,7 +88,7 @@ def test_steps_end_every_epoch_and_the_schedule_spans_them(monkeypatch: pytest.M
     results = small_run(epochs=1, finetune_epochs=1, steps=2).results
     assert seen == [(1, 0), (1, 1), (2, 0), (2, 1)]
     assert results["history"][-1]["lr"] < 0.2 * 2e-3
-    with pytest.raises(UserError, match="steps must be at least 1"):
+    with pytest.raises(UserError, match="steps must be a whole number of at least 1"):
         small_config(steps=0)
 
 

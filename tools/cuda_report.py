@@ -153,7 +153,7 @@ out one barrier or one wait, transposes one `ldmatrix`, or exchanges the operand
 """
     target = ROOT / "bench" / "gpu" / "CUDA.md"
     made = target.with_suffix(".tmp")
-    made.write_text(text)
+    made.write_text(text, encoding="utf-8")
     os.replace(made, target)
 
 

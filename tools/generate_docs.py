@@ -190,8 +190,9 @@ TABLES = {"backends": backends, "choices": choices, "commands": commands, "famil
 def write(name: str) -> None:
     page = DOCS / PAGES[name]
     table = TABLES[name]()
-    text = page.read_text()
-    page.write_text(_marks(name).sub(lambda found: f"{found[1]}\n{table}\n\n{found[3]}", text))
+    text = page.read_text(encoding="utf-8")
+    page.write_text(_marks(name).sub(lambda found: f"{found[1]}\n{table}\n\n{found[3]}", text),
+                    encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def _blocks(architecture: int, registers: int, shared: int, warps: int) -> int:
 
 def _tile_lines() -> set[str]:
     """The lines of blocks.py that move tiles, as "blocks.py:LINE"; all others move vectors."""
-    lines = (ROOT / "kernels" / "blocks.py").read_text().splitlines()
+    lines = (ROOT / "kernels" / "blocks.py").read_text(encoding="utf-8").splitlines()
     found, inside = set(), False
     for number, line in enumerate(lines, 1):
         if line.startswith("def "):
@@ -219,11 +219,11 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     text = TEXT.format(triton=triton.__version__, small=_table(rows), large=_table(large),
                        wide=_table(wide), moved=moved_table())
-    (folder / "BUDGETS.md").write_text(text)
+    (folder / "BUDGETS.md").write_text(text, encoding="utf-8")
     known = [asdict(row) for row in rows]
     (ROOT / "kernels" / "known.json").write_text(
-        json.dumps({"triton": triton.__version__, "kernels": known}, indent=1) + "\n"
-    )
+        json.dumps({"triton": triton.__version__, "kernels": known}, indent=1) + "\n",
+        encoding="utf-8")
 
 
 def _table(rows: list[Resources]) -> str:

@@ -297,4 +297,4 @@ other.
 if __name__ == "__main__":
     folder = ROOT / "bench" / "gpu"
     folder.mkdir(exist_ok=True)
-    (folder / "ROOFLINE.md").write_text(TEXT + table() + "\n")
+    (folder / "ROOFLINE.md").write_text(TEXT + table() + "\n", encoding="utf-8")

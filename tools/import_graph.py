@@ -39,7 +39,7 @@ def read_imports(package: Path) -> list[Import]:
     found = []
     for path in sorted(package.rglob("*.py")):
         importer = _dotted(path, package)
-        for node, late in _statements(ast.parse(path.read_text())):
+        for node, late in _statements(ast.parse(path.read_text(encoding="utf-8"))):
             found += [Import(importer, module, node.lineno, late)
                       for module in _own_modules(node, package) if module != importer]
     return found

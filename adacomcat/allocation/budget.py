@@ -12,6 +12,7 @@ from adacomcat.convert.factors import Factors
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.sites import MULTIPLE, Site
+from adacomcat.utils.limits import FRACTION, NUMBER, POSITIVE
 
 Kind = Literal["params", "macs", "latency_ms"]
 KINDS: tuple[Kind, ...] = ("params", "macs", "latency_ms")
@@ -49,13 +50,13 @@ class Budget:
         if self.kind not in KINDS:
             raise UserError(f"unknown budget {self.kind!r}; choose one of {', '.join(KINDS)}")
         if self.kind == "latency_ms":
-            if not self.value > 0:
+            if not POSITIVE.holds(self.value):
                 raise UserError(f"max_latency_ms must be above 0; got {self.value}")
-        elif not 0 < self.value <= 1:
-            raise UserError(f"keep must be a fraction in (0, 1], like 0.5; got {self.value}")
+        elif not FRACTION.holds(self.value):
+            raise UserError(f"keep must be a fraction in (0, 1], like 0.5; got {self.value!r}")
         for name, count in (("multiple", self.multiple), ("latency_batch", self.batch)):
-            if count < 1:
-                raise UserError(f"{name} must be at least 1; got {count}")
+            if not NUMBER.holds(count):
+                raise UserError(f"{name} must be at least 1; got {count!r}")
 
     def allocator(self, model: nn.Module, factors: Factors, sites: list[Site]) -> Allocator:
         """What makes plans for ``model`` at this budget.

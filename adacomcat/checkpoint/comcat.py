@@ -12,15 +12,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-import timm
 from torch import Tensor, nn
 
-from adacomcat.checkpoint.folder import require_architecture
+from adacomcat.checkpoint.build import create, require_architecture
 from adacomcat.checkpoint.weights import StateDict, load_weights_, read_weights
 from adacomcat.convert.install import build_skeleton
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.sites import Rank, attention_tier
+from adacomcat.utils.text import read_text
 
 _FACTORS = ".selected_rank_layer."
 _ATTENTION_PARTS = ("w_qs", "w_ks", "w_vs", "proj")
@@ -41,7 +41,7 @@ def import_comcat(ranks: str | Path, checkpoint: str | Path, architecture: str,
         UserError: a file cannot be read or does not fit the architecture.
     """
     require_architecture(architecture)
-    model = timm.create_model(architecture, **model_args)
+    model = create(architecture, model_args)
     blocks = _require_plain_vit(model, architecture)
     numbers = read_ranks(ranks, len(blocks))
     weights = read_weights(checkpoint)
@@ -63,15 +63,11 @@ def read_ranks(path: str | Path, depth: int) -> list[int]:
     Raises:
         UserError: the file cannot be read, or holds anything else.
     """
-    try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the ranks {path}: {error}") from error
-    words = re.findall(r"[^\s,\[\]]+", text)
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        wrong = next(word for word in words if not (word.isdecimal() and int(word) > 0))
-        raise UserError(f"{path}: {wrong!r} is no rank; one line of comma-separated whole numbers "
-                        "is expected")
+    words = re.findall(r"[^\s,\[\]]+", read_text(path))
+    wrong = next((word for word in words if not re.fullmatch(r"0*[1-9][0-9]{0,8}", word)), None)
+    if wrong is not None:
+        raise UserError(f"{path}: {wrong!r:.40} is no rank; one line of comma-separated whole "
+                        "numbers is expected")
     if len(words) != 4 * depth + 1:
         raise UserError(f"{path} holds {len(words)} ranks; this model of {depth} blocks needs "
                         f"{4 * depth + 1}: QK, VO, fc1, fc2 for each block, then the head")
@@ -131,6 +127,7 @@ def fold_weights(weights: StateDict, model: nn.Module, plan: RankPlan,
         prefix = f"{module}{_FACTORS}"
         layer = {name.removeprefix(prefix): tensor for name, tensor in weights.items()
                  if name.startswith(prefix)}
+        _require_shapes(layer, f"{source}: {prefix}")
         fold = _fold_attention if module.endswith(".attn") else _fold_linear
         folded |= {f"{module}.{name}": tensor for name, tensor in fold(layer).items()
                    if f"{module}.{name}" in wanted}
@@ -145,6 +142,23 @@ def _require_factors(weights: StateDict, modules: list[str], source: str) -> Non
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise UserError(f"{source} lacks {', '.join(missing[:4])}{more}; is it a checkpoint of "
                         "this architecture?")
+
+
+def _require_shapes(layer: StateDict, prefix: str) -> None:
+    """Refuse weights that are no matrices, biases that are not theirs, inner ranks that differ."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in layer.items()}
+    for name, shape in shapes.items():
+        part, _, kind = name.rpartition(".")
+        weight = shapes.get(f"{part}.weight", ())
+        if not (len(shape) == 2 if kind == "weight" else shape == weight[:1] != ()):
+            raise UserError(f"{prefix}{name} has the shape {shape}, beside a weight of {weight}; "
+                            "weights are matrices, and biases have one number for each row")
+    for outer, inner in (("proj", "w_vs"), ("last_factor", "first_factor")):
+        if f"{outer}.weight" in shapes:
+            columns, rows = shapes[f"{outer}.weight"][1], shapes[f"{inner}.weight"][0]
+            if columns != rows:
+                raise UserError(f"{prefix}{outer}.weight has {columns} columns and "
+                                f"{inner}.weight {rows} rows; both are the rank")
 
 
 def _fold_attention(layer: StateDict) -> StateDict:

@@ -12,6 +12,7 @@ an attention are, for each head, wk beside wq and bq, and wv beside wo.
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from adacomcat.checkpoint.weights import StateDict
@@ -21,6 +22,7 @@ from adacomcat.layers.attention import LowRankAttention
 from adacomcat.layers.linear import LowRankLinear
 
 REST, PIVOTS = "_rest", "_pivots"
+SLACK = 1 << 20  # numbers that are restored in any case
 
 
 class Factorization(NamedTuple):
@@ -57,11 +59,24 @@ def with_gauge(weights: Mapping[str, Tensor]) -> StateDict:
         UserError: a factor's ``_rest`` and ``_pivots`` do not fit each other.
     """
     found = dict(weights)
-    for key in [key for key in weights if key.endswith(PIVOTS)]:
+    stripped = [key for key in weights if key.endswith(PIVOTS)
+                and key.removesuffix(PIVOTS) + REST in weights]
+    _require_moderate([weights[key] for key in stripped], weights)
+    for key in stripped:
         name = key.removesuffix(PIVOTS)
-        if name + REST in weights:
-            found[name] = _restored(found.pop(name + REST), found.pop(key), name)
+        found[name] = _restored(found.pop(name + REST), found.pop(key), name)
     return found
+
+
+def _require_moderate(pivots: list[Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Refuse to restore more numbers than a file of this size can have left out.
+
+    The r² of a factorisation are at most the numbers of its other factor, which is in the file.
+    """
+    restored = sum(tensor.numel() * tensor.shape[-1] for tensor in pivots if tensor.ndim)
+    if restored > SLACK + sum(tensor.numel() for tensor in weights.values()):
+        raise UserError(f"the factors' {PIVOTS} stand for {restored:,} numbers, more than the file "
+                        "has; save the model again")
 
 
 def _factorizations(module: nn.Module) -> list[Factorization]:
@@ -108,8 +123,11 @@ def _head_rows(rows: Tensor, mixing: Tensor) -> Tensor:
 
 def _restored(rest: Tensor, pivots: Tensor, name: str) -> Tensor:
     """The factor; a leading dimension is the heads'."""
-    r, k = pivots.shape[-1], rest.shape[-2] + pivots.shape[-1]
-    fits = rest.shape[:-2] == pivots.shape[:-1] and rest.shape[-1] == r
+    whole = not (pivots.is_floating_point() or pivots.is_complex() or pivots.dtype == torch.bool)
+    fits = (whole and pivots.ndim in (1, 2) and pivots.numel() > 0
+            and rest.ndim == pivots.ndim + 1 and rest.shape[:-2] == pivots.shape[:-1]
+            and rest.shape[-1] == pivots.shape[-1])
+    k = rest.shape[-2] + pivots.shape[-1] if fits else 0
     if not fits or pivots.min() < 0 or pivots.max() >= k:
         raise UserError(f"{name}{REST} {tuple(rest.shape)} and {name}{PIVOTS} "
                         f"{tuple(pivots.shape)} do not belong together; save the model again")

@@ -5,10 +5,24 @@ groups of flags that each command has, ``REQUIRED`` those it cannot do without.
 """
 
 import argparse
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from adacomcat.errors import UserError
+from adacomcat.utils.limits import (
+    CHOICES,
+    COUNT,
+    FRACTION,
+    NUMBER,
+    PERCENT,
+    POSITIVE,
+    PROCESSES,
+    RECOVERY,
+    SEED,
+    TRAINING,
+    Limit,
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,41 +35,34 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def fraction(text: str) -> float:
-    """0.5 from '0.5' or '50%'; what lies outside (0, 1] is refused."""
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = float("nan")
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(
-            f"must be a fraction in (0, 1], like 0.5 or 50%; got {text!r}")
-    return value
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """The type of a flag whose value is a whole number from ``least`` on."""
-    def whole(text: str) -> int:
+def number(limit: Limit) -> Callable[[str], float]:
+    """The type of a flag whose value is within ``limit``."""
+    def within(text: str) -> float:
         try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(
-                f"must be a whole number of at least {least}; got {text!r}")
-        return value
-    return whole
+            return limit.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be {limit}; got {_short(text)}") from error
+    return within
 
 
-def positive(text: str) -> float:
-    """A finite number above 0."""
+def norm_or_none(text: str) -> float:
+    """The largest norm of a gradient; 0 for 'none', as in timm: nothing is clipped."""
+    return 0.0 if text.lower() == "none" else number(TRAINING["clip_grad"])(text)
+
+
+def path(text: str) -> str:
+    """The name of a file or folder; it may begin with ~."""
     try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0; got {text!r}")
-    return value
+        found = os.path.expanduser(text)
+        if not text or "\0" in text or (found == text and text.startswith("~")):
+            raise ValueError
+        return found
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a path; got {_short(text)}") from error
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= 40 else f"{text[:40]!r} and {len(text) - 40} more characters"
 
 
 def key_value(text: str) -> tuple[str, str]:
@@ -74,7 +81,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (summary, groups) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument("-c", "--config", metavar="FILE.yaml",
+        command.add_argument("-c", "--config", type=path, metavar="FILE.yaml",
                              help="values of these flags; the command line wins")
         command.add_argument("--json", action="store_true",
                              help="print one JSON object on stdout, and nothing else there")
@@ -89,7 +96,7 @@ def _model(parser: Parser) -> None:
                        help="timm architecture, or a checkpoint folder")
     group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=False,
                        help="use timm's pretrained weights")
-    group.add_argument("--checkpoint", metavar="FILE",
+    group.add_argument("--checkpoint", type=path, metavar="FILE",
                        help="weights of the architecture: .safetensors, or .pth, which is "
                             "read with weights_only=True")
     group.add_argument("--no-verify", action="store_true",
@@ -98,11 +105,11 @@ def _model(parser: Parser) -> None:
 
 
 def _model_size(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--num-classes", type=at_least(0), metavar="N",
+    group.add_argument("--num-classes", type=number(COUNT), metavar="N",
                        help="classes of the model (default: the architecture's)")
-    group.add_argument("--img-size", type=at_least(1), metavar="N",
+    group.add_argument("--img-size", type=number(NUMBER), metavar="N",
                        help="side of the images, in pixels (default: the architecture's)")
-    group.add_argument("--in-chans", type=at_least(1), metavar="N",
+    group.add_argument("--in-chans", type=number(NUMBER), metavar="N",
                        help="channels of the images (default: the architecture's)")
     group.add_argument("--model-kwargs", type=key_value, nargs="*", default=[], metavar="K=V",
                        help="further arguments of the timm architecture, like depth=6")
@@ -116,25 +123,27 @@ def _data(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--data", metavar="digits|fashion-mnist|FOLDER",
                        help="a dataset, or a folder with train/CLASS/* and val/CLASS/*")
-    group.add_argument("--data-dir", metavar="FOLDER", help="where the files of the dataset lie")
-    group.add_argument("-j", "--workers", type=at_least(0), default=0, metavar="N",
+    group.add_argument("--data-dir", type=path, metavar="FOLDER",
+                       help="where the files of the dataset lie")
+    group.add_argument("-j", "--workers", type=number(PROCESSES), default=0, metavar="N",
                        help="processes that decode pictures (default: %(default)s)")
 
 
 def _batch(default: int) -> Callable[[Parser], None]:
     def add(parser: Parser) -> None:
-        parser.add_argument("-b", "--batch-size", type=at_least(1), default=default, metavar="N",
+        parser.add_argument("-b", "--batch-size", type=number(NUMBER), default=default,
+                            metavar="N",
                             help="images per step over all processes (default: %(default)s)")
     return add
 
 
 def _seed(parser: Parser) -> None:
-    parser.add_argument("--seed", type=int, default=0, metavar="N",
+    parser.add_argument("--seed", type=number(SEED), default=0, metavar="N",
                         help="seed of all random choices (default: %(default)s)")
 
 
 def _output(parser: Parser) -> None:
-    parser.add_argument("-o", "--output", metavar="DIR",
+    parser.add_argument("-o", "--output", type=path, metavar="DIR",
                         help="checkpoint folder to write, absent or empty")
     parser.add_argument("--gauge", action="store_true",
                         help="leave redundant numbers out of the file: r² for each "
@@ -149,41 +158,41 @@ def _report(parser: Parser) -> None:
 def _budget(parser: Parser) -> None:
     group = parser.add_argument_group("budget (one of)")
     _keep_params_or_plan(group)
-    group.add_argument("--keep-macs", type=fraction, metavar="FRACTION",
+    group.add_argument("--keep-macs", type=number(FRACTION), metavar="FRACTION",
                        help="share of the model's multiply-accumulates to keep")
-    group.add_argument("--max-latency-ms", type=positive, metavar="MS",
+    group.add_argument("--max-latency-ms", type=number(POSITIVE), metavar="MS",
                        help="latency of the compressed model after adacomcat.optimize, or of the "
                             "model itself where no CPU kernels are built; measured on this machine "
                             "with torch's number of threads")
-    parser.add_argument("--latency-batch", type=at_least(1), default=1, metavar="N",
+    parser.add_argument("--latency-batch", type=number(NUMBER), default=1, metavar="N",
                         help="images of the batch that --max-latency-ms is measured on "
                              "(default: %(default)s)")
-    parser.add_argument("--rank-multiple", type=at_least(1), default=8, metavar="N",
+    parser.add_argument("--rank-multiple", type=number(NUMBER), default=8, metavar="N",
                         help="ranks per head are multiples of N, other ranks of 2 N "
                              "(default: %(default)s)")
 
 
 def _keep_params_or_plan(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--keep-params", type=fraction, metavar="FRACTION",
+    group.add_argument("--keep-params", type=number(FRACTION), metavar="FRACTION",
                        help="share of the model's parameters to keep: 0.5 or 50%%")
-    group.add_argument("--plan", metavar="FILE", help="a rank plan, as JSON")
+    group.add_argument("--plan", type=path, metavar="FILE", help="a rank plan, as JSON")
 
 
 def _calibration(default: int) -> Callable[[Parser], None]:
     def add(parser: Parser) -> None:
         group = parser.add_argument_group("calibration (without images, weights alone decide)")
-        group.add_argument("--calibration-images", type=at_least(0), default=default, metavar="N",
+        group.add_argument("--calibration-images", type=number(COUNT), default=default, metavar="N",
                            help="take N random training images (default: %(default)s)")
-        group.add_argument("--calibration-dir", metavar="FOLDER",
+        group.add_argument("--calibration-dir", type=path, metavar="FOLDER",
                            help="take them from the pictures under this folder")
-        group.add_argument("--collages", type=at_least(0), default=0, metavar="N",
+        group.add_argument("--collages", type=number(COUNT), default=0, metavar="N",
                            help="add N collages of these images; they help where pictures are "
                                 "few")
     return add
 
 
 def _refine(parser: Parser) -> None:
-    parser.add_argument("--refine", type=at_least(1), default=0, metavar="N",
+    parser.add_argument("--refine", type=number(NUMBER), default=0, metavar="N",
                         help="try N more plans at the budget, and keep the one with the least "
                              "loss on held-out images")
 
@@ -194,28 +203,27 @@ def _train(parser: Parser) -> None:
     _keep_params_or_plan(group)
     group.add_argument("--dense", action="store_true", help="train the model as it is")
     _add(parser.add_argument_group("training"), {
-        "-b --batch-size": (at_least(1), "N", "images per step over all processes (default: 128)"),
-        "--epochs": (at_least(0), "N", "0 compresses without training (default: 10)"),
-        "--finetune-epochs": (at_least(0), "N", "further epochs, at the ranks found (default: 0)"),
-        "--steps": (at_least(1), "N", "end every epoch after N steps (default: after all images)"),
-        "--opt": (str, "NAME", "timm's name of an optimiser (default: adamw)"),
-        "--lr": (float, "LR", "the highest learning rate (default: 0.0005)"),
-        "--weight-decay": (float, "W", "default: 0.05"),
-        "--clip-grad": (float, "NORM", "the largest norm of the gradient (default: 1.0)"),
-        "--sched": (str, "NAME", "timm's name of a schedule (default: cosine)"),
-        "--warmup-epochs": (float, "N", "epochs until the highest learning rate (default: 0.0)"),
-        "--warmup-lr": (float, "LR", "learning rate at the start of the warmup (default: 1e-06)"),
-        "--min-lr": (float, "LR", "learning rate at the end (default: 1e-06)"),
-        "--mixup": (float, "ALPHA", "α of mixup (default: 0.0)"),
-        "--cutmix": (float, "ALPHA", "α of CutMix (default: 0.0)"),
-        "--smoothing": (float, "S", "label smoothing (default: 0.1)"),
-        "--model-ema-decay": (float, "D", "decay of the averaged weights (with --model-ema: "
-                                          "0.9998)"),
-        "--checkpoint-steps": (at_least(0), "N", "write the training state every N steps, too "
-                                                 "(default: time decides)"),
-        "--checkpoint-seconds": (positive, "S", "write it when it is older than S seconds, too "
-                                                "(default: 60.0)"),
-        "--state-dir": (str, "DIR", "where the training state goes (default: OUTPUT.state)"),
+        "-b --batch-size": ("N", "images per step over all processes (default: 128)"),
+        "--epochs": ("N", "0 compresses without training (default: 10)"),
+        "--finetune-epochs": ("N", "further epochs, at the ranks found (default: 0)"),
+        "--steps": ("N", "end every epoch after N steps (default: after all images)"),
+        "--opt": ("NAME", "timm's name of an optimiser (default: adamw)"),
+        "--lr": ("LR", "the highest learning rate (default: 0.0005)"),
+        "--weight-decay": ("W", "default: 0.05"),
+        "--clip-grad": ("NORM", "the largest norm of the gradient; 0 or none: any (default: 1.0)"),
+        "--sched": ("NAME", "timm's name of a schedule (default: cosine)"),
+        "--warmup-epochs": ("N", "epochs until the highest learning rate (default: 0.0)"),
+        "--warmup-lr": ("LR", "learning rate at the start of the warmup (default: 1e-06)"),
+        "--min-lr": ("LR", "learning rate at the end (default: 1e-06)"),
+        "--mixup": ("ALPHA", "α of mixup (default: 0.0)"),
+        "--cutmix": ("ALPHA", "α of CutMix (default: 0.0)"),
+        "--smoothing": ("S", "label smoothing (default: 0.1)"),
+        "--model-ema-decay": ("D", "decay of the averaged weights (with --model-ema: 0.9998)"),
+        "--checkpoint-steps": ("N", "write the training state every N steps, too "
+                                    "(default: time decides)"),
+        "--checkpoint-seconds": ("S", "write it when it is older than S seconds, too "
+                                      "(default: 60.0)"),
+        "--state-dir": ("DIR", "where the training state goes (default: OUTPUT.state)"),
     })
     for flag, text in (("--model-ema", "average the weights, and save the average"),
                        ("--no-augment", "train on the images as they are"),
@@ -226,77 +234,80 @@ def _train(parser: Parser) -> None:
 
 def _search(parser: Parser) -> None:
     group = parser.add_argument_group("rank search and distillation")
-    group.add_argument("--preset", choices=("adacomcat", "comcat"), default="adacomcat",
+    group.add_argument("--preset", choices=CHOICES["preset"], default="adacomcat",
                        help="comcat: plain SVD without attention biases, a search every epoch")
-    group.add_argument("--search", choices=("adaptive", "every", "graded", "off"),
+    group.add_argument("--search", choices=CHOICES["search"],
                        help="when to search (default: adaptive)")
-    group.add_argument("--mlp", choices=("neurons", "ranks"),
+    group.add_argument("--mlp", choices=CHOICES["mlp"],
                        help="what is chosen of MLPs: how many hidden neurons stay, which needs "
                             "calibration images, or ranks (default: neurons)")
-    group.add_argument("--kd", choices=("soft", "hard", "none"),
+    group.add_argument("--kd", choices=CHOICES["kd"],
                        help="distillation of the teacher's outputs (default: soft)")
-    group.add_argument("--align", choices=("mse", "manifold", "none"),
+    group.add_argument("--align", choices=CHOICES["align"],
                        help="alignment of block outputs with the teacher's (default: mse)")
     _teacher(group, "timm architecture, or a checkpoint folder (default: the model itself)")
     _add(group, {
-        "--kd-alpha": (float, "A", "weight of distillation (default: 0.5)"),
-        "--kd-temperature": (float, "T", "temperature of soft distillation (default: 2.0)"),
-        "--align-weight": (float, "W", "weight of the alignment (default: 1.0)"),
-        "--search-steps": (at_least(1), "N", "batches of one search (default: 50)"),
-        "--search-fraction": (fraction, "F", "share of the training images that is held out for "
-                                             "the search (default: 0.1)"),
-        "--calibration-images": (at_least(0), "N", "training images that calibrate; with 0, "
-                                                   "weights alone decide (default: 256)"),
+        "--kd-alpha": ("A", "weight of distillation (default: 0.5)"),
+        "--kd-temperature": ("T", "temperature of soft distillation (default: 2.0)"),
+        "--align-weight": ("W", "weight of the alignment (default: 1.0)"),
+        "--search-steps": ("N", "batches of one search (default: 50)"),
+        "--search-fraction": ("F", "share of the training images that is held out for the search "
+                                   "(default: 0.1)"),
+        "--calibration-images": ("N", "training images that calibrate; with 0, weights alone "
+                                      "decide (default: 256)"),
     })
 
 
 def _recovery(parser: Parser) -> None:
     group = parser.add_argument_group("recovery")
     _teacher(group, "the dense model: timm architecture, or a checkpoint folder")
-    group.add_argument("--images", metavar="FOLDER",
+    group.add_argument("--images", type=path, metavar="FOLDER",
                        help="pictures to train on, without labels; --data instead takes the "
                             "training images of a dataset")
-    group.add_argument("--minutes", type=float, default=15.0, metavar="N",
-                       help="minutes of training (default: %(default)s)")
-    group.add_argument("--steps", type=at_least(0), metavar="N",
-                       help="end after N steps, and not after minutes")
-    group.add_argument("--lr", type=float, default=3e-5, metavar="LR",
-                       help="the highest learning rate (default: %(default)s)")
-    group.add_argument("--block-weight", type=float, default=0.5, metavar="W",
-                       help="weight of the blocks' features beside the final tokens "
-                            "(default: %(default)s)")
-    group.add_argument("--model-ema-decay", type=float, metavar="D",
-                       help="average the weights with this decay, and save the average")
+    _add(group, {
+        "--minutes": ("N", "minutes of training (default: 15.0)"),
+        "--steps": ("N", "end after N steps, and not after minutes"),
+        "--lr": ("LR", "the highest learning rate (default: 3e-05)"),
+        "--block-weight": ("W", "weight of the blocks' features beside the final tokens "
+                                "(default: 0.5)"),
+        "--model-ema-decay": ("D", "average the weights with this decay, and save the average"),
+    }, RECOVERY)
     group.add_argument("--amp", action="store_true", help="bfloat16 autocast")
 
 
 def _teacher(group: argparse._ArgumentGroup, default: str) -> None:
     _add(group, {
-        "--teacher": (str, "NAME|DIR", default),
-        "--teacher-checkpoint": (str, "FILE", "the teacher's weights (default: timm's "
-                                              "pretrained ones)"),
+        "--teacher": ("NAME|DIR", default),
+        "--teacher-checkpoint": ("FILE", "the teacher's weights (default: timm's pretrained ones)"),
     })
 
 
-def _add(group: argparse._ArgumentGroup, flags: dict[str, tuple[Any, str, str]]) -> None:
-    """Add flags: names → (type, metavar, help)."""
-    for names, (kind, metavar, text) in flags.items():
+def _add(group: argparse._ArgumentGroup, flags: dict[str, tuple[str, str]],
+         limits: Mapping[str, Limit] = TRAINING) -> None:
+    """Add flags: names → (metavar, help). ``limits`` says which are numbers, and which ones."""
+    for names, (metavar, text) in flags.items():
+        name = names.split()[-1].removeprefix("--").removeprefix("model-").replace("-", "_")
+        kind = _SPELLED.get(name) or (number(limits[name]) if name in limits else str)
         group.add_argument(*names.split(), type=kind, metavar=metavar, help=text)
 
 
+# Flags of ``_add`` that have more spellings than a number or a word.
+_SPELLED = {"clip_grad": norm_or_none, "state_dir": path, "teacher_checkpoint": path}
+
+
 def _gate(parser: Parser) -> None:
-    parser.add_argument("--min-accuracy", type=float, metavar="PERCENT",
+    parser.add_argument("--min-accuracy", type=number(PERCENT), metavar="PERCENT",
                         help="exit with code 3 where top-1 is below")
 
 
 def _repeats(parser: Parser) -> None:
-    parser.add_argument("--repeats", type=at_least(1), default=20, metavar="N",
+    parser.add_argument("--repeats", type=number(NUMBER), default=20, metavar="N",
                         help="timed passes of each model (default: %(default)s)")
 
 
 def _comcat(parser: Parser) -> None:
-    parser.add_argument("--ranks", metavar="FILE", help="ComCAT's ranks.txt")
-    parser.add_argument("--checkpoint", metavar="FILE", help="ComCAT's checkpoint.pth")
+    parser.add_argument("--ranks", type=path, metavar="FILE", help="ComCAT's ranks.txt")
+    parser.add_argument("--checkpoint", type=path, metavar="FILE", help="ComCAT's checkpoint.pth")
     group = parser.add_argument_group("model")
     group.add_argument("-m", "--model", metavar="NAME", help="timm architecture")
     _model_size(group)

@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 a bug or a failure of the machine, 2 wrong use or bad inpu
 import argparse
 import contextlib
 import importlib
-import json
 import logging
 import os
 import shlex
@@ -15,11 +14,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from adacomcat.cli.arguments import EXCLUSIVE, REQUIRED, build_parser
+from adacomcat.cli.config_file import flag, flags_of
+from adacomcat.cli.output import reader_may_leave, tolerate_encodings
 from adacomcat.errors import UserError
+from adacomcat.utils.launch import is_first
 from adacomcat.utils.stopping import Stopped
+from adacomcat.utils.text import to_json
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 
@@ -30,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after the program's name; None: those of this process.
     """
+    tolerate_encodings()
     try:
         args = parse(sys.argv[1:] if argv is None else list(argv))
         with _told_on_stderr():
@@ -39,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"adacomcat: error: {message}", file=sys.stderr)
         return WRONG_USE
     except Stopped as stopped:
-        if first_process():
+        if is_first():
             words = sys.argv[1:] if argv is None else list(argv)
             print(f"adacomcat: {stopped}; go on with: {_resuming(words)}", file=sys.stderr)
         return stopped.exit_code
@@ -84,65 +87,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
         return args
     if args.config is not None:
         at = argv.index(args.command) + 1
-        given = [word.split("=")[0] for word in argv[at:]]
-        args = parser.parse_args(argv[:at] + _yaml_flags(args, given) + argv[at:])
+        given = {word.split("=")[0] for word in argv[at:]}
+        budget = [name for name in EXCLUSIVE if flag(name) in given]  # replaces the file's
+        args = parser.parse_args(argv[:at] + flags_of(args, EXCLUSIVE, budget) + argv[at:])
     for name in REQUIRED[args.command]:
         if getattr(args, name) is None:
-            raise UserError(f"{args.command} needs {_flag(name)} "
+            raise UserError(f"{args.command} needs {flag(name)} "
                             f"(see adacomcat {args.command} --help)")
-    chosen = [_flag(name) for name in EXCLUSIVE if getattr(args, name, None) is not None]
+    chosen = [flag(name) for name in EXCLUSIVE if getattr(args, name, None) is not None]
     if len(chosen) > 1:
         raise UserError(f"{' and '.join(chosen)} exclude each other; say one of them")
     return args
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _yaml_flags(args: argparse.Namespace, given: list[str]) -> list[str]:
-    """The file's entries as words of a command line, so that the parser checks both alike.
-
-    A budget on the command line replaces the one in the file. ``given``: the flags of the command
-    line.
-    """
-    known = vars(args).keys() - {"command", "config", "version"}
-    entries = {str(key).replace("-", "_"): value for key, value in _read_yaml(args.config).items()}
-    unknown = sorted(entries.keys() - known)
-    if unknown:
-        raise UserError(f"{args.config}: {args.command} has no {', '.join(map(_flag, unknown))}")
-    budget_given = any(_flag(name) in given for name in EXCLUSIVE)
-    words: list[str] = []
-    for name, value in entries.items():
-        if value is None or (budget_given and name in EXCLUSIVE):
-            continue
-        if isinstance(getattr(args, name), bool) != isinstance(value, bool):
-            raise UserError(f"{args.config}: {name}: {value!r} is no value of {_flag(name)}")
-        words += _words(_flag(name), value)
-    return words
-
-
-def _words(flag: str, value: object) -> list[str]:
-    """A flag and its value from YAML as words of a command line."""
-    if isinstance(value, bool):
-        return [flag] * value
-    if isinstance(value, dict):
-        return [flag, *(f"{key}={item}" for key, item in value.items())]
-    if isinstance(value, list):
-        return [flag, *map(str, value)]
-    return [f"{flag}={value}"]
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    import yaml
-    try:
-        with open(path) as file:
-            entries = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    if not isinstance(entries or {}, dict):
-        raise UserError(f"{path}: 'flag: value' lines are expected")
-    return entries or {}
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -157,19 +112,11 @@ def _run(args: argparse.Namespace) -> int:
     command = importlib.import_module(f"adacomcat.cli.commands.{args.command.replace('-', '_')}")
     with _one_line_warnings(), _stdout_for_json(args.json):
         outcome = command.run(args)
-    if not first_process():
-        return outcome.code
-    if args.json:
-        print(json.dumps(outcome.data))
-    else:
-        outcome.show()
-    sys.stdout.flush()
+    if is_first():
+        text = to_json(outcome.data) if args.json else None
+        with reader_may_leave():
+            print(text) if text is not None else outcome.show()
     return outcome.code
-
-
-def first_process() -> bool:
-    """Whether this process prints and writes: under torchrun only the first does."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
@@ -183,7 +130,7 @@ def _stdout_for_json(wanted: bool) -> Iterator[None]:
 def _one_line_warnings() -> Iterator[None]:
     """Inside, warnings for users are one line on stderr; those for programmers are left out."""
     def show(message: Warning | str, category: type[Warning], *rest: object) -> None:
-        if first_process() and issubclass(category, UserWarning | RuntimeWarning):
+        if is_first() and issubclass(category, UserWarning | RuntimeWarning):
             print(f"adacomcat: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     with warnings.catch_warnings():

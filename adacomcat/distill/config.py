@@ -1,14 +1,20 @@
 """The settings of a training run: all that decides it beside the model and the data."""
 
+import functools
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from adacomcat.distill.losses import ALIGN, KD
-from adacomcat.errors import UserError
-from adacomcat.search.policy import POLICIES
-from adacomcat.search.search import SearchConfig
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
 
-MLP = ("neurons", "ranks")
+from adacomcat.errors import UserError
+from adacomcat.search.search import SearchConfig
+from adacomcat.utils.limits import CHOICES, TRAINING, require, require_kinds
+
+MLP = CHOICES["mlp"]
 
 # The preset 'comcat' holds what ComCAT's published code does differently: plain SVD without the
 # attentions' biases, uniform ranks at the start, a search in every epoch with τ annealed over the
@@ -40,7 +46,7 @@ class TrainConfig:
         warmup_epochs: epochs in which the learning rate rises from ``warmup_lr`` to ``lr``.
         warmup_lr: the first learning rate of the warmup.
         min_lr: the last learning rate.
-        clip_grad: the largest norm of the gradient; None: any.
+        clip_grad: the largest norm of the gradient; 0 or None: any.
         mixup: α of mixup; 0: none.
         cutmix: α of CutMix; 0: none.
         smoothing: label smoothing.
@@ -154,30 +160,32 @@ class TrainConfig:
     def mixes_images(self) -> bool:
         return bool(self.mixup or self.cutmix)
 
+    def __post_init__(self) -> None:
+        if self.clip_grad == 0:  # off, as in timm; as a norm it would stop every weight
+            object.__setattr__(self, "clip_grad", None)
+
     def checked(self) -> "TrainConfig":
         """These settings.
 
         Raises:
             UserError: a value is wrong; the message names it.
         """
-        if self.keep_params is not None and not 0 < self.keep_params <= 1:
-            raise UserError(f"keep must be a fraction in (0, 1], like 0.5; got {self.keep_params}")
-        for name, value, known in (("kd", self.kd, KD), ("align", self.align, ALIGN),
-                                   ("search", self.search, POLICIES), ("mlp", self.mlp, MLP)):
-            if value not in known:
+        require(self, TRAINING, optional=_OPTIONAL)
+        for name, known in CHOICES.items():
+            value = getattr(self, name, None)
+            if name != "preset" and value not in known:
                 raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+        require_kinds(self, augment=bool, confirm_plans=bool, start_from_allocation=bool,
+                      drop_attention_biases=bool, amp=bool, resume=bool, opt=str, sched=str)
+        blocks = self.align_blocks
+        if blocks is not None and not (isinstance(blocks, tuple | list)
+                                       and all(type(index) is int for index in blocks)):
+            raise UserError(f"align_blocks must be indices of blocks, like (0, 1); got {blocks!r}")
         if self.refine and (self.keep_params is None or not self.start_from_allocation):
             raise UserError("refine moves the plan that an allocation at keep_params starts from: "
                             "give keep_params, and neither a plan nor the preset comcat")
-        for name in ("epochs", "finetune_epochs", "refine", "search_steps", "checkpoint_steps"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must not be negative; got {getattr(self, name)}")
-        if not self.checkpoint_seconds > 0:
-            raise UserError("checkpoint_seconds must be above 0; got "
-                            f"{self.checkpoint_seconds}")
-        for name in ("batch_size", "steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
+        require_optimizer(self.opt)
+        _require_schedule(self)
         return self
 
     def with_(self, **changes: Any) -> "TrainConfig":
@@ -197,3 +205,45 @@ class TrainConfig:
         return {field.name: list(value) if isinstance(value, tuple) else value
                 for field in fields(self) if field.name not in apart
                 for value in (getattr(self, field.name),)}
+
+
+# Settings that may be None, which means 'not at all' or 'as many as there are'.
+_OPTIONAL = ("steps", "clip_grad", "ema_decay", "keep_params", "threads")
+
+
+@functools.cache
+def require_optimizer(name: str) -> None:
+    """Raise a ``UserError`` where timm's optimiser ``name`` cannot make a plain step here."""
+    weight = nn.Parameter(torch.ones(2, 2))
+    try:
+        optimizer = create_optimizer_v2([weight], opt=name, lr=1e-3)
+        weight.square().sum().backward()
+        optimizer.step()
+    except Exception as error:  # each optimiser has requirements and errors of its own
+        raise UserError(f"opt {name!r} cannot train here: {_reason(error)}; "
+                        "timm.optim.list_optimizers() names others") from error
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Scheduler:
+    """One schedule of the learning rate over all epochs of ``steps``, updated at every step."""
+    warmup: Any = config.warmup_epochs  # a fraction of an epoch serves too, whatever timm declares
+    scheduler, _ = create_scheduler_v2(
+        optimizer, config.sched, num_epochs=max(1, config.total_epochs), warmup_epochs=warmup,
+        warmup_lr=config.warmup_lr, warmup_prefix=True, min_lr=config.min_lr,
+        step_on_epochs=False, updates_per_epoch=steps)
+    if scheduler is None:
+        raise ValueError("it is none")
+    return scheduler
+
+
+def _require_schedule(config: TrainConfig) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=config.lr)
+    try:
+        make_schedule(optimizer, config, config.steps or 100).step_update(0)
+    except Exception as error:  # each schedule has requirements and errors of its own
+        raise UserError(f"sched {config.sched!r} cannot run over {config.total_epochs} epochs: "
+                        f"{_reason(error)}; cosine is the usual one") from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,11 +1,14 @@
 """Accuracy and loss of a classifier on labelled images."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from timm.utils import AverageMeter, accuracy
 from torch import nn
 
 from adacomcat.data import Batches, LabelledImages
+from adacomcat.errors import UserError
 from adacomcat.utils.distributed import Processes
 from adacomcat.utils.progress import progress
 
@@ -21,10 +24,13 @@ def evaluate(model: nn.Module, dataset: LabelledImages, batch_size: int, process
         batch_size: images of a step, over all processes.
         processes: the processes that share the work; ``Processes()`` is this one alone.
         workers: processes that decode pictures; 0 decodes in this one.
+
+    Raises:
+        UserError: there is no image, or an output or the loss is not finite.
     """
     training = model.training
     model.eval()
-    top1, loss = AverageMeter(), AverageMeter()
+    top1, loss, broken = AverageMeter(), AverageMeter(), 0
     batches = Batches(dataset, batch_size, shuffle=False, seed=0, epoch=0, rank=processes.rank,
                       world_size=processes.world_size, num_workers=workers)
     for images, labels in progress(batches, "evaluating"):
@@ -32,10 +38,17 @@ def evaluate(model: nn.Module, dataset: LabelledImages, batch_size: int, process
             continue
         images, labels = images.to(processes.device), labels.to(processes.device)
         logits = model(images).float()
+        broken += int((~(logits < math.inf)).any(-1).sum())  # -inf is a class that cannot be
         top1.update(accuracy(logits, labels)[0].item(), len(labels))
         loss.update(F.cross_entropy(logits, labels).item(), len(labels))
-    sums = torch.tensor([top1.sum, loss.sum, top1.count], dtype=torch.float64,
+    sums = torch.tensor([top1.sum, loss.sum, top1.count, broken], dtype=torch.float64,
                         device=processes.device)
-    right, total, count = processes.sum(sums).tolist()
+    right, total, count, broken = processes.sum(sums).tolist()
     model.train(training)
+    if not count:
+        raise UserError("there are no images to evaluate")
+    if broken or not math.isfinite(total):
+        raise UserError(f"the model's outputs are NaN or infinite for {int(broken)} of "
+                        f"{int(count)} images, the loss is {total / count}: its weights diverged "
+                        "or are damaged")
     return {"top1": right / count, "loss": total / count, "images": int(count)}

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adacomcat.errors import UserError
+from adacomcat.utils.limits import CHOICES
 
-KD = ("soft", "hard", "none")
-ALIGN = ("mse", "manifold", "none")
+KD, ALIGN = CHOICES["kd"], CHOICES["align"]
 RANDOM_TOKENS = 192  # tokens of a batch that the manifold loss compares with each other
 
 
@@ -141,12 +141,28 @@ class FeatureAlignment:
         if kind not in ALIGN:
             raise UserError(f"unknown alignment {kind!r}; choose one of {', '.join(ALIGN)}")
         self.kind = kind
-        indices = [] if kind == "none" else aligned_blocks(student, chosen)
-        self.features = [BlockFeatures(model, indices) for model in (student, teacher)] \
-            if indices else []
+        # Of a teacher with another number of blocks, the last two are its own.
+        indices = [] if kind == "none" else [aligned_blocks(model, chosen)
+                                             for model in (student, teacher)]
+        self.features = [BlockFeatures(model, of_model)
+                         for model, of_model in zip((student, teacher), indices, strict=False)]
+        if not all(indices):
+            self.remove()
 
     def __bool__(self) -> bool:
         return bool(self.features)
+
+    def require_alike(self) -> None:
+        """Align nothing, with a warning, where the latest features of both cannot be compared."""
+        if not self:
+            return
+        shapes = [[tuple(tensor.shape[1:]) for tensor in features.take()]
+                  for features in self.features]
+        compared = 2 if self.kind == "mse" else 1  # Gram matrices do not depend on the width
+        if [s[:compared] for s in shapes[0]] != [s[:compared] for s in shapes[1]]:
+            warnings.warn(f"the teacher's features are {shapes[1]} and the model's {shapes[0]}: no "
+                          "features are aligned", stacklevel=2)
+            self.remove()
 
     def loss(self, generator: torch.Generator) -> Tensor:
         """A scalar, of the latest forward pass of both; ``generator`` chooses tokens."""
@@ -163,6 +179,7 @@ class FeatureAlignment:
         return manifold_loss(student, teacher, chosen)
 
     def remove(self) -> None:
-        """Take the hooks away."""
+        """Take the hooks away; nothing is aligned any more."""
         for features in self.features:
             features.remove()
+        self.features = []

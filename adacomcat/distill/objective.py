@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.losses import FeatureAlignment, alignment_decay, distillation_loss
+from adacomcat.distill.teacher import require_teacher
 from adacomcat.errors import UserError
 from adacomcat.utils.distributed import Processes
 from adacomcat.utils.random import numpy_seeded
@@ -26,6 +27,8 @@ class Objective:
         self.alignment = None
         if teacher is not None:
             self.alignment = FeatureAlignment(config.align, student, teacher, config.align_blocks)
+            require_teacher(student, teacher, _outputs if config.kd != "none" else _nothing)
+            self.alignment.require_alike()
 
     def loss(self, images: Tensor, targets: Tensor, epoch: int,
              generator: torch.Generator) -> Tensor:
@@ -53,6 +56,16 @@ class Objective:
             weight = config.align_weight * alignment_decay(epoch, config.total_epochs)
             loss = loss + weight * self.alignment.loss(generator)
         return loss
+
+
+def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+    return [model(images)]
+
+
+def _nothing(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Nothing to compare; the hooks on both models see the images all the same."""
+    model(images)
+    return []
 
 
 class BatchMixing:

@@ -8,6 +8,7 @@ s is the student's tensor, t the teacher's. ρ is 1 for a student that always gi
 
 import copy
 import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -20,8 +21,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from adacomcat.convert.calibrate import BATCH
+from adacomcat.distill.config import require_optimizer
 from adacomcat.distill.losses import BlockFeatures, aligned_blocks, mse_loss, relative_error
+from adacomcat.distill.teacher import require_teacher
 from adacomcat.errors import UserError
+from adacomcat.utils.limits import RECOVERY, require, require_kinds
 from adacomcat.utils.model import tokens_and_outputs
 from adacomcat.utils.progress import progress
 
@@ -40,7 +44,7 @@ class RecoveryConfig:
         weight_decay: the optimiser's.
         warmup: share of the recovery in which the learning rate rises from lr / 100 to lr.
         block_weight: weight of the blocks' features beside the final tokens.
-        clip_grad: the largest norm of the gradient.
+        clip_grad: the largest norm of the gradient; 0 or None: any.
         ema_decay: decay of the averaged weights, which are then kept; None: no average.
         amp: bfloat16 autocast.
         seed: for the images, where the caller draws them.
@@ -53,7 +57,7 @@ class RecoveryConfig:
     weight_decay: float = 0.0
     warmup: float = 0.02
     block_weight: float = 0.5
-    clip_grad: float = 1.0
+    clip_grad: float | None = 1.0
     ema_decay: float | None = None
     amp: bool = False
     seed: int = 0
@@ -64,10 +68,9 @@ class RecoveryConfig:
         Raises:
             UserError: a value is wrong; the message names it.
         """
-        if self.steps is None and not self.minutes > 0:
-            raise UserError(f"recovery needs some minutes; got {self.minutes}")
-        if self.steps is not None and self.steps < 0:
-            raise UserError(f"steps must not be negative; got {self.steps}")
+        require(self, RECOVERY, optional=("steps", "clip_grad", "ema_decay"))
+        require_kinds(self, opt=str, amp=bool)
+        require_optimizer(self.opt)
         return self
 
     def with_(self, **changes: Any) -> "RecoveryConfig":
@@ -94,9 +97,15 @@ def recover(student: nn.Module, teacher: nn.Module, batches: Iterable,
         A model in eval mode whose parameters all require gradients.
 
     Raises:
-        UserError: there are no images, a setting is wrong, or the gradient is not finite.
+        UserError: there are no images, a setting is wrong, the teacher is of another shape, or the
+            gradient is not finite.
     """
-    config = (config or RecoveryConfig()).checked()
+    config = (RecoveryConfig() if config is None else config).checked()
+    require_teacher(student, teacher, tokens_and_outputs)
+    blocks = [len(getattr(model, "blocks", ())) for model in (teacher, student)]
+    if blocks[0] != blocks[1]:
+        raise UserError(f"the teacher has {blocks[0]} blocks and the model {blocks[1]}; recover "
+                        "learns from the dense model that was compressed")
     student = copy.deepcopy(student).train()
     for parameter in student.parameters():
         parameter.requires_grad_(parameter.ndim == 2)
@@ -159,7 +168,8 @@ class _Recovery:
             loss = self._loss(images)
         self.optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.matrices, self.config.clip_grad)
+        limit = self.config.clip_grad or math.inf  # 0 is off, as in timm
+        norm = nn.utils.clip_grad_norm_(self.matrices, limit)
         if not norm.isfinite():
             raise UserError(f"the gradient is {norm.item()} at step {step}; a lower lr may mend it")
         self.optimizer.step()

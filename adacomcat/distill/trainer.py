@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from adacomcat.data import Batches, LabelledImages
-from adacomcat.distill.config import TrainConfig
+from adacomcat.distill.config import TrainConfig, make_schedule
 from adacomcat.distill.evaluation import evaluate
 from adacomcat.distill.objective import BatchMixing, Objective
 from adacomcat.distill.state import StateWriter
@@ -66,7 +64,7 @@ class Trainer:
         self.steps = len(self._batches(epoch=1))
         self.optimizer = create_optimizer_v2(student, opt=config.opt, lr=config.lr,
                                              weight_decay=config.weight_decay)
-        self.scheduler = _scheduler(self.optimizer, config, self.steps)
+        self.scheduler = make_schedule(self.optimizer, config, self.steps)
         self.ema = None
         if config.ema_decay is not None:
             self.ema = ModelEmaV3(student, decay=config.ema_decay, use_warmup=True)
@@ -252,17 +250,6 @@ def search_batches(part: LabelledImages, config: TrainConfig, epoch: int,
             yield batch
             left -= 1
         turn += 1
-
-
-def _scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Scheduler:
-    """One schedule of the learning rate over all epochs, updated at every step."""
-    warmup: Any = config.warmup_epochs  # a fraction of an epoch serves too, whatever timm declares
-    scheduler, _ = create_scheduler_v2(
-        optimizer, config.sched, num_epochs=max(1, config.total_epochs), warmup_epochs=warmup,
-        warmup_lr=config.warmup_lr, warmup_prefix=True, min_lr=config.min_lr,
-        step_on_epochs=False, updates_per_epoch=steps)
-    assert scheduler is not None
-    return scheduler
 
 
 def _log(record: dict[str, Any], epochs: int) -> None:

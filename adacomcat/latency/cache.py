@@ -13,6 +13,7 @@ from torch import nn
 import adacomcat
 from adacomcat.ops import backends
 from adacomcat.utils.files import atomic_write_text
+from adacomcat.utils.text import parse_json, read_text, to_json
 
 Milliseconds = dict[str, dict[str, float]]  # key of a timed block → ranks → milliseconds
 
@@ -31,16 +32,17 @@ def machine(model: nn.Module) -> dict[str, object]:
 
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def folder() -> Path:
-    """Where the files are: under XDG_CACHE_HOME, else under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "adacomcat/latency"
+def folder() -> Path | None:
+    """Where the files are: under XDG_CACHE_HOME, else under ~/.cache; None for who has no home."""
+    home = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+    return home / "adacomcat/latency" if home.is_absolute() else None
 
 
 class LatencyCache:
@@ -49,12 +51,15 @@ class LatencyCache:
     def __init__(self, machine: dict[str, object]) -> None:
         self.machine = machine
         name = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()[:16]
-        self.path = folder() / f"{name}.json"
+        where = folder()
+        self.path = None if where is None else where / f"{name}.json"
         self.milliseconds = self._read()
 
     def _read(self) -> Milliseconds:
+        if self.path is None:
+            return {}
         try:
-            found = json.loads(self.path.read_text())
+            found = parse_json(read_text(self.path))
             entries = found["milliseconds"] if found["machine"] == self.machine else {}
             return {str(key): times for key, times in entries.items() if _plausible(times)}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -72,8 +77,10 @@ class LatencyCache:
             return
 
     def _write(self) -> None:
+        if self.path is None:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({"machine": self.machine, "milliseconds": self.milliseconds}, indent=1)
+        content = to_json({"machine": self.machine, "milliseconds": self.milliseconds}, indent=1)
         atomic_write_text(self.path, content)
 
 

@@ -36,7 +36,8 @@ def write_report(folder: str | Path, title: str, comparison: Comparison, sites: 
         title=title, columns=comparison.columns(), rows=comparison.cells(), pictures=pictures,
         ranks=[(site.name, plan[site.name], site.full_rank) for site in sites])
     path = Path(folder) / "report.html"
-    atomic_write_text(path, page)
+    # A path in the title may hold bytes that are no UTF-8.
+    atomic_write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
     return path
 
 

@@ -58,7 +58,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
                          no_wrap=True)
     for row in rows:
         table.add_row(*(str(cell).replace("[", r"\[") for cell in row))
-    Console(width=width, highlight=False).print(table)
+    console = Console(width=width, highlight=False)
+    with console.capture() as text:
+        console.print(table)
+    print(text.get(), end="")
 
 
 def print_comparison(title: str, comparison: Comparison) -> None:

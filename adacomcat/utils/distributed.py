@@ -1,7 +1,6 @@
 """The processes of one run that torchrun started: gloo on CPUs, nccl on GPUs."""
 
 import atexit
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -9,6 +8,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from adacomcat.errors import UserError
+from adacomcat.utils.launch import launch
 
 Value = TypeVar("Value")
 
@@ -93,10 +95,13 @@ def start_processes(device: str | None = None) -> Processes:
 
     Args:
         device: torch's name of a device; None: this process's GPU where there is one.
+
+    Raises:
+        UserError: torch cannot use the device, or the environment does not say where the other
+            processes are.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rank, world_size, local = launch()
+    kind = str(usable_device(device))
     if kind == "cuda" and world_size > 1:
         kind = f"cuda:{local}"
         torch.cuda.set_device(local)
@@ -106,7 +111,24 @@ def start_processes(device: str | None = None) -> Processes:
         dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
         # The group's threads abort the process where they outlive the interpreter.
         atexit.register(stop_processes)
-    return Processes(dist.get_rank(), world_size, torch.device(kind))
+    return Processes(rank, world_size, torch.device(kind))
+
+
+def usable_device(name: str | None = None) -> torch.device:
+    """The device that torch calls ``name``; None: a GPU where there is one.
+
+    Raises:
+        UserError: torch cannot use it.
+    """
+    try:
+        found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=found)
+        if found.type == "meta":
+            raise RuntimeError("it holds no numbers")
+    except Exception as error:  # each kind of device has errors of its own
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise UserError(f"--device {name}: {reason[0]}") from error
+    return found
 
 
 def stop_processes() -> None:

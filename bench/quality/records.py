@@ -25,7 +25,8 @@ class Records:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+            text = path.read_text(encoding="utf-8") if path.exists() else "{}"
+            self.found: dict[str, Any] = json.loads(text)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read the finished runs of {path}: {error}; "
                             "move that file away") from error
@@ -35,7 +36,7 @@ class Records:
         if key not in self.found:
             self.found[key] = make()
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(self.path, json.dumps(self.found, indent=1))
+            atomic_write_text(self.path, json.dumps(self.found, indent=1, allow_nan=False))
         return self.found[key]
 
 

@@ -44,7 +44,7 @@ def compare(model: nn.Module, args: argparse.Namespace) -> dict[str, dict]:
     config = data.model_data_config(model)
     train_set, test_set = data.train_and_test("fashion-mnist", args.data_dir, config)
     path = args.output / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for keep in args.keeps:
         for method, (preset, epochs) in METHODS.items():
             key = f"{method} {keep}"
@@ -57,7 +57,7 @@ def compare(model: nn.Module, args: argparse.Namespace) -> dict[str, dict]:
             results[key] = {name: found.get(name) for name in (
                 "top1", "keep", "params", "dense_top1", "seconds", "search_count",
                 "search_seconds", "history")}
-            atomic_write_text(path, json.dumps(results, indent=1))
+            atomic_write_text(path, json.dumps(results, indent=1, allow_nan=False))
             print(f"{key}: top-1 {found['top1']:.2f} at {found['keep']:.3f} of the parameters, "
                   f"{found['seconds']:.0f} s", flush=True)
     return results

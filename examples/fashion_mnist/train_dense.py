@@ -112,7 +112,8 @@ def save(model: nn.Module, test_accuracy: float, args: argparse.Namespace) -> No
     }
     with atomic_file(args.output / "model.safetensors") as scratch:
         save_file(model.state_dict(), scratch, metadata={"format": "pt"})
-    atomic_write_text(args.output / "config.json", json.dumps(config, indent=2) + "\n")
+    atomic_write_text(args.output / "config.json",
+                      json.dumps(config, indent=2, allow_nan=False) + "\n")
 
 
 def main() -> None:

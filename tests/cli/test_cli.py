@@ -232,7 +232,7 @@ BAD = {
     "got 'half'": lambda t: [*MODEL, "--keep-params", "half"],
     "--keep-params and --keep-macs exclude each other":
         lambda t: [*MODEL, "--keep-params", "0.5", "--keep-macs", "0.5"],
-    "cannot read the rank plan": lambda t: [*MODEL, "--plan", t / "absent.json"],
+    "absent.json: No such file": lambda t: [*MODEL, "--plan", t / "absent.json"],
     "neither a folder nor a dataset; the datasets are digits":
         lambda t: [*MODEL, "--data", t / "absent"],
     "no readable pictures": lambda t: [*MODEL, "--data", empty_data(t)],

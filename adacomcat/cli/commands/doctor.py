@@ -37,7 +37,7 @@ def _version(package: str) -> str | None:
 
 def _kernels() -> dict[str, object]:
     """Registers and shared memory of the Triton kernels, noted when they were compiled."""
-    return json.loads(kernels.KNOWN.read_text())
+    return json.loads(kernels.KNOWN.read_text(encoding="utf-8"))
 
 
 def _machine() -> dict[str, object]:

@@ -1,42 +1,47 @@
 """From flags to the model, the device, the data and the compressed model, for all commands."""
 
 import argparse
+import contextlib
 import copy
+import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-import yaml
 from torch import Tensor, nn
 
 from adacomcat import checkpoint, data
 from adacomcat.cli.arguments import EXCLUSIVE
+from adacomcat.cli.config_file import value_of
+from adacomcat.cli.download import quick_downloads
 from adacomcat.compression import compress
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
+from adacomcat.utils.distributed import usable_device
 
 
 def device(args: argparse.Namespace) -> torch.device:
-    """The device of --device, which works.
-
-    Raises:
-        UserError: torch cannot use it.
-    """
-    try:
-        found = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
-    return found
+    """The device of --device, which works."""
+    return usable_device(args.device)
 
 
 def model_args(args: argparse.Namespace) -> dict[str, Any]:
-    """timm's keyword arguments from --num-classes, --img-size, --in-chans and --model-kwargs."""
-    named = {name: getattr(args, name) for name in ("num_classes", "img_size", "in_chans")}
-    return ({name: value for name, value in named.items() if value is not None}
-            | {key: yaml.safe_load(value) for key, value in args.model_kwargs})
+    """timm's keyword arguments from --num-classes, --img-size, --in-chans and --model-kwargs.
+
+    Raises:
+        UserError: a value is no YAML, or the argument is none of a model's.
+    """
+    found = {name: getattr(args, name) for name in ("num_classes", "img_size", "in_chans")}
+    for key, text in args.model_kwargs:
+        if key in checkpoint.NO_MODEL_ARGS:
+            raise UserError(f"--model-kwargs {key}: this is no argument of a model; weights come "
+                            "from --pretrained and --checkpoint")
+        try:
+            found[key] = value_of(text)
+        except ValueError as error:
+            raise UserError(f"--model-kwargs {key}={text:.40}: {error}") from error
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def model(args: argparse.Namespace, weights_matter: bool = True) -> nn.Module:
@@ -49,7 +54,7 @@ def model(args: argparse.Namespace, weights_matter: bool = True) -> nn.Module:
         UserError: there is no such folder or architecture, or flags do not fit it.
     """
     name, overrides = args.model.removeprefix("local-dir:"), model_args(args)
-    if Path(name).is_dir() or name != args.model or "/" in name:
+    if is_folder(args.model):
         if args.pretrained or args.checkpoint:
             raise UserError(f"the folder {name} has its own weights; leave out --pretrained and "
                             "--checkpoint")
@@ -68,26 +73,58 @@ def model(args: argparse.Namespace, weights_matter: bool = True) -> nn.Module:
     return found.eval()
 
 
+def is_folder(name: str) -> bool:
+    """Whether -m or --teacher means a checkpoint folder: it has a /, or is a folder here.
+
+    Where a folder has the name of an architecture, it is the folder if it holds a model, and a
+    warning says so.
+    """
+    if name.startswith("local-dir:") or "/" in name:
+        return True
+    if not os.path.isdir(name):
+        return False
+    if not timm.is_model(name):
+        return True
+    if not os.path.exists(os.path.join(name, "config.json")):
+        return False
+    warnings.warn(f"{name} is an architecture of timm and a folder here: the folder is taken; "
+                  "move it away if you mean the architecture", stacklevel=2)
+    return True
+
+
 def teacher(args: argparse.Namespace) -> nn.Module:
     """--teacher: a checkpoint folder, or a timm architecture with --teacher-checkpoint or timm's
-    pretrained weights."""
+    pretrained weights.
+
+    A folder knows its own architecture; the flags for --model do not change it.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    if is_folder(args.teacher):
+        if args.teacher_checkpoint:
+            raise UserError(f"the folder {args.teacher} has its own weights; leave out "
+                            "--teacher-checkpoint")
+        return checkpoint.load(args.teacher.removeprefix("local-dir:"))
     other = copy.copy(args)
     other.model, other.checkpoint = args.teacher, args.teacher_checkpoint
-    other.pretrained = not (Path(args.teacher).is_dir() or args.teacher_checkpoint)
+    other.pretrained = args.teacher_checkpoint is None
     return model(other)
 
 
 def _create(name: str, pretrained: bool, overrides: dict[str, Any]) -> nn.Module:
-    try:
-        return timm.create_model(name, pretrained=pretrained, **overrides)
-    except OSError as error:
-        raise UserError(f"cannot get pretrained weights of {name} ({error}); "
-                        "pass --checkpoint FILE") from error
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"cannot make {name} with {overrides}: {error}") from error
+    remote = pretrained and not name.startswith("local-dir:")
+    with quick_downloads() if remote else contextlib.nullcontext(True) as reachable:
+        try:
+            return checkpoint.create(name, overrides, pretrained=pretrained)
+        except OSError as error:
+            reason = error if reachable else "no answer from its server, and none in the cache"
+            raise UserError(f"cannot get pretrained weights of {name} ({reason}); "
+                            "pass --checkpoint FILE") from error
 
 
 def _overridden(folder: str, overrides: dict[str, Any]) -> nn.Module:
+    """The model of a folder with another image size, other classes or other arguments."""
     return _create(f"local-dir:{folder}", True, overrides).eval()
 
 
@@ -99,7 +136,7 @@ def dataset(args: argparse.Namespace) -> tuple[str, str | None]:
     """
     if args.data in (*data.ARRAY_DATASETS, "folder"):
         return args.data, args.data_dir
-    if Path(args.data).is_dir():
+    if os.path.isdir(args.data):
         return "folder", args.data
     raise UserError(f"--data {args.data} is neither a folder nor a dataset; the datasets are "
                     f"{', '.join(data.ARRAY_DATASETS)}")

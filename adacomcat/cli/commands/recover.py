@@ -20,9 +20,7 @@ def run(args: argparse.Namespace) -> Outcome:
     student = inputs.model(args).to(device)
     teacher = inputs.teacher(args).to(device)
     images = _images(args, student)
-    config = RecoveryConfig(minutes=args.minutes, steps=args.steps, lr=args.lr,
-                            block_weight=args.block_weight, ema_decay=args.model_ema_decay,
-                            amp=args.amp, seed=args.seed).checked()
+    config = _config(args)
     sample = torch.stack([images[i][0] for i in range(min(MEASURED, len(images)))]).to(device)
     before, start = feature_error(student, teacher, sample), time.perf_counter()
     batches = data.EndlessBatches(images, min(args.batch_size, len(images)), args.seed,
@@ -36,6 +34,14 @@ def run(args: argparse.Namespace) -> Outcome:
                    lambda: print(f"error of the features on {len(sample)} of these images: "
                                  f"{before:.3f} → {after:.3f}, {seconds:.0f} s; "
                                  f"written to {args.output}"))
+
+
+def _config(args: argparse.Namespace) -> RecoveryConfig:
+    """A flag that is not given leaves the default."""
+    given = {"minutes": args.minutes, "steps": args.steps, "lr": args.lr,
+             "block_weight": args.block_weight, "ema_decay": args.model_ema_decay}
+    return RecoveryConfig(**{name: value for name, value in given.items() if value is not None},
+                          amp=args.amp, seed=args.seed).checked()
 
 
 def _images(args: argparse.Namespace, model: nn.Module) -> data.LabelledImages:

@@ -1,7 +1,6 @@
 """adacomcat train: search ranks, train and distil; or train a model as it is."""
 
 import argparse
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,17 +12,19 @@ from torch import nn
 
 from adacomcat import checkpoint, cost, data, train
 from adacomcat.cli.commands import Outcome, inputs
-from adacomcat.cli.main import first_process
 from adacomcat.convert.record import compression_of
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.state import FILE, has_state
+from adacomcat.distill.teacher import require_teacher
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.report.page import write_report
 from adacomcat.report.tables import Comparison, print_comparison, print_refinement
 from adacomcat.utils.distributed import stop_processes
 from adacomcat.utils.files import atomic_write_text, exclusive, require_writable
+from adacomcat.utils.launch import is_first
 from adacomcat.utils.stopping import heeding_signals
+from adacomcat.utils.text import parse_json, read_text, to_json
 
 # Flags that are fields of TrainConfig; where one is not given, the preset's value stays.
 FIELDS = ("epochs", "finetune_epochs", "steps", "batch_size", "opt", "lr", "weight_decay", "sched",
@@ -56,13 +57,15 @@ def _trained(args: argparse.Namespace, config: TrainConfig, state: Path) -> Outc
     model = inputs.model(args, weights_matter=not args.dense)
     _require_room(model, args.output, state)
     teacher = None if args.teacher is None else inputs.teacher(args)
+    if teacher is not None and config.kd != "none":
+        require_teacher(model, teacher)
     train_set, test_set = data.train_and_test(*inputs.dataset(args), data.model_data_config(model))
     plan = None if args.plan is None else RankPlan.load(args.plan)
     if plan is not None:
         plan.validate(model)
     trained, results = train.run(model, config, train_set, test_set, teacher=teacher, plan=plan)
-    if first_process():
-        atomic_write_text(state / RESULTS, json.dumps(results))
+    if is_first():
+        atomic_write_text(state / RESULTS, to_json(results))
         checkpoint.save(trained.cpu(), args.output, gauge=args.gauge)
     stop_processes()
     return _reported(args, state, model, trained, results)
@@ -71,7 +74,7 @@ def _trained(args: argparse.Namespace, config: TrainConfig, state: Path) -> Outc
 def _reported(args: argparse.Namespace, state: Path, model: nn.Module, trained: nn.Module,
               results: dict[str, Any]) -> Outcome:
     comparison = _comparison(model, trained, results)
-    if first_process():
+    if is_first():
         if not args.no_report:
             found = compression_of(trained).plan or RankPlan()
             write_report(args.output, f"{args.model} trained on {args.data}", comparison,
@@ -84,7 +87,7 @@ def _reported(args: argparse.Namespace, state: Path, model: nn.Module, trained: 
 def _finished(args: argparse.Namespace, state: Path) -> Outcome:
     """What is left to do of a run whose checkpoint is there: its report, and removing its state."""
     if (state / RESULTS).is_file():
-        results = json.loads((state / RESULTS).read_text(encoding="utf-8"))
+        results = parse_json(read_text(state / RESULTS))
         return _reported(args, state, inputs.model(args, weights_matter=False),
                          checkpoint.load(args.output), results)
     return Outcome({"output": args.output, "finished": True},
@@ -94,7 +97,7 @@ def _finished(args: argparse.Namespace, state: Path) -> Outcome:
 @contextmanager
 def _alone(state: Path, output: str) -> Iterator[None]:
     """Inside, no other run writes this output; of several processes the first one looks."""
-    if not first_process():
+    if not is_first():
         yield
         return
     state.mkdir(parents=True, exist_ok=True)
@@ -110,7 +113,7 @@ def _alone(state: Path, output: str) -> Iterator[None]:
 def _require_room(model: nn.Module, output: str, state: Path) -> None:
     """Room for the checkpoint and for the weights with their optimiser's two moments."""
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    if first_process():
+    if is_first():
         require_writable(Path(output) / checkpoint.CONFIG, size)
         require_writable(state / FILE, 4 * size)
 
@@ -126,7 +129,8 @@ def _require_budget(args: argparse.Namespace) -> None:
 def _config(args: argparse.Namespace, state: Path) -> TrainConfig:
     given = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
     if args.model_ema or args.model_ema_decay is not None:
-        given["ema_decay"] = args.model_ema_decay or EMA_DECAY
+        decay = args.model_ema_decay
+        given["ema_decay"] = EMA_DECAY if decay is None else decay
     flags = {"amp": args.amp, "augment": not args.no_augment, "resume": args.resume}
     return TrainConfig.preset(args.preset, state_dir=str(state), **flags, **given)
 
