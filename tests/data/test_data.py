@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers.pictures import RGB_32, write_pictures
 from torch import Tensor
 
 from adacomcat.data import Batches, datasets, image_tensor_files, split_holdout
@@ -16,16 +16,6 @@ from adacomcat.data.augmentation import Augmentation
 from adacomcat.errors import UserError
 
 GREY_8 = {"input_size": (1, 8, 8), "mean": (0.0,), "std": (1.0,), "num_classes": 10}
-RGB_32 = {"input_size": (3, 32, 32), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
-
-
-def write_pictures(folder: Path, count: int, seed: int, size: int = 40) -> list[Path]:
-    folder.mkdir(parents=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
-    paths = [folder / f"{index}.png" for index in range(count)]
-    for path, picture in zip(paths, pixels, strict=True):
-        Image.fromarray(picture).save(path)
-    return paths
 
 
 def write_idx(folder: Path, part: str, images: np.ndarray, labels: np.ndarray) -> None:
