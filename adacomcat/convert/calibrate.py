@@ -24,13 +24,14 @@ Statistics = dict[str, LinearStatistics | AttentionStatistics]
 
 # Rounding of float32 leaves constant features about this variance, relative to their square.
 ROUNDING = 1e-10
+SHIFT_ROWS = 256  # rows that tell roughly where the mean of all lies
 
 
 class Moments:
     """Running moments of (..., M, d) rows, of float32 or float64; batches are summed up in float64.
 
-    Products are those of the rows minus the first batch's mean: the variance of features whose mean
-    is large, or which never change, would else drown in rounding.
+    Products are those of the rows minus about the first batch's mean. The variance of features
+    whose mean is large, or which never change, would else drown in rounding.
     """
 
     shift: Tensor  # (..., d), from the first ``add`` on, as all below
@@ -43,7 +44,8 @@ class Moments:
     def add(self, rows: Tensor) -> Tensor:
         """Returns the shifted rows."""
         if not self.count:
-            self.shift = rows.mean(-2, dtype=torch.float64).to(rows.dtype)
+            few = rows[..., ::max(1, rows.shape[-2] // SHIFT_ROWS), :]
+            self.shift = few.mean(-2, dtype=torch.float64).to(rows.dtype)
             self.sum = torch.zeros_like(self.shift, dtype=torch.float64)
             self.products = self.sum.unsqueeze(-1) * self.sum.unsqueeze(-2)
         self.count += rows.shape[-2]

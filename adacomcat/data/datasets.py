@@ -21,6 +21,7 @@ from adacomcat.utils.model import class_count
 
 ARRAY_DATASETS = ("digits", "fashion-mnist")
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+MOST_COMPRESSION = 1032  # DEFLATE makes a file at most this many times smaller
 FASHION_MNIST_CACHE = Path("~/.cache/adacomcat/fashion-mnist")
 
 
@@ -167,17 +168,22 @@ def _fashion_mnist_folder() -> Path:
 
 def _read_idx(path: Path, dimensions: int) -> Tensor:
     """An IDX file of bytes: 0 0 8 ndim, then ndim big-endian sizes, then the bytes."""
+    magic = bytes((0, 0, 8, dimensions))
     try:
-        content = gzip.decompress(path.read_bytes())
+        # No more is read than the header promises, nor than a file of this size can hold.
+        most = MOST_COMPRESSION * path.stat().st_size
+        with gzip.open(path) as file:
+            header = file.read(4 + 4 * dimensions)
+            shape = [int.from_bytes(header[start:start + 4], "big")
+                     for start in range(4, len(header), 4)]
+            size = math.prod(shape)
+            content = file.read(size + 1) if header[:4] == magic and size <= most else b""
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}; --data-dir must hold Fashion-MNIST's four "
                         ".gz files") from error
-    header = 4 + 4 * dimensions
-    shape = [int.from_bytes(content[start:start + 4], "big") for start in range(4, header, 4)]
-    magic = bytes((0, 0, 8, dimensions))
-    if content[:4] != magic or len(content) != header + math.prod(shape):
+    if header[:4] != magic or len(shape) != dimensions or len(content) != size:
         raise UserError(f"{path} is no IDX file of bytes with {dimensions} dimensions")
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())
+    return torch.from_numpy(np.frombuffer(content, np.uint8).reshape(shape).copy())
 
 
 def _folder(data_dir: str | Path | None,

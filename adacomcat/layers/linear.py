@@ -91,6 +91,7 @@ class LowRankLinear(nn.Module):
             linear.weight.copy_(self.weight)
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
+        inherit_(linear, self, {"weight": self.v, "bias": self.bias})
         return linear.train(self.training)
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """What a compressed model keeps of the dense one, and what it says of itself afterwards."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from adacomcat import (
     compress,
     compress_,
     load,
+    optimize,
     save,
 )
 from adacomcat.sites import DENSE
@@ -148,12 +150,14 @@ def test_factors_put_in_by_hand_are_saved(tmp_path: Path) -> None:
     assert_comes_back(model, tmp_path / "small", 100)
 
 
-def test_a_compiled_model_is_compressed_and_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_what_is_wrapped_is_compressed_and_saved(
+        tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = vit()
-    small = compress(torch.compile(model), keep_params=0.6)
-    assert type(small) is type(model)
+    small = compress(wrap(model), keep_params=0.6)
+    assert type(small) is type(model) is type(optimize(wrap(model))).__mro__[1]
     assert_comes_back(small, tmp_path / "small", 100)
-    assert compress_(torch.compile(model), keep_params=0.6) is model
+    assert compress_(wrap(model), keep_params=0.6) is model
 
 
 @pytest.mark.parametrize(("more", "site"), [({}, "qk"), ({}, "vo"), ({"qk_norm": True}, "q"),
