@@ -7,7 +7,7 @@
     model     every site replaced, blocks fitted in sequence              convert.model
 """
 
-import copy
+import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -19,11 +19,20 @@ from adacomcat.allocation.sensitivity import error_weights
 from adacomcat.convert.calibrate import calibration_batches
 from adacomcat.convert.factors import Factors, factorize_model, require_finite_model
 from adacomcat.convert.model import BLOCKS, convert_, model_statistics
-from adacomcat.convert.record import Refined, record_
+from adacomcat.convert.record import Refined, compression_of, record_
 from adacomcat.convert.sequential import sequential_blocks
 from adacomcat.errors import UserError
-from adacomcat.plan import RankPlan
-from adacomcat.sites import MULTIPLE, Filters, Site, find_sites, prunable_mlps
+from adacomcat.plan import HIDDEN, RankPlan
+from adacomcat.sites import (
+    DENSE,
+    MULTIPLE,
+    Filters,
+    Site,
+    altered_layers,
+    find_sites,
+    prunable_mlps,
+)
+from adacomcat.utils.model import copied, unwrapped
 
 
 def compress(model: nn.Module, *, keep_params: float | None = None,
@@ -37,7 +46,9 @@ def compress(model: nn.Module, *, keep_params: float | None = None,
     Exactly one of the first four arguments says how small it becomes.
 
     Args:
-        model: a dense model, on the device where it will run; it stays as it is.
+        model: a dense model, on the device where it will run; it stays as it is. Of a compiled or
+            wrapped model what is inside is compressed. Layers with adapters, masks, hooks,
+            parametrizations or quantised weights stay dense, and a warning names them.
         keep_params: the fraction of the whole model's parameters to keep, in (0, 1].
         keep_macs: the fraction of its multiply-accumulates for one image to keep, in (0, 1].
         max_latency_ms: milliseconds of one forward pass, measured on this machine with its threads
@@ -68,7 +79,7 @@ def compress(model: nn.Module, *, keep_params: float | None = None,
             finite, a filter or the plan names what the model does not have, or the budget cannot
             be reached; the message names the least that can.
     """
-    return compress_(copy.deepcopy(model), keep_params=keep_params, keep_macs=keep_macs,
+    return compress_(copied(unwrapped(model)), keep_params=keep_params, keep_macs=keep_macs,
                      max_latency_ms=max_latency_ms, plan=plan, calibration=calibration,
                      include=include, exclude=exclude, multiple=multiple,
                      latency_batch=latency_batch, refine=refine, refine_images=refine_images)
@@ -80,12 +91,14 @@ def compress_(model: nn.Module, *, keep_params: float | None = None,
               include: Filters | None = None, exclude: Filters | None = None,
               multiple: int = MULTIPLE, latency_batch: int = 1, refine: int = 0,
               refine_images: Tensor | Iterable | None = None) -> nn.Module:
-    """``compress`` in place, with its arguments and errors; returns ``model``."""
+    """``compress`` in place, with its arguments and errors; returns ``model``, unwrapped."""
+    model = unwrapped(model)
     goal = _goal(keep_params, keep_macs, max_latency_ms, plan, multiple, latency_batch)
     _require_agreement(goal, calibration, include, exclude, refine)
     require_finite_model(model)
     batches = _batches(calibration, model, "calibration")
     sites = _sites(model, goal, batches, include, exclude)
+    _tell_altered(model)
     if isinstance(goal, RankPlan):
         chosen = _given(model, goal, sites, batches)
     elif refine and batches is not None:
@@ -135,10 +148,31 @@ def _sites(model: nn.Module, goal: Budget | RankPlan, batches: list[Tensor] | No
     if isinstance(goal, RankPlan):
         return goal.validate(model)
     prunable = () if batches is None else prunable_mlps(model)
-    sites = find_sites(model, prunable, include, exclude)
+    pruned = _pruned(model)
+    sites = [site for site in find_sites(model, prunable, include, exclude)
+             if site.kind == "hidden" or not site.name.startswith(pruned)]
     if not sites and not (include is None and exclude is None):
         raise UserError("include and exclude leave no projection to compress")
     return sites
+
+
+def _tell_altered(model: nn.Module) -> None:
+    names = altered_layers(model)
+    if names:
+        warnings.warn(f"{len(names)} layers stay dense, since an adapter, a mask, a hook, a "
+                      "parametrization, a method of their own or quantised weights change what "
+                      f"they compute ({', '.join(names[:3])} …); merge or remove these first to "
+                      "compress them", stacklevel=3)
+
+
+def _pruned(model: nn.Module) -> tuple[str, ...]:
+    """How the names inside of MLPs begin that an earlier compression took neurons from.
+
+    No plan describes an MLP that has both fewer neurons and ranks, so these keep full projections.
+    """
+    earlier = compression_of(model).ranks
+    return tuple(name.removesuffix(HIDDEN) + "." for name, rank in earlier.items()
+                 if name.endswith(HIDDEN) and rank != DENSE)
 
 
 class _Chosen(NamedTuple):

@@ -3,8 +3,6 @@
 ``layers/fused.py`` has the modules that take the place of sublayers; here is decided which do.
 """
 
-import copy
-
 from torch import nn
 
 from adacomcat.layers.attention import LowRankAttention
@@ -17,7 +15,9 @@ from adacomcat.layers.fused import (
     Sublayer,
     is_layer_norm,
 )
+from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.mlp import LowRankMlp, activation_name
+from adacomcat.layers.plain import altered_inside, is_plain
 from adacomcat.layers.registry import (
     BlockParts,
     attention_family,
@@ -29,12 +29,14 @@ from adacomcat.layers.registry import (
     patch_projection,
 )
 from adacomcat.moved import forward
+from adacomcat.utils.model import copied, unwrapped
 
 
 def optimize(model: nn.Module) -> nn.Module:
     """A copy of ``model`` for inference, its blocks on the fused path; same outputs.
 
-    Low-rank and dense sublayers alike. Blocks of classes that no family knows stay as they are.
+    Low-rank and dense sublayers alike. Blocks of classes that no family knows stay as they are, and
+    so do layers with adapters, masks, hooks or parametrizations.
     Where the head reads the class token only, the last block computes only that token. Save and
     train the model that went in, not this one: norms are folded into weights here.
 
@@ -45,7 +47,7 @@ def optimize(model: nn.Module) -> nn.Module:
         The copy, in eval mode, without gradients. Modules keep their names, and the model keeps
         the methods of its class (``forward_features``, ``forward_head``, ``set_input_size`` …).
     """
-    optimized = copy.deepcopy(model).eval().requires_grad_(False)
+    optimized = copied(unwrapped(model)).eval().requires_grad_(False)
     for name, module in list(optimized.named_modules()):
         block, proj = block_parts(module), patch_projection(module)
         if block is not None:
@@ -74,8 +76,13 @@ def fused_attention(block: BlockParts) -> nn.Module:
     """x + scale(attn(norm(x))), as one op where there is one."""
     part = block.attn
     fits = is_layer_norm(part.norm) and (
-        type(part.inner) is LowRankAttention or _fuses_dense(part.inner))
+        _is_whole(part.inner, LowRankAttention) or _fuses_dense(part.inner))
     return FusedAttention(part) if fits else Sublayer(part)
+
+
+def _is_whole(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``module`` is a drop-in of this class whose factors are all that decides."""
+    return type(module) is kind and not altered_inside(module)
 
 
 def _fuses_dense(attn: nn.Module) -> bool:
@@ -99,7 +106,9 @@ def fused_mlp(block: BlockParts) -> nn.Module:
     if not is_layer_norm(part.norm):
         return Sublayer(part)
     if type(mlp) is LowRankMlp:
-        return FusedMlp(part) if activation_name(mlp.act) is not None else Sublayer(part)
+        whole = (_is_whole(mlp, LowRankMlp) and type(mlp.fc1) is type(mlp.fc2) is LowRankLinear
+                 and activation_name(mlp.act) is not None)
+        return FusedMlp(part) if whole else Sublayer(part)
     parts = mlp_parts(mlp)
     if parts is None or not parts.dense or activation_name(parts.act) is None:
         return Sublayer(part)
@@ -107,7 +116,8 @@ def fused_mlp(block: BlockParts) -> nn.Module:
 
 
 def _takes_patches(proj: nn.Module) -> bool:
-    return (type(proj) is nn.Conv2d and proj.stride == proj.kernel_size and proj.groups == 1
+    return (isinstance(proj, nn.Conv2d) and is_plain(proj, nn.Conv2d)
+            and proj.stride == proj.kernel_size and proj.groups == 1
             and proj.padding == (0, 0) and proj.dilation == (1, 1))
 
 

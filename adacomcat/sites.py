@@ -19,12 +19,15 @@ from typing import Any, Literal
 from torch import nn
 
 from adacomcat.errors import UserError
+from adacomcat.layers.plain import is_altered_linear, is_plain_linear
 from adacomcat.layers.registry import (
     AttentionParts,
     Tier,
+    attention_is_altered,
     attention_parts,
     attention_tier,
     is_position_network,
+    mlp_is_altered,
     mlp_parts,
 )
 
@@ -138,6 +141,16 @@ def prunable_mlps(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if prunable(module)]
 
 
+def altered_layers(model: nn.Module) -> list[str]:
+    """Names of the layers that would hold sites, had nobody changed what they compute.
+
+    Adapters, masks, hooks, parametrizations and quantised weights do, see ``layers/plain.py``.
+    """
+    return [name for name, module in model.named_modules()
+            if is_altered_linear(module) or mlp_is_altered(module)
+            or attention_is_altered(module, model)]
+
+
 def find_sites(model: nn.Module, pruning: Container[str] = (), include: Filters | None = None,
                exclude: Filters | None = None) -> list[Site]:
     """Every rank decision of ``model``, in the order of its modules.
@@ -166,7 +179,7 @@ def find_sites(model: nn.Module, pruning: Container[str] = (), include: Filters 
             found = list(_attention_sites(name, attention_parts(module), tier))
         elif is_position_network(name):
             found = []
-        elif type(module) is nn.Linear:
+        elif isinstance(module, nn.Linear) and is_plain_linear(module):
             bias = 0 if module.bias is None else module.out_features
             found = [Site(name, name, "linear", module.in_features, module.out_features,
                           dense_bias=bias, bias=bias)]

@@ -7,7 +7,6 @@ Random mutations of the same directions and of single sites came no further with
 (examples/fashion_mnist).
 """
 
-import copy
 import math
 from collections.abc import Callable, Generator
 
@@ -24,7 +23,7 @@ from adacomcat.convert.record import Refined
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.sites import Site
-from adacomcat.utils.model import evaluating, tokens_and_outputs
+from adacomcat.utils.model import copied, evaluating, tokens_and_outputs
 from adacomcat.utils.progress import progress
 
 STEP = math.log(4.0)  # of the logarithm of a weight
@@ -158,7 +157,7 @@ def feature_distance(model: nn.Module, factors: Factors, batches: list[Tensor]) 
 
     @torch.no_grad()
     def distance(plan: RankPlan) -> float:
-        return relative_change(dense, features(install_(copy.deepcopy(model), plan, factors)))
+        return relative_change(dense, features(install_(copied(model), plan, factors)))
 
     dense = features(model)
     return distance

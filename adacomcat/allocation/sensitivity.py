@@ -61,8 +61,12 @@ def _steadied(sites: list[Site], changes: list[float]) -> list[float]:
 
 def relative_change(before: list[Tensor], after: list[Tensor]) -> float:
     """Σ |after - before|² / |before - mean|², over the pairs of tensors."""
-    return sum(((b - a).square().sum() / (a - a.mean(0)).square().sum().clamp_min(1e-30)).item()
-               for a, b in zip(before, after, strict=True))
+    total = 0.0
+    for old, new in zip(before, after, strict=True):
+        old, new = old.double(), new.double()  # squares of float16 overflow
+        spread = (old - old.mean(0)).square().sum().clamp_min(1e-30)
+        total += ((new - old).square().sum() / spread).item()
+    return total
 
 
 def relative_sensitivities(sites: list[Site], factors: Factors) -> ErrorWeights:

@@ -26,12 +26,11 @@ from adacomcat.checkpoint.build import build
 from adacomcat.checkpoint.config import CONFIG, NO_MODEL_ARGS, read_config
 from adacomcat.checkpoint.gauge import with_gauge, without_gauge
 from adacomcat.checkpoint.weights import load_weights_, read_weights
-from adacomcat.convert.record import compression_of
+from adacomcat.convert.record import compression_of, ranks_as_they_are
 from adacomcat.errors import UserError
-from adacomcat.sites import DENSE
 from adacomcat.utils.checksum import file_checksum
 from adacomcat.utils.files import atomic_folder, require_writable
-from adacomcat.utils.model import evaluating, input_size
+from adacomcat.utils.model import class_count, evaluating, input_size
 from adacomcat.utils.names import ENTRYPOINT
 from adacomcat.utils.text import to_json
 
@@ -159,10 +158,10 @@ def _describe(model: nn.Module, architecture: str | None,
         model_args = dict(known.get("model_args", getattr(model, "_model_args", {})))
     current = _current_args(model)
     args = {k: v for k, v in model_args.items() if k not in _RUNTIME_ARGS | NO_MODEL_ARGS} | current
-    ranks = {name: rank for name, rank in record.ranks.items() if rank != DENSE}
+    ranks = ranks_as_they_are(model)
     config = {
         "architecture": ENTRYPOINT if ranks else architecture,
-        "num_classes": model.num_classes,
+        "num_classes": class_count(model),
         "num_features": model.num_features,
         "pretrained_cfg": _pretrained_cfg(model, source),
         "model_args": {"base": architecture, "plan": ranks, **args} if ranks else args,
@@ -172,7 +171,7 @@ def _describe(model: nn.Module, architecture: str | None,
 
 def _current_args(model: nn.Module) -> dict[str, Any]:
     """Arguments that reset_classifier and the like change after a model was built."""
-    args = {"num_classes": model.num_classes, "in_chans": input_size(model)[0]}
+    args: dict[str, Any] = {"num_classes": class_count(model), "in_chans": input_size(model)[0]}
     pool = getattr(model, "global_pool", None)
     if isinstance(pool, str):
         args["global_pool"] = pool
@@ -186,7 +185,7 @@ def _pretrained_cfg(model: nn.Module, source: dict[str, Any]) -> dict[str, Any]:
     """``source`` without where its weights came from, with the model's size and classes."""
     allowed = {field.name for field in fields(PretrainedCfg)} - _SOURCE_KEYS
     kept = {k: v for k, v in source.items() if k in allowed and v is not None}
-    return kept | {"input_size": input_size(model), "num_classes": model.num_classes}
+    return kept | {"input_size": input_size(model), "num_classes": class_count(model)}
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

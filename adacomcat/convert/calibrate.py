@@ -22,31 +22,68 @@ BATCH = 16
 Statistics = dict[str, LinearStatistics | AttentionStatistics]
 
 
-class Moments:
-    """Running first and second moments of (..., M, d) rows; batches are summed up in float64."""
+# Rounding of float32 leaves constant features about this variance, relative to their square.
+ROUNDING = 1e-10
+SHIFT_ROWS = 256  # rows that tell roughly where the mean of all lies
 
-    sum: Tensor  # (..., d), from the first ``add`` on
-    products: Tensor  # (..., d, d) sums of outer products
+
+class Moments:
+    """Running moments of (..., M, d) rows, of float32 or float64; batches are summed up in float64.
+
+    Products are those of the rows minus about the first batch's mean. The variance of features
+    whose mean is large, or which never change, would else drown in rounding.
+    """
+
+    shift: Tensor  # (..., d), from the first ``add`` on, as all below
+    sum: Tensor  # (..., d) of the shifted rows
+    products: Tensor  # (..., d, d) sums of their outer products
 
     def __init__(self) -> None:
         self.count = 0
 
-    def add(self, rows: Tensor) -> None:
+    def add(self, rows: Tensor) -> Tensor:
+        """Returns the shifted rows."""
         if not self.count:
-            self.sum = rows.new_zeros(rows.shape[:-2] + rows.shape[-1:], dtype=torch.float64)
+            few = rows[..., ::max(1, rows.shape[-2] // SHIFT_ROWS), :]
+            self.shift = few.mean(-2, dtype=torch.float64).to(rows.dtype)
+            self.sum = torch.zeros_like(self.shift, dtype=torch.float64)
             self.products = self.sum.unsqueeze(-1) * self.sum.unsqueeze(-2)
         self.count += rows.shape[-2]
+        rows = rows - self.shift.unsqueeze(-2)
         self.sum += rows.sum(-2).double()
         self.products += (rows.mT @ rows).double()
+        return rows
+
+    def of(self, features: Tensor) -> "Moments":
+        """The moments of these features alone, of (M, d) rows."""
+        part = Moments()
+        part.count, part.shift, part.sum = self.count, self.shift[features], self.sum[features]
+        part.products = self.products[features][:, features]
+        return part
 
     @property
     def mean(self) -> Tensor:
-        return self.sum / self.count
+        return self.shift.double() + self.sum / self.count
 
     @property
     def covariance(self) -> Tensor:
+        """Every feature has at least the variance that rounding gives it."""
+        mean, rest = self.mean, self.sum / self.count
+        covariance = self.products / self.count - rest.unsqueeze(-1) * rest.unsqueeze(-2)
+        variance = covariance.diagonal(dim1=-2, dim2=-1)
+        variance.clamp_min_(0).add_(ROUNDING * mean.square())
+        return covariance
+
+    @property
+    def moment(self) -> Tensor:
+        """The second moment about zero."""
         mean = self.mean
-        return self.products / self.count - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        return self.covariance + mean.unsqueeze(-1) * mean.unsqueeze(-2)
+
+
+def at_least_float32(rows: Tensor) -> Tensor:
+    """Sums of bfloat16 and float16 would round away what they are made for."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def calibration_batches(images: Tensor | Iterable, model: nn.Module,
@@ -91,7 +128,7 @@ class LinearCollector:
         return self.moments.count
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.moments.add(args[0].detach().flatten(0, -2).float())
+        self.moments.add(at_least_float32(args[0].detach().flatten(0, -2)))
 
     def result(self) -> LinearStatistics:
         m = self.moments
@@ -111,16 +148,15 @@ class AttentionCollector:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         x, *rest = args
-        x = x.detach()
-        self.inputs.add(x.flatten(0, 1).float())
-        self.keys.add((x - x.mean(1, keepdim=True)).flatten(0, 1).float())
+        tokens = at_least_float32(x.detach())
+        self.inputs.add(tokens.flatten(0, 1))
+        self.keys.add((tokens - tokens.mean(1, keepdim=True)).flatten(0, 1))
         context = self.probe.score_context(x, *rest, **kwargs)
-        averaged = self.probe.average(x, x.unsqueeze(1), *context)  # (B, H, N, d)
-        self.values.add(averaged.transpose(0, 1).flatten(1, 2).float())
+        averaged = self.probe.average(x.detach(), x.detach().unsqueeze(1), *context)  # (B, H, N, d)
+        self.values.add(at_least_float32(averaged.transpose(0, 1).flatten(1, 2)))
 
     def result(self) -> AttentionStatistics:
-        keys = self.keys.products / self.keys.count
-        return AttentionStatistics(self.inputs.mean, self.inputs.covariance, keys,
+        return AttentionStatistics(self.inputs.mean, self.inputs.covariance, self.keys.moment,
                                    self.values.mean, self.values.covariance, self.inputs.count)
 
 

@@ -1,7 +1,7 @@
 """Replaces each module that a plan names by its low-rank drop-in, empty or filled with factors.
 
 Compression, the latency table and the timm entry point call it. Afterwards ``model.rank_plan`` is
-the plan.
+the plan, with what an earlier compression wrote.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from adacomcat.convert.factors import Factors
-from adacomcat.convert.record import record_
+from adacomcat.convert.record import compression_of, merged, record_
 from adacomcat.layers.attention import low_rank_class
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.mlp import LowRankMlp, mlp_of_width, prune_mlp
@@ -39,7 +39,7 @@ def _swap(model: nn.Module, plan: RankPlan,
         if any(plan[site.name] != DENSE for site in sites):
             model.set_submodule(name, make(model.get_submodule(name), sites))
     join_mlps_(model)
-    record_(model, plan=plan)
+    record_(model, plan=merged(compression_of(model).ranks, plan))
     return model
 
 
@@ -96,6 +96,6 @@ def join_mlps_(model: nn.Module) -> None:
         if parts is None or not parts.plain:
             continue
         fc1, fc2 = parts.fc1, parts.fc2
-        if isinstance(fc1, LowRankLinear) and isinstance(fc2, LowRankLinear):
+        if type(fc1) is LowRankLinear and type(fc2) is LowRankLinear:
             joined = LowRankMlp(fc1, parts.act, fc2, parts.drop)
             model.set_submodule(name, joined.train(module.training))

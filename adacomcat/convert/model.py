@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from adacomcat.convert.calibrate import BATCH, Statistics, collect_statistics
 from adacomcat.convert.factors import SHRINKAGE, Factors
 from adacomcat.convert.install import install_
-from adacomcat.convert.record import record_
+from adacomcat.convert.record import compression_of, merged, record_
 from adacomcat.convert.sequential import compress_blocks_, sequential_blocks
 from adacomcat.plan import RankPlan
 
@@ -37,9 +37,10 @@ def convert_(model: nn.Module, plan: RankPlan, factors: Factors,
     """
     if batches is None or not sequential_blocks(model):
         return install_(model, plan, factors)
+    earlier = compression_of(model).ranks
     compress_blocks_(model, plan, batches, SHRINKAGE)
     outside = RankPlan({name: rank for name, rank in plan.ranks.items()
                         if not name.startswith(BLOCKS)})
     install_(model, outside, factors)
-    record_(model, plan=plan)
+    record_(model, plan=merged(earlier, plan))
     return model

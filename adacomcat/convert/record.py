@@ -11,8 +11,11 @@ from typing import Any, NamedTuple, TypedDict
 
 from torch import nn
 
-from adacomcat.plan import RankPlan
-from adacomcat.sites import Rank
+from adacomcat.layers.attention import LowRankAttention
+from adacomcat.layers.linear import LowRankLinear
+from adacomcat.layers.registry import mlp_parts
+from adacomcat.plan import HIDDEN, RankPlan
+from adacomcat.sites import DENSE, Rank
 
 
 class Refined(NamedTuple):
@@ -66,6 +69,46 @@ def compression_of(model: nn.Module) -> Compression:
     """The record of ``model``."""
     return Compression(**{field: getattr(model, attribute, None)
                           for field, attribute in ATTRIBUTES.items()})
+
+
+def ranks_as_they_are(model: nn.Module) -> dict[str, Rank]:
+    """Site → rank of every low-rank module that ``model`` holds now, whatever its record says.
+
+    A head may have been replaced since, and models are compressed in two steps. The record tells
+    only what the modules do not show: which MLPs lost neurons, and which half of an attention was
+    folded at its full rank because the other half was not dense.
+    """
+    recorded = compression_of(model).ranks
+    found: dict[str, Rank] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear):
+            found[name] = module.rank
+        elif isinstance(module, LowRankAttention):
+            halves: dict[str, Rank] = {f"{name}.vo": module.rank_vo}
+            if module.folds_scores:
+                halves[f"{name}.qk"] = module.rank_qk
+            planned = [part for part in ("qk", "q", "k", "vo")
+                       if recorded.get(f"{name}.{part}", DENSE) != DENSE]
+            found.update((half, rank) for half, rank in halves.items()
+                         if not planned or half.rpartition(".")[2] in planned)
+    pruned = {name.removesuffix(HIDDEN) for name, rank in recorded.items()
+              if name.endswith(HIDDEN) and rank != DENSE}
+    for name, module in model.named_modules():
+        if name in pruned and (parts := mlp_parts(module)) is not None and parts.dense:
+            found[name + HIDDEN] = parts.linears[0].out_features
+    return found
+
+
+def merged(earlier: Mapping[str, Rank], plan: RankPlan) -> RankPlan:
+    """The plan of a model that was compressed to ``earlier`` ranks and then by ``plan``.
+
+    An MLP has either '.hidden' or '.fc1' and '.fc2': what stayed dense before makes room.
+    """
+    mlps = {name.rpartition(".")[0] for name, rank in plan.ranks.items() if rank != DENSE}
+    ranks: dict[str, Rank] = {name: rank for name, rank in earlier.items()
+                              if rank != DENSE or name.rpartition(".")[0] not in mlps}
+    ranks.update(plan.ranks)
+    return RankPlan(ranks)
 
 
 def record_(model: nn.Module, **known: object) -> None:

@@ -5,13 +5,12 @@ Each block repairs the drift of those before it: the output projections are regr
 shrunk towards the dense weights, for calibration knows only the directions that it saw.
 """
 
-import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from adacomcat.convert.calibrate import BATCH, Moments
+from adacomcat.convert.calibrate import BATCH, Moments, at_least_float32
 from adacomcat.factorize.factors import (
     AttentionStatistics,
     balance,
@@ -35,7 +34,7 @@ from adacomcat.layers.registry import (
 )
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Rank
-from adacomcat.utils.model import evaluating
+from adacomcat.utils.model import copied, evaluating
 from adacomcat.utils.progress import progress
 
 
@@ -56,7 +55,7 @@ def _sequential(block: nn.Module) -> bool:
     if parts is None or attention_tier(parts.attn.inner) != "A":
         return False
     mlp = mlp_parts(parts.mlp.inner)
-    return mlp is not None and mlp.plain and isinstance(mlp.fc1, nn.Linear)
+    return mlp is not None and mlp.dense
 
 
 # Shrinkage towards the dense weights where a layer corrects the drift of those before it. It is
@@ -87,16 +86,16 @@ class Regression:
         self.target_sum = self.weight.new_zeros(len(weight))
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
-        inputs, targets = (rows.flatten(0, -2)[::self.stride] for rows in (inputs, targets))
-        self.inputs.add(inputs)
-        self.cross = self.cross + (inputs.mT @ targets).double()
+        inputs, targets = (at_least_float32(rows.flatten(0, -2)[::self.stride])
+                           for rows in (inputs, targets))
+        shifted = self.inputs.add(inputs)
+        self.cross = self.cross + (shifted.mT @ targets).double()
         self.target_sum = self.target_sum + targets.sum(0).double()
 
     def on_inputs(self, kept: Tensor, weight: Tensor) -> "Regression":
         """The same on the ``kept`` inputs only, shrunk towards ``weight`` (out, kept)."""
         part = Regression(weight, self.shrinkage)
-        part.inputs.count, part.inputs.sum = self.inputs.count, self.inputs.sum[kept]
-        part.inputs.products = self.inputs.products[kept][:, kept]
+        part.inputs = self.inputs.of(kept)
         part.cross, part.target_sum = self.cross[kept], self.target_sum
         return part
 
@@ -122,8 +121,8 @@ class Regression:
     def _solution(self) -> Tensor:
         """B = Wᵀ + (C + κ m I)⁻¹ (Cxy - C Wᵀ), κ the correction's own, stronger shrinkage."""
         covariance, weight = self.inputs.covariance, self.weight.mT
-        cross = self.cross / self.inputs.count - torch.outer(
-            self.inputs.mean, self.target_sum / self.inputs.count)
+        count = self.inputs.count
+        cross = self.cross / count - torch.outer(self.inputs.sum / count, self.target_sum / count)
         lower = torch.linalg.cholesky(shrink(covariance, CORRECTION_SHRINKAGE))
         return weight + torch.cholesky_solve(cross - covariance @ weight, lower)
 
@@ -133,8 +132,9 @@ def _top_right_singular_vectors(matrix: Tensor, rank: int) -> Tensor:
     rows, columns = matrix.shape
     if columns <= rows:
         return descending_eigh(matrix.mT @ matrix)[1][:, :rank]
-    energy, left = descending_eigh(matrix @ matrix.mT)
-    return matrix.mT @ left[:, :rank] / energy[:rank].sqrt().clamp_min(1e-150)
+    left = descending_eigh(matrix @ matrix.mT)[1]
+    # Orthonormal also where singular values are 0, as those of a projection that is.
+    return torch.linalg.qr(matrix.mT @ left[:, :rank]).Q
 
 
 class BlockCompression:
@@ -148,7 +148,7 @@ class BlockCompression:
 
     def __init__(self, block: nn.Module, ranks: dict[str, Rank], shrinkage: float) -> None:
         self.dense, self.ranks, self.shrinkage = _parts(block), ranks, shrinkage
-        self.block = copy.deepcopy(block)
+        self.block = copied(block)
         self.tokens = 0
 
     @property
@@ -188,12 +188,12 @@ class BlockCompression:
     def _score_statistics(self, stream: Tensor) -> AttentionStatistics:
         inputs, keys = Moments(), Moments()
         for x in _batches(stream):
-            x = self.dense.attn.norm(x)
+            x = at_least_float32(self.dense.attn.norm(x))
             inputs.add(x.flatten(0, 1))
             keys.add((x - x.mean(1, keepdim=True)).flatten(0, 1))
         none = inputs.mean.new_zeros(0)
-        return AttentionStatistics(inputs.mean, inputs.covariance, keys.products / keys.count,
-                                   none, none, inputs.count)
+        return AttentionStatistics(inputs.mean, inputs.covariance, keys.moment, none, none,
+                                   inputs.count)
 
     def _value_statistics(self, stream: Tensor, replacement: LowRankAttention,
                           statistics: AttentionStatistics) -> AttentionStatistics:
@@ -201,13 +201,13 @@ class BlockCompression:
         for x in _batches(stream):
             x = self.dense.attn.norm(x)
             averaged = replacement.average(x, x.unsqueeze(1), None)
-            values.add(averaged.transpose(0, 1).flatten(1, 2)[:, ::stride])
+            values.add(at_least_float32(averaged.transpose(0, 1).flatten(1, 2)[:, ::stride]))
         return statistics._replace(value_mean=values.mean, value_covariance=values.covariance)
 
     def _refit_output(self, attn: LowRankAttention, stream: Tensor, dense_middle: Tensor) -> None:
         """The output projection of all heads at once, onto what the residual stream lacks."""
         part = self.compressed.attn
-        scale = _layer_scale(part)
+        scale = _layer_scale(part, stream)
         regression = Regression(attn.wo, self.shrinkage, self.tokens)
         for x, target in zip(_batches(stream), _batches(dense_middle), strict=True):
             normed = part.norm(x)
@@ -233,7 +233,7 @@ class BlockCompression:
         rank, part = self.ranks["fc2"], self.compressed.mlp
         fc2, mlp = _linears(self.dense.mlp)[1], mlp_parts(part.inner)
         assert mlp is not None
-        scale = _layer_scale(part)
+        scale = _layer_scale(part, stream)
         regression = Regression(scale.unsqueeze(1) * fc2.weight, self.shrinkage, self.tokens)
         for x, target in zip(_batches(stream), _batches(dense), strict=True):
             regression.add(mlp.act(mlp.fc1(part.norm(x))), target - x)
@@ -269,9 +269,10 @@ def _added(part: Residual, stream: Tensor) -> Tensor:
     return _mapped(lambda x: x + part.scale(part.inner(part.norm(x))), stream)
 
 
-def _layer_scale(part: Residual) -> Tensor:
-    """(d,) or (1,), away from zero: it is divided by."""
-    gamma = torch.ones(1) if part.gamma is None else part.gamma
+def _layer_scale(part: Residual, stream: Tensor) -> Tensor:
+    """(d,) on the stream's device, away from zero: it is divided by."""
+    gamma = stream.new_ones(stream.shape[-1]) if part.gamma is None else part.gamma
+    gamma = at_least_float32(gamma)
     return torch.where(gamma.abs() < 1e-8, torch.full_like(gamma, 1e-8), gamma)
 
 
@@ -322,6 +323,8 @@ def compress_blocks_(model: nn.Module, plan: RankPlan, batches: list[Tensor],
     """
     encoder = _encoder(model)
     assert encoder is not None, "ask sequential_blocks first"
+    modes = [{name: module.training for name, module in block.named_modules()}
+             for block in encoder.blocks]
     with evaluating(model):
         dense = compressed = torch.cat([encoder.tokens(images) for images in batches])
         for index in progress(range(len(encoder.blocks)), "compressing"):
@@ -329,6 +332,14 @@ def compress_blocks_(model: nn.Module, plan: RankPlan, batches: list[Tensor],
             job = BlockCompression(block, _ranks(plan, f"{encoder.name}.{index}", block), shrinkage)
             dense, compressed = job.run(dense, compressed)
             encoder.blocks[index] = job.block
+    for block, known in zip(encoder.blocks, modes, strict=True):
+        _set_modes(block, known)
+
+
+def _set_modes(block: nn.Module, modes: dict[str, bool]) -> None:
+    """The modes of the dense block's modules, by name; new modules have that of their holder."""
+    for name, module in block.named_modules():
+        module.training = modes.setdefault(name, modes.get(name.rpartition(".")[0], False))
 
 
 def _ranks(plan: RankPlan, name: str, block: nn.Module) -> dict[str, Rank]:

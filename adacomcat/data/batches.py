@@ -101,8 +101,19 @@ class Batches:
                 seeds = torch.randint(2**32, (len(indices),), generator=generator).tolist()
             batch = list(zip(indices.tolist(), seeds, strict=True))
             batches.append(batch[self.rank::self.world_size])
-        return iter(DataLoader(dataset, batch_sampler=batches, num_workers=self.num_workers,
-                               generator=derived_generator(self.seed, self.epoch)))
+        return _loaded(DataLoader(dataset, batch_sampler=batches, num_workers=self.num_workers,
+                                  generator=derived_generator(self.seed, self.epoch)))
+
+
+def _loaded(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches; an error of a decoding process is the line that it was there.
+
+    torch puts the other process's traceback in front of it.
+    """
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
 
 
 @dataclass

@@ -10,17 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import create_reader, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from adacomcat.data.augmentation import Augmentation
-from adacomcat.data.folder import FolderImages, ImageFormat
+from adacomcat.data.folder import FolderImages, ImageFormat, labelled_pictures
 from adacomcat.errors import UserError
 from adacomcat.utils.checksum import checksum
+from adacomcat.utils.model import class_count
 
 ARRAY_DATASETS = ("digits", "fashion-mnist")
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+MOST_COMPRESSION = 1032  # DEFLATE makes a file at most this many times smaller
 FASHION_MNIST_CACHE = Path("~/.cache/adacomcat/fashion-mnist")
 
 
@@ -81,7 +83,7 @@ def model_data_config(model: nn.Module) -> dict[str, Any]:
 
     Channels, size and classes are the model's own. Its pretrained weights may have had others.
     """
-    model_cfg = resolve_model_data_config(model) | {"num_classes": model.num_classes}
+    model_cfg = resolve_model_data_config(model) | {"num_classes": class_count(model)}
     channels, height, width = model_cfg["input_size"]
     embedding = getattr(model, "patch_embed", None)
     if embedding is not None:
@@ -171,17 +173,22 @@ def _fashion_mnist_folder() -> Path:
 
 def _read_idx(path: Path, dimensions: int) -> Tensor:
     """An IDX file of bytes: 0 0 8 ndim, then ndim big-endian sizes, then the bytes."""
+    magic = bytes((0, 0, 8, dimensions))
     try:
-        content = gzip.decompress(path.read_bytes())
+        # No more is read than the header promises, nor than a file of this size can hold.
+        most = MOST_COMPRESSION * path.stat().st_size
+        with gzip.open(path) as file:
+            header = file.read(4 + 4 * dimensions)
+            shape = [int.from_bytes(header[start:start + 4], "big")
+                     for start in range(4, len(header), 4)]
+            size = math.prod(shape)
+            content = file.read(size + 1) if header[:4] == magic and size <= most else b""
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}; --data-dir must hold Fashion-MNIST's four "
                         ".gz files") from error
-    header = 4 + 4 * dimensions
-    shape = [int.from_bytes(content[start:start + 4], "big") for start in range(4, header, 4)]
-    magic = bytes((0, 0, 8, dimensions))
-    if content[:4] != magic or len(content) != header + math.prod(shape):
+    if header[:4] != magic or len(shape) != dimensions or len(content) != size:
         raise UserError(f"{path} is no IDX file of bytes with {dimensions} dimensions")
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())
+    return torch.from_numpy(np.frombuffer(content, np.uint8).reshape(shape).copy())
 
 
 def _folder(data_dir: str | Path | None,
@@ -192,24 +199,25 @@ def _folder(data_dir: str | Path | None,
     root = Path(data_dir).expanduser()
     train = _list_split(root, ("train",))
     test = _list_split(root, ("val", "validation"))
-    if train.class_to_idx != test.class_to_idx:
-        differing = sorted(train.class_to_idx.keys() ^ test.class_to_idx.keys())
+    (train_samples, classes), (test_samples, test_classes) = train, test
+    if classes != test_classes:
+        differing = sorted(classes.keys() ^ test_classes.keys())
         raise UserError(f"{root}: training and validation have different classes "
                         f"({', '.join(differing[:5])})")
-    return (len(train.class_to_idx), FolderImages.of(train.samples, image_format),
-            FolderImages.of(test.samples, image_format))
+    return (len(classes), FolderImages.of(train_samples, image_format),
+            FolderImages.of(test_samples, image_format))
 
 
-def _list_split(root: Path, names: tuple[str, ...]) -> Any:
-    """timm's list of the pictures in root/NAME/CLASS/*, for the first name that exists."""
+def _list_split(root: Path, names: tuple[str, ...]
+                ) -> tuple[list[tuple[str | Path, int]], dict[str, int]]:
+    """The pictures in root/NAME/CLASS/* and their classes, for the first name that exists."""
     found = [root / name for name in names if (root / name).is_dir()]
     if not found:
         raise UserError(f"no folder {' or '.join(names)} in the data folder {root}; "
                         "it must hold train/CLASS/* and val/CLASS/*")
-    try:
-        reader: Any = create_reader("", root=str(found[0]))
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"no readable pictures in class folders under {found[0]}") from error
-    if "" in reader.class_to_idx:
+    samples, classes = labelled_pictures(found[0])
+    if not samples:
+        raise UserError(f"no readable pictures in class folders under {found[0]}")
+    if "" in classes:
         raise UserError(f"{found[0]} holds pictures outside class folders; move or remove them")
-    return reader
+    return samples, classes

@@ -1,21 +1,28 @@
-"""Picture files as a model sees them: as they are, or augmented from a seed."""
+"""Picture files as a model sees them: as they are, or augmented from a seed.
+
+All that reads pictures finds them by ``picture_files`` and opens them by ``open_picture``.
+"""
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import create_transform, get_img_extensions
+from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from adacomcat.errors import UserError
 from adacomcat.utils.checksum import checksum
+
+# Larger pictures are refused before they are decoded; the same number at which PIL refuses.
+MOST_PIXELS = 178_956_970
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class ImageFormat:
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
+    crop_mode: str = "center"  # 'squash' keeps all of the picture, 'border' pads what is too small
 
     @classmethod
     def from_config(cls, model_cfg: dict[str, Any]) -> "ImageFormat":
@@ -38,17 +46,26 @@ class ImageFormat:
             std=_per_channel(model_cfg["std"], channels),
             interpolation=model_cfg.get("interpolation") or "bicubic",
             crop_pct=model_cfg.get("crop_pct") or 1.0,
+            crop_mode=model_cfg.get("crop_mode") or "center",
         )
 
     def transform(self, is_training: bool) -> Any:
         """timm's transform from a PIL image to a normalised tensor (C, H, W)."""
         return create_transform(self.input_size, is_training=is_training,
                                 interpolation=self.interpolation, mean=self.mean, std=self.std,
-                                crop_pct=self.crop_pct)
+                                crop_pct=self.crop_pct, crop_mode=self.crop_mode)
 
     def pil_mode(self) -> str:
-        """PIL's name for this number of channels."""
-        return "L" if self.input_size[0] == 1 else "RGB"
+        """PIL's name for this number of channels.
+
+        Raises:
+            UserError: pictures do not have so many.
+        """
+        channels = self.input_size[0]
+        if channels not in (1, 3):
+            raise UserError(f"the model takes {channels} channels, and pictures have 1 or 3; give "
+                            "images as tensors in Python, or another model")
+        return "L" if channels == 1 else "RGB"
 
 
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
@@ -67,10 +84,14 @@ class FolderImages(Dataset):
         samples: (path, label) of every file.
         indices: which of the samples belong to this dataset, in its order.
         image_format: the size and the normalisation that the model wants.
+
+    Raises:
+        UserError: the model takes another number of channels than pictures have.
     """
 
     def __init__(self, samples: list[tuple[str | Path, int]], indices: Tensor,
                  image_format: ImageFormat) -> None:
+        image_format.pil_mode()
         self.samples, self.indices, self.image_format = samples, indices, image_format
         self.transforms = {flag: image_format.transform(flag) for flag in (False, True)}
 
@@ -114,16 +135,77 @@ def _seeded(seed: int, function: Callable[[], Tensor]) -> Tensor:
 
 
 def open_picture(path: str | Path, image_format: ImageFormat) -> Image.Image:
-    """The picture in the channels of ``image_format``.
+    """The picture in the channels of ``image_format``, of eight bits each; no alpha.
 
     Raises:
-        UserError: the file is no picture that PIL can read.
+        UserError: the file is no picture that PIL can read, or it is too large.
     """
+    mode = image_format.pil_mode()
     try:
         with Image.open(path) as picture:
-            return picture.convert(image_format.pil_mode())
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            width, height = picture.size
+            if width * height > MOST_PIXELS:
+                raise ValueError(f"{width} × {height} pixels are more than {MOST_PIXELS}")
+            return _eight_bits(picture).convert(mode)
+    except Exception as error:  # PIL's plugins raise what they like on damaged files
         raise UserError(f"cannot read the picture {path}: {error}; mend or remove it") from error
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """A picture that ``convert`` changes to grey or RGB without clipping.
+
+    Of 16 bits the upper eight are kept, as PIL does by itself for coloured pictures.
+
+    Raises:
+        ValueError: nothing says which of its values is white.
+    """
+    wide = picture.mode == "I" and picture.format in ("PNG", "PPM")
+    if wide or picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"its pixels have PIL's mode {picture.mode!r}; 8 or 16 bits are known")
+    if picture.mode == "P" and "transparency" in picture.info:
+        return picture.convert("RGBA")
+    return picture
+
+
+def picture_files(root: Path) -> list[Path]:
+    """Every picture under a folder, linked files and folders included, in the order of the paths.
+
+    A link to a folder that it lies in is not followed.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    extensions = get_img_extensions(as_set=True)
+    try:
+        return sorted(Path(file) for file in _files_under(str(root), frozenset())
+                      if os.path.splitext(file)[1].lower() in extensions)
+    except OSError as error:
+        raise UserError(f"cannot read the folder {root}: {error}") from error
+
+
+def _files_under(folder: str, above: frozenset[str]) -> Iterator[str]:
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _files_under(entry.path, above | {real})
+            else:
+                yield entry.path
+
+
+def labelled_pictures(root: Path) -> tuple[list[tuple[str | Path, int]], dict[str, int]]:
+    """((path, label) of every picture, class → label), as timm's reader orders them.
+
+    The folder that a picture lies in is its class, '' for those in ``root`` itself.
+    """
+    files = sorted(picture_files(root), key=lambda file: natural_key(str(file)))
+    classes = ["" if file.parent == root else file.parent.name for file in files]
+    labels = {name: label for label, name in enumerate(sorted(set(classes), key=natural_key))}
+    return [(file, labels[name]) for file, name in zip(files, classes, strict=True)], labels
 
 
 def pictures_under(folder: str | Path, model_cfg: dict[str, Any]) -> FolderImages:
@@ -137,8 +219,7 @@ def pictures_under(folder: str | Path, model_cfg: dict[str, Any]) -> FolderImage
         UserError: there is no picture.
     """
     root = Path(folder).expanduser()
-    extensions = get_img_extensions(as_set=True)
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in extensions)
+    files = picture_files(root) if root.is_dir() else []
     if not files:
         raise UserError(f"no pictures in the folder {root}; give one that holds some")
     return FolderImages.of([(file, 0) for file in files], ImageFormat.from_config(model_cfg))

@@ -88,7 +88,7 @@ class ValueFactors(NamedTuple):
 def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Scale the columns of ``left`` and ``right`` to equal norms, as training wants them."""
     ratio = right.norm(dim=-2, keepdim=True) / left.norm(dim=-2, keepdim=True).clamp_min(1e-300)
-    ratio = ratio.sqrt().clamp(1e-8, 1e8)
+    ratio = ratio.sqrt().clamp(1e-40, 1e40)
     return left * ratio, right / ratio
 
 

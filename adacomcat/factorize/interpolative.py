@@ -48,7 +48,7 @@ def interpolated(rest: Tensor, pivots: Tensor) -> Tensor | None:
         return None
     x = rest.new_zeros(*rest.shape[:-2], k, r)
     x.scatter_(-2, index[..., None].expand(*index.shape, r),
-               torch.eye(r, dtype=x.dtype).expand(*index.shape, r))
+               torch.eye(r, dtype=x.dtype, device=x.device).expand(*index.shape, r))
     x[others] = rest.flatten(0, -2)
     return x
 

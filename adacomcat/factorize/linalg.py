@@ -8,6 +8,8 @@ from adacomcat.ops.decompositions import gram
 
 # A covariance is never trusted below this fraction of its mean eigenvalue.
 EIGENVALUE_FLOOR = 1e-6
+# A variance that stands for none, which constant inputs have, such as those behind a norm of zeros.
+NO_VARIANCE = 1e-30
 # The largest condition for which a Gram matrix, which squares it, leaves spectra of six digits.
 GRAM_CONDITION = 1e4
 
@@ -15,25 +17,39 @@ GRAM_CONDITION = 1e4
 def require_finite(name: str, **tensors: Tensor | None) -> None:
     """UserError where a tensor of the layer ``name`` holds NaN or infinity."""
     for what, tensor in tensors.items():
+        if tensor is None or not tensor.numel() or not tensor.is_floating_point():
+            continue
+        tensor = tensor.detach()
+        if tensor.is_meta:
+            raise UserError(f"{name}: its {what} lies on the meta device and has no values; load "
+                            "the weights first")
+        if tensor.itemsize == 1:  # float8 has no comparisons
+            tensor = tensor.float()
         # NaN passes into the extremes, which take one pass and no second tensor.
-        if tensor is not None and tensor.numel() and not all(
-                extreme.isfinite() for extreme in tensor.aminmax()):
+        if not all(extreme.isfinite() for extreme in tensor.aminmax()):
             raise UserError(f"{name}: its {what} holds NaN or infinite values; "
                             "repair the checkpoint or the calibration images")
 
 
-def shrink(covariance: Tensor, strength: float) -> Tensor:
-    """C + λ m I with m the mean of C's diagonal and λ the strength: directions that no calibration
-    image has keep a weight."""
+def ridge(covariance: Tensor, strength: float) -> Tensor:
+    """λ m with m the mean of C's diagonal and λ the strength; (..., 1, 1), positive where λ is.
+
+    Inputs that never change have no variance, and a relative ridge alone would be 0 there.
+    """
     mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return strength * mean.clamp_min(NO_VARIANCE)
+
+
+def shrink(covariance: Tensor, strength: float) -> Tensor:
+    """C + λ m I, with the ridge λ m: directions that no calibration image has keep a weight."""
     identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-    return covariance + strength * mean * identity
+    return covariance + ridge(covariance, strength) * identity
 
 
 def square_roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """C^½ and C^-½ by eigh, with a floor relative to the mean eigenvalue: C is often singular."""
     values, vectors = torch.linalg.eigh(covariance)
-    floor = EIGENVALUE_FLOOR * values.mean(-1, keepdim=True).clamp_min(1e-300)
+    floor = EIGENVALUE_FLOOR * values.mean(-1, keepdim=True).clamp_min(NO_VARIANCE)
     roots = torch.maximum(values, floor).sqrt().unsqueeze(-2)
     return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
 

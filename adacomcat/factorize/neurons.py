@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adacomcat.factorize.factors import LinearStatistics
-from adacomcat.factorize.linalg import shrink
+from adacomcat.factorize.linalg import ridge, shrink
 
 # Shrinkage of a refit towards the dense weights, as a part of the mean variance; ten times as much
 # gave no smaller error of the features (examples/dinov2).
@@ -72,8 +72,7 @@ def factorize_neurons(weight: Tensor, bias: Tensor | None,
 def refitted(weight: Tensor, covariance: Tensor, kept: Tensor) -> Tensor:
     """W_K = argmin E|W h - W_K h_K|² + λ m |W_K - W[:, K]|², m the mean variance; (out, K)."""
     own = covariance[kept][:, kept]
-    pull = REFIT_SHRINKAGE * own.diagonal().mean()
-    target = covariance[kept] @ weight.mT + pull * weight[:, kept].mT
+    target = covariance[kept] @ weight.mT + ridge(own, REFIT_SHRINKAGE) * weight[:, kept].mT
     return torch.cholesky_solve(target, torch.linalg.cholesky(shrink(own, REFIT_SHRINKAGE))).mT
 
 

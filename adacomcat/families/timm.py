@@ -6,7 +6,15 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, AttentionRope, LayerScale, Mlp, PatchEmbed, apply_rot_embed_cat
+from timm.layers import (
+    Attention,
+    AttentionRope,
+    DropPath,
+    LayerScale,
+    Mlp,
+    PatchEmbed,
+    apply_rot_embed_cat,
+)
 from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
 from timm.models.swin_transformer import WindowAttention
@@ -15,7 +23,6 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from adacomcat.errors import UserError
-from adacomcat.families.registration import register_attention
 from adacomcat.layers.attention import (
     Context,
     LowRankAttention,
@@ -23,7 +30,9 @@ from adacomcat.layers.attention import (
     masked_context,
 )
 from adacomcat.layers.fused import ClassTokenEncoder, FusedBlock, FusedPatches, gemv_linear
+from adacomcat.layers.plain import is_plain, is_plain_linear
 from adacomcat.layers.registry import (
+    AttentionFamily,
     AttentionParts,
     BlockParts,
     EncoderParts,
@@ -31,6 +40,8 @@ from adacomcat.layers.registry import (
     Projection,
     Residual,
     Tier,
+    TierOf,
+    add_attention,
     add_block,
     add_encoder,
     add_mlp,
@@ -38,6 +49,7 @@ from adacomcat.layers.registry import (
     add_position_network,
 )
 from adacomcat.ops import inference
+from adacomcat.utils.model import ancestors
 
 
 class _PositionBias(LowRankAttention):
@@ -171,7 +183,8 @@ def _attention_parts(attn: Any) -> AttentionParts:
         q, k, v = (Projection.of(p) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
     # Swin v2 has no scale: its learned one multiplies the queries.
     return AttentionParts(q, k, v, Projection.of(attn.proj), attn.num_heads,
-                          getattr(attn, "scale", 1.0), attn.attn_drop.p, attn.proj_drop.p)
+                          getattr(attn, "scale", 1.0), attn.attn_drop.p,
+                          _probability(attn.proj_drop))
 
 
 def _split_qkv(attn: Any) -> list[Projection]:
@@ -180,13 +193,31 @@ def _split_qkv(attn: Any) -> list[Projection]:
     biases = [None] * 3 if whole.bias is None else list(whole.bias.chunk(3))
     if getattr(attn, "q_bias", None) is not None:
         biases = [attn.q_bias.detach(), None, attn.v_bias.detach()]
-    return [Projection(weight, bias, whole.plain)
+    return [whole._replace(weight=weight, bias=bias)
             for weight, bias in zip(whole.weight.chunk(3), biases, strict=True)]
+
+
+def _plain_attention(attn: Any) -> bool:
+    """Whether ``_attention_parts`` reads all that stands between the tokens and the result."""
+    inner = [attn.qkv] if getattr(attn, "qkv", None) is not None else [
+        attn.q_proj, attn.k_proj, attn.v_proj]
+    return (all(map(is_plain_linear, (*inner, attn.proj))) and _is_dropout(attn.proj_drop)
+            and is_plain(attn.attn_drop, nn.Dropout)
+            and is_plain(getattr(attn, "softmax", nn.Softmax()), nn.Softmax))
+
+
+def _is_dropout(module: nn.Module) -> bool:
+    return is_plain(module, nn.Dropout, nn.Identity)
+
+
+def _probability(dropout: nn.Module) -> float:
+    """0 where an identity took the place of a dropout."""
+    return dropout.p if isinstance(dropout, nn.Dropout) else 0.0
 
 
 def _present(attn: nn.Module, *names: str) -> bool:
     parts = [getattr(attn, name, None) for name in names]
-    return any(part is not None and not isinstance(part, nn.Identity) for part in parts)
+    return any(part is not None and type(part) is not nn.Identity for part in parts)
 
 
 def _folds_values(attn: nn.Module) -> bool:
@@ -201,9 +232,16 @@ def _tier(attn: nn.Module, model: nn.Module | None) -> Tier | None:
 
 
 def _eva_tier(attn: nn.Module, model: nn.Module | None) -> Tier | None:
-    """The model hands the rotary embedding to every attention at call time, so it is asked."""
-    rotary = getattr(model, "rope", None) is not None
-    return "B" if rotary and _folds_values(attn) else _tier(attn, model)
+    """The model that owns the blocks hands its rotary embedding to every attention at call time.
+
+    That owner may stand inside of another module, so the nearest one that has a ``rope`` is asked.
+    Where there is none, whoever calls the blocks may bring an embedding, and tier B allows both.
+    """
+    if model is None or not _folds_values(attn):
+        return _tier(attn, model)
+    owner = next((above for above in ancestors(attn, model) if hasattr(above, "rope")), None)
+    rotary = owner is None or owner.rope is not None
+    return "B" if rotary else _tier(attn, model)
 
 
 def _rotary_tier(attn: nn.Module, model: nn.Module | None) -> Tier | None:
@@ -211,10 +249,17 @@ def _rotary_tier(attn: nn.Module, model: nn.Module | None) -> Tier | None:
 
 
 def _mlp_parts(mlp: Any) -> MlpParts:
-    return MlpParts(mlp.fc1, mlp.act, mlp.fc2, mlp.drop1.p, isinstance(mlp.norm, nn.Identity))
+    plain = (is_plain(mlp, Mlp) and is_plain(mlp.norm, nn.Identity)
+             and _is_dropout(mlp.drop1) and _is_dropout(mlp.drop2))
+    return MlpParts(mlp.fc1, mlp.act, mlp.fc2, _probability(mlp.drop1), plain)
 
 
-def _block_parts(block: Any) -> BlockParts:
+def _block_parts(block: Any) -> BlockParts | None:
+    plain = (all(is_plain(scale, LayerScale, nn.Identity) for scale in (block.ls1, block.ls2))
+             and all(is_plain(drop, DropPath, nn.Identity)
+                     for drop in (block.drop_path1, block.drop_path2)))
+    if not plain:
+        return None
     return BlockParts(
         Residual("attn", block.norm1, block.attn, block.ls1, _gamma(block.ls1)),
         Residual("mlp", block.norm2, block.mlp, block.ls2, _gamma(block.ls2)))
@@ -279,8 +324,8 @@ def _embedding(model: VisionTransformer) -> nn.Parameter | None:
     embedding does more than project patches that do not overlap.
     """
     patches = model.patch_embed
-    if not (type(patches) is PatchEmbed and type(patches.proj) is FusedPatches
-            and patches.grid_size is not None and type(patches.norm) is nn.Identity):
+    if not (is_plain(patches, PatchEmbed) and is_plain(patches.proj, FusedPatches)
+            and patches.grid_size is not None and is_plain(patches.norm, nn.Identity)):
         return None
     zeros = patches.proj.weight.new_zeros(1, *patches.grid_size, patches.proj.out_channels)
     if not model.dynamic_img_size:
@@ -288,14 +333,17 @@ def _embedding(model: VisionTransformer) -> nn.Parameter | None:
     return nn.Parameter(model._pos_embed(zeros), requires_grad=False)
 
 
-register_attention(Attention, _attention_parts,
-                   {"A": LowRankAttention, "B": LowRankNormedAttention}, _tier)
-register_attention(AttentionRope, _attention_parts, {"B": LowRankRotaryAttention}, _rotary_tier)
-register_attention(EvaAttention, _attention_parts,
-                   {"A": LowRankEvaAttention, "B": LowRankRotaryAttention}, _eva_tier)
-register_attention(BeitAttention, _attention_parts, {"A": LowRankBeitAttention}, _tier)
-register_attention(WindowAttention, _attention_parts, {"A": LowRankWindowAttention}, _tier)
-register_attention(CosineAttention, _attention_parts, {"B": LowRankCosineAttention}, _rotary_tier)
+def _add_attention(kind: type[nn.Module], low_rank: dict[str, type[LowRankAttention]],
+                   tier: TierOf) -> None:
+    add_attention(kind, AttentionFamily(_attention_parts, low_rank, tier, _plain_attention))
+
+
+_add_attention(Attention, {"A": LowRankAttention, "B": LowRankNormedAttention}, _tier)
+_add_attention(AttentionRope, {"B": LowRankRotaryAttention}, _rotary_tier)
+_add_attention(EvaAttention, {"A": LowRankEvaAttention, "B": LowRankRotaryAttention}, _eva_tier)
+_add_attention(BeitAttention, {"A": LowRankBeitAttention}, _tier)
+_add_attention(WindowAttention, {"A": LowRankWindowAttention}, _tier)
+_add_attention(CosineAttention, {"B": LowRankCosineAttention}, _rotary_tier)
 add_position_network("cpb_mlp")  # of Swin v2
 add_mlp(Mlp, _mlp_parts)
 add_block(Block, _block_parts)

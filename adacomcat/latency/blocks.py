@@ -5,7 +5,6 @@ A timed block is what one call runs, and that is what a deployed model has: the 
 ``vo`` of an attention, or ``fc1`` and ``fc2`` of an MLP, are timed together.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from adacomcat.layers.fused import ClassTokenEncoder, GemvLinear, gemv_linear
 from adacomcat.layers.registry import mlp_parts
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Rank, Site
+from adacomcat.utils.model import copied
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TimedBlock:
         """
         plan = RankPlan(dict(zip((site.name for site in self.sites), ranks, strict=True)))
         root: Any = nn.Module()
-        root.add_module("owner", copy.deepcopy(model.get_submodule(self.owner)))
+        root.add_module("owner", copied(model.get_submodule(self.owner)))
 
         def relative(name: str) -> str:
             return "owner" + name.removeprefix(self.owner)

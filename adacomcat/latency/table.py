@@ -5,7 +5,6 @@ together, like ``fc1`` and ``fc2`` of an MLP, are the axes of one grid, so that 
 measured and not assumed. Between grid points the time is multilinear in the ranks.
 """
 
-import copy
 import math
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -18,6 +17,7 @@ from adacomcat.latency.cache import LatencyCache, machine
 from adacomcat.latency.timing import Call, Measure, deployed, forward_pass
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Rank, Site
+from adacomcat.utils.model import copied
 from adacomcat.utils.progress import progress
 
 # Number of axes of a grid → ranks that are timed along each axis, beside 'dense'.
@@ -118,6 +118,6 @@ class LatencyTable:
         The dense model runs in turn with it, and their ratio counts, because a machine that is
         slower for a while slows down both.
         """
-        made = deployed(build_skeleton(copy.deepcopy(self.model), plan))
+        made = deployed(build_skeleton(copied(self.model), plan))
         times = self.measure({"dense": self.dense, "plan": forward_pass(made, self.batch)})
         return self.dense_ms * times["plan"] / times["dense"]

@@ -4,7 +4,6 @@ Where the CPU kernels are built, a deployed model is what ``adacomcat.optimize``
 elsewhere it is the plain model.
 """
 
-import copy
 import math
 import statistics
 import time
@@ -16,7 +15,7 @@ from torch import nn
 
 from adacomcat.fuse import optimize
 from adacomcat.ops import backends
-from adacomcat.utils.model import input_size
+from adacomcat.utils.model import copied, input_size
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -97,7 +96,7 @@ def deployed(model: nn.Module) -> nn.Module:
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and backends.available()["cpp"] is None:
         return optimize(model)
-    return copy.deepcopy(model).eval()
+    return copied(model).eval()
 
 
 def model_latencies(models: Mapping[str, nn.Module], batch: int = 1,

@@ -19,7 +19,9 @@ from adacomcat.factorize.factors import (
     factorize_scores,
     factorize_values,
 )
+from adacomcat.layers.inherit import inherit_
 from adacomcat.layers.registry import (
+    AttentionParts,
     Projection,
     attention_family,
     attention_parts,
@@ -38,6 +40,18 @@ def factorize_attention(attn: nn.Module, statistics: AttentionStatistics | None 
     scores = factorize_scores(w.wq, w.bq, w.wk, w.scale, statistics, shrinkage=shrinkage)
     values = factorize_values(w.wv, w.bv, w.wo, w.bo, statistics, shrinkage=shrinkage)
     return scores, values
+
+
+def _origins(attn: nn.Module, parts: AttentionParts) -> dict[str, Tensor]:
+    """Name of a drop-in's parameter → the parameter of ``attn`` that it comes from."""
+    found: dict[str, Tensor] = dict(attn.named_parameters())
+    named = {"q": parts.q, "k": parts.k, "v": parts.v, "o": parts.out}
+    for letter, projection in named.items():
+        if isinstance(linear := projection.origin, nn.Linear):
+            bias = linear.weight if linear.bias is None else linear.bias
+            found |= {f"w{letter}": linear.weight, f"{letter}.weight": linear.weight,
+                      f"b{letter}": bias, f"{letter}.bias": bias}
+    return found
 
 
 def causal_mask(mask: Tensor | None, x: Tensor, is_causal: bool) -> Tensor | None:
@@ -107,13 +121,17 @@ class LowRankAttention(nn.Module):
 
     @classmethod
     def like(cls, attn: nn.Module, rank_qk: int, rank_vo: int) -> "LowRankAttention":
-        """Uninitialised, of ``attn``'s shape, with what ``attn`` needs beside its projections."""
+        """Uninitialised, of ``attn``'s shape, with what ``attn`` needs beside its projections.
+
+        Its parameters train where those of ``attn`` do that they come from.
+        """
         parts = attention_parts(attn)
         weight = parts.out.weight
         module = cls(parts.dim, parts.num_heads, rank_qk, rank_vo, scale=parts.scale,
                      dim_out=parts.dim_out, attn_drop=parts.attn_drop, proj_drop=parts.proj_drop,
                      device=weight.device, dtype=weight.dtype)
         module.adopt(attn)
+        inherit_(module, attn, _origins(attn, parts))
         return module.train(attn.training)
 
     @staticmethod

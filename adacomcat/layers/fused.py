@@ -16,6 +16,7 @@ from adacomcat.factorize.gauge import MlpFactors, identity_gauge
 from adacomcat.layers.attention import LowRankAttention, causal_mask
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.mlp import LowRankMlp, activation_name
+from adacomcat.layers.plain import is_plain, is_plain_linear
 from adacomcat.layers.registry import MlpParts, Residual, attention_weights
 from adacomcat.ops import inference
 
@@ -55,9 +56,10 @@ class FusedAttention(nn.Module):
 
     def __init__(self, part: Residual) -> None:
         super().__init__()
-        affine, attn = _affine(part.norm), part.inner
+        attn, like = part.inner, next(part.inner.parameters())
+        affine = _affine(part.norm, like)
         p, self.num_heads, self.scale = _projections(attn)
-        gamma, like = _gamma(part, p.wo), next(attn.parameters())
+        gamma = _gamma(part, p.wo)
         self.epsilon = affine.epsilon
         # The norm's bias cancels in the softmax where every key has it, and passes through the
         # softmax into bo where every value has it.
@@ -88,7 +90,8 @@ class FusedMlp(nn.Module):
 
     def __init__(self, part: Residual) -> None:
         super().__init__()
-        affine, mlp = _affine(part.norm), cast(LowRankMlp, part.inner)
+        mlp = cast(LowRankMlp, part.inner)
+        affine = _affine(part.norm, mlp.fc1.v)
         gamma = _gamma(part, mlp.fc2.u)
         v1, u1, u2 = (w.detach().double() for w in (mlp.fc1.v, mlp.fc1.u, mlp.fc2.u))
         self.activation, self.epsilon = mlp.activation, affine.epsilon
@@ -112,7 +115,8 @@ class FusedDenseMlp(nn.Module):
 
     def __init__(self, part: Residual, mlp: MlpParts) -> None:
         super().__init__()
-        affine, (fc1, fc2) = _affine(part.norm), mlp.linears
+        fc1, fc2 = mlp.linears
+        affine = _affine(part.norm, fc1.weight)
         gamma = _gamma(part, fc2.weight)
         w1, w2 = (linear.weight.detach().double() for linear in (fc1, fc2))
         self.activation, self.epsilon = activation_name(mlp.act), affine.epsilon
@@ -203,19 +207,20 @@ class ClassTokenEncoder(nn.Module):
 
 def gemv_linear(head: nn.Module) -> nn.Module:
     """A ``GemvLinear`` for a plain linear layer; anything else as it is."""
-    return GemvLinear(head) if type(head) is nn.Linear else head
+    return GemvLinear(cast(nn.Linear, head)) if is_plain_linear(head) else head
 
 
 def is_layer_norm(norm: nn.Module) -> bool:
     """Whether the fused ops know this norm: a layer norm over the last dimension."""
-    known = type(norm) in (nn.LayerNorm, LayerNorm)
+    known = is_plain(norm, nn.LayerNorm, LayerNorm)
     return known and len(cast(nn.LayerNorm, norm).normalized_shape) == 1
 
 
-def _affine(module: nn.Module) -> Norm:
+def _affine(module: nn.Module, like: Tensor) -> Norm:
+    """``like``: on the device of the projections, for a norm that has no weight."""
     norm = cast(nn.LayerNorm, module)
     width = norm.normalized_shape[0]
-    weight = torch.ones(width) if norm.weight is None else norm.weight.detach()
+    weight = like.new_ones(width) if norm.weight is None else norm.weight.detach()
     bias = torch.zeros_like(weight) if norm.bias is None else norm.bias.detach()
     return Norm(weight.double(), bias.double(), norm.eps)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from adacomcat import ops
 from adacomcat.factorize.factors import LinearFactors, LinearStatistics, factorize_linear
+from adacomcat.layers.inherit import inherit_
 
 
 class LowRankLinear(nn.Module):
@@ -45,9 +46,14 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     def like(cls, linear: nn.Linear, rank: int) -> "LowRankLinear":
-        """A layer of ``linear``'s shape, device, dtype and mode; its factors are random."""
-        return cls(linear.in_features, linear.out_features, rank, linear.bias is not None,
-                   linear.weight.device, linear.weight.dtype).train(linear.training)
+        """A layer of ``linear``'s shape, device, dtype and mode; its factors are random.
+
+        They train where ``linear``'s weight does.
+        """
+        made = cls(linear.in_features, linear.out_features, rank, linear.bias is not None,
+                   linear.weight.device, linear.weight.dtype)
+        inherit_(made, linear, {"v": linear.weight, "u": linear.weight, "bias": linear.bias})
+        return made.train(linear.training)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, rank: int, covariance: Tensor | None = None,
@@ -85,6 +91,7 @@ class LowRankLinear(nn.Module):
             linear.weight.copy_(self.weight)
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
+        inherit_(linear, self, {"weight": self.v, "bias": self.bias})
         return linear.train(self.training)
 
     @torch.no_grad()

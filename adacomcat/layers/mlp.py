@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from adacomcat import ops
 from adacomcat.errors import UserError
 from adacomcat.factorize.factors import LinearStatistics
+from adacomcat.layers.inherit import inherit_
 from adacomcat.layers.linear import LowRankLinear
+from adacomcat.layers.plain import altered, is_plain, is_plain_linear
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", GELU: "gelu", GELUTanh: "gelu_tanh"}
 
@@ -19,11 +21,12 @@ def mlp_of_width(mlp: Mlp, width: int) -> Mlp:
     """A timm MLP like ``mlp`` with this many hidden neurons; its weights are random."""
     fc1, fc2 = _projections(mlp)
     device, dtype = fc1.weight.device, fc1.weight.dtype
-    made = Mlp(fc1.in_features, width, fc2.out_features, drop=(mlp.drop1.p, mlp.drop2.p),
-               device=device, dtype=dtype)
+    made = Mlp(fc1.in_features, width, fc2.out_features, device=device, dtype=dtype)
+    made.drop1, made.drop2 = mlp.drop1, mlp.drop2
     made.act = mlp.act
     made.fc1 = nn.Linear(fc1.in_features, width, fc1.bias is not None, device, dtype)
     made.fc2 = nn.Linear(width, fc2.out_features, fc2.bias is not None, device, dtype)
+    inherit_(made, mlp, dict(mlp.named_parameters()))
     return made.train(mlp.training)
 
 
@@ -55,6 +58,10 @@ def _projections(mlp: Mlp) -> tuple[nn.Linear, nn.Linear]:
 
 def activation_name(module: nn.Module) -> str | None:
     """The name by which the fused ops know an activation; None where they do not."""
+    return None if altered(module) else _name(module)
+
+
+def _name(module: nn.Module) -> str | None:
     if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     return _ACTIVATIONS.get(type(module))
@@ -77,7 +84,11 @@ class LowRankMlp(nn.Module):
         super().__init__()
         self.fc1, self.act, self.fc2 = fc1, act, fc2
         self.drop1, self.drop2 = nn.Dropout(drop), nn.Dropout(drop)
-        self.activation = activation_name(act)
+
+    @property
+    def activation(self) -> str | None:
+        """The name by which the op knows ``act``; None where it does not."""
+        return _name(self.act)
 
     @classmethod
     def from_timm(cls, mlp: nn.Module, rank1: int | None = None, rank2: int | None = None, *,
@@ -99,23 +110,32 @@ class LowRankMlp(nn.Module):
         Raises:
             UserError: ``mlp`` is no such MLP, or a rank exceeds the full rank.
         """
-        if not (type(mlp) is Mlp and type(mlp.fc1) is type(mlp.fc2) is nn.Linear
-                and isinstance(mlp.norm, nn.Identity)):
+        if not (isinstance(mlp, Mlp) and is_plain(mlp, Mlp) and is_plain(mlp.norm, nn.Identity)
+                and is_plain_linear(mlp.fc1) and is_plain_linear(mlp.fc2)):
             raise UserError(f"{type(mlp).__name__} is not timm's Mlp of two linear layers without "
                             "a norm; use adacomcat.compress")
         dense1, dense2 = _projections(mlp)
         fc1 = _low_rank(dense1, rank1, statistics1, "rank1")
         fc2 = _low_rank(dense2, rank2, statistics2, "rank2")
-        return cls(fc1, mlp.act, fc2, mlp.drop1.p).train(mlp.training)
+        return cls(fc1, mlp.act, fc2, getattr(mlp.drop1, "p", 0.0)).train(mlp.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) → (..., out)."""
-        if self.activation is not None and not (self.training and self.drop1.p):
-            y = ops.low_rank_mlp(x, self.fc1.v, self.fc1.u, self.fc1.bias,
-                                 self.fc2.v, self.fc2.u, self.fc2.bias, self.activation)
+        fc1, act, fc2 = self.fc1, self.act, self.fc2
+        activation = _name(act)
+        whole = (activation is not None and type(fc1) is type(fc2) is LowRankLinear
+                 and not (_hooked(fc1) or _hooked(act) or _hooked(fc2)))
+        if whole and not (self.training and self.drop1.p):
+            y = ops.low_rank_mlp(x, fc1.v, fc1.u, fc1.bias, fc2.v, fc2.u, fc2.bias, activation)
         else:
-            y = self.fc2(self.drop1(self.act(self.fc1(x))))
+            y = fc2(self.drop1(act(fc1(x))))
         return self.drop2(y)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """A part of ``layers.plain.altered`` that is quick enough for every call."""
+    return bool(module._forward_hooks or module._forward_pre_hooks
+                or "forward" in module.__dict__)
 
 
 def _low_rank(linear: nn.Linear, rank: int | None, statistics: LinearStatistics | None,

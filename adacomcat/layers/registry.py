@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, cast
 from torch import Tensor, nn
 
 from adacomcat.errors import UserError
+from adacomcat.layers.plain import altered, altered_inside, is_plain, is_plain_linear
 
 # A: queries with keys and values with outputs fold head by head. B: only values with outputs do.
 Tier = Literal["A", "B"]
@@ -23,13 +24,21 @@ class Projection(NamedTuple):
 
     weight: Tensor  # (out, in)
     bias: Tensor | None = None  # (out,)
-    plain: bool = True  # whether exactly an nn.Linear computes it, so that a fused op may
+    plain: bool = True  # whether these numbers are all that decides: see ``layers/plain.py``
+    origin: nn.Module | None = None  # the layer that they were read from
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "Projection":
-        """The whole of ``linear``."""
+        """The whole of ``linear``.
+
+        Raises:
+            UserError: It has no weight that can be read, such as a quantised layer.
+        """
+        if not isinstance(getattr(linear, "weight", None), Tensor):
+            raise UserError(f"{type(linear).__name__} has no weight that can be read; only linear "
+                            "layers are projections")
         bias = None if linear.bias is None else linear.bias.detach()
-        return cls(linear.weight.detach(), bias, type(linear) is nn.Linear)
+        return cls(linear.weight.detach(), bias, is_plain_linear(linear), linear)
 
 
 class AttentionWeights(NamedTuple):
@@ -109,7 +118,8 @@ class AttentionParts:
         return AttentionWeights(wq, wk, wv, bq, bk, bv, wo, bo, self.scale)
 
 
-# (attention, the model that holds it or None) → tier; None where not even the values fold.
+# (attention, the model that holds it or None) → tier; None where not even the values fold. It
+# looks at the attention's structure; ``attention_tier`` asks whether its parts are plain.
 TierOf = Callable[[nn.Module, nn.Module | None], Tier | None]
 
 
@@ -120,6 +130,14 @@ class AttentionFamily:
     read: Callable[[Any], AttentionParts]
     low_rank: Mapping[str, type[Any]]  # tier → subclass of LowRankAttention
     tier: TierOf
+    # Whether all that ``read`` takes for granted is so: exact types, which nobody changed.
+    plain: Callable[[Any], bool] | None = None
+
+    def reads(self, attn: nn.Module) -> bool:
+        """Whether ``read`` tells all that ``attn`` computes."""
+        if altered_inside(attn) or not (self.plain is None or self.plain(attn)):
+            return False
+        return self.read(attn).plain
 
 
 @dataclass(frozen=True)
@@ -134,8 +152,8 @@ class MlpParts:
 
     @property
     def dense(self) -> bool:
-        """Plain, and both projections are exactly linear layers."""
-        return self.plain and type(self.fc1) is type(self.fc2) is nn.Linear
+        """Plain, and so are both projections, which are linear layers."""
+        return self.plain and is_plain_linear(self.fc1) and is_plain_linear(self.fc2)
 
     @property
     def linears(self) -> tuple[nn.Linear, nn.Linear]:
@@ -177,7 +195,7 @@ _FAMILIES = ["adacomcat.families.timm"]  # ``load_families`` empties this list
 
 _attentions: dict[type[nn.Module], AttentionFamily] = {}
 _mlps: dict[type[nn.Module], Callable[[Any], MlpParts]] = {}
-_blocks: dict[type[nn.Module], Callable[[Any], BlockParts]] = {}
+_blocks: dict[type[nn.Module], Callable[[Any], BlockParts | None]] = {}
 _encoders: dict[type[nn.Module], Callable[[Any], EncoderParts]] = {}
 _patch_projections: dict[type[nn.Module], str] = {}
 _position_networks: set[str] = set()
@@ -197,7 +215,8 @@ def add_mlp(kind: type[nn.Module], read: Callable[[Any], MlpParts]) -> None:
     _mlps[kind] = read
 
 
-def add_block(kind: type[nn.Module], read: Callable[[Any], BlockParts]) -> None:
+def add_block(kind: type[nn.Module], read: Callable[[Any], BlockParts | None]) -> None:
+    """``read`` gives None for a block that has other parts than its class."""
     _blocks[kind] = read
 
 
@@ -223,7 +242,15 @@ def attention_family(attn: nn.Module) -> AttentionFamily | None:
 def attention_tier(attn: nn.Module, model: nn.Module | None = None) -> Tier | None:
     """How far ``attn`` of ``model`` folds; None where not even its value path does."""
     family = attention_family(attn)
-    return None if family is None else family.tier(attn, model)
+    tier = None if family is None else family.tier(attn, model)
+    return tier if family is not None and tier is not None and family.reads(attn) else None
+
+
+def attention_is_altered(attn: nn.Module, model: nn.Module | None = None) -> bool:
+    """Whether ``attn`` would fold, were it not for what someone changed about it."""
+    family = attention_family(attn)
+    return (family is not None and family.tier(attn, model) is not None
+            and not family.reads(attn))
 
 
 def attention_parts(attn: nn.Module) -> AttentionParts:
@@ -249,22 +276,31 @@ def mlp_parts(module: nn.Module) -> MlpParts | None:
     return None if read is None else read(module)
 
 
+def mlp_is_altered(module: nn.Module) -> bool:
+    """Whether ``module`` is of a known class of MLPs and someone changed it, as a whole."""
+    load_families()
+    return type(module) in _mlps and altered(module)
+
+
 def block_parts(module: nn.Module) -> BlockParts | None:
+    """The halves of a known block; None where it is unknown or altered."""
     load_families()
     read = _blocks.get(type(module))
-    return None if read is None else read(module)
+    return None if read is None or altered(module) else read(module)
 
 
 def encoder_parts(model: nn.Module) -> EncoderParts | None:
+    """The parts of a known model; None where it is unknown or altered."""
     load_families()
     read = _encoders.get(type(model))
-    return None if read is None else read(model)
+    parts = None if read is None or altered(model) else read(model)
+    return None if parts is None or not is_plain(parts.blocks, nn.Sequential) else parts
 
 
 def patch_projection(module: nn.Module) -> str | None:
     """The name of the convolution in a patch embedding; None where ``module`` is none."""
     load_families()
-    return _patch_projections.get(type(module))
+    return None if altered(module) else _patch_projections.get(type(module))
 
 
 def is_position_network(name: str) -> bool:

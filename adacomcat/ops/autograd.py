@@ -24,14 +24,15 @@ def by_kernel(
 ) -> tuple[Gradient, ...]:
     """The gradients that a backend's kernels compute, in the order of the arguments ``names``."""
     tensors = [name for name in names if name not in ctx.options]
-    values = ctx.options | dict(zip(tensors, ctx.saved_tensors, strict=False))
+    saved = ctx.saved_tensors  # once: gradient checkpointing computes them anew at every reading
+    values = ctx.options | dict(zip(tensors, saved, strict=False))
     needed = dict(zip(names, ctx.needs_input_grad, strict=False))
     # The residual's gradient is the incoming one; a mask has none here.
     computed = [name for name in tensors if name not in ("residual", "attn_mask")]
     found = launch(
         grad,
         *(values[name] for name in names if name != "residual"),
-        *ctx.saved_tensors[len(tensors) :],
+        *saved[len(tensors) :],
         needs=[needed[name] for name in computed],
     )
     gradients = dict(zip(computed, found, strict=True))

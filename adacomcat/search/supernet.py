@@ -5,7 +5,6 @@ candidate ranks r_i is U diag(g) Vᵀ with g_j = Σ_{i: r_i ≥ j} m_i: one pass
 widths of an MLP are prefixes too, of its neurons in the order of their worth.
 """
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
@@ -22,10 +21,12 @@ from adacomcat.convert.record import record_
 from adacomcat.factorize.factors import LinearFactors
 from adacomcat.factorize.neurons import NeuronFactors
 from adacomcat.layers.attention import LowRankAttention, low_rank_class
+from adacomcat.layers.inherit import inherit_
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.mlp import mlp_of_width, prune_mlp
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Rank, Site, find_sites
+from adacomcat.utils.model import copied
 
 
 class GatedLinear(LowRankLinear):
@@ -43,6 +44,7 @@ class GatedLinear(LowRankLinear):
                          linear.bias is not None, linear.weight.device, linear.weight.dtype)
         self.set_(factors)
         self.register_buffer("mean", factors.mean.to(linear.weight))
+        inherit_(self, linear, {"v": linear.weight, "u": linear.weight, "bias": linear.bias})
         self.active, self.gate = self.rank, None
         self.train(linear.training)
 
@@ -78,6 +80,7 @@ class GatedLinear(LowRankLinear):
         module.u.copy_(self.u[:, :rank])
         if module.bias is not None and bias is not None:
             module.bias.copy_(bias)
+        inherit_(module, self, dict(self.named_parameters()))
         return module.train(self.training)
 
 
@@ -147,9 +150,10 @@ class GatedAttention(nn.Module):
     @torch.no_grad()
     def finalized(self, ranks: Mapping[str, Rank]) -> LowRankAttention:
         """The compressed attention. ``ranks``: of 'qk' and 'vo', in tier B of 'q', 'k' and 'vo'."""
-        module: Any = copy.deepcopy(self.full)
+        module: Any = copied(self.full)
         for name, factor in self.factors_().items():
             setattr(module, name, nn.Parameter(factor.clone()))
+        inherit_(module, self.full, dict(self.full.named_parameters()))
         module.rank_vo = self.active_vo
         if self.folds_scores:
             module.rank_qk = self.active_qk
@@ -234,7 +238,7 @@ def build_supernet(model: nn.Module, factors: Factors,
 
     sites: the decisions to take; every rank of ``model`` where not given.
     """
-    supernet = copy.deepcopy(model)
+    supernet = copied(model)
     sites = find_sites(model) if sites is None else sites
     for name, group in groupby(sites, key=lambda site: site.module):
         supernet.set_submodule(name, _gated(model.get_submodule(name), list(group), factors))
@@ -306,7 +310,7 @@ def _targets(supernet: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 def finalize(supernet: nn.Module, plan: RankPlan) -> nn.Module:
     """The compressed model at ``plan``, without gates; the plan of its record names every site."""
     set_ranks_(supernet, plan)
-    model = copy.deepcopy(supernet)
+    model = copied(supernet)
     names = [name for name, _, _ in _targets(supernet)]
     ranks: dict[str, Rank] = {name: plan[name] for name in names}
     for name, module in list(supernet.named_modules()):

@@ -1,10 +1,13 @@
-"""What every room asks of a model: its input size, its modes, its tokens and outputs."""
+"""What every room asks of a model: its input size, its modes, its tokens and outputs, copies."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+
+from adacomcat.errors import UserError
 
 InputSize = tuple[int, int, int]
 
@@ -21,9 +24,25 @@ def input_size(model: nn.Module) -> InputSize:
     return (first.in_channels if first is not None else channels, height, width)
 
 
+def class_count(model: Any) -> int:
+    """The number of outputs of the classifier that ``model`` has now; 0 where it has none.
+
+    What a timm model says of itself is out of date after ``model.head = nn.Linear(…)``.
+    """
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    if isinstance(classifier, tuple):  # distilled models have two alike
+        classifier = classifier[0]
+    if type(classifier) is nn.Identity:
+        return 0
+    return getattr(classifier, "out_features", model.num_classes)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode again after."""
+    """Eval mode inside, every module's own mode again after.
+
+    A module that is put into the model meanwhile gets the mode of the one that holds it.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -31,11 +50,81 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for above in model.modules():
+            for module in above.children():
+                if module not in modes:
+                    module.training = above.training
+
+
+def ancestors(module: nn.Module, model: nn.Module) -> list[nn.Module]:
+    """The modules that hold ``module``, the nearest first, ``model`` last."""
+    name = next(name for name, found in model.named_modules() if found is module)
+    names = [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)]
+    return [model.get_submodule(above) for above in names] + ([model] if name else [])
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What ``torch.compile`` or a wrapper for several processes holds; other models as they are."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrapped(model.module)
+    compiled = model._modules.get("_orig_mod")
+    return model if compiled is None else unwrapped(compiled)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy that keeps what users wrote to parameters, such as ``weight.lr_scale``.
+
+    A mask of ``torch.nn.utils.prune`` leaves a computed weight on its layer, which Python cannot
+    copy. The copy's layer computes it anew at its next call.
+
+    Raises:
+        UserError: Something in the model cannot be copied.
+    """
+    computed = {id(value): value.detach().clone() for module in model.modules()
+                for value in vars(module).values()
+                if isinstance(value, Tensor) and not value.is_leaf}
+    try:
+        made = copy.deepcopy(model, computed)
+    except Exception as error:  # whatever a module of someone else raises
+        raise UserError(f"this model cannot be copied: {error}; compress_ changes it in place"
+                        ) from error
+    for parameter, original in zip(made.parameters(), model.parameters(), strict=True):
+        vars(parameter).update(vars(original))
+    return made
 
 
 def tokens_and_outputs(model: Any, images: Tensor) -> list[Tensor]:
-    """The final tokens and the head's outputs; the outputs alone where the model has no head."""
-    if not hasattr(model, "forward_head"):
-        return [model(images)]
-    tokens = model.forward_features(images)
-    return [tokens, model.forward_head(tokens)]
+    """The final tokens and the head's outputs; the outputs alone where the model has no head.
+
+    Of tuples, dictionaries and objects with tensors in their attributes, such as the dataclasses
+    of other libraries, every floating-point tensor with one row for each image counts.
+
+    Raises:
+        UserError: There is no such tensor.
+    """
+    if hasattr(model, "forward_head"):
+        tokens = model.forward_features(images)
+        results = [tokens, model.forward_head(tokens)]
+    else:
+        results = [model(images)]
+    found = [tensor for tensor in _tensors(results) if tensor.is_floating_point()
+             and tensor.ndim and len(tensor) == len(images)]
+    if not found:
+        raise UserError(f"{type(model).__name__} returns no floating-point tensor with a row for "
+                        "each image; errors of ranks cannot be measured")
+    return found
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    """The tensors in an output, in a fixed order."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+    elif hasattr(output, "__dict__") and not isinstance(output, nn.Module | type):
+        for value in vars(output).values():
+            yield from _tensors(value)

@@ -3,12 +3,13 @@
 import gzip
 import random
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers.pictures import RGB_32, write_pictures
 from torch import Tensor
 
 from adacomcat.data import Batches, datasets, image_tensor_files, split_holdout
@@ -16,16 +17,6 @@ from adacomcat.data.augmentation import Augmentation
 from adacomcat.errors import UserError
 
 GREY_8 = {"input_size": (1, 8, 8), "mean": (0.0,), "std": (1.0,), "num_classes": 10}
-RGB_32 = {"input_size": (3, 32, 32), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
-
-
-def write_pictures(folder: Path, count: int, seed: int, size: int = 40) -> list[Path]:
-    folder.mkdir(parents=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
-    paths = [folder / f"{index}.png" for index in range(count)]
-    for path, picture in zip(paths, pixels, strict=True):
-        Image.fromarray(picture).save(path)
-    return paths
 
 
 def write_idx(folder: Path, part: str, images: np.ndarray, labels: np.ndarray) -> None:
@@ -310,6 +301,24 @@ def test_folders_without_data_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=name):
         image_tensor_files(folder, RGB_32)
     assert folder.exists() == (name == "empty")
+
+
+def test_an_idx_file_is_read_no_further_than_its_header_says(tmp_path: Path) -> None:
+    """A few bytes may promise, or unpack to, more than the machine has."""
+    labels = np.zeros(4, np.uint8)
+    write_idx(tmp_path, "t10k", np.zeros((4, 28, 28), np.uint8), labels)
+    write_idx(tmp_path, "train", np.zeros((4, 28, 28), np.uint8), labels)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    for promised, given in ((2**32 - 1, 50), (4, 10**7)):
+        header = struct.pack(">BBBBIII", 0, 0, 8, 3, promised, 28, 28)
+        path.write_bytes(gzip.compress(header + bytes(given)))
+        tracemalloc.start()
+        try:
+            with pytest.raises(UserError, match="is no IDX file of bytes with 3 dimensions"):
+                datasets.train_and_test("fashion-mnist", tmp_path, GREY_8)
+            assert tracemalloc.get_traced_memory()[1] < 10**6
+        finally:
+            tracemalloc.stop()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "mismatched"])

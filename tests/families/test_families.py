@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -227,3 +228,39 @@ def test_only_families_and_drop_ins_name_a_library() -> None:
               if re.search(r"^\s*(from|import) timm\.(layers|models\.)", path.read_text(), re.M)}
     assert {name for name in naming if name.split("/")[0] not in ("families", "layers")} <= {
         "search/supernet.py"}
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3"])
+def test_a_rotary_embedding_is_found_inside_of_other_modules(name: str) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    def rotary() -> nn.Module:
+        side = 28 if "14" in name else 32
+        return timm.create_model(name, img_size=side, embed_dim=64, depth=2, num_heads=2,
+                                 num_classes=3).eval()
+
+    side = rotary().patch_embed.img_size[0]
+    x = torch.randn(2, 3, side, side)
+    for model in (rotary(), Wrapper(rotary()), nn.Sequential(rotary()),
+                  nn.Sequential(Wrapper(rotary()), nn.Linear(3, 3))):
+        kinds = {site.kind for site in find_sites(model) if ".attn." in site.name}
+        assert kinds == {"q", "k", "vo"}
+        small = compress(model, plan=RankPlan.full(model))
+        with torch.no_grad():
+            assert relative(small(x), model(x)) < 1e-4
+
+
+def test_blocks_without_their_model_allow_a_rotary_embedding() -> None:
+    model = timm.create_model("eva02_tiny_patch14_224", img_size=28, embed_dim=64, depth=2,
+                              num_heads=2).eval()
+    assert {site.tier for site in find_sites(nn.Sequential(*model.blocks))} <= {"B", "C"}
+    plain = timm.create_model("eva_large_patch14_196", img_size=28, embed_dim=64, depth=2,
+                              num_heads=2).eval()
+    kinds = {site.kind for site in find_sites(nn.Sequential(plain)) if ".attn." in site.name}
+    assert kinds == {"qk", "vo"}

@@ -195,6 +195,25 @@ def test_finalized_model_computes_the_same_and_loads_strictly(name: str, mlp: st
     torch.testing.assert_close(skeleton(x), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mlp", MLP)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_was_frozen_is_frozen_in_the_supernet_and_after(name: str, mlp: str) -> None:
+    model = make_model(name).requires_grad_(False)
+    model.get_classifier().requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.lr_scale = 0.5
+    sites = make_sites(model, mlp)
+    factors = factorize_model(model, calibrate(model, images(name, 24)), sites=sites)
+    supernet = build_supernet(model, factors, sites)
+    low = RankPlan({site.name: min(5, site.full_rank) for site in sites})
+    for plan in (RankPlan.dense(model), low):
+        final = finalize(supernet, explicit_plan(plan, sites))
+        for made in (supernet, final):
+            for parameter_name, parameter in made.named_parameters():
+                assert parameter.requires_grad == parameter_name.startswith("head"), parameter_name
+                assert parameter.lr_scale == 0.5, parameter_name
+
+
 def test_one_hot_gates_equal_cut_ranks_and_cut_columns_get_no_gradient() -> None:
     model, supernet = make_supernet("vit")
     sites = find_sites(model)
