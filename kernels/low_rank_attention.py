@@ -30,11 +30,11 @@ from adacomcat.kernels.blocks import (
 )
 from adacomcat.kernels.launch import launch
 from adacomcat.kernels.layer_norm import layer_norm
+from adacomcat.kernels.logits import exponents, finite_maximum, masked_logits
 from adacomcat.kernels.matmul import matmul_sum, project
 from adacomcat.kernels.reductions import row_sum, weight_grad
 
 Gradient = Tensor | None
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -47,33 +47,6 @@ def batch_and_head(HEADS):
 def head_offset(batch, head, N, stride, RANK: tl.constexpr):
     """Where the rows of one head begin in a tensor (batch, N, heads * RANK) of that row stride."""
     return batch * N * stride + head * RANK
-
-
-@triton.jit
-def masked_logits(
-    a, b, scale, mask_ptr, stride_mask_rows, stride_mask_columns, rows, columns, N,
-    IS_BOOL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """log2(e) · (a bᵀ · scale + mask), -inf where masked: a (rows, rank), b (columns, rank).
-
-    The factor log2(e) turns exp into exp2. Rows are queries and columns keys, or the reverse.
-    """
-    logits = tl.dot(a, tl.trans(b), input_precision=PRECISION) * (scale * LOG2_E)
-    inside = columns[None, :] < N
-    if mask_ptr is not None:
-        ptrs = mask_ptr + rows[:, None] * stride_mask_rows + columns[None, :] * stride_mask_columns
-        mask = tl.load(ptrs, mask=(rows[:, None] < N) & inside, other=0)
-        if IS_BOOL:
-            inside = inside & (mask != 0)
-        else:
-            logits += mask.to(tl.float32) * LOG2_E
-    return tl.where(inside, logits, float("-inf"))
-
-
-@triton.jit
-def finite_maximum(maximum):
-    """The maximum of a row, or 0 where the whole row is masked, since -inf - -inf is NaN."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit
@@ -115,8 +88,8 @@ def attention_kernel(
         )  # fmt: skip
         higher = tl.maximum(maximum, tl.max(logits, 1))
         base = finite_maximum(higher)
-        p = tl.exp2(logits - base[:, None])
-        shrink = tl.exp2(maximum - base)
+        p = tl.exp2(exponents(logits, base[:, None], mask_ptr, IS_BOOL))
+        shrink = tl.exp2(exponents(maximum, base, mask_ptr, IS_BOOL))
         total = total * shrink + tl.sum(p, 1)
         context = tl.dot(
             p.to(v.dtype), v, context * shrink[:, None], input_precision=PRECISION
@@ -128,15 +101,17 @@ def attention_kernel(
 
 @triton.jit
 def attention_queries_backward_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, context_ptr, dcontext_ptr, dq_ptr, lse_ptr, delta_ptr,
-    N, HEADS, scale, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
+    q_ptr, k_ptr, v_ptr, mask_ptr, context_ptr, dcontext_ptr, dq_ptr,
+    maximum_ptr, lse_ptr, delta_ptr, N, HEADS, scale,
+    stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
     IS_BOOL: tl.constexpr, RANK_QK: tl.constexpr, RANK_VO: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_VO: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of BLOCK_M queries, and two numbers a query that the keys' kernel needs.
+    """dq of BLOCK_M queries, and three numbers a query that the keys' kernel needs.
 
-    These are lse = log2 Σ_keys 2^logits and delta = Σ_ranks context * dcontext.
+    These are the maximum, lse = log2 Σ_keys exp(logits - maximum) and delta = Σ_ranks context *
+    dcontext. The sum of the first two would lose lse beside a large maximum.
     """
     batch, head = batch_and_head(HEADS)
     stride_qk, stride_vo = HEADS * RANK_QK, HEADS * RANK_VO
@@ -158,14 +133,17 @@ def attention_queries_backward_kernel(
         )  # fmt: skip
         higher = tl.maximum(maximum, tl.max(logits, 1))
         base = finite_maximum(higher)
-        total = total * tl.exp2(maximum - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
+        total *= tl.exp2(exponents(maximum, base, mask_ptr, IS_BOOL))
+        total += tl.sum(tl.exp2(exponents(logits, base[:, None], mask_ptr, IS_BOOL)), 1)
         maximum = higher
-    # A row that is masked entirely gets +inf, so that p = 2^(logits - lse) is 0 as in the forward.
-    lse = tl.where(total == 0.0, float("inf"), finite_maximum(maximum) + tl.log2(total))
+    maximum = finite_maximum(maximum)
+    # A row that is masked entirely gets +inf, so that p = 2^(exponent - lse) is 0 as before.
+    lse = tl.where(total == 0.0, float("inf"), tl.log2(total))
     context = load_tile(context_ptr + at_vo, stride_vo, queries, ranks_vo, N, RANK_VO)
     dcontext = load_tile(dcontext_ptr + at_vo, stride_vo, queries, ranks_vo, N, RANK_VO)
     delta = tl.sum(context.to(tl.float32) * dcontext.to(tl.float32), 1)
     row = tl.program_id(1).to(tl.int64) * N + queries
+    tl.store(maximum_ptr + row, maximum, mask=queries < N)
     tl.store(lse_ptr + row, lse, mask=queries < N)
     tl.store(delta_ptr + row, delta, mask=queries < N)
     dq = tl.zeros((BLOCK_M, BLOCK_QK), tl.float32)
@@ -177,7 +155,7 @@ def attention_queries_backward_kernel(
             q, k, scale, mask_ptr, stride_mask_q, stride_mask_k, queries, keys, N,
             IS_BOOL, PRECISION,
         )  # fmt: skip
-        p = tl.exp2(logits - lse[:, None])
+        p = tl.exp2(exponents(logits, maximum[:, None], mask_ptr, IS_BOOL) - lse[:, None])
         dp = tl.dot(dcontext, tl.trans(v), input_precision=PRECISION)
         dlogits = p * (dp - delta[:, None])  # pyright: ignore[reportArgumentType]
         dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -186,7 +164,7 @@ def attention_queries_backward_kernel(
 
 @triton.jit
 def attention_keys_backward_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, dcontext_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, dcontext_ptr, maximum_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     N, HEADS, scale, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k,
     IS_BOOL: tl.constexpr, RANK_QK: tl.constexpr, RANK_VO: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_VO: tl.constexpr,
@@ -200,6 +178,7 @@ def attention_keys_backward_kernel(
     stride_qk, stride_vo = HEADS * RANK_QK, HEADS * RANK_VO
     at_qk = head_offset(batch, head, N, stride_qk, RANK_QK)
     at_vo = head_offset(batch, head, N, stride_vo, RANK_VO)
+    maximum_ptr += tl.program_id(1).to(tl.int64) * N
     lse_ptr += tl.program_id(1).to(tl.int64) * N
     delta_ptr += tl.program_id(1).to(tl.int64) * N
     if mask_ptr is not None:
@@ -214,13 +193,14 @@ def attention_keys_backward_kernel(
         queries = start + tl.arange(0, BLOCK_N)
         q = load_tile(q_ptr + at_qk, stride_qk, queries, ranks_qk, N, RANK_QK)
         dcontext = load_tile(dcontext_ptr + at_vo, stride_vo, queries, ranks_vo, N, RANK_VO)
+        maximum = tl.load(maximum_ptr + queries, mask=queries < N, other=0.0)
         lse = tl.load(lse_ptr + queries, mask=queries < N, other=float("inf"))
         delta = tl.load(delta_ptr + queries, mask=queries < N, other=0.0)
         logits = masked_logits(
             k, q, scale, mask_ptr, stride_mask_k, stride_mask_q, keys, queries, N,
             IS_BOOL, PRECISION,
         )  # fmt: skip
-        p = tl.exp2(logits - lse[None, :])
+        p = tl.exp2(exponents(logits, maximum[None, :], mask_ptr, IS_BOOL) - lse[None, :])
         dv = tl.dot(p.to(v.dtype), dcontext, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(dcontext), input_precision=PRECISION)
         dlogits = p * (dp - delta[None, :])
@@ -352,17 +332,17 @@ def _attention_backward(
     """dq, dk and dv from the gradient of the context, (batch, tokens, heads * rank_vo)."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     size = q.shape[0], heads.num_heads, q.shape[1]
-    lse, delta = (q.new_empty(*size, dtype=torch.float32) for _ in range(2))
+    of_queries = [q.new_empty(*size, dtype=torch.float32) for _ in range(3)]
     tile = tile or heads.tile()
     heads.launch(
         attention_queries_backward_kernel, tile,
-        q, k, v, heads.mask, context, dcontext, dq, lse, delta,
+        q, k, v, heads.mask, context, dcontext, dq, *of_queries,
     )  # fmt: skip
     # This kernel accumulates dk and dv at once, and spills unless it takes half as many queries.
     keys_tile = replace(tile, BLOCK_N=max(16, tile.BLOCK_N // 2))
     heads.launch(
         attention_keys_backward_kernel, keys_tile,
-        q, k, v, heads.mask, dcontext, lse, delta, dk, dv,
+        q, k, v, heads.mask, dcontext, *of_queries, dk, dv,
     )  # fmt: skip
     return dq, dk, dv
 

@@ -199,6 +199,17 @@ def factored_svd(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return fix_signs(basis_a @ u, s, basis_b @ v)
 
 
+def size(a: Tensor) -> Tensor:
+    """The power of two at or below the largest element of each matrix; 1 for zeros.
+
+    a (..., m, n) → (..., 1, 1).
+    """
+    if a.numel() == 0:
+        return a.new_ones(*a.shape[:-2], 1, 1)
+    largest = a.abs().amax((-2, -1), keepdim=True)
+    return (largest / (2 * torch.frexp(largest).mantissa)).where(largest > 0, 1.0)
+
+
 def low_rank_approximation(a: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """a ≈ u diag(s) vᵀ in float64 by eigenvectors of the smaller Gram matrix.
 
@@ -208,6 +219,8 @@ def low_rank_approximation(a: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     require_finite_matrices(a, "a")
     wide = a.shape[-2] < a.shape[-1]
     tall = (a.mT if wide else a).double()
+    unit = size(tall)
+    tall = tall / unit  # the products of its elements neither overflow nor vanish
     right = torch.linalg.eigh(tall.mT @ tall).eigenvectors.flip(-1)[..., :k]
     image = tall @ right  # its columns are nearly orthogonal; QR makes them so
     left, triangle = torch.linalg.qr(image)
@@ -215,7 +228,7 @@ def low_rank_approximation(a: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     inner_u, s, inner_v = torch.ops.adacomcat.batched_svd(triangle, k)
     u, v = left @ inner_u, right @ inner_v
     u, s, v = fix_signs(*((v, s, u) if wide else (u, s, v)))
-    return u.to(a.dtype), s.to(a.dtype), v.to(a.dtype)
+    return u.to(a.dtype), (s * unit.squeeze(-1)).to(a.dtype), v.to(a.dtype)
 
 
 def truncation_errors(s: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class Svd {
   static constexpr T kInfinity = std::numeric_limits<T>::infinity();
   // A column with a smaller square counts as zero: its products would lose digits to underflow.
   static constexpr T kNegligible = std::numeric_limits<T>::min() / kEpsilon;
-  // Beyond this, zeta² overflows, and the rotation is tiny.
+  // Beyond this, zeta² overflows, and 1 + zeta² equals it.
   static constexpr T kLimit = sizeof(T) == 4 ? T(1e18) : T(1e150);
 
   __device__ void sync() const {
@@ -175,8 +175,9 @@ class Svd {
     if (!active || fmin(square_one, square_two) < kNegligible) return false;
     if (fabs(inner) <= tolerance * sqrt(square_one) * sqrt(square_two)) return false;
     // The smaller root of the tangent's equation, so that |θ| ≤ π/4.
-    const T zeta = fmax(fmin((square_two - square_one) / (inner + inner), kLimit), -kLimit);
-    const T tangent = copysign(T(1), zeta) / (fabs(zeta) + sqrt(1 + zeta * zeta));
+    const T zeta = (square_two - square_one) / (inner + inner), steep = fabs(zeta);
+    const T bounded = fmin(steep, kLimit);
+    const T tangent = copysign(T(1), zeta) / (steep + fmax(steep, sqrt(1 + bounded * bounded)));
     const T cosine = 1 / sqrt(1 + tangent * tangent);
     const T sine = tangent * cosine;
     // The longer column goes first: it takes fewer sweeps.

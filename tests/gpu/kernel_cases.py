@@ -165,6 +165,10 @@ def _mask(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor 
     n, heads = s["tokens"], case.options["NUM_HEADS"]
     if kind == "additive":
         return torch.randn(1, heads, n, n, generator=generator).to(dtype)
+    if kind == "lowest":  # what transformers' causal masks add; every third row is so everywhere
+        mask = torch.full((n, n), torch.finfo(dtype).min, dtype=dtype).triu(1)
+        mask[::3] = torch.finfo(dtype).min
+        return mask
     keep = torch.rand(s["batch"], 1, n, n, generator=generator) < 0.7
     if kind == "keys":
         return keep[:, :, :1]

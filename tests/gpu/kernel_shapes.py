@@ -58,6 +58,7 @@ ATTENTION = {
     "wide-values": (1, 20, 24, 1, 8, 128, "additive"),
     "empty": (0, 5, 12, 2, 8, 8, None),
     "aligned": (1, 64, 32, 2, 32, 32, None),
+    "lowest": (1, 45, 16, 2, 8, 16, "lowest"),
 }
 SUBLAYER_NAMES = ("tokens", "odd", "vector", "empty", "197", "wide-ranks", "many-rows", "long",
                   "one-token", "rows", "keys", "additive", "rank-512", "aligned")

@@ -22,8 +22,26 @@ def check(a: Tensor, u: Tensor, s: Tensor, v: Tensor, factor: float = 1.0) -> No
     for basis in (u, v):
         assert ((basis.mT @ basis - identity).abs() <= bound).all()
     if k and a.numel():
-        largest = u.gather(-2, u.abs().argmax(-2, keepdim=True))
-        assert (largest >= 0).all()
+        assert (u.amax(-2) >= -u.amin(-2)).all()
+
+
+def of_low_rank(name: str, m: int, n: int, dtype: torch.dtype) -> Tensor:
+    """(m, n) whose rank is one or two but for rounding errors, or exactly."""
+    column, row = torch.randn(m, 1, dtype=dtype), torch.randn(1, n, dtype=dtype)
+    return {
+        "equal rows": lambda: row.expand(m, n),
+        "equal columns": lambda: column.expand(m, n),
+        "constant": lambda: column[:1].expand(m, n),
+        "rank 1": lambda: column @ row,
+        "rank 2": lambda: torch.randn(m, 2, dtype=dtype) @ torch.randn(2, n, dtype=dtype),
+        "a zero column": lambda: torch.randn(m, n, dtype=dtype) * torch.arange(n).bool(),
+        "one element": lambda: torch.eye(m, n, dtype=dtype) * torch.arange(n).eq(0),
+        "rows in pairs": lambda: torch.randn(m, n, dtype=dtype)[torch.arange(m) // 2],
+    }[name]().contiguous()
+
+
+LOW_RANKS = ("equal rows", "equal columns", "constant", "rank 1", "rank 2", "a zero column",
+             "one element", "rows in pairs")
 
 
 def hard(name: str, n: int, dtype: torch.dtype) -> Tensor:

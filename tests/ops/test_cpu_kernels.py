@@ -151,12 +151,29 @@ def test_values_that_are_not_numbers_stay_visible(instruction_set: str) -> None:
             assert y[1].isnan().all() and y[[0, 2, 3]].isfinite().all(), activation
 
 
-def test_infinity_stays_visible(instruction_set: str) -> None:
-    """As itself or, where a float is a sum of parts, as NaN."""
-    x, v, u = torch.randn(4, 8), torch.randn(8, 3), torch.randn(5, 3)
-    x[1, 2] = float("inf")
-    y = ops.low_rank_linear(x, v, u)
-    assert not y[1].isfinite().any() and y[[0, 2, 3]].isfinite().all()
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "silu", "relu"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_infinity_comes_out_as_in_pytorch(value: float, activation: str | None,
+                                          instruction_set: str) -> None:
+    """Or as NaN, where a float is a sum of parts or has a scale. GELU of -inf may be its limit."""
+    for dtype in DTYPES:
+        x, v, u = (torch.randn(shape).to(dtype) for shape in ((4, 8), (8, 3), (5, 3)))
+        x[1, 2] = value
+        y = ops.low_rank_linear(x, v, u, activation=activation)
+        expected = backends.reference.low_rank_linear(x, v, u, activation=activation)[0]
+        same = (y == expected) | (y.isnan() & expected.isnan())
+        if (dtype == torch.bfloat16) == (instruction_set == "avx512_vnni"):
+            same |= y.isnan() & (instruction_set in ("amx", "avx512_vnni"))
+        if activation == "gelu" and dtype == torch.bfloat16:
+            same |= expected.isnan() & (y == 0)
+        assert same[1].all() and y[[0, 2, 3]].isfinite().all()
+
+
+def test_gelu_far_below_zero_is_zero(instruction_set: str) -> None:
+    for dtype in DTYPES:
+        x = torch.tensor([-9.0, -20.0, -1e3, -6e4]).to(dtype)
+        y = ops.low_rank_linear(x[:, None], *2 * [torch.ones(1, 1, dtype=dtype)], activation="gelu")
+        assert (y == 0).all()
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])

@@ -12,6 +12,7 @@ from helpers.tolerance import assert_close_to_float64, relative_error
 from torch import Tensor
 
 from adacomcat import ops
+from adacomcat.ops import reference
 
 # Absolute error where the result is near zero; elsewhere a unit in the last place comes on top.
 TAILS = {"gelu": 2.5e-4, "gelu_tanh": 1e-6, "silu": 1e-6, "relu": 0.0}
@@ -68,6 +69,43 @@ def test_softmax_of_any_size(scale: float, dtype: torch.dtype, instruction_set: 
     actual = ops.low_rank_attention(**base, **call)
     # The last place of bfloat16 logits of hundreds decides, so PyTorch's own error is the measure.
     assert_close_to_float64(actual, exact, plain_attention(**base, **call))
+
+
+@each_dtype
+@pytest.mark.parametrize("size", [-1e4, -1e9, -1e10, -1e12, -1e20, 1e10, 1e30, "lowest"])
+def test_masks_of_any_size(size: float | str, dtype: torch.dtype, instruction_set: str,
+                           poisoned_memory: None) -> None:
+    """Everywhere in a row, where only the differences of logits count, and above the diagonal."""
+    case = attention_case(2, 37, 16, 2, 3, 4)
+    base = convert(case.draw(), dtype)
+    info = torch.finfo(dtype)
+    size = info.min if size == "lowest" else min(max(size, info.min), info.max)
+    causal = torch.full((37, 37), size, dtype=dtype).triu(1)
+    padded = causal.index_fill(0, torch.tensor(3), size)
+    for mask in (torch.full_like(causal, size), causal, padded):
+        tensors = base | {"attn_mask": mask}
+        exact, plain = (reference.low_rank_attention(**given, **case.options)[0]
+                        for given in (convert(tensors, torch.float64), tensors))
+        assert_close_to_float64(case.call(tensors), exact, plain)
+
+
+def test_equal_logits_of_any_size_have_equal_weights(instruction_set: str) -> None:
+    case = attention_case(1, 37, 16, 2, 3, 4, bias=False)
+    tensors = convert(case.draw(), torch.float32)
+    tensors["attn_mask"] = torch.full((37, 37), torch.finfo(torch.float32).min)
+    mean = (tensors["x"] @ tensors["wv"].t()).mean(1, keepdim=True) @ tensors["wo"].t()
+    torch.testing.assert_close(case.call(tensors), mean.expand(1, 37, 16))
+
+
+def test_logits_of_any_size(instruction_set: str) -> None:
+    """Of 1e18, all but the largest of a row have no weight."""
+    case = attention_case(1, 37, 16, 2, 3, 4)
+    base = convert(case.draw(), torch.float32)
+    for name in ("x", "wq", "wk", "bq"):
+        base[name] *= 3e4
+    exact, plain = (plain_attention(**convert(base, dtype), **case.options)
+                    for dtype in (torch.float64, torch.float32))
+    assert_close_to_float64(case.call(base), exact, plain)
 
 
 @each_dtype

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers.matrices import check, hard
+from helpers.matrices import LOW_RANKS, check, hard, of_low_rank
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -13,6 +13,7 @@ from adacomcat.ops.decompositions import (
     batched_svd,
     factored_svd,
     low_rank_approximation,
+    singular_values,
     truncation_errors,
 )
 
@@ -62,6 +63,63 @@ def test_hard_matrices(name: str, dtype: torch.dtype, backend: str) -> None:
     for n in (8, 33):
         a = hard(name, n, dtype)
         check(a, *batched_svd(a), factor=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LOW_RANKS)
+def test_low_ranks(name: str, dtype: torch.dtype, backend: str) -> None:
+    """A pivoted QR leaves rounding errors of rounding errors, down to numbers without squares."""
+    for m, n in ((4, 6), (8, 8), (64, 64), (100, 128), (130, 40)):
+        a = torch.stack([of_low_rank(name, m, n, dtype) for _ in range(3)])
+        check(a, *batched_svd(a), factor=4)
+        torch.testing.assert_close(singular_values(a), batched_svd(a)[1])
+        check(a, *low_rank_approximation(a), factor=8)
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0, 3), (0, 0), (2, 3, 0), (0, 3, 0), (2, 0, 3)],
+                         ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty_matrices_have_empty_factors(shape: tuple, dtype: torch.dtype, backend: str) -> None:
+    a = torch.zeros(shape, dtype=dtype)
+    *lead, m, n = shape
+    for op in (batched_svd, low_rank_approximation):
+        assert [tuple(t.shape) for t in op(a)] == [(*lead, m, 0), (*lead, 0), (*lead, n, 0)]
+    assert singular_values(a).shape == (*lead, 0)
+    product = factored_svd(a, torch.zeros(*lead, 5, n, dtype=dtype), 0)
+    assert [tuple(t.shape) for t in product] == [(*lead, m, 0), (*lead, 0), (*lead, 5, 0)]
+    assert torch.equal(truncation_errors(a), torch.zeros(*lead, n + 1, dtype=dtype))
+
+
+@pytest.mark.parametrize("exponent", [-17, -19, -21, -23, -30])
+def test_columns_whose_squares_are_no_floats(exponent: int, backend: str) -> None:
+    """They keep their relative accuracy, and all vectors are orthonormal."""
+    q = torch.linalg.qr(torch.randn(12, 7, dtype=torch.float64)).Q
+    d = 10.0 ** torch.tensor([0, -1, exponent, exponent, exponent - 2, exponent - 4, -36]).double()
+    a = (q * d)[:, torch.randperm(7)].float()
+    u, s, v = batched_svd(a)
+    check(a, u, s, v)
+    if backend != "reference":  # LAPACK promises absolute accuracy only
+        exact = d.sort(descending=True).values
+        assert ((s.double() - exact).abs() / exact).max() < 64 * torch.finfo(torch.float32).eps
+    few = batched_svd(a.mT, 3)
+    check(a.mT, *few)
+
+
+@pytest.mark.parametrize("exponent", [-140, -150, -160, -170, -300])
+def test_columns_whose_squares_are_no_doubles(exponent: int, backend: str) -> None:
+    """Below 1e-146 of the largest they count as zero."""
+    a = torch.randn(40, 30, dtype=torch.float64)
+    a[:, ::2] *= 10.0 ** exponent
+    check(a, *batched_svd(a))
+    check(a.mT, *batched_svd(a.mT, 20))
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e160, 1e300])
+def test_low_rank_approximation_at_the_ends_of_the_range(scale: float) -> None:
+    """Where a Gram matrix overflows or vanishes."""
+    a = torch.randn(30, 20, dtype=torch.float64)
+    u, s, v = low_rank_approximation(a * scale)
+    check(a, u, s / scale, v, factor=4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

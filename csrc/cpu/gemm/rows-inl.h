@@ -162,10 +162,24 @@ inline void prepare_row(int64_t i, int64_t n, float* row, float scale, const Mas
   }
 }
 
+// Beyond this, rounding of scale · maximum costs digits of the softmax. With a fused multiply-add it is
+// the same for the whole row, and matters only where it is an exponent of its own.
+#if defined(ADACOMCAT_AVX2) || defined(ADACOMCAT_AVX512)
+constexpr float kFarPeak = 4096.0f;
+#else
+constexpr float kFarPeak = 16.0f;
+#endif
+
+// Subtracts `most` from the first `whole` elements of a row.
+inline void shift_row(float* row, int64_t whole, float most) {
+  for (int64_t j = 0; j < whole; j += kLanes) store(row + j, load(row + j) - most);
+}
+
 // The softmax of `count` rows at once, so that their maxima and sums overlap. `scale` is positive,
-// so the maximum is taken before scaling; scale · log2(e) then goes into the exponent of 2.
+// so the maximum is taken before scaling; scale · log2(e) then goes into the exponent of 2. From a row
+// whose maximum is large, it is subtracted before that.
 template <int count>
-void softmax_together(int64_t n, const float* logits, int64_t stride, float scale, char* out,
+void softmax_together(int64_t n, float* logits, int64_t stride, float scale, char* out,
                       int64_t out_stride, float* inverse_sum) {
   const float infinity = __builtin_inff();
   scale *= 1.44269504088896f;
@@ -183,8 +197,13 @@ void softmax_together(int64_t n, const float* logits, int64_t stride, float scal
     for (int r = 0; r < count; ++r) peaks[r] = maximum(peaks[r], load(logits + r * stride + j));
   }
   for (int r = 0; r < count; ++r) {
-    peak[r] = maximum_of(peaks[r]) * scale;
-    if (peak[r] == -infinity) peak[r] = 0;  // masked entirely: every power is zero
+    const float most = maximum_of(peaks[r]);
+    peak[r] = most * scale;
+    if (most == -infinity) peak[r] = 0;  // masked entirely: every power is zero
+    if (__builtin_fabsf(peak[r]) < kFarPeak) continue;
+    shift_row(logits + r * stride, whole, most);
+    last[r] -= most;
+    peak[r] = 0;
   }
   const auto power = [&](int r, Vector logit) {
     const Vector x = power_of_two(logit * scale - peak[r]);

@@ -27,6 +27,7 @@ class Svd {
     factorize();
     if (!x.orthogonalize(r)) return SvdStatus::not_converged;
     sort();
+    if (std::is_same_v<T, float> && lost) return SvdStatus::out_of_range;
     for (int64_t i = 0; i < p.rank; ++i) p.s[i] = std::ldexp(values[order[i]], exponent);
     if (!p.u) return SvdStatus::ok;
     for (int64_t i = 0; i < p.rank; ++i) compute_right(i);
@@ -86,7 +87,8 @@ class Svd {
   }
 
   // QR with column pivoting, by Householder reflections I - h hᵀ, |h|² = 2: the longest remaining column
-  // comes first. R is stored by columns in `factor`, and as X = P Rᵀ in x.
+  // comes first. R is stored by columns in `factor`, and as X = P Rᵀ in x. Columns whose squares have no
+  // digits left count as zero.
   void factorize() {
     for (int64_t j = 0; j < n; ++j) squares[j] = dot(column_a(j), column_a(j), vectors_m());
     for (int64_t j = 0; j < n; ++j) order[j] = static_cast<int32_t>(j);
@@ -96,7 +98,10 @@ class Svd {
         if (squares[order[c]] > squares[order[best]]) best = c;
       }
       const int32_t pivot = order[best];
-      if (!(squares[pivot] > 0)) return;
+      if (squares[pivot] < kLeastSquare<T>) {
+        for (int64_t c = r; c < n; ++c) lost |= !is_zero(column_a(order[c]), vectors_m());
+        return;
+      }
       order[best] = order[r];
       order[r] = pivot;
       pivots[r] = pivot;
@@ -135,10 +140,20 @@ class Svd {
     squares[c] = sum_lanes<T>(sum);
   }
 
+  static bool is_zero(const T* x, int64_t vectors) {
+    for (int64_t i = 0; i < vectors * kLanes<T>; ++i) {
+      if (x[i] != 0) return false;
+    }
+    return true;
+  }
+
   // Singular values, the lengths of the columns of X J, and their order.
   void sort() {
     for (int64_t j = 0; j < n; ++j) {
-      values[j] = j < r ? std::sqrt(dot(column_x(j), column_x(j), vectors_n())) : T(0);
+      const T square = j < r ? dot(column_x(j), column_x(j), vectors_n()) : T(0);
+      const bool fine = square >= kLeastSquare<T>;
+      values[j] = fine ? std::sqrt(square) : T(0);
+      lost |= !fine && j < r;
       int64_t at = j;
       for (; at > 0 && values[order[at - 1]] < values[j]; --at) order[at] = order[at - 1];
       order[at] = static_cast<int32_t>(j);
@@ -187,12 +202,13 @@ class Svd {
   }
 
   // Makes y a unit vector orthogonal to the left vectors before i. `before` is its length before it was
-  // projected; if little is left of that, y is projected again. False if nothing is left.
+  // projected; if little is left of that, y is projected again. False if nothing is left whose length could
+  // be told.
   bool normalize(T* y, T before, int64_t i) const {
     for (int pass = 0; pass < 3; ++pass) {
       if (pass > 0) project(y, 0, i);
       const T after = length(y);
-      if (!(after > 0)) return false;
+      if (!(after * after >= kLeastSquare<T>)) return false;
       for (int64_t k = 0; k < ldn; ++k) y[k] /= after;
       if (after > T(0.9) * before) return true;
       before = 1;
@@ -289,7 +305,8 @@ class Svd {
   bool wide;
   int64_t m, n, ldm, ldn;
   Jacobi<T> x;
-  int64_t r = 0;  // columns that are not zero
+  int64_t r = 0;      // columns that are not zero
+  bool lost = false;  // whether one counts as zero and is not
   int exponent = 0;
   T *a, *factor, *left, *squares, *values;
   int32_t *pivots, *order;

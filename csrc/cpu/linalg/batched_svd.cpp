@@ -1,7 +1,6 @@
 // The truncated SVD of many small matrices, a (..., m, n) → u (..., m, k), s (..., k), v (..., n, k), and
 // their singular values alone.
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -14,16 +13,41 @@
 #include "common/svd.h"
 #include "cpu/isa.h"
 #include "cpu/linalg/kernels.h"
+#include "cpu/threads.h"
 
 namespace adacomcat {
 namespace {
 
-SvdStatus decompose(const LinalgKernels& kernels, const SvdProblem<float>& problem) {
-  return kernels.svd_float(problem);
-}
-
 SvdStatus decompose(const LinalgKernels& kernels, const SvdProblem<double>& problem) {
   return kernels.svd_double(problem);
+}
+
+// A matrix of floats in double, which has the squares of all floats.
+SvdStatus decompose_in_double(const LinalgKernels& kernels, const SvdProblem<float>& p) {
+  const int64_t size = svd_workspace<double>(std::max(p.rows, p.columns),
+                                             std::min(p.rows, p.columns));
+  const auto memory = [](int64_t count) { return at::empty({count}, at::kDouble); };
+  const at::Tensor a = memory(p.rows * p.columns), workspace = memory(size), s = memory(p.rank),
+                   u = memory(p.rows * p.rank), v = memory(p.columns * p.rank);
+  double* next = a.data_ptr<double>();
+  for (int64_t i = 0; i < p.rows; ++i) {
+    for (int64_t j = 0; j < p.columns; ++j) *next++ = p.a[i * p.row_stride + j * p.column_stride];
+  }
+  const SvdStatus status = decompose(
+      kernels, SvdProblem<double>{p.rows, p.columns, p.rank, a.data_ptr<double>(), p.columns, 1,
+                                  p.u ? u.data_ptr<double>() : nullptr, s.data_ptr<double>(),
+                                  p.v ? v.data_ptr<double>() : nullptr,
+                                  workspace.data_ptr<double>(), p.workers});
+  const auto store = [](const at::Tensor& from, float* to) {
+    if (to) std::copy_n(from.data_ptr<double>(), from.numel(), to);
+  };
+  store(u, p.u), store(s, p.s), store(v, p.v);
+  return status;
+}
+
+SvdStatus decompose(const LinalgKernels& kernels, const SvdProblem<float>& problem) {
+  const SvdStatus status = kernels.svd_float(problem);
+  return status == SvdStatus::out_of_range ? decompose_in_double(kernels, problem) : status;
 }
 
 // first = min(first, index)
@@ -45,7 +69,7 @@ class IdleThreads final : public Workers {
     using Clock = std::chrono::steady_clock;
     const auto begin = Clock::now();
     Clock::duration own{};
-    at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
       const auto start = Clock::now();
       part(first, last);
       if (at::get_thread_num() == 0) own = Clock::now() - start;
@@ -61,11 +85,12 @@ class IdleThreads final : public Workers {
 template <class T>
 void decompose_all(const at::Tensor& a, int64_t k, T* u, T* s, T* v) {
   const int64_t rows = a.size(1), columns = a.size(2), count = a.size(0);
+  if (!rows || !columns) return;  // there is nothing to write
   const int64_t size = svd_workspace<T>(std::max(rows, columns), std::min(rows, columns));
   const LinalgKernels& kernels = *instruction_set().linalg;
   const T* data = a.const_data_ptr<T>();
   std::atomic<int64_t> not_finite{count}, not_converged{count};
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     const at::Tensor workspace = at::empty({size}, a.options());
     IdleThreads workers;
     for (int64_t i = begin; i < end; ++i) {

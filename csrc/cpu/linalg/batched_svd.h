@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 namespace adacomcat {
 
@@ -33,7 +34,13 @@ struct SvdProblem {
   Workers& workers;
 };
 
-enum class SvdStatus { ok, not_finite, not_converged };
+// out_of_range: T has no squares of some column, which is far smaller than the largest one but not zero.
+// Only float gives up on such a matrix; double counts the column as zero.
+enum class SvdStatus { ok, not_finite, not_converged, out_of_range };
+
+// The square of a smaller number would be denormal, or lose digits in sums with denormal squares.
+template <class T>
+constexpr T kLeastSquare = std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
 
 template <class T>
 using SvdKernel = SvdStatus (*)(const SvdProblem<T>&);

@@ -168,16 +168,17 @@ class Jacobi {
 
   // The angles θ that make one vector of pairs orthogonal: from x·y, |x|² and |y|², in place, to
   // tan θ · x·y, sin θ and tan θ/2. tan θ is the smaller root, so |θ| ≤ π/4. All are zero if the cosine is
-  // below the tolerance.
+  // below the tolerance, or if a square has too few digits to tell.
   static void angles(T* inner, T* sines, T* taus) {
     constexpr T limit = std::numeric_limits<T>::max_exponent > 200 ? T(1e150) : T(1e18);
     for (int64_t i = 0; i < kLanes<T>; ++i) {
       const T g = inner[i], one = sines[i], two = taus[i];
-      const bool small = std::fabs(g) <= kTolerance * std::sqrt(one) * std::sqrt(two);
-      T zeta = (two - one) / (g + g);
-      zeta = zeta > limit ? limit : zeta;
-      zeta = zeta < -limit ? -limit : zeta;
-      const T root = std::fabs(zeta) + std::sqrt(1 + zeta * zeta);
+      const bool small = (std::fabs(g) <= kTolerance * std::sqrt(one) * std::sqrt(two)) |
+                         (one < kLeastSquare<T>) | (two < kLeastSquare<T>);
+      const T zeta = (two - one) / (g + g), size = std::fabs(zeta);
+      const T bounded = size < limit ? size : limit;  // its square is a number
+      const T hypotenuse = std::sqrt(1 + bounded * bounded);
+      const T root = size + (size > hypotenuse ? size : hypotenuse);
       const T tangent = zeta < 0 ? -1 / root : 1 / root;
       const T cosine = 1 / std::sqrt(1 + tangent * tangent);
       const T sine = tangent * cosine;

@@ -1,7 +1,6 @@
 // Gram matrices, a (..., m, n) → aᵀ a (..., n, n) in double, and the eigenvalues of symmetric matrices in
 // ascending order, a (..., n, n) → (..., n).
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -13,6 +12,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/linalg/kernels.h"
+#include "cpu/threads.h"
 
 namespace adacomcat {
 namespace {
@@ -55,12 +55,12 @@ void gram_of_one(int64_t m, int64_t n, const T* a, int64_t row, int64_t column, 
   double* packed = workspace.data_ptr<double>();
   for (int64_t first = 0; first < m; first += kGramRows) {
     const int64_t count = std::min(kGramRows, m - first);
-    at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         pack(with, count, n, a + first * row, row, column, i, packed);
       }
     });
-    at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         // Long and short panels alternate, so that threads get equal shares.
         const int64_t panel = i % 2 ? i / 2 : panels - 1 - i / 2;
@@ -83,7 +83,7 @@ at::Tensor gram_cpu(const at::Tensor& a) {
   double* to = gram.data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "gram", [&] {
     const scalar_t* data = batch.const_data_ptr<scalar_t>();
-    at::parallel_for(0, batch.size(0), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, batch.size(0), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         gram_of_one(m, n, data + i * batch.stride(0), batch.stride(1), batch.stride(2),
                     to + i * n * n);
@@ -105,7 +105,7 @@ at::Tensor eigenvalues_cpu(const at::Tensor& a) {
   const double* data = matrices.const_data_ptr<double>();
   double* to = values.data_ptr<double>();
   std::atomic<bool> finite{true}, converged{true};
-  at::parallel_for(0, values.numel() / n, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, values.numel() / n, 1, [&](int64_t begin, int64_t end) {
     const at::Tensor workspace = at::empty({eigenvalue_workspace(n)}, a.options());
     for (int64_t i = begin; i < end; ++i) {
       double* found = to + i * n;

@@ -45,12 +45,12 @@ class ClassAttention {
 
     const Rows from = rows_from(xs.rows, image * tokens);
     const Rows normed{rows, e.padded_k(d), e.operand};
-    at::parallel_for(0, tokens, worthwhile_columns(d), [&](int64_t begin, int64_t end) {
+    parallel_for(0, tokens, worthwhile_columns(d), [&](int64_t begin, int64_t end) {
       e.normalize(end - begin, d, rows_from(from, begin), epsilon, rows + lhs_bytes(e, begin, d),
                   normed.stride);
     });
     row_to_floats(e, normed, d, class_token);
-    at::parallel_for(0, num_heads, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, num_heads, 1, [&](int64_t begin, int64_t end) {
       attend_heads(begin, end - begin, normed, class_token, heads + begin * rank_vo);
     });
     for_each_column_share(columns_vo, d, [&](int64_t n, int64_t columns) {
@@ -115,10 +115,10 @@ at::Tensor class_attention(const at::Tensor& x, const at::Tensor& wq, const Opti
     for (int64_t image = begin; image < end; ++image) call.attend(image);
   };
   // Few images go one after the other, each on all threads.
-  if (images < at::get_num_threads()) {
+  if (images < thread_count()) {
     attend(0, images);
   } else {
-    at::parallel_for(0, images, 1, attend);
+    parallel_for(0, images, 1, attend);
   }
   return y;
 }

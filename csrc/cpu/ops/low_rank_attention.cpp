@@ -95,7 +95,7 @@ PrefetchHint hint_for_share(const Engine& e, const PackedWeight& weight, const P
 
 // Images are shared out whole if no thread is idle for long.
 bool shares_images(int64_t images) {
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = thread_count();
   return images % threads == 0 || images >= 4 * threads;
 }
 
@@ -174,10 +174,10 @@ class LowRankAttention {
   void attend(const Sweep& sweep) const {
     const Engine& activations = activation_engine(result.dtype);
     const int64_t heads = sweep.images * options.num_heads;
-    const int64_t shares = ceil_div(at::get_num_threads(), heads), step = activations.tile_rows;
+    const int64_t shares = ceil_div(thread_count(), heads), step = activations.tile_rows;
     const int64_t rows = ceil_div(ceil_div(tokens, shares), step) * step;
     const int64_t parts = ceil_div(tokens, rows);
-    at::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
       const Session session(activations);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t head = i / parts, first = i % parts * rows;
@@ -277,7 +277,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
     return results;
   }
   const Engine& e = engine(dtype_of(x));
-  at::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
     const Session session(e);
     for (int64_t image = begin; image < end; ++image) {
       call.run(image, 1, {image == begin, image + 1 == end}, intermediates);

@@ -265,14 +265,14 @@ void share_hidden(const Mlp& mlp, const at::Tensor& middle1, const at::Tensor& m
   const MlpWeights& w = mlp.w;
   const int64_t start = mlp.first_multiplied, rows = mlp.rows;
   const int64_t panels = panel_count(e, mlp.hidden - start);
-  const int64_t share = ceil_div(panels, at::get_num_threads()), parts = ceil_div(panels, share);
+  const int64_t share = ceil_div(panels, thread_count()), parts = ceil_div(panels, share);
   const int64_t row_bytes = w.low_rank() ? mlp.middle1_bytes() : mlp.normed_bytes();
   Workspace workspace({rows * row_bytes, rows * parts * mlp.sum_bytes()});
   char* lhs = workspace.next<char>();
   float* sums = workspace.next<float>();
 
   enter_rows(mlp, lhs, row_bytes);
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     const Session session(e);
     for (int64_t i = begin; i < end; ++i) {
       Scratch scratch({rows * mlp.hidden_bytes()});

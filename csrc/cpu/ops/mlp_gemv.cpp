@@ -14,7 +14,7 @@ struct HiddenShares {
 
   explicit HiddenShares(const MlpGemvWeights& w) {
     const int64_t step = worthwhile_columns(w.inner + w.middle);
-    const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+    const int64_t threads = at::in_parallel_region() ? 1 : thread_count();
     columns = std::max<int64_t>(ceil_div(ceil_div(w.hidden, step), threads), 1) * step;
     parts = std::max<int64_t>(ceil_div(w.hidden, columns), 1);
   }
@@ -25,7 +25,7 @@ struct HiddenShares {
 void multiply_hidden(const Engine& e, const MlpGemvWeights& w, const HiddenShares& shares,
                      int64_t rows, const float* lhs, const Bias& bias, Activation act, float* sums,
                      int64_t stride) {
-  at::parallel_for(0, shares.parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, shares.parts, 1, [&](int64_t begin, int64_t end) {
     const int64_t share_bytes = rows * shares.columns * kFloat;
     Scratch scratch({share_bytes, share_bytes});
     float* before = scratch.next<float>();

@@ -38,7 +38,7 @@ std::vector<char> transposed_with_ones(const Engine& e, const Rows& x, int64_t r
   const std::vector<float> ones(rows, 1.0f);
   e.load(1, rows, {ones.data(), rows, Dtype::f32}, result.data() + k * stride * size, stride);
   const int64_t block = 16 * e.tile_rows;
-  at::parallel_for(0, ceil_div(rows, block), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, ceil_div(rows, block), 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin * block; row < std::min(end * block, rows); row += block) {
       const int64_t m = std::min(block, rows - row);
       Scratch scratch({lhs_bytes(e, block, k)});
@@ -66,7 +66,7 @@ at::Tensor product_over_rows(const at::Tensor& small, const at::Tensor& large) {
   const std::vector<char> lhs = transposed_with_ones(e, small_rows.rows, rows, n - 1);
   const int64_t step = kPackedPanels * e.panel_columns();
 
-  at::parallel_for(0, ceil_div(m, step), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, ceil_div(m, step), 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(
         {e.packed_bytes(kPackedRows, step), n * step * static_cast<int64_t>(sizeof(float))});
     void* packed = scratch.next();

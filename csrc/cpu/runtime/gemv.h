@@ -2,12 +2,11 @@
 // would take longer than the product.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <optional>
 
 #include "cpu/runtime/arguments.h"
+#include "cpu/threads.h"
 
 namespace adacomcat {
 
@@ -75,7 +74,7 @@ inline int64_t worthwhile_columns(int64_t depth) {
 template <typename Body>
 inline void for_each_column_share(int64_t depth, int64_t columns, Body body) {
   const int64_t step = worthwhile_columns(depth);
-  at::parallel_for(0, ceil_div(columns, step), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, ceil_div(columns, step), 1, [&](int64_t begin, int64_t end) {
     body(begin * step, std::min(end * step, columns) - begin * step);
   });
 }

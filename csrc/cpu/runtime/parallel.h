@@ -1,12 +1,11 @@
 // How the threads of an op share its work: by blocks of rows, or by columns of a product.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 
 #include "cpu/gemm/engine.h"
 #include "cpu/runtime/arguments.h"
+#include "cpu/threads.h"
 
 namespace adacomcat {
 
@@ -28,7 +27,7 @@ struct Turn {
 
 // Rows of a block: whole steps, at most engine.block_rows, and so that threads get equally many blocks.
 inline int64_t block_rows(const Engine& engine, int64_t rows) {
-  const int64_t steps = ceil_div(rows, engine.row_step), threads = at::get_num_threads();
+  const int64_t steps = ceil_div(rows, engine.row_step), threads = thread_count();
   const int64_t per_block = engine.block_rows / engine.row_step;
   const int64_t rounds = std::max<int64_t>(ceil_div(steps, threads * per_block), 1);
   return std::max<int64_t>(ceil_div(steps, threads * rounds), 1) * engine.row_step;
@@ -38,7 +37,7 @@ inline int64_t block_rows(const Engine& engine, int64_t rows) {
 template <typename Body>
 inline void for_each_block(const Engine& engine, int64_t rows, Body body) {
   const int64_t block = block_rows(engine, rows);
-  at::parallel_for(0, ceil_div(rows, block), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, ceil_div(rows, block), 1, [&](int64_t begin, int64_t end) {
     const Session session(engine);
     for (int64_t i = begin; i < end; ++i) {
       body(i * block, std::min(block, rows - i * block), Turn{i == begin, i + 1 == end});
@@ -60,7 +59,7 @@ inline int64_t panel_count(const Engine& engine, int64_t columns) {
 // Whether threads share out columns instead of rows. Each then reads all rows but a part of the weights
 // only, which with few rows are most of what there is to read.
 inline bool shares_columns(const Engine& engine, int64_t rows, int64_t panels) {
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = thread_count();
   return threads > 1 && !at::in_parallel_region() && rows <= 2 * engine.block_rows &&
          panels >= 2 * threads;
 }
@@ -73,8 +72,8 @@ inline void for_each_part(const Engine& engine, int64_t rows, int64_t panels, Bo
                    [&](int64_t row, int64_t m, Turn turn) { body(Part{row, m, 0, panels, turn}); });
     return;
   }
-  const int64_t share = ceil_div(panels, at::get_num_threads());
-  at::parallel_for(0, ceil_div(panels, share), 1, [&](int64_t begin, int64_t end) {
+  const int64_t share = ceil_div(panels, thread_count());
+  parallel_for(0, ceil_div(panels, share), 1, [&](int64_t begin, int64_t end) {
     const Session session(engine);
     for (int64_t i = begin; i < end; ++i) {
       body(Part{

@@ -1,6 +1,7 @@
 #include "cpu/runtime/weight_cache.h"
 
 #include <c10/core/StorageImpl.h>
+#include <pthread.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -104,6 +105,11 @@ Cache& cache() {
   return *cache;
 }
 
+// A fork waits until no other thread holds the mutex: the child has no thread that would unlock it.
+[[maybe_unused]] const int registered = pthread_atfork([] { cache().mutex.lock(); },
+                                                       [] { cache().mutex.unlock(); },
+                                                       [] { cache().mutex.unlock(); });
+
 // The entry's packed weight. Notes it as the next one of the entry that this thread asked for before. The
 // caller holds the cache's mutex.
 PackedWeight take(const Entry& entry) {
@@ -132,12 +138,13 @@ PackedWeight pack_weight(const Engine& engine, const at::Tensor& weight, bool tr
   const uint32_t version = weight._version();
   const uint64_t sample = fingerprint(weight);
   Cache& all = cache();
+  c10::intrusive_ptr<c10::StorageImpl> alive;  // released without the mutex
   {
     std::lock_guard<std::mutex> lock(all.mutex);
     const auto found = all.entries.find(key);
     if (found != all.entries.end()) {
       const Entry& entry = found->second;
-      const auto alive = entry.storage.lock();
+      alive = entry.storage.lock();
       if (alive.get() == weight.storage().unsafeGetStorageImpl() && entry.version == version &&
           entry.fingerprint == sample) {
         return take(entry);

@@ -6,7 +6,7 @@ import cuda_host
 import pytest
 import torch
 from cuda_host import Host
-from helpers.matrices import check, hard
+from helpers.matrices import LOW_RANKS, check, hard, of_low_rank
 from helpers.tolerance import FLOOR, assert_close_to_float64, relative_error
 from torch import Tensor
 
@@ -92,6 +92,29 @@ def test_hard_matrices(n: int, dtype: torch.dtype) -> None:
     assert status.tolist() == [0] * len(names)
     for matrix, u, s, v in zip(a, *found, strict=True):
         check(matrix, u, s, v, factor=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(4, 6), (16, 16), (64, 64)], ids=str)
+def test_low_ranks(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    a = torch.stack([of_low_rank(name, *shape, dtype) for name in LOW_RANKS])
+    *found, status = cuda_host.batched_svd(Host(seed=3), a, min(shape))
+    assert status.tolist() == [0] * len(a)
+    for matrix, u, s, v in zip(a, *found, strict=True):
+        check(matrix, u, s, v, factor=4)
+
+
+@pytest.mark.parametrize("dtype, exponents", [(torch.float32, (-15, -17, -19, -21, -23, -30)),
+                                              (torch.float64, (-140, -150, -160, -300))], ids=str)
+def test_columns_whose_squares_are_no_numbers(dtype: torch.dtype, exponents: tuple) -> None:
+    """Such columns count as zero; the vectors are orthonormal all the same."""
+    for exponent in exponents:
+        a = torch.randn(1, 12, 9, dtype=torch.float64)
+        a[..., ::2] *= 10.0 ** exponent
+        for matrix in (a.to(dtype), a.mT.to(dtype)):
+            u, s, v, status = cuda_host.batched_svd(Host(), matrix, 9)
+            assert status.tolist() == [0]
+            check(matrix, u, s, v)
 
 
 @pytest.mark.parametrize("dtype, least", [(torch.float32, -15), (torch.float64, -60)], ids=str)
