@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 import adacomcat
 from adacomcat import cost, data, train
-from adacomcat.cli.arguments import at_least, fraction
+from adacomcat.cli.arguments import number
 from adacomcat.distill import TrainConfig, evaluate
 from adacomcat.errors import UserError
 from adacomcat.latency.timing import latency as measured_latency
 from adacomcat.report.tables import Comparison, print_comparison
 from adacomcat.utils.distributed import Processes
+from adacomcat.utils.limits import FRACTION, at_least
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 SIZE: dict[str, Any] = {"img_size": 16, "patch_size": 4, "in_chans": 1, "num_classes": 10,
@@ -34,9 +35,9 @@ BATCH = 64
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--keep-params", type=fraction, default=0.1, metavar="FRACTION",
+    parser.add_argument("--keep-params", type=number(FRACTION), default=0.1, metavar="FRACTION",
                         help="share of the parameters to keep (default: %(default)s)")
-    parser.add_argument("--epochs", type=at_least(1), default=20, metavar="N",
+    parser.add_argument("--epochs", type=number(at_least(1)), default=20, metavar="N",
                         help="epochs of dense training; search and distillation take a third as "
                              "many (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="DIR",

@@ -18,10 +18,11 @@ from methods import METHODS, Subject, compressed
 from records import Record, Records, command, markdown, mean_and_deviation, provenance
 from subjects import add_training_arguments, fashion_mnist, trained_settings
 
-from adacomcat.cli.arguments import Parser, fraction
+from adacomcat.cli.arguments import Parser, number
 from adacomcat.cost import model_params
 from adacomcat.report.tables import print_table
 from adacomcat.utils.files import atomic_file, atomic_write_text
+from adacomcat.utils.limits import FRACTION
 
 
 class Point(NamedTuple):
@@ -40,7 +41,8 @@ Curves = dict[str, list[Point]]  # method → one point for each keep
 
 def arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keeps", type=fraction, nargs="+", default=[0.5, 0.3, 0.15, 0.08, 0.05])
+    parser.add_argument("--keeps", type=number(FRACTION), nargs="+",
+                        default=[0.5, 0.3, 0.15, 0.08, 0.05])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME",
                         default=["ours, searched", "ComCAT's search"],

@@ -13,9 +13,10 @@ from methods import Subject, trained
 from records import Record, Records, command, markdown, mean_and_deviation, provenance
 from subjects import add_training_arguments, fashion_mnist, trained_settings
 
-from adacomcat.cli.arguments import Parser, fraction
+from adacomcat.cli.arguments import Parser, number
 from adacomcat.report.tables import print_table
 from adacomcat.utils.files import atomic_write_text
+from adacomcat.utils.limits import FRACTION
 
 POLICIES = {"every": "every epoch", "adaptive": "doubling", "graded": "graded"}
 COLUMNS = ("", "searches", "search seconds", "of every epoch's", "top-1 %", "seconds")
@@ -23,7 +24,7 @@ COLUMNS = ("", "searches", "search seconds", "of every epoch's", "top-1 %", "sec
 
 def arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", type=fraction, default=0.3)
+    parser.add_argument("--keep", type=number(FRACTION), default=0.3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add_training_arguments(parser)
     parser.set_defaults(epochs=30, train_images=6000)

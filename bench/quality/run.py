@@ -16,11 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import adacomcat
-from adacomcat.cli.arguments import Parser, at_least, fraction
+from adacomcat.cli.arguments import Parser, number
 from adacomcat.cost import model_params
 from adacomcat.latency.timing import latency
 from adacomcat.report.tables import print_table
 from adacomcat.utils.files import atomic_write_text
+from adacomcat.utils.limits import FRACTION, at_least
 from adacomcat.utils.model import input_size
 
 # measure → (header, format)
@@ -38,19 +39,20 @@ COLUMNS = {
 def arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=("dinov2", "fashion-mnist"), default="dinov2")
-    parser.add_argument("--keeps", type=fraction, nargs="+", default=[0.75, 0.6, 0.5, 0.4])
+    parser.add_argument("--keeps", type=number(FRACTION), nargs="+", default=[0.75, 0.6, 0.5, 0.4])
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME",
                         help=f"some of: {' | '.join(METHODS)}")
-    parser.add_argument("--crops", type=at_least(1), default=512,
+    parser.add_argument("--crops", type=number(at_least(1)), default=512,
                         help="dinov2: crops that calibrate")
-    parser.add_argument("--photos-at-most", type=at_least(1), default=60,
+    parser.add_argument("--photos-at-most", type=number(at_least(1)), default=60,
                         help="dinov2: the most photographs that calibrate, taken evenly by file")
     parser.add_argument("--cutouts", action="store_true",
                         help="dinov2: paste cut-outs on half of the calibration crops")
-    parser.add_argument("--collages", type=at_least(0), default=0, metavar="N",
+    parser.add_argument("--collages", type=number(at_least(0)), default=0, metavar="N",
                         help="dinov2: N of the calibration crops are collages of the others")
-    parser.add_argument("--test-crops", type=at_least(1), default=96, help="dinov2: test crops")
-    parser.add_argument("--repeats", type=at_least(1), default=21,
+    parser.add_argument("--test-crops", type=number(at_least(1)), default=96,
+                        help="dinov2: test crops")
+    parser.add_argument("--repeats", type=number(at_least(1)), default=21,
                         help="timed passes of each model")
     parser.add_argument("--seed", type=int, default=0)
     add_training_arguments(parser)

@@ -11,13 +11,14 @@ from torch import nn
 
 from adacomcat import data
 from adacomcat.checkpoint import folder
-from adacomcat.cli.arguments import at_least
+from adacomcat.cli.arguments import number
 from adacomcat.data import with_collages
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.evaluation import evaluate
 from adacomcat.errors import UserError
 from adacomcat.train import calibration_images
 from adacomcat.utils.distributed import Processes
+from adacomcat.utils.limits import at_least
 
 WEIGHTS = paths.ROOT / "examples/fashion_mnist/weights"
 
@@ -75,14 +76,14 @@ def classifier(model: nn.Module, train_set: Any, test_set: Any, config: TrainCon
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=at_least(1), default=3,
+    parser.add_argument("--epochs", type=number(at_least(1)), default=3,
                         help="epochs of the methods that train")
-    parser.add_argument("--batch-size", type=at_least(1), default=128)
+    parser.add_argument("--batch-size", type=number(at_least(1)), default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weights", type=Path, default=WEIGHTS,
                         help="folder of the dense Fashion-MNIST model")
     parser.add_argument("--data-dir", help="folder with Fashion-MNIST's four .gz files")
-    parser.add_argument("--train-images", type=at_least(1), metavar="N",
+    parser.add_argument("--train-images", type=number(at_least(1)), metavar="N",
                         help="train on the first N images (default: all)")
     parser.add_argument("--output", type=Path, default=Path("runs/quality"))
 
