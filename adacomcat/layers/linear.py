@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from adacomcat import ops
+from adacomcat.errors import UserError
 from adacomcat.factorize.factors import LinearFactors, LinearStatistics, factorize_linear
 from adacomcat.layers.inherit import inherit_
+from adacomcat.layers.plain import is_plain_linear
 
 
 class LowRankLinear(nn.Module):
@@ -67,6 +69,9 @@ class LowRankLinear(nn.Module):
             rank: r.
             covariance: C, (in, in), the centred covariance of the inputs.
             mean: (in,), the mean of the inputs, zero by default; only read with a covariance.
+
+        Raises:
+            UserError: Something beside its weight and bias decides what ``linear`` computes.
         """
         statistics = None
         if covariance is not None:
@@ -78,6 +83,10 @@ class LowRankLinear(nn.Module):
     def from_statistics(cls, linear: nn.Linear, rank: int,
                         statistics: LinearStatistics | None) -> "LowRankLinear":
         """``from_linear`` for the statistics of the inputs; None for the plain SVD."""
+        if not is_plain_linear(linear):
+            raise UserError(f"this {type(linear).__name__} is no plain nn.Linear: factors of its "
+                            "weight leave out an adapter, a mask, a hook or a parametrization; "
+                            "merge or remove these first")
         module = cls.like(linear, rank)
         bias = None if linear.bias is None else linear.bias.detach()
         module.set_(factorize_linear(linear.weight.detach(), bias, statistics))

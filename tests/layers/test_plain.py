@@ -253,6 +253,21 @@ def test_an_attention_of_ones_own_stays_dense_too(monkeypatch: pytest.MonkeyPatc
     assert altered_layers(model) == ["0", "0.value"]
 
 
+@pytest.mark.parametrize("change", LAYER_CHANGES, ids=ids)
+def test_a_changed_layer_is_not_factorised_by_hand(change: Change) -> None:
+    model = vit()
+    LowRankLinear.from_linear(model.head, 8)
+    change(model, "head")
+    with pytest.raises(UserError, match="is no plain nn.Linear"):
+        LowRankLinear.from_linear(model.head, 8)
+    change(model, "blocks.0.attn.proj")
+    with pytest.raises(UserError, match="does not fold whole"):
+        adacomcat.LowRankAttention.from_timm(model.blocks[0].attn)
+    change(model, "blocks.0.mlp.fc2")
+    with pytest.raises(UserError, match="is not timm's Mlp"):
+        LowRankMlp.from_timm(model.blocks[0].mlp)
+
+
 def test_an_adapter_on_factors_counts() -> None:
     mlp = vit().blocks[0].mlp
     small = LowRankMlp.from_timm(mlp, 8, 8)
