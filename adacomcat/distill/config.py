@@ -179,7 +179,8 @@ class TrainConfig:
         blocks = self.align_blocks
         if blocks is not None and not (isinstance(blocks, tuple | list)
                                        and all(type(index) is int for index in blocks)):
-            raise UserError(f"align_blocks must be indices of blocks, like (0, 1); got {blocks!r:.60}")
+            raise UserError("align_blocks must be indices of blocks, like (0, 1); got "
+                            f"{blocks!r:.60}")
         if self.refine and (self.keep_params is None or not self.start_from_allocation):
             raise UserError("refine moves the plan that an allocation at keep_params starts from: "
                             "give keep_params, and neither a plan nor the preset comcat")
