@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
+        raise UserError(f"{' '.join(message.split()):.400} (see {self.prog} --help)")
 
 
 def number(limit: Limit) -> Callable[[str], float]:

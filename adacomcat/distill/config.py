@@ -174,13 +174,14 @@ class TrainConfig:
         for name, known in CHOICES.items():
             value = getattr(self, name, None)
             if name != "preset" and value not in known:
-                raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+                raise UserError(f"unknown {name} {value!r:.60}; choose one of {', '.join(known)}")
         require_kinds(self, augment=bool, confirm_plans=bool, start_from_allocation=bool,
                       drop_attention_biases=bool, amp=bool, resume=bool, opt=str, sched=str)
         blocks = self.align_blocks
         if blocks is not None and not (isinstance(blocks, tuple | list)
                                        and all(type(index) is int for index in blocks)):
-            raise UserError(f"align_blocks must be indices of blocks, like (0, 1); got {blocks!r}")
+            raise UserError("align_blocks must be indices of blocks, like (0, 1); got "
+                            f"{blocks!r:.60}")
         if self.refine and (self.keep_params is None or not self.start_from_allocation):
             raise UserError("refine moves the plan that an allocation at keep_params starts from: "
                             "give keep_params, and neither a plan nor the preset comcat")
@@ -220,7 +221,7 @@ def require_optimizer(name: str) -> None:
         weight.square().sum().backward()
         optimizer.step()
     except Exception as error:  # each optimiser has requirements and errors of its own
-        raise UserError(f"opt {name!r} cannot train here: {_reason(error)}; "
+        raise UserError(f"opt {name!r:.60} cannot train here: {_reason(error)}; "
                         "timm.optim.list_optimizers() names others") from error
 
 
@@ -241,9 +242,9 @@ def _require_schedule(config: TrainConfig) -> None:
     try:
         make_schedule(optimizer, config, config.steps or 100).step_update(0)
     except Exception as error:  # each schedule has requirements and errors of its own
-        raise UserError(f"sched {config.sched!r} cannot run over {config.total_epochs} epochs: "
+        raise UserError(f"sched {config.sched!r:.60} cannot run over {config.total_epochs} epochs: "
                         f"{_reason(error)}; cosine is the usual one") from error
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -124,7 +124,7 @@ def require(settings: object, limits: Mapping[str, Limit], optional: tuple[str, 
     for name, limit in limits.items():
         value = getattr(settings, name)
         if not (limit.holds(value) or (value is None and name in optional)):
-            raise UserError(f"{name} must be {limit}; got {value!r}")
+            raise UserError(f"{name} must be {limit}; got {value!r:.60}")
 
 
 def require_kinds(settings: object, **kinds: type) -> None:
@@ -132,7 +132,7 @@ def require_kinds(settings: object, **kinds: type) -> None:
     for name, kind in kinds.items():
         value = getattr(settings, name)
         if not isinstance(value, kind):
-            raise UserError(f"{name} must be {_KINDS[kind]}; got {value!r}")
+            raise UserError(f"{name} must be {_KINDS[kind]}; got {value!r:.60}")
 
 
 _KINDS = {bool: "True or False", str: "a word"}

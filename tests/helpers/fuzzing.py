@@ -81,7 +81,7 @@ def accepted(call: Callable[[], Value]) -> Value | None:
 def require_clear(line: str) -> None:
     """One line of moderate length; memory that was asked for in vain is no clear refusal."""
     assert line.strip() and "\n" not in line and len(line) < 1500, line[:3000]
-    assert "allocat" not in line and "MemoryError" not in line, line
+    assert not any(words in line for words in ("allocate memory", "MemoryError")), line
 
 
 def command(capsys: Any, *argv: str) -> int:
