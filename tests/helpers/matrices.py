@@ -9,6 +9,9 @@ from torch import Tensor
 def check(a: Tensor, u: Tensor, s: Tensor, v: Tensor, factor: float = 1.0) -> None:
     """Residual, orthogonality, order and signs, in units of ε."""
     k, eps = s.shape[-1], torch.finfo(a.dtype).eps
+    assert u.shape == (*a.shape[:-1], k) and v.shape == (*a.mT.shape[:-1], k)
+    if a.numel() == 0:
+        return
     bound = factor * 16 * eps * math.sqrt(max(a.shape[-2:]))
     a, u, s, v = (t.double() for t in (a, u, s, v))
     exact = torch.linalg.svdvals(a)
@@ -21,7 +24,7 @@ def check(a: Tensor, u: Tensor, s: Tensor, v: Tensor, factor: float = 1.0) -> No
     identity = torch.eye(k, dtype=torch.float64)
     for basis in (u, v):
         assert ((basis.mT @ basis - identity).abs() <= bound).all()
-    if k and a.numel():
+    if k:
         assert (u.amax(-2) >= -u.amin(-2)).all()
 
 
