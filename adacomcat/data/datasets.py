@@ -177,7 +177,7 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
     try:
         # No more is read than the header promises, nor than a file of this size can hold.
         most = MOST_COMPRESSION * path.stat().st_size
-        with gzip.open(path) as file:
+        with gzip.open(path, "rb") as file:
             header = file.read(4 + 4 * dimensions)
             shape = [int.from_bytes(header[start:start + 4], "big")
                      for start in range(4, len(header), 4)]

@@ -46,7 +46,7 @@ def test_an_accuracy_of_outputs_that_are_not_finite_is_none(value, digits, run):
     weights["head.bias"][3] = value
     save_file(weights, digits / "model.safetensors", metadata={"format": "pt"})
     for flags in ([], ["--json"], ["--min-accuracy", "0"]):
-        code, out, err = run("evaluate", "-m", digits, *DIGITS, *flags)
+        code, out, err = run("evaluate", "-m", digits, "--no-verify", *DIGITS, *flags)
         assert (code, out) == (2, "") and "NaN or infinite for 360 of 360 images" in err
 
 
@@ -54,7 +54,7 @@ def test_a_class_that_cannot_be_is_no_fault(digits, run):
     weights = load_file(digits / "model.safetensors")
     weights["head.bias"][3] = -1e30
     save_file(weights, digits / "model.safetensors", metadata={"format": "pt"})
-    code, out, _ = run("evaluate", "-m", digits, *DIGITS, "--json")
+    code, out, _ = run("evaluate", "-m", digits, "--no-verify", *DIGITS, "--json")
     assert code == 0 and json.loads(out, parse_constant=refuse)["top1"] < 100
 
 
