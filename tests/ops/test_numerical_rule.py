@@ -17,7 +17,7 @@ from torch import Tensor
 from adacomcat import ops
 from adacomcat.ops import decompositions, reference
 
-DRAWS = int(60 * float(os.environ.get("NUMERICAL_CHECKS", "1")))
+DRAWS = int(120 * float(os.environ.get("NUMERICAL_CHECKS", "1")))
 ACTIVATIONS = [None, "gelu", "gelu_tanh", "silu", "relu"]
 # The units in the last place that every sum of products may lose.
 UNITS = 4.0
