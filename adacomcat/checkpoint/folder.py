@@ -198,7 +198,7 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise UserError(f"the model argument {name}={value!r} cannot be written to JSON; "
+            raise UserError(f"the model argument {name}={value!r:.60} cannot be written to JSON; "
                             "pass model_args= with timm's name for it") from error
     return json.loads(to_json(config))
 

@@ -69,7 +69,7 @@ def key_value(text: str) -> tuple[str, str]:
     """(key, value) from 'key=value'."""
     key, equals, value = text.partition("=")
     if not (key and equals):
-        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, like depth=6; got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, like depth=6; got {text!r:.60}")
     return key, value
 
 

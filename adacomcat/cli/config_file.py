@@ -45,7 +45,7 @@ def flags_of(args: argparse.Namespace, exclusive: Collection[str],
         elif str(value).lower() in TRUE:
             words.append(flag(name))
         elif str(value).lower() not in FALSE:
-            raise UserError(f"{args.config}: {name}: {value!r} is no value of {flag(name)}; "
+            raise UserError(f"{args.config}: {name}: {value!r:.60} is no value of {flag(name)}; "
                             "it is true or false")
     return words
 
