@@ -89,11 +89,12 @@ def test_vision_transformer_on_sm_80(case: Case, monkeypatch: pytest.MonkeyPatch
     run(case, "sm_80", "fp16")
 
 
-@pytest.mark.parametrize("case", VISION, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [case for case in VISION if case.name != "deit_s-394"],
+                         ids=lambda case: case.id)
 def test_vision_transformer_on_sm_90_with_wgmma(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One image on a single multiprocessor, which gives the tiles of large batches."""
+    """On a single multiprocessor, which gives the tiles of large batches to one image too."""
     monkeypatch.setattr(tiles, "multiprocessors", lambda: 1)
     launches = run(case, "sm_90", "fp16")
     # The other reductions have fewer than the 64 rows of a wgmma at rank 256.
