@@ -1,12 +1,10 @@
-"""The error for bad input."""
+"""The error for bad input, and what it quotes of the errors of others."""
 
 
 class UserError(ValueError):
     """Bad input: one line that names what is wrong and the mend; the command line exits with 2."""
 
-    def __str__(self) -> str:
-        """The line alone, where a DataLoader put the traceback of its worker process before it."""
-        text = super().__str__()
-        if text.startswith("Caught UserError in DataLoader worker"):
-            return text.rpartition("adacomcat.errors.UserError: ")[2].strip()
-        return text
+
+def reason(error: BaseException) -> str:
+    """What a library's error says, on one short line; its name where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

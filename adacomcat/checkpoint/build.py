@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from adacomcat.checkpoint.config import CONFIG
 from adacomcat.checkpoint.weights import require_fit
-from adacomcat.errors import UserError
+from adacomcat.errors import UserError, reason
 from adacomcat.utils.model import input_size
 
 MOST_PARTS = 10_000  # modules and parameters of one model; timm's largest have a third
@@ -54,7 +54,7 @@ def create(name: str, model_args: Mapping[str, Any], **options: Any) -> nn.Modul
     except OSError:
         raise
     except Exception as error:  # whatever timm's constructors stumble over
-        raise UserError(f"cannot make {name} with {dict(model_args)}: {_reason(error)}") from error
+        raise UserError(f"cannot make {name} with {dict(model_args)}: {reason(error)}") from error
 
 
 def build(config: Mapping[str, Any], source: str,
@@ -96,7 +96,7 @@ def build(config: Mapping[str, Any], source: str,
         raise
     except Exception as error:  # whatever timm's constructors stumble over
         raise UserError(f"{source}: its {CONFIG} describes no model that can be built: "
-                        f"{_reason(error)}") from error
+                        f"{reason(error)}") from error
 
 
 @contextlib.contextmanager
@@ -181,7 +181,3 @@ def _memory() -> float:
     if not hasattr(os, "sysconf"):
         return math.inf
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

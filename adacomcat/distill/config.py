@@ -10,7 +10,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from adacomcat.errors import UserError
+from adacomcat.errors import UserError, reason
 from adacomcat.search.search import SearchConfig
 from adacomcat.utils.limits import CHOICES, TRAINING, require, require_kinds
 
@@ -221,7 +221,7 @@ def require_optimizer(name: str) -> None:
         weight.square().sum().backward()
         optimizer.step()
     except Exception as error:  # each optimiser has requirements and errors of its own
-        raise UserError(f"opt {name!r:.60} cannot train here: {_reason(error)}; "
+        raise UserError(f"opt {name!r:.60} cannot train here: {reason(error)}; "
                         "timm.optim.list_optimizers() names others") from error
 
 
@@ -243,8 +243,4 @@ def _require_schedule(config: TrainConfig) -> None:
         make_schedule(optimizer, config, config.steps or 100).step_update(0)
     except Exception as error:  # each schedule has requirements and errors of its own
         raise UserError(f"sched {config.sched!r:.60} cannot run over {config.total_epochs} epochs: "
-                        f"{_reason(error)}; cosine is the usual one") from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+                        f"{reason(error)}; cosine is the usual one") from error

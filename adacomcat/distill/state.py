@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adacomcat.errors import UserError
+from adacomcat.errors import UserError, reason
 from adacomcat.utils.checksum import checksum
 from adacomcat.utils.files import atomic_file
 
@@ -80,7 +80,7 @@ def save_state(folder: str | Path, state: dict[str, Any]) -> None:
         with atomic_file(path, durable=True) as scratch, scratch.open("wb") as file:
             torch.save(whole | {"checksum": checksum(whole)}, file)
     except (OSError, RuntimeError) as error:  # the latter from torch, where the disk is full
-        raise UserError(f"cannot write the training state {path}: {_reason(error)}; the state "
+        raise UserError(f"cannot write the training state {path}: {reason(error)}; the state "
                         "before it stays, and --resume goes on from there") from error
 
 
@@ -99,7 +99,7 @@ def load_state(folder: str | Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling damaged bytes raises nearly anything
-        raise UserError(f"cannot read the training state {path}: {_reason(error)}; remove it and "
+        raise UserError(f"cannot read the training state {path}: {reason(error)}; remove it and "
                         "begin anew") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is no training state of this version; remove it and begin anew")
@@ -108,7 +108,3 @@ def load_state(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"the training state {path} is damaged: its checksum differs; remove it "
                         "and begin anew")
     return state
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from adacomcat.errors import UserError
+from adacomcat.errors import UserError, reason
 from adacomcat.utils.model import evaluating, input_size
 
 Outputs = Callable[[nn.Module, Tensor], Sequence[Tensor]]
@@ -29,9 +29,8 @@ def require_teacher(student: nn.Module, teacher: nn.Module, outputs: Outputs = _
     try:
         wanted = _tried(teacher, size, outputs)
     except Exception as error:  # each architecture has errors of its own for images
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"the teacher does not take the model's images of {size}: {reason}"
-                        ) from error
+        raise UserError(f"the teacher does not take the model's images of {size}: "
+                        f"{reason(error)}") from error
     shapes = [[tuple(tensor.shape[1:]) for tensor in tensors] for tensors in (given, wanted)]
     if shapes[0] != shapes[1]:
         raise UserError(f"the teacher's outputs are {shapes[1]} and the model's {shapes[0]}; take "

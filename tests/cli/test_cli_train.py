@@ -153,6 +153,15 @@ def test_a_run_that_died_behind_its_checkpoint_is_completed(place, tmp_path, run
         "config.json", "model.safetensors", "report.html"]
 
 
+def test_damaged_results_of_a_finished_run_are_named(tmp_path, run):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    (tmp_path / "out.state").mkdir()
+    (tmp_path / "out.state" / "results.json").write_text('{"params": 1')
+    code, _, err = run("train", *GRAY, *QUICK, "--dense", "-o", tmp_path / "out", "--resume")
+    assert code == 2 and "results.json is damaged" in err and len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("case", ["below a file", "state is a file", "state dir is a file"])
 def test_an_output_that_cannot_be_written_is_refused_at_once(case, tmp_path, run, monkeypatch):
     (tmp_path / "file").write_text("")

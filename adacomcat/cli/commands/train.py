@@ -16,7 +16,7 @@ from adacomcat.convert.record import compression_of
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.state import FILE, has_state
 from adacomcat.distill.teacher import require_teacher
-from adacomcat.errors import UserError
+from adacomcat.errors import UserError, reason
 from adacomcat.plan import RankPlan
 from adacomcat.report.page import write_report
 from adacomcat.report.tables import Comparison, print_comparison, print_refinement
@@ -87,7 +87,11 @@ def _reported(args: argparse.Namespace, state: Path, model: nn.Module, trained: 
 def _finished(args: argparse.Namespace, state: Path) -> Outcome:
     """What is left to do of a run whose checkpoint is there: its report, and removing its state."""
     if (state / RESULTS).is_file():
-        results = parse_json(read_text(state / RESULTS))
+        try:
+            results = parse_json(read_text(state / RESULTS))
+        except ValueError as error:
+            raise UserError(f"{args.output} is finished, but {state / RESULTS} is damaged "
+                            f"({reason(error)}); remove {state}") from error
         return _reported(args, state, inputs.model(args, weights_matter=False),
                          checkpoint.load(args.output), results)
     return Outcome({"output": args.output, "finished": True},
