@@ -99,10 +99,8 @@ def extension_arguments() -> dict[str, Any]:
     cuda_sources = found("csrc/cuda/*.cpp", "csrc/cuda/*.cu")
     include_dirs = [str(ROOT / "csrc")]
     # No errno and no traps, as torch itself is built: else square roots are not vectorised.
-    # at::parallel_for is inline: compiled without OpenMP it would run everything on one thread.
-    openmp = ["-fopenmp"] if sys.platform == "linux" else []
     # g++ 12 warns of the inside of its own AVX-512 intrinsics.
-    flags = [*openmp, "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+    flags = ["-std=c++20", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
              "-Wno-maybe-uninitialized"]
     if use_cuda(cuda_sources):
         flags = [*flags, "-DADACOMCAT_CUDA"]
@@ -111,11 +109,10 @@ def extension_arguments() -> dict[str, Any]:
             [*sources, *cuda_sources],
             include_dirs=include_dirs,
             extra_compile_args={"cxx": flags, "nvcc": NVCC_FLAGS},
-            extra_link_args=openmp,
         )
     else:
         extension = CppExtension("adacomcat._C", sources, include_dirs=include_dirs,
-                                 extra_compile_args={"cxx": flags}, extra_link_args=openmp)
+                                 extra_compile_args={"cxx": flags})
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
 

@@ -17,6 +17,7 @@ from adacomcat.layers.fused import (
 )
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.mlp import LowRankMlp, activation_name
+from adacomcat.layers.packed import PackedModule
 from adacomcat.layers.plain import altered_inside, is_plain
 from adacomcat.layers.registry import (
     BlockParts,
@@ -29,6 +30,7 @@ from adacomcat.layers.registry import (
     patch_projection,
 )
 from adacomcat.moved import forward
+from adacomcat.utils.memory import return_freed_memory
 from adacomcat.utils.model import copied, unwrapped
 
 
@@ -40,6 +42,10 @@ def optimize(model: nn.Module) -> nn.Module:
     Where the head reads the class token only, the last block computes only that token. Save and
     train the model that went in, not this one: norms are folded into weights here.
 
+    Where a CPU kernel runs, a fused sublayer holds its weights in the kernel's packed form alone.
+    They are read back for ``state_dict``, ``copy.deepcopy``, ``to`` and by their names. Writes
+    to what was read back change nothing; assign a parameter or load a ``state_dict``.
+
     Args:
         model: A dense or a compressed model. It is left as it is.
 
@@ -47,17 +53,41 @@ def optimize(model: nn.Module) -> nn.Module:
         The copy, in eval mode, without gradients. Modules keep their names, and the model keeps
         the methods of its class (``forward_features``, ``forward_head``, ``set_input_size`` …).
     """
-    optimized = copied(unwrapped(model)).eval().requires_grad_(False)
+    optimized = copied(unwrapped(model), views=True).eval().requires_grad_(False)
+    encoder = encoder_parts(optimized)
+    class_token_only = None if encoder is None else encoder.class_token_only
+    last = encoder.blocks[-1] if encoder and class_token_only and len(encoder.blocks) else None
     for name, module in list(optimized.named_modules()):
         block, proj = block_parts(module), patch_projection(module)
         if block is not None:
-            optimized.set_submodule(name, fused_block(block))
+            fused = fused_block(block)
+            optimized.set_submodule(name, fused)
+            if module is not last:  # that one multiplies single tokens, by weights as they are
+                _pack_(fused)
         elif proj is not None and _takes_patches(conv := getattr(module, proj)):
             setattr(module, proj, FusedPatches(conv))
-    encoder = encoder_parts(optimized)
-    if encoder is None or encoder.class_token_only is None or not _ends_fused(encoder.blocks):
-        return optimized
-    return encoder.class_token_only()
+    if encoder and class_token_only and _ends_fused(encoder.blocks):
+        optimized = class_token_only()
+    else:
+        _pack_(optimized)
+    _take_weights_(optimized, model)
+    return_freed_memory()
+    return optimized
+
+
+def _pack_(module: nn.Module) -> None:
+    """Pack the weights of fused sublayers, where a CPU kernel takes them."""
+    for part in module.modules():
+        if isinstance(part, PackedModule):
+            part.pack_()
+
+
+def _take_weights_(optimized: nn.Module, model: nn.Module) -> None:
+    """Copy what ``optimized`` still has in the memory of ``model``."""
+    theirs = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    for parameter in optimized.parameters():
+        if parameter.untyped_storage().data_ptr() in theirs:
+            parameter.data = parameter.data.clone()
 
 
 def fused_block(block: BlockParts) -> FusedBlock:

@@ -5,7 +5,9 @@
 #include <torch/version.h>
 
 #include "cpu/isa.h"
+#include "cpu/runtime/cores.h"
 #include "cpu/runtime/scratch.h"
+#include "cpu/threads.h"
 #ifdef ADACOMCAT_CUDA
 #include "cuda/kernels.h"
 #endif
@@ -51,6 +53,14 @@ py::dict build_info() {
   return info;
 }
 
+py::dict cores() {
+  py::dict found;
+  found["affinity"] = adacomcat::affinity_cores();
+  found["quota"] = adacomcat::quota_cores();
+  found["threads"] = adacomcat::thread_count();
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -59,6 +69,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("emulated") = false,
         "Run the CPU kernels on an instruction set; False where this CPU lacks it, unless its "
         "instructions are emulated.");
+  m.def("cores", &cores,
+        "Cores that affinity and control groups allow (quota 0: no limit), and threads of an op.");
+  m.def("quota_cores", &adacomcat::quota_cores, py::arg("root"),
+        "The quota of the control groups whose files lie below a folder.");
   m.def("scratch_bytes", &adacomcat::scratch_bytes,
         "Memory that the CPU kernels hold beside tensors, of all threads.");
 #ifdef ADACOMCAT_CUDA

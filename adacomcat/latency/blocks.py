@@ -18,6 +18,7 @@ from adacomcat.convert.install import join_mlps_, skeleton_module
 from adacomcat.fuse import FusedBlock, sublayer
 from adacomcat.latency.timing import Call
 from adacomcat.layers.fused import ClassTokenEncoder, GemvLinear, gemv_linear
+from adacomcat.layers.packed import PackedModule
 from adacomcat.layers.registry import mlp_parts
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Rank, Site
@@ -34,6 +35,7 @@ class TimedBlock:
     module: str  # name of the dense module
     sites: tuple[Site, ...]
     gemv: bool = False  # whether the layer is deployed as a GemvLinear
+    packed: bool = False  # whether its weights are deployed packed
 
     def built(self, model: nn.Module, ranks: Sequence[Rank]) -> nn.Module:
         """The module that would be called at these ranks, one rank for each site.
@@ -58,7 +60,10 @@ class TimedBlock:
         if self.owner == self.module:
             return root.owner.eval()
         part = self.module.removeprefix(self.owner + ".")
-        return sublayer(root.owner.eval(), part).eval()
+        made = sublayer(root.owner.eval(), part).eval()
+        if self.packed and isinstance(made, PackedModule):
+            made.pack_()
+        return made
 
     def key(self, model: nn.Module, call: Call, axes: Sequence[Sequence[Rank]]) -> str:
         """The same for all blocks that take equally long at equal ranks."""
@@ -106,7 +111,9 @@ def _sublayer(runs: Any, block: str, part: str, module: str, site: Site) -> Time
         return TimedBlock(place, "forward", module, module, (site,))
     last = (isinstance(runs, ClassTokenEncoder) and part == "attn"
             and runs.get_submodule(block) is runs.blocks[-1])
-    return TimedBlock(whole, "class_token" if last else "forward", block, module, (site,))
+    packed = bool(getattr(runs.get_submodule(whole), "forms", None))
+    return TimedBlock(whole, "class_token" if last else "forward", block, module, (site,),
+                      packed=packed)
 
 
 @torch.inference_mode()

@@ -5,7 +5,7 @@ folded into the projections, exactly, and the op adds the residual last. ``fuse.
 latency tables make these modules.
 """
 
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from timm.layers import LayerNorm
@@ -16,6 +16,7 @@ from adacomcat.factorize.gauge import MlpFactors, identity_gauge
 from adacomcat.layers.attention import LowRankAttention, causal_mask
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.mlp import LowRankMlp, activation_name
+from adacomcat.layers.packed import PackedModule
 from adacomcat.layers.plain import is_plain, is_plain_linear
 from adacomcat.layers.registry import MlpParts, Residual, attention_weights
 from adacomcat.ops import inference
@@ -40,12 +41,15 @@ class Projections(NamedTuple):
     bo: Tensor
 
 
-class FusedAttention(nn.Module):
+class FusedAttention(PackedModule):
     """x + ls · attention(norm(x)), for a ``LowRankAttention`` or a dense attention of tier A.
 
     Args:
         part: The attention's half of a block; its norm satisfies ``is_layer_norm``.
     """
+
+    op = "low_rank_attention"
+    weights = {"wq": True, "wk": True, "wv": True, "wo": True}
 
     wq: nn.Parameter
     bq: nn.Parameter
@@ -72,11 +76,21 @@ class FusedAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
-        # Reading a parameter here takes a tenth of the time that the module's attribute takes.
-        w: dict[str, Any] = self._parameters
+        mask = causal_mask(attn_mask, x, is_causal)
+        kernel = self.packed_kernel(x)
+        if kernel is not None:
+            # Reading a buffer here takes a tenth of the time that the module's attribute takes.
+            b, p = self._buffers, self._parameters
+            try:
+                return kernel(x, b["wq_packed"], p["bq"], b["wk_packed"], b["wv_packed"],
+                              b["wo_packed"], p["bo"], self.num_heads, self.scale, mask,
+                              epsilon=self.epsilon, residual=x)[0]
+            except RuntimeError:
+                pass  # the op says what is wrong, or computes what the kernel cannot
+        w = self.plain_weights()
         return ops.low_rank_attention(
             x, w["wq"], w["bq"], w["wk"], w["wv"], w["wo"], w["bo"], self.num_heads, self.scale,
-            causal_mask(attn_mask, x, is_causal), epsilon=self.epsilon, residual=x)
+            mask, epsilon=self.epsilon, residual=x)
 
     def class_token(self, x: Tensor) -> Tensor:
         """The class token of the result, (B, 1, d): the first one."""
@@ -85,8 +99,11 @@ class FusedAttention(nn.Module):
             self.epsilon)
 
 
-class FusedMlp(nn.Module):
+class FusedMlp(PackedModule):
     """x + ls · mlp(norm(x)), for a ``LowRankMlp``."""
+
+    op = "low_rank_mlp"
+    weights = {"v1": False, "u1": True, "v2": False, "u2": True}
 
     def __init__(self, part: Residual) -> None:
         super().__init__()
@@ -105,13 +122,25 @@ class FusedMlp(nn.Module):
         _set_weights(self, like, **factors._asdict(), b2=gamma * _bias(mlp.fc2))
 
     def forward(self, x: Tensor) -> Tensor:
-        w: dict[str, Any] = self._parameters
+        kernel = self.packed_kernel(x)
+        if kernel is not None:
+            b, p = self._buffers, self._parameters
+            try:
+                return kernel(x, b["v1_packed"], b["u1_packed"], p["b1"], b["v2_packed"],
+                              b["u2_packed"], p["b2"], self.activation, epsilon=self.epsilon,
+                              residual=x)[0]
+            except RuntimeError:
+                pass
+        w = self.plain_weights()
         return ops.low_rank_mlp(x, w["v1"], w["u1"], w["b1"], w["v2"], w["u2"], w["b2"],
                                 self.activation, epsilon=self.epsilon, residual=x)
 
 
-class FusedDenseMlp(nn.Module):
+class FusedDenseMlp(PackedModule):
     """x + ls · mlp(norm(x)), for a dense MLP of two linear layers, whose parts are ``mlp``."""
+
+    op = "dense_mlp"
+    weights = {"w1": True, "w2": True}
 
     def __init__(self, part: Residual, mlp: MlpParts) -> None:
         super().__init__()
@@ -124,7 +153,15 @@ class FusedDenseMlp(nn.Module):
                      w2=gamma.unsqueeze(1) * w2, b2=gamma * _bias(fc2))
 
     def forward(self, x: Tensor) -> Tensor:
-        w: dict[str, Any] = self._parameters
+        kernel = self.packed_kernel(x)
+        if kernel is not None:
+            b, p = self._buffers, self._parameters
+            try:
+                return kernel(x, b["w1_packed"], p["b1"], b["w2_packed"], p["b2"], self.activation,
+                              epsilon=self.epsilon, residual=x)
+            except RuntimeError:
+                pass
+        w = self.plain_weights()
         return ops.dense_mlp(x, w["w1"], w["b1"], w["w2"], w["b2"], self.activation,
                              epsilon=self.epsilon, residual=x)
 

@@ -70,6 +70,11 @@ def available() -> dict[str, str | None]:
     }
 
 
+def cores() -> dict[str, float]:
+    """Cores that affinity and quota (0: no limit) allow, threads of an op; empty without C++."""
+    return {} if _EXTENSION is None else _EXTENSION.cores()
+
+
 def build_info() -> dict[str, object] | None:
     """Compiler, torch and CPU features of the C++ extension; None without one."""
     return None if _EXTENSION is None else _EXTENSION.build_info()

@@ -71,11 +71,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model if compiled is None else unwrapped(compiled)
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, views: bool = False) -> nn.Module:
     """A deep copy that keeps what users wrote to parameters, such as ``weight.lr_scale``.
 
     A mask of ``torch.nn.utils.prune`` leaves a computed weight on its layer, which Python cannot
     copy. The copy's layer computes it anew at its next call.
+
+    Args:
+        model: Any model.
+        views: The copy's parameters are new ones in the memory of the model's.
 
     Raises:
         UserError: Something in the model cannot be copied.
@@ -83,6 +87,8 @@ def copied(model: nn.Module) -> nn.Module:
     computed = {id(value): value.detach().clone() for module in model.modules()
                 for value in vars(module).values()
                 if isinstance(value, Tensor) and not value.is_leaf}
+    if views:
+        computed |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
     try:
         made = copy.deepcopy(model, computed)
     except Exception as error:  # whatever a module of someone else raises

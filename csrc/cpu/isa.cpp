@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <string_view>
@@ -86,7 +87,31 @@ std::atomic<const InstructionSet*>& chosen() {
   return set;
 }
 
+// Every engine of this build, in an order that stays: packed weights name theirs by its place.
+const std::vector<const Engine*>& engines() {
+  static const std::vector<const Engine*> all = {
+      &kGeneric,
+#ifdef ADACOMCAT_X86
+      &kAvx2, &kAvx512, &kAvx512Bf16, &kAvx512Vnni, &kAvx512VnniFloat, &kAmx, &kAmxBf16x3,
+#endif
+  };
+  return all;
+}
+
 }  // namespace
+
+const Engine* engine_at(int64_t index) {
+  if (index < 0 || index >= static_cast<int64_t>(engines().size())) return nullptr;
+  const Engine* const engine = engines()[index];
+  const InstructionSet& set = instruction_set();
+  const bool runs = engine == set.full || engine == set.reduced || engine == set.bf16;
+  return runs ? engine : nullptr;
+}
+
+int64_t index_of(const Engine& engine) {
+  const auto& all = engines();
+  return std::find(all.begin(), all.end(), &engine) - all.begin();
+}
 
 const InstructionSet& instruction_set() { return *chosen().load(std::memory_order_relaxed); }
 

@@ -2,6 +2,8 @@
 // here, and nowhere else.
 #pragma once
 
+#include <cstdint>
+
 // The x86 targets are compiled with `#pragma GCC target`, which clang does not have.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define ADACOMCAT_X86
@@ -30,6 +32,10 @@ struct InstructionSet {
 // The fastest one of this CPU, unless ADACOMCAT_CPU or use_instruction_set() names another: "generic",
 // "avx2", "avx512", "avx512_bf16", "avx512_vnni" or "amx".
 const InstructionSet& instruction_set();
+
+// The engine with this number among those of the instruction set that is chosen; null if it has none such.
+const Engine* engine_at(int64_t index);
+int64_t index_of(const Engine& engine);
 
 // Chooses one by name, for tests. False if this CPU lacks it and its instructions are not emulated.
 bool use_instruction_set(const char* name, bool emulated = false);

@@ -1,16 +1,16 @@
 #include "cpu/threads.h"
 
-#include <pthread.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "cpu/runtime/cores.h"
 
 namespace adacomcat {
-namespace {
 
-bool forked = false;  // written in a process that has one thread
-
-[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-
-}  // namespace
-
-bool is_forked() { return forked; }
+int64_t thread_count() {
+  if (is_inside_loop() || at::in_parallel_region()) return 1;
+  return std::min<int64_t>(at::get_num_threads(), usable_cores());
+}
 
 }  // namespace adacomcat

@@ -69,7 +69,7 @@ for thread in threads:
 print(fine)
 """
 
-# OpenMP's threads stay behind; the same results on one thread. PyTorch's own ops would hang.
+# The threads of the parent stay behind. PyTorch's own ops would wait for them.
 ON_SEVERAL_THREADS = """
 torch.set_num_threads(2)
 expected = [y.numpy() for y in calls()]

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import math
+import os
 import platform
 from importlib import metadata
 
@@ -45,9 +47,44 @@ def _machine() -> dict[str, object]:
     return {
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        **_threads(),
+        "load": _load(),
         "gpus": [torch.cuda.get_device_name(index) for index in gpus],
+        "advice": _advice(),
     }
+
+
+def _threads() -> dict[str, object]:
+    """Threads of torch and of the kernels, and what limits the kernels'."""
+    cores = backends.cores()
+    found: dict[str, object] = {"threads": torch.get_num_threads()}
+    if cores:
+        found |= {"threads of the kernels": int(cores["threads"]),
+                  "cores by affinity": int(cores["affinity"]),
+                  "cores by quota": cores["quota"] or "no limit"}
+    return found
+
+
+def _load() -> float | None:
+    """Threads that ran or waited for a core in the last minute, on average, of all programs."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _advice() -> list[str]:
+    """What to set so that threads and cores fit, if they do not."""
+    cores, threads, load = backends.cores(), torch.get_num_threads(), _load()
+    usable = int(cores["affinity"]) if cores else os.cpu_count() or 1
+    if cores and cores["quota"]:
+        usable = min(usable, math.ceil(cores["quota"]))
+    advice = []
+    if threads > usable:
+        advice.append(f"torch.set_num_threads({usable}): that many cores are this process's, and "
+                      "PyTorch's own ops run slower on more threads than that")
+    if load is not None and load >= (os.cpu_count() or 1):
+        advice.append("other programs want these cores too: measure again when they have ended, "
+                      "or plan with fewer threads")
+    return advice
 
 
 def _show(found: dict[str, dict]) -> None:

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <tuple>
 
 #include "common/svd.h"
@@ -60,25 +59,10 @@ void lower(std::atomic<int64_t>& first, int64_t index) {
 // The threads that are idle while one matrix is decomposed: none if its batch is shared out already.
 class IdleThreads final : public Workers {
   void run(int64_t count, void* body, void (*call)(void*, int64_t)) override {
-    const auto part = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) call(body, i);
-    };
-    if (hindered || at::in_parallel_region()) return part(0, count);
-    // If another process has one of the cores, a barrier waits until its time slice ends. A matrix has
-    // dozens of barriers, so after one such wait it continues on one thread.
-    using Clock = std::chrono::steady_clock;
-    const auto begin = Clock::now();
-    Clock::duration own{};
-    parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
-      const auto start = Clock::now();
-      part(first, last);
-      if (at::get_thread_num() == 0) own = Clock::now() - start;
+    share_out(count, [&](Items& items) {
+      for (int64_t i; items.take(i);) call(body, i);
     });
-    const auto all = Clock::now() - begin;
-    hindered = all > 2 * own + std::chrono::milliseconds(1);
   }
-
-  bool hindered = false;
 };
 
 // Decomposes all matrices of a (count, rows, columns). u and v are null if they are not wanted.
@@ -90,10 +74,10 @@ void decompose_all(const at::Tensor& a, int64_t k, T* u, T* s, T* v) {
   const LinalgKernels& kernels = *instruction_set().linalg;
   const T* data = a.const_data_ptr<T>();
   std::atomic<int64_t> not_finite{count}, not_converged{count};
-  parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  share_out(count, [&](Items& items) {
     const at::Tensor workspace = at::empty({size}, a.options());
     IdleThreads workers;
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t i; items.take(i);) {
       const SvdProblem<T> problem{rows,
                                   columns,
                                   k,

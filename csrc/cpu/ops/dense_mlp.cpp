@@ -11,11 +11,11 @@ at::Tensor dense_mlp(const at::Tensor& x, const at::Tensor& w1, const OptionalTe
                      const at::Tensor& w2, const OptionalTensor& b2,
                      std::optional<std::string_view> activation, std::optional<double> epsilon,
                      const OptionalTensor& residual, bool) {
-  TORCH_CHECK(x.dim() > 0 && w1.dim() == 2 && w2.dim() == 2,
+  TORCH_CHECK(x.dim() > 0 && is_weight(w1) && is_weight(w2),
               "x (..., in) and matrices w1, w2 expected");
-  const int64_t hidden = w1.size(0), out = w2.size(0);
-  check_like(x, w1, "w1", {hidden, x.size(-1)});
-  check_like(x, w2, "w2", {out, hidden});
+  const int64_t hidden = weight_size(w1, 0), out = weight_size(w2, 0);
+  check_weight(x, w1, "w1", {hidden, x.size(-1)});
+  check_weight(x, w2, "w2", {out, hidden});
   check_like(x, b1, "b1", {hidden});
   check_like(x, b2, "b2", {out});
   check_like(x, residual, "residual", with_last(x, out));
@@ -23,14 +23,14 @@ at::Tensor dense_mlp(const at::Tensor& x, const at::Tensor& w1, const OptionalTe
   const at::Tensor y = empty_rows(x, out);
   if (!row_count(x) || !out) return y;
 
-  const Engine& e = engine(dtype_of(x));
+  const Engine& e = engine_for(x, w1);
   const MlpOptions options{b1, b2, activation, epsilon, residual};
-  if (uses_gemv(x)) {
+  if (uses_gemv(x) && !is_packed(w1)) {
     run_mlp_gemv(e, x,
                  {{}, GemvWeight(w1, true), GemvWeight(w2, true), {}, x.size(-1), hidden, out},
                  options, y);
   } else {
-    run_mlp(e, x, {{}, pack_weight(e, w1, true), pack_weight(e, w2, true), {}}, options, y);
+    run_mlp(e, x, {{}, read_weight(e, w1, true), read_weight(e, w2, true), {}}, options, y);
   }
   return y;
 }

@@ -8,7 +8,7 @@
 
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/scratch.h"
-#include "cpu/runtime/weight_cache.h"
+#include "cpu/runtime/packed_weight.h"
 
 namespace adacomcat {
 namespace {
@@ -39,7 +39,7 @@ void check(const at::Tensor& grad, const at::Tensor& middle, const Weights& w) {
 }
 
 PackedWeight pack_optional(const Engine& e, const OptionalTensor& weight, bool transposed) {
-  return weight ? pack_weight(e, *weight, transposed) : PackedWeight{};
+  return weight ? read_weight(e, *weight, transposed) : PackedWeight{};
 }
 
 // One call of the op.
@@ -48,8 +48,8 @@ class HiddenGradient {
   HiddenGradient(const at::Tensor& grad, const at::Tensor& middle, const Weights& w, Activation act,
                  const Gradients& to)
       : e(activation_engine(dtype_of(middle))), into2(pack_optional(e, w.u2, false)),
-        out_of2(pack_optional(e, w.v2, true)), up(pack_weight(e, w.u, true)),
-        back(pack_weight(e, w.u, false)), into_x(pack_optional(e, w.v, true)), middles(middle),
+        out_of2(pack_optional(e, w.v2, true)), up(read_weight(e, w.u, true)),
+        back(read_weight(e, w.u, false)), into_x(pack_optional(e, w.v, true)), middles(middle),
         grads(grad), bias(w.bias), act(act), to(to), rows(row_count(middle)),
         inner(middle.size(-1)), hidden(w.u.size(0)), out(grad.size(-1)), inner2(w.inner2(grad)) {}
 

@@ -13,7 +13,6 @@
 #include "cpu/ops/attention.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/scratch.h"
-#include "cpu/runtime/weight_cache.h"
 
 namespace adacomcat {
 namespace {
@@ -104,8 +103,8 @@ class LowRankAttention {
  public:
   LowRankAttention(const at::Tensor& x, const AttentionWeights& w, const Options& options,
                    const at::Tensor& y)
-      : e(engine(dtype_of(x))), wq(pack_weight(e, w.wq, true)), wk(pack_weight(e, w.wk, true)),
-        wv(pack_weight(e, w.wv, true)), wo(pack_weight(e, w.wo, true)), xs(x),
+      : e(engine_for(x, w.wq)), wq(read_weight(e, w.wq, true)), wk(read_weight(e, w.wk, true)),
+        wv(read_weight(e, w.wv, true)), wo(read_weight(e, w.wo, true)), xs(x),
         residuals(options.residual ? *options.residual : x), bias_q(w.bq), bias_o(w.bo),
         no_bias({}), masks(options.mask, x.size(0), options.num_heads, x.size(1)), options(options),
         result(y), tokens(x.size(1)), in(x.size(2)), out(y.size(2)) {}
@@ -161,7 +160,7 @@ class LowRankAttention {
       PrefetchHint hint = hint_for_share(e, wo, part, panel_count(e, projections));
       if (end > 0 && i + 1 < projections.size()) {
         const PackedWeight& next = projections[i + 1].weight;
-        hint = {next.data.get(), e.packed_bytes(in, std::min(end * width, next.n))};
+        hint = {next.data, e.packed_bytes(in, std::min(end * width, next.n))};
       }
       e.multiply(
           p.weight.product(e, part.rows, lhs, column, columns, fresh ? hint : PrefetchHint{}),
@@ -177,13 +176,10 @@ class LowRankAttention {
     const int64_t shares = ceil_div(thread_count(), heads), step = activations.tile_rows;
     const int64_t rows = ceil_div(ceil_div(tokens, shares), step) * step;
     const int64_t parts = ceil_div(tokens, rows);
-    parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
-      const Session session(activations);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t head = i / parts, first = i % parts * rows;
-        attend_head(activations, sweep, head / options.num_heads, head % options.num_heads, first,
-                    std::min(first + rows, tokens));
-      }
+    for_each_item(activations, heads * parts, [&](int64_t i, Turn) {
+      const int64_t head = i / parts, first = i % parts * rows;
+      attend_head(activations, sweep, head / options.num_heads, head % options.num_heads, first,
+                  std::min(first + rows, tokens));
     });
   }
 
@@ -236,7 +232,7 @@ class LowRankAttention {
       if (options.residual) epilogue.residual = rows_from(residuals.rows, row, column);
       PrefetchHint hint;
       if (part.turn.last) {
-        hint = turn.last ? wo.next_weight() : hint_for_rows(xs.rows, first + rows, rows, in);
+        hint = turn.last ? wo.next_weight : hint_for_rows(xs.rows, first + rows, rows, in);
       }
       e.multiply(wo.product(e, part.rows, lhs, column, columns, hint), epilogue);
     });
@@ -261,14 +257,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
   const AttentionWeights weights{wq, wk, wv, wo, bq, bo};
   const Options options{num_heads, static_cast<float>(scale), epsilon, attn_mask, residual};
   check_attention(x, weights, num_heads);
-  check_like(x, residual, "residual", with_last(x, wo.size(0)));
+  const int64_t out = weight_size(wo, 0);
+  check_like(x, residual, "residual", with_last(x, out));
   const auto kept = [&](const at::Tensor& w) {
-    return empty_rows(x, w.size(0), keep_intermediates);
+    return empty_rows(x, weight_size(w, 0), keep_intermediates);
   };
-  const at::Tensor y = empty_rows(x, wo.size(0));
+  const at::Tensor y = empty_rows(x, out);
   const std::array<at::Tensor, 4> intermediates{kept(wq), kept(wq), kept(wv), kept(wv)};
   const auto results = std::tuple_cat(std::make_tuple(y), intermediates);
-  if (!row_count(x) || !wo.size(0)) return results;
+  if (!row_count(x) || !out) return results;
 
   const LowRankAttention call(x, weights, options, y);
   const int64_t images = x.size(0);
@@ -276,12 +273,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
     call.run(0, images, {true, true}, intermediates);
     return results;
   }
-  const Engine& e = engine(dtype_of(x));
-  parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
-    const Session session(e);
-    for (int64_t image = begin; image < end; ++image) {
-      call.run(image, 1, {image == begin, image + 1 == end}, intermediates);
-    }
+  for_each_item(engine_for(x, wq), images, [&](int64_t image, Turn turn) {
+    call.run(image, 1, turn, intermediates);
   });
   return results;
 }

@@ -7,7 +7,7 @@
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/scratch.h"
 #include "cpu/runtime/split_k.h"
-#include "cpu/runtime/weight_cache.h"
+#include "cpu/runtime/packed_weight.h"
 
 namespace adacomcat {
 namespace {
@@ -18,18 +18,19 @@ std::tuple<at::Tensor, at::Tensor> low_rank_linear(const at::Tensor& x, const at
                                                    std::optional<std::string_view> activation,
                                                    const OptionalTensor& residual,
                                                    bool keep_intermediates) {
-  TORCH_CHECK(x.dim() > 0 && v.dim() == 2 && u.dim() == 2, "x (..., in), v, u matrices expected");
-  const int64_t in = x.size(-1), rank = v.size(1), out = u.size(0), rows = row_count(x);
-  check_like(x, v, "v", {in, rank});
-  check_like(x, u, "u", {out, rank});
+  TORCH_CHECK(x.dim() > 0 && is_weight(v) && is_weight(u), "x (..., in), v, u matrices expected");
+  const int64_t in = x.size(-1), rank = weight_size(v, 1), out = weight_size(u, 0);
+  const int64_t rows = row_count(x);
+  check_weight(x, v, "v", {in, rank});
+  check_weight(x, u, "u", {out, rank});
   check_like(x, bias, "bias", {out});
   check_like(x, residual, "residual", with_last(x, out));
 
   const at::Tensor y = empty_rows(x, out), middle = empty_rows(x, rank, keep_intermediates);
   if (!rows || !out) return {y, middle};
 
-  const Engine& e = engine(dtype_of(x));
-  const PackedWeight pv = pack_weight(e, v, false), pu = pack_weight(e, u, true);
+  const Engine& e = engine_for(x, v);
+  const PackedWeight pv = read_weight(e, v, false), pu = read_weight(e, u, true);
   const TensorRows xs(x), residuals(residual ? *residual : x);
   const Bias b(bias);
   const Activation act = parse_activation(activation);

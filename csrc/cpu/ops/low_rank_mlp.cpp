@@ -14,13 +14,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> low_rank_mlp(
     const at::Tensor& v2, const at::Tensor& u2, const OptionalTensor& b2,
     std::optional<std::string_view> activation, std::optional<double> epsilon,
     const OptionalTensor& residual, bool keep_intermediates) {
-  TORCH_CHECK(x.dim() > 0 && v1.dim() == 2 && u1.dim() == 2 && v2.dim() == 2 && u2.dim() == 2,
+  TORCH_CHECK(x.dim() > 0 && is_weight(v1) && is_weight(u1) && is_weight(v2) && is_weight(u2),
               "x (..., in) and matrices v1, u1, v2, u2 expected");
-  const int64_t rank1 = v1.size(1), hidden = u1.size(0), rank2 = v2.size(1), out = u2.size(0);
-  check_like(x, v1, "v1", {x.size(-1), rank1});
-  check_like(x, u1, "u1", {hidden, rank1});
-  check_like(x, v2, "v2", {hidden, rank2});
-  check_like(x, u2, "u2", {out, rank2});
+  const int64_t rank1 = weight_size(v1, 1), hidden = weight_size(u1, 0);
+  const int64_t rank2 = weight_size(v2, 1), out = weight_size(u2, 0);
+  check_weight(x, v1, "v1", {x.size(-1), rank1});
+  check_weight(x, u1, "u1", {hidden, rank1});
+  check_weight(x, v2, "v2", {hidden, rank2});
+  check_weight(x, u2, "u2", {out, rank2});
   check_like(x, b1, "b1", {hidden});
   check_like(x, b2, "b2", {out});
   check_like(x, residual, "residual", with_last(x, out));
@@ -29,17 +30,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> low_rank_mlp(
                    middle2 = empty_rows(x, rank2, keep_intermediates);
   if (!row_count(x) || !out) return {y, middle1, middle2};
 
-  const Engine& e = engine(dtype_of(x));
+  const Engine& e = engine_for(x, v1);
   const MlpOptions options{b1, b2, activation, epsilon, residual};
-  if (uses_gemv(x) && !keep_intermediates) {
+  if (uses_gemv(x) && !is_packed(v1) && !keep_intermediates) {
     run_mlp_gemv(e, x,
                  {GemvWeight(v1, false), GemvWeight(u1, true), GemvWeight(v2, false),
                   GemvWeight(u2, true), rank1, hidden, rank2},
                  options, y);
     return {y, middle1, middle2};
   }
-  const MlpWeights weights{pack_weight(e, v1, false), pack_weight(e, u1, true),
-                           pack_weight(e, v2, false), pack_weight(e, u2, true)};
+  const MlpWeights weights{read_weight(e, v1, false), read_weight(e, u1, true),
+                           read_weight(e, v2, false), read_weight(e, u2, true)};
   run_mlp(e, x, weights, options, y, middle1, middle2);
   return {y, middle1, middle2};
 }

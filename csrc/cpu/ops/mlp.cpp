@@ -186,7 +186,7 @@ class Mlp {
   PrefetchHint hint_for_down(int64_t first, int64_t columns) const {
     const int64_t n = sum_stride(), row_bytes = std::min(e.panel_columns(), n) * e.packed_size;
     const int64_t panels = row_bytes ? ceil_div(n * e.packed_size, row_bytes) : 0;
-    return {static_cast<const char*>(w.down.data.get()) + first * row_bytes,
+    return {static_cast<const char*>(w.down.data) + first * row_bytes,
             panels * columns * row_bytes, columns * row_bytes, w.down.rows * row_bytes};
   }
 };
@@ -224,7 +224,7 @@ void share_rows(const Mlp& mlp, const at::Tensor& middle1, const at::Tensor& mid
     const int64_t following = std::min(m, mlp.rows - row - m);
     const PrefetchHint next_rows = hint_for_rows(mlp.xs.rows, row + m, following, mlp.in);
     if (!w.low_rank()) {
-      const PrefetchHint next = turn.last ? w.down.next_weight() : next_rows;
+      const PrefetchHint next = turn.last ? w.down.next_weight : next_rows;
       return mlp.multiply_hidden(m, lhs, range, &last, {turn.first, residual, next});
     }
     const PrefetchHint result = hint_for_rows({last.out, last.stride, last.dtype}, 0, m, mlp.out);
@@ -233,7 +233,7 @@ void share_rows(const Mlp& mlp, const at::Tensor& middle1, const at::Tensor& mid
     mlp.multiply_hidden(m, lhs, range, &to_middle,
                         {turn.first, result, turn.first ? w.out.hint() : residual});
     store_middles(mlp, row, m, t1, t2, middle1, middle2);
-    mlp.leave(row, m, t2, turn.last ? w.out.next_weight() : next_rows);
+    mlp.leave(row, m, t2, turn.last ? w.out.next_weight : next_rows);
   });
 }
 
@@ -272,17 +272,14 @@ void share_hidden(const Mlp& mlp, const at::Tensor& middle1, const at::Tensor& m
   float* sums = workspace.next<float>();
 
   enter_rows(mlp, lhs, row_bytes);
-  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    const Session session(e);
-    for (int64_t i = begin; i < end; ++i) {
-      Scratch scratch({rows * mlp.hidden_bytes()});
-      const int64_t first = start + i * share * e.panel_columns();
-      const int64_t last = std::min(first + share * e.panel_columns(), mlp.hidden);
-      mlp.multiply_hidden(rows, {lhs, e.padded_k(w.up.k)},
-                          {first, last, scratch.next<char>(), sums + i * rows * mlp.sum_stride()},
-                          nullptr,
-                          {i == begin, {}, w.low_rank() ? w.out.hint() : w.down.next_weight()});
-    }
+  for_each_item(e, parts, [&](int64_t i, Turn turn) {
+    Scratch scratch({rows * mlp.hidden_bytes()});
+    const int64_t first = start + i * share * e.panel_columns();
+    const int64_t last = std::min(first + share * e.panel_columns(), mlp.hidden);
+    mlp.multiply_hidden(rows, {lhs, e.padded_k(w.up.k)},
+                        {first, last, scratch.next<char>(), sums + i * rows * mlp.sum_stride()},
+                        nullptr,
+                        {turn.first, {}, w.low_rank() ? w.out.hint() : w.down.next_weight});
   });
   for_each_block(e, rows, [&](int64_t row, int64_t m, Turn turn) {
     float* sum = sums + row * mlp.sum_stride();
@@ -294,7 +291,7 @@ void share_hidden(const Mlp& mlp, const at::Tensor& middle1, const at::Tensor& m
                    w.low_rank() ? mlp.middle_epilogue(t2) : mlp.last_epilogue(row));
     if (!w.low_rank()) return;
     store_middles(mlp, row, m, lhs + row * row_bytes, t2, middle1, middle2);
-    mlp.leave(row, m, t2, turn.last ? w.out.next_weight() : PrefetchHint{});
+    mlp.leave(row, m, t2, turn.last ? w.out.next_weight : PrefetchHint{});
   });
 }
 

@@ -9,7 +9,7 @@
 #include <optional>
 
 #include "cpu/runtime/gemv.h"
-#include "cpu/runtime/weight_cache.h"
+#include "cpu/runtime/packed_weight.h"
 
 namespace adacomcat {
 

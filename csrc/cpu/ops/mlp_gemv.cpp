@@ -14,8 +14,7 @@ struct HiddenShares {
 
   explicit HiddenShares(const MlpGemvWeights& w) {
     const int64_t step = worthwhile_columns(w.inner + w.middle);
-    const int64_t threads = at::in_parallel_region() ? 1 : thread_count();
-    columns = std::max<int64_t>(ceil_div(ceil_div(w.hidden, step), threads), 1) * step;
+    columns = std::max<int64_t>(ceil_div(ceil_div(w.hidden, step), thread_count()), 1) * step;
     parts = std::max<int64_t>(ceil_div(w.hidden, columns), 1);
   }
 };

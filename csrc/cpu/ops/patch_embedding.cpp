@@ -5,7 +5,7 @@
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/scratch.h"
 #include "cpu/runtime/split_k.h"
-#include "cpu/runtime/weight_cache.h"
+#include "cpu/runtime/packed_weight.h"
 
 namespace adacomcat {
 namespace {
@@ -75,7 +75,7 @@ void embed(const Engine& e, const Patches& patches, const PackedWeight& weight,
       epilogue.bias = b.rows;
       if (added) epilogue.residual = rows_from(added->rows, patch);
       const bool first = turn.first && !done;
-      const PrefetchHint hint = first ? weight.next_weight() : PrefetchHint{};
+      const PrefetchHint hint = first ? weight.next_weight : PrefetchHint{};
       multiply_split_k(e, weight.product(some, {lhs + done * row_bytes, k}, hint), epilogue, sums);
     }
   });
@@ -95,7 +95,7 @@ at::Tensor patch_embedding(const at::Tensor& image, const at::Tensor& weight,
   if (leading) y.narrow(1, 0, leading).copy_(prefix->expand({images, leading, out}));
   if (!images || !patches.count || !out) return y;
   const Engine& e = engine(dtype_of(image));
-  const PackedWeight packed = pack_weight(e, weight.reshape({out, patches.elements()}), true);
+  const PackedWeight packed = read_weight(e, weight.reshape({out, patches.elements()}), true);
   embed(e, patches, packed, bias, positions, leading, y);
   return y;
 }

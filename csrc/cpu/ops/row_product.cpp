@@ -3,7 +3,7 @@
 
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/scratch.h"
-#include "cpu/runtime/weight_cache.h"
+#include "cpu/runtime/packed_weight.h"
 
 namespace adacomcat {
 namespace {
@@ -16,7 +16,7 @@ at::Tensor row_product(const at::Tensor& a, const at::Tensor& b, const OptionalT
   const at::Tensor y = empty_rows(a, n);
   if (!rows || !n) return y;
   const Engine& e = activation_engine(dtype_of(a));
-  const PackedWeight weight = pack_weight(e, b, false);
+  const PackedWeight weight = read_weight(e, b, false);
   const TensorRows as(a), cs(c ? *c : a);
   const OutputRows result(y);
   const int64_t block = block_rows(e, rows);

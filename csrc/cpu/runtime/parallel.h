@@ -20,10 +20,22 @@ class Session {
   const Engine& engine_;
 };
 
-// Whether a piece of work is the first or the last one of its thread.
+// Whether a piece of work is the first one of its thread, and the last one of the thread's share.
 struct Turn {
   bool first, last;
 };
+
+// body(item, turn) for items 0 … count - 1, with the engine's products begun on each thread.
+template <typename Body>
+inline void for_each_item(const Engine& engine, int64_t count, const Body& body) {
+  share_out(count, [&](Items& items) {
+    const Session session(engine);
+    bool first = true;
+    for (int64_t item; items.take(item); first = false) {
+      body(item, Turn{first, items.own_is_done()});
+    }
+  });
+}
 
 // Rows of a block: whole steps, at most engine.block_rows, and so that threads get equally many blocks.
 inline int64_t block_rows(const Engine& engine, int64_t rows) {
@@ -37,11 +49,8 @@ inline int64_t block_rows(const Engine& engine, int64_t rows) {
 template <typename Body>
 inline void for_each_block(const Engine& engine, int64_t rows, Body body) {
   const int64_t block = block_rows(engine, rows);
-  parallel_for(0, ceil_div(rows, block), 1, [&](int64_t begin, int64_t end) {
-    const Session session(engine);
-    for (int64_t i = begin; i < end; ++i) {
-      body(i * block, std::min(block, rows - i * block), Turn{i == begin, i + 1 == end});
-    }
+  for_each_item(engine, ceil_div(rows, block), [&](int64_t i, Turn turn) {
+    body(i * block, std::min(block, rows - i * block), turn);
   });
 }
 
@@ -60,8 +69,7 @@ inline int64_t panel_count(const Engine& engine, int64_t columns) {
 // only, which with few rows are most of what there is to read.
 inline bool shares_columns(const Engine& engine, int64_t rows, int64_t panels) {
   const int64_t threads = thread_count();
-  return threads > 1 && !at::in_parallel_region() && rows <= 2 * engine.block_rows &&
-         panels >= 2 * threads;
+  return threads > 1 && rows <= 2 * engine.block_rows && panels >= 2 * threads;
 }
 
 // body(part) for each part of a product (rows, panels).
@@ -73,12 +81,8 @@ inline void for_each_part(const Engine& engine, int64_t rows, int64_t panels, Bo
     return;
   }
   const int64_t share = ceil_div(panels, thread_count());
-  parallel_for(0, ceil_div(panels, share), 1, [&](int64_t begin, int64_t end) {
-    const Session session(engine);
-    for (int64_t i = begin; i < end; ++i) {
-      body(Part{
-          0, rows, i * share, std::min(share, panels - i * share), {i == begin, i + 1 == end}});
-    }
+  for_each_item(engine, ceil_div(panels, share), [&](int64_t i, Turn turn) {
+    body(Part{0, rows, i * share, std::min(share, panels - i * share), turn});
   });
 }
 

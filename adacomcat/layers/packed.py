@@ -1,0 +1,142 @@
+"""Modules that own their weights in the packed form that the CPU kernels read.
+
+A weight is held once: packed. It is read back whenever it is asked for: by its name, in
+``state_dict``, when the module moves, is copied or pickled, and where a formula computes it.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from adacomcat.ops import backends, packing
+
+
+class PackedModule(nn.Module):
+    """A module for inference whose ``weights`` ``pack_`` may pack.
+
+    Attributes:
+        op: The op that takes the weights.
+        weights: Name of each weight → whether the op multiplies by its transpose.
+        forms: Name of each packed weight → how it is read back; None for one that is also kept as
+            it is, since packing rounds it. Empty if nothing is packed.
+    """
+
+    op: ClassVar[str]
+    weights: ClassVar[dict[str, bool]]
+    forms: dict[str, packing.Form | None]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forms = {}
+
+    def pack_(self) -> None:
+        """Pack the weights where a CPU kernel takes them all, and free what they were packed from.
+
+        Weights in shared memory stay as they are, for other processes read and write them.
+        """
+        found = {name: getattr(self, name) for name in self.weights}
+        if self.forms or any(w.is_shared() or w.requires_grad for w in found.values()):
+            return
+        packed = {name: packing.pack(w, self.weights[name]) for name, w in found.items()}
+        forms: dict[str, packing.Form | None] = {}
+        for name, one in packed.items():
+            if one is None:
+                return
+            forms[name] = one[1]
+        for name, one in packed.items():
+            assert one is not None
+            self.register_buffer(f"{name}_packed", one[0], persistent=False)
+            if one[1] is None:
+                self.register_buffer(f"{name}_kept", found[name].detach(), persistent=False)
+            self._parameters[name] = None
+        self.forms = forms
+
+    def unpack_(self) -> None:
+        """Make the packed weights parameters again."""
+        plain = {name: self._weight(name) for name in self.forms}
+        self.forms = {}
+        for name, weight in plain.items():
+            self._parameters[name] = nn.Parameter(weight, requires_grad=False)
+            for kind in ("packed", "kept"):
+                self._buffers.pop(f"{name}_{kind}", None)
+                self._non_persistent_buffers_set.discard(f"{name}_{kind}")
+
+    def packed_kernel(self, x: Tensor) -> backends.Kernel | None:
+        """The kernel that takes the packed weights and x; None where a formula has to serve."""
+        if not self.forms or torch.compiler.is_compiling() or not x.is_cpu:
+            return None
+        if x.requires_grad and torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return None
+        return backends.direct_kernel(self.op, x)
+
+    def plain_weights(self) -> dict[str, Any]:
+        """All parameters by name, the packed ones read back."""
+        if not self.forms:
+            return self._parameters
+        return {**self._parameters, **{name: self._weight(name) for name in self.forms}}
+
+    def _weight(self, name: str) -> Tensor:
+        form = self.forms[name]
+        if form is None:
+            kept = self._buffers[f"{name}_kept"]
+            assert kept is not None
+            return kept.clone()
+        data = self._buffers[f"{name}_packed"]
+        assert data is not None
+        return form.read(data)
+
+    # What PyTorch asks of a module.
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("forms", ()):
+            return self._weight(name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("forms", ()):
+            self.unpack_()
+        super().__setattr__(name, value)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        plain = self.plain_weights()
+        for name in self._parameters:
+            weight = plain[name]
+            if weight is not None:
+                destination[prefix + name] = weight if keep_vars else weight.detach()
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        packed = bool(self.forms)
+        self.unpack_()
+        super()._load_from_state_dict(*arguments, **options)
+        if packed:
+            self.pack_()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        packed = bool(self.forms)
+        self.unpack_()
+        result = super()._apply(fn, recurse)
+        if packed:
+            self.pack_()
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another machine may have another instruction set.
+        state = dict(self.__dict__)
+        if self.forms:
+            hidden = {f"{name}_{kind}" for name in self.forms for kind in ("packed", "kept")}
+            state["_parameters"] = {
+                name: w if w is None or isinstance(w, nn.Parameter)
+                else nn.Parameter(w, requires_grad=False)
+                for name, w in self.plain_weights().items()}
+            state["_buffers"] = {n: b for n, b in self._buffers.items() if n not in hidden}
+            state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - hidden
+            state["forms"] = {}
+            state["_packs"] = True
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        packs = state.pop("_packs", False)
+        super().__setstate__(state)
+        if packs:
+            self.pack_()
