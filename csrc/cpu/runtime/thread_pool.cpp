@@ -155,9 +155,23 @@ struct Loop {
     body = what, count = threads, failed = false, error = nullptr;
     for (int64_t i = 0; i < threads; ++i) {
       shares[i].next.store(items * i / threads, std::memory_order_relaxed);
-      shares[i].end = items * (i + 1) / threads;
+      shares[i].end.store(items * (i + 1) / threads, std::memory_order_relaxed);
     }
     state.store(static_cast<uint32_t>(threads - 1) << kWanted, std::memory_order_release);
+  }
+
+  // Whether there may be an item that nobody has taken.
+  bool has_items() const {
+    for (int64_t i = 0; i < wanted(); ++i) {
+      if (shares[i].next.load(std::memory_order_relaxed) < shares[i].last()) return true;
+    }
+    return false;
+  }
+
+  // The threads that the loop may have; none while it is closed.
+  int64_t wanted() const {
+    const uint32_t helpers = state.load(std::memory_order_acquire) >> kWanted;
+    return helpers ? helpers + 1 : 0;
   }
 
   // A helper enters, unless the loop is closed or has all its threads.
@@ -220,7 +234,7 @@ class Pool {
 
   static void run_alone(int64_t count, LoopBody body) {
     Share all;
-    all.end = count;
+    all.end.store(count, std::memory_order_relaxed);
     Items items(&all, 1, 0);
     body(items);
   }
@@ -266,7 +280,8 @@ class Pool {
   bool help_any(int64_t id) {
     for (int64_t i = 0; i < kMostLoops; ++i) {
       Loop& loop = loops_[(id - 1 + i) % kMostLoops];
-      if (!loop.enter()) continue;
+      // A loop whose last items are being run is open still: who entered it would come back at once.
+      if (!loop.has_items() || !loop.enter()) continue;
       Helper& self = helping_[id - 1];
       self.loop = &loop;
       loop.run(id);

@@ -13,8 +13,9 @@ namespace adacomcat {
 
 // Consecutive items of a loop, and the first one that nobody has taken.
 struct alignas(64) Share {
-  std::atomic<int64_t> next{0};
-  int64_t end = 0;
+  std::atomic<int64_t> next{0}, end{0};
+
+  int64_t last() const { return end.load(std::memory_order_relaxed); }
 };
 
 // What one thread takes of a loop.
@@ -27,16 +28,16 @@ class Items {
   bool take(int64_t& item) {
     for (; passed_ < count_; ++passed_) {
       Share& share = shares_[(own_ + passed_) % count_];
-      if (share.next.load(std::memory_order_relaxed) >= share.end) continue;
+      if (share.next.load(std::memory_order_relaxed) >= share.last()) continue;
       item = share.next.fetch_add(1, std::memory_order_relaxed);
-      if (item < share.end) return true;
+      if (item < share.last()) return true;
     }
     return false;
   }
 
   // Whether the thread's own share is used up.
   bool own_is_done() const {
-    return passed_ > 0 || shares_[own_].next.load(std::memory_order_relaxed) >= shares_[own_].end;
+    return passed_ > 0 || shares_[own_].next.load(std::memory_order_relaxed) >= shares_[own_].last();
   }
 
  private:
