@@ -1,6 +1,8 @@
 // Packs the rhs: panel after panel; in a panel, group after group of kGroup rows; in a group, lane after
 // lane. Each layout of B has a function of its own that packs one group, or many.
 
+#include "cpu/gemm/pack_block-inl.h"
+
 // A panel of B: `columns` columns, and the lanes that they take when packed. Element (i, j) is element
 // i * row + j * column of `data`.
 struct PanelSource {
@@ -74,6 +76,23 @@ inline void convert_row(int64_t filled, const char* from, const PanelSource& b, 
   }
 }
 
+// Rows of another dtype for float32 operands, by squares of vectors. Returns how many rows are done: all.
+inline int64_t convert_squares(int64_t k, const PanelSource& b, char* out) {
+  float* to = reinterpret_cast<float*>(out);
+  for (int64_t i = 0; i < k; i += kBlock) {
+    const int64_t rows = least(kBlock, k - i);
+    for (int64_t first = 0; first < b.lanes; first += kLanes) {
+      Vector block[kBlock] = {};
+      const int64_t columns = least(kLanes, b.columns - first);
+      if (columns > 0) {
+        read_block(rows, columns, b.element(i, first), b.row, b.column, b.dtype, block);
+      }
+      for (int64_t r = 0; r < rows; ++r) store(to + (i + r) * b.lanes + first, block[r]);
+    }
+  }
+  return k;
+}
+
 // A group of rows of any layout and dtype; rows from k on are zeros.
 inline void pack_any_rows(int64_t k, int64_t i, const PanelSource& b, char* out) {
   for (int g = 0; g < kGroup; ++g, out += kOperandSize) {
@@ -100,6 +119,9 @@ void pack(int64_t k, int64_t n, const void* b, int64_t row, int64_t column, Dtyp
     panel.columns = least(panel.lanes, n - first);
     int64_t i = 0;
     if (copies && row == 1) i = pack_squares(k, panel, out);
+    if constexpr (kOperand == Dtype::f32) {
+      if (!copies && (row == 1 || column == 1)) i = convert_squares(k, panel, out);
+    }
     out += i / kGroup * panel.lanes * kLaneBytes;
     for (; i < padded; i += kGroup, out += panel.lanes * kLaneBytes) {
       const bool whole = copies && i + kGroup <= k;
