@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from adacomcat import ops
 from adacomcat.factorize.gauge import MlpFactors, identity_gauge
-from adacomcat.layers.attention import LowRankAttention, causal_mask
+from adacomcat.layers.attention import LowRankAttention
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.mlp import LowRankMlp, activation_name
 from adacomcat.layers.plain import is_plain, is_plain_linear
 from adacomcat.layers.registry import MlpParts, Residual, attention_weights
+from adacomcat.layers.stock import causal_mask
 from adacomcat.ops import inference
 
 
