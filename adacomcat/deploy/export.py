@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from adacomcat.checkpoint.folder import require_empty
 from adacomcat.convert.plain import is_optimized
 from adacomcat.deploy.formats import FORMATS, Format, Request, Run, require_packages
 from adacomcat.errors import UserError, reason
@@ -43,8 +44,8 @@ class Exported:
     latency_ms: dict[str, float] | None = None
 
 
-def export(model: nn.Module, path: str | Path, *, format: str, batch_size: int = 1,
-           dynamic_batch: bool = False, dtype: torch.dtype | None = None,
+def export(model: nn.Module, path: str | Path, *, format: str, images: Tensor | None = None,
+           batch_size: int = 1, dynamic_batch: bool = False, dtype: torch.dtype | None = None,
            opset: int | None = None, check: bool = True, bench: bool = False) -> Exported:
     """Write ``model`` for another program, and compare what that computes with the model.
 
@@ -55,6 +56,8 @@ def export(model: nn.Module, path: str | Path, *, format: str, batch_size: int =
         format: 'onnx', 'openvino', 'torch' (torch.export), 'aoti' (AOTInductor), 'executorch',
             'plain' (a checkpoint folder of ``to_plain(model)``) or 'dense' (of ``to_dense(model)``,
             which timm loads without this package).
+        images: A batch (B, C, H, W) that shows the size of images; by default the size that a timm
+            model was built for.
         batch_size: Images that the file takes, where ``dynamic_batch`` does not allow any number.
         dynamic_batch: Whether the file takes batches of every size.
         dtype: Of weights and images in the file; the model's by default.
@@ -70,24 +73,25 @@ def export(model: nn.Module, path: str | Path, *, format: str, batch_size: int =
     chosen = _require(format, dtype, opset, bench)
     model = copied(unwrapped(model)).eval().requires_grad_(False)
     model = model if chosen.torch_only else model.cpu()
-    _require_tensor(model)
+    size = input_size(model) if images is None else tuple(images.shape[1:])
+    _require_tensor(model, size)
     own = next(model.parameters()).dtype
     made = copied(model).to(dtype or own)
-    example = _images(made, max(2, batch_size) if dynamic_batch else batch_size)
+    example = _images(made, max(2, batch_size) if dynamic_batch else batch_size, size)
     request = Request(made, example, dynamic_batch, opset)
-    sizes = (1, batch_size, batch_size + 2) if dynamic_batch or chosen.folder else (batch_size,)
-    found: dict[str, float] = {}
+    several = dynamic_batch or chosen.folder
+    batches = [_images(model, count, size) for count in dict.fromkeys(
+        (1, batch_size, batch_size + 2) if several else (batch_size,))]
+    check = check and _can_run(format, chosen)
 
-    def examine(written: Path) -> None:
-        if check and _can_run(format, chosen):
-            run = chosen.run(written)
-            found["difference"] = _difference(model, run, sizes, dtype or own)
+    def examine(written: Path) -> float | None:
+        return _difference(model, chosen.run(written), batches, dtype or own) if check else None
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of other packages about themselves
-        size = _write(request, chosen, format, Path(path), examine)
+        bytes_, difference = _write(request, chosen, format, Path(path), examine)
     latency = _latency(model, chosen.run(Path(path)), example) if bench else None
-    return Exported(Path(path), format, size, found.get("difference"), latency)
+    return Exported(Path(path), format, bytes_, difference, latency)
 
 
 def _require(format: str, dtype: torch.dtype | None, opset: int | None, bench: bool) -> Format:
@@ -106,16 +110,16 @@ def _require(format: str, dtype: torch.dtype | None, opset: int | None, bench: b
 
 
 @torch.no_grad()
-def _require_tensor(model: nn.Module) -> None:
-    output = model(_images(model, 1))
+def _require_tensor(model: nn.Module, size: tuple[int, ...]) -> None:
+    output = model(_images(model, 1, size))
     if not isinstance(output, Tensor):
         raise UserError(f"the model returns a {type(output).__name__}; wrap it in a module that "
                         "returns one tensor")
 
 
-def _images(model: nn.Module, count: int) -> Tensor:
-    """Random images as ``model`` takes them, the same in every call."""
-    images = torch.randn(count, *input_size(model), generator=torch.Generator().manual_seed(0))
+def _images(model: nn.Module, count: int, size: tuple[int, ...]) -> Tensor:
+    """Random images (count, *size) as ``model`` takes them, the same in every call."""
+    images = torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
     return images.to(next(model.parameters()))
 
 
@@ -123,29 +127,27 @@ def _can_run(name: str, chosen: Format) -> bool:
     missing = [package for package in chosen.runtime if find_spec(package) is None]
     if missing:
         warnings.warn(f"the {name} file is not checked: {', '.join(missing)} is not installed",
-                      stacklevel=4)
+                      stacklevel=3)
     return not missing
 
 
 def _write(request: Request, chosen: Format, name: str, path: Path,
-           examine: Callable[[Path], None]) -> int:
-    """Write beside ``path``, examine, then move to it; the bytes that were written."""
+           examine: Callable[[Path], float | None]) -> tuple[int, float | None]:
+    """Write beside ``path``, examine, then move to it: (bytes, what ``examine`` found)."""
     if chosen.folder:
-        chosen.write(request, path)  # whole or not at all, by itself
-        examine(path)
-        return sum(file.stat().st_size for file in path.iterdir())
+        require_empty(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name[:40]}.", suffix=".partial",
                                          dir=path.parent) as scratch:
             written = Path(scratch) / path.name
             _call_exporter(request, chosen, name, written)
-            examine(written)
-            files = list(Path(scratch).iterdir())
+            difference = examine(written)
+            files = [file for file in Path(scratch).rglob("*") if file.is_file()]
             size = sum(file.stat().st_size for file in files)
-            for file in sorted(files, key=lambda file: file == written):
-                os.replace(file, path.parent / file.name)
-            return size
+            for made in sorted(Path(scratch).iterdir(), key=lambda made: made == written):
+                os.replace(made, path.parent / made.name)
+            return size, difference
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -160,18 +162,18 @@ def _call_exporter(request: Request, chosen: Format, name: str, path: Path) -> N
 
 
 @torch.no_grad()
-def _difference(model: nn.Module, run: Run, sizes: Sequence[int], dtype: torch.dtype) -> float:
-    """The largest absolute difference over batches of these sizes.
+def _difference(model: nn.Module, run: Run, batches: Sequence[Tensor],
+                dtype: torch.dtype) -> float:
+    """The largest absolute difference of an output, over these images.
 
     Raises:
         UserError: It is more than ``TOLERANCE`` allows, or no number.
     """
     worst = 0.0
-    for size in dict.fromkeys(sizes):
-        images = _images(model, size)
+    for images in batches:
         expected, found = model(images).float(), run(images.to(dtype)).float()
         if found.shape != expected.shape:
-            raise UserError(f"the exported file returns {tuple(found.shape)} for {size} images, "
+            raise UserError(f"the exported file returns {tuple(found.shape)} for {len(images)} images, "
                             f"the model {tuple(expected.shape)}")
         difference = (found.to(expected) - expected).abs().max().item()
         limit = TOLERANCE[dtype] * expected.abs().max().item()
