@@ -146,8 +146,8 @@ def is_checkpoint(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG).is_file()
 
 
-def describe(model: nn.Module, architecture: str | None,
-              model_args: Mapping[str, Any] | None) -> dict[str, Any]:
+def describe(model: nn.Module, architecture: str | None = None,
+             model_args: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The content of config.json, but for the checksums.
 
     Raises:

@@ -173,8 +173,8 @@ def _difference(model: nn.Module, run: Run, batches: Sequence[Tensor],
     for images in batches:
         expected, found = model(images).float(), run(images.to(dtype)).float()
         if found.shape != expected.shape:
-            raise UserError(f"the exported file returns {tuple(found.shape)} for {len(images)} images, "
-                            f"the model {tuple(expected.shape)}")
+            raise UserError(f"the exported file returns {tuple(found.shape)} for {len(images)} "
+                            f"images, the model {tuple(expected.shape)}")
         difference = (found.to(expected) - expected).abs().max().item()
         limit = TOLERANCE[dtype] * expected.abs().max().item()
         if not difference <= limit:

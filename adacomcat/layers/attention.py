@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from adacomcat import ops
 from adacomcat.errors import UserError
@@ -36,9 +35,10 @@ from adacomcat.layers.stock import (
     carry_over_,
     causal_mask,
     linear_of,
+    softmax_weights,
+    weights_are_read,
     weights_of,
 )
-from adacomcat.ops.reference import broadcast_mask, probability
 
 # (mask, rotary embedding): a boolean mask, or one that is added to the logits; None where absent.
 Context = tuple[Tensor | None, Tensor | None]
@@ -230,7 +230,7 @@ class LowRankAttention(nn.Module):
     def attend(self, x: Tensor, mask: Tensor | None, rope: Tensor | None = None) -> Tensor:
         """The result for tokens x (B, N, d); mask: boolean, or added to the logits."""
         dropping = self.training and self.attn_drop.p
-        if self.folds_scores and not dropping and not self._shows_weights(x):
+        if self.folds_scores and not dropping and not weights_are_read(self.attn_drop, x):
             y = ops.low_rank_attention(x, self.wq, self.bq, self.wk, self.wv, self.wo, self.bo,
                                        self.num_heads, self.scale, mask)
         else:
@@ -243,22 +243,14 @@ class LowRankAttention(nn.Module):
                 rope: Tensor | None = None) -> Tensor:
         """softmax(…) values, for values (B, H or 1, N, ·)."""
         q, k = self.queries_and_keys(x, rope)
-        if self._shows_weights(x):
-            return self.attn_drop(_weights(q, k, self.scale, mask)) @ values
+        if weights_are_read(self.attn_drop, x):
+            return self.attn_drop(softmax_weights(q, k, self.scale, mask)) @ values
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)
         values = values.expand(-1, self.num_heads, -1, -1)
         return F.scaled_dot_product_attention(
             q, k, values, attn_mask=mask, scale=self.scale,
             dropout_p=self.attn_drop.p if self.training else 0.0)
-
-    def _shows_weights(self, x: Tensor) -> bool:
-        """Whether somebody looks at the attention weights: by a hook on ``attn_drop``, or by fx.
-
-        timm's ``AttentionExtract`` does either. No fused attention writes them.
-        """
-        drop = self.attn_drop
-        return bool(drop._forward_hooks or drop._forward_pre_hooks) or isinstance(x, Proxy)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Tokens (B, N, d) → (B, N, out). The other arguments are those of ``score_context``."""
@@ -312,13 +304,6 @@ def _dense_linear(projection: Projection) -> nn.Linear:
     if bias is not None:
         linear.bias.data.copy_(bias)
     return linear
-
-
-def _weights(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """softmax(scale q kᵀ + mask), (B, H, N, N)."""
-    if isinstance(mask, Proxy):  # whose dtype nobody knows; masks of timm's models are added
-        return ((q * scale) @ k.transpose(-2, -1) + mask).softmax(-1)
-    return probability(q, k, scale, broadcast_mask(mask))
 
 
 def low_rank_class(attn: nn.Module, tier: str | None) -> type[LowRankAttention]:

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from timm.layers import LayerNorm
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from adacomcat import ops
+from adacomcat.errors import UserError
 from adacomcat.factorize.gauge import MlpFactors, identity_gauge
 from adacomcat.layers.attention import LowRankAttention
 from adacomcat.layers.linear import LowRankLinear
@@ -158,6 +160,7 @@ class FusedBlock(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
+        require_tensor(x)
         return self.mlp(self.attn(x, attn_mask=attn_mask, is_causal=is_causal))
 
     def class_token(self, x: Tensor) -> Tensor:
@@ -176,6 +179,7 @@ class FusedPatches(nn.Conv2d):
         self.train(conv.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        require_tensor(input)
         rows = input.shape[2] // self.kernel_size[0]
         # (B, out, rows, columns), laid out patch after patch: timm's flatten copies nothing.
         return inference.patch_embedding(input, self.weight, self.bias).mT.unflatten(2, (rows, -1))
@@ -204,6 +208,16 @@ class ClassTokenEncoder(nn.Module):
     """
 
     blocks: nn.Sequential
+
+
+def require_tensor(x: object) -> None:
+    """
+    Raises:
+        UserError: ``torch.fx`` follows the model.
+    """
+    if isinstance(x, Proxy):
+        raise UserError("torch.fx does not follow the kernels of an optimized model; trace the "
+                        "model that adacomcat.optimize was given")
 
 
 def gemv_linear(head: nn.Module) -> nn.Module:

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.overrides import handle_torch_function, has_torch_function
 
 from adacomcat.errors import UserError
 from adacomcat.layers.plain import is_plain_linear
+from adacomcat.ops.reference import broadcast_mask, probability
 
 
 class LinearPair(nn.Sequential):
@@ -64,6 +67,10 @@ class PlainAttention(nn.Module):
 
         ``mask``: boolean, or added to the logits.
         """
+        if not torch.jit.is_scripting() and weights_are_read(self.attn_drop, x):
+            weights = self.attn_drop(softmax_weights(q, k, self.scale, mask))
+            y = weights @ self.heads(self.v(x))
+            return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)
         y = F.scaled_dot_product_attention(
@@ -87,10 +94,39 @@ FACTORS = frozenset(("wq", "bq", "wk", "wv", "wo", "bo", "q", "k", "v", "proj", 
 
 def causal_mask(mask: Tensor | None, x: Tensor, is_causal: bool) -> Tensor | None:
     """``mask``, or the lower triangle (N, N) for tokens x (B, N, d) where ``is_causal``."""
+    if not torch.jit.is_scripting() and has_torch_function((mask, x)):  # one node for torch.fx
+        return handle_torch_function(causal_mask, (mask, x), mask, x, is_causal)
     if not is_causal:
         return mask
     tokens = x.shape[1]
     return torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).tril()
+
+
+@torch.jit.unused
+def weights_are_read(attn_drop: nn.Module, x: Tensor) -> bool:
+    """Whether somebody looks at the attention weights: by a hook on ``attn_drop``, or by fx.
+
+    timm's ``AttentionExtract`` does either. No fused attention writes them.
+    """
+    hooks = attn_drop._forward_hooks or attn_drop._forward_pre_hooks
+    return bool(hooks) or isinstance(x, Proxy)
+
+
+@torch.jit.unused
+def softmax_weights(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """softmax(scale q kᵀ + mask), (B, H, N, N)."""
+    if isinstance(q, Proxy):
+        return masked_logits((q * scale) @ k.transpose(-2, -1), mask).softmax(-1)
+    return probability(q, k, scale, broadcast_mask(mask))
+
+
+def masked_logits(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """``logits`` under a mask, which is boolean or added."""
+    if has_torch_function((logits, mask)):  # torch.fx does not know whether there is a mask
+        return handle_torch_function(masked_logits, (logits, mask), logits, mask)
+    if mask is None:
+        return logits
+    return logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
 
 
 def carry_over_(source: nn.Module, target: nn.Module, without: Container[str]) -> None:

@@ -95,7 +95,7 @@ def reset_classifier(model: nn.Module, folder: Path) -> Any:
 def reset_classifier_and_save(model: nn.Module, folder: Path) -> Any:
     model.reset_classifier(0)
     adacomcat.save(model.float(), folder / "reset")
-    return adacomcat.load(folder / "reset").double()(images(model))
+    return adacomcat.load(folder / "reset").double()(images(model).double())
 
 
 def average_pooling(model: nn.Module, folder: Path) -> Any:
@@ -117,7 +117,7 @@ def features_only(model: nn.Module, folder: Path) -> Any:
     network = timm.create_model(f"local-dir:{folder}/features", pretrained=True,
                                 features_only=True).double().eval()
     return [network.feature_info.channels(), network.feature_info.reduction(),
-            *network(images(model))]
+            *network(images(model).double())]
 
 
 def another_size(model: nn.Module, folder: Path) -> Any:
@@ -218,7 +218,9 @@ def test_use(use: str, name: str, tmp_path: Path) -> None:
         model = in_state(copy.deepcopy(small), state, tmp_path / state)
         try:
             found = USES[use](model, tmp_path / state)
-        except UserError as error:
+        except (UserError, RuntimeError) as error:
             assert state == "optimized", error
+            # timm's own line where nothing writes attention weights
+            assert isinstance(error, UserError) or "No module names found" in str(error), error
             continue
         same(found, expected)
