@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.utils.flop_counter import register_flop_formula
 
+from adacomcat.errors import UserError
 from adacomcat.ops import autograd, backends, reference, shapes, transforms
 
 REGISTERED = torch.ops.adacomcat
@@ -166,6 +167,9 @@ class Op:
 
     def _run(self, *arguments: Any) -> Any:
         inputs, keep = self._without_keep(arguments)
+        if any(transforms.has_tangent(a) for a in inputs):
+            raise UserError(f"torch.ops.adacomcat.{self.name} has no forward-mode derivative; call "
+                            f"the function of adacomcat.ops, and not under torch.compile")
         self.contract(*inputs)
         kernel = self.implementation or backends.kernel(self.name, inputs[0], keep)
         # Fused attention on CPUs refuses a mask that requires a gradient, even here below autograd.

@@ -7,6 +7,7 @@ its formula in ``reference``; for ``torch.compile`` it stays one operator.
 """
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 # torch 2.6 does not tell an export from a compilation; there ops stay in both.
@@ -29,3 +30,9 @@ def transformed() -> bool:
     """Whether a function is transformed or differentiated forwards, outside of a compilation."""
     return (forward_ad._current_level >= 0
             or torch._C._functorch.peek_interpreter_stack() is not None)
+
+
+def has_tangent(value: object) -> bool:
+    """Whether a forward-mode derivative follows this argument."""
+    return (forward_ad._current_level >= 0 and isinstance(value, Tensor)
+            and forward_ad.unpack_dual(value).tangent is not None)

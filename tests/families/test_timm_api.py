@@ -21,7 +21,8 @@ from adacomcat import RankPlan, UserError, compress
 from adacomcat.utils.model import input_size
 
 VIT = {"img_size": 32, "embed_dim": 64, "depth": 3, "num_heads": 2, "num_classes": 7}
-SWIN = {"img_size": 64, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 2), "num_classes": 7}
+SWIN = {"img_size": 64, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 2), "num_classes": 7,
+        "drop_path_rate": 0.0}
 MODELS = {
     "vit": ("vit_tiny_patch16_224", VIT),
     "deit": ("deit_tiny_distilled_patch16_224", VIT),
@@ -223,4 +224,7 @@ def test_use(use: str, name: str, tmp_path: Path) -> None:
             # timm's own line where nothing writes attention weights
             assert isinstance(error, UserError) or "No module names found" in str(error), error
             continue
-        same(found, expected)
+        if use == "param_groups_layer_decay" and state == "optimized":
+            assert found == []  # nothing trains in there
+        else:
+            same(found, expected)

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jacrev, jvp, vmap
 
 import adacomcat
-from adacomcat import ops
+from adacomcat import UserError, ops
 from adacomcat.ops import backends, decompositions, inference
 
 BATCH, TOKENS, WIDTH, HEADS = 2, 5, 12, 3
@@ -60,6 +60,16 @@ def test_forward_mode(pair):
     with forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(op(forward_ad.make_dual(x, direction))).tangent
     close(tangent, expected[1])
+
+
+def test_the_operator_itself_refuses_forward_mode():
+    """Its derivative would be zero, silently."""
+    x, v, u = draw(4, 6), draw(6, 3), draw(5, 3)
+    function = torch.ops.adacomcat.low_rank_linear
+    with forward_ad.dual_level():
+        function(x, v, u, None, None, None, False)
+        with pytest.raises(UserError, match="has no forward-mode derivative"):
+            function(forward_ad.make_dual(x, x), v, u, None, None, None, False)
 
 
 def test_forward_mode_of_parameters():
