@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         convert,
         cost,
         data,
+        deploy,
         distill,
         errors,
         factorize,
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
     )
     from adacomcat.checkpoint import load, save
     from adacomcat.compression import compress, compress_
+    from adacomcat.convert.plain import from_plain, to_plain
     from adacomcat.data.collage import collages, with_collages
+    from adacomcat.deploy import export, to_dense
     from adacomcat.distill.recovery import RecoveryConfig, recover
     from adacomcat.errors import UserError
     from adacomcat.families import register_attention
@@ -57,19 +60,24 @@ _HOME = {
     "collages": "data.collage",
     "compress": "compression",
     "compress_": "compression",
+    "export": "deploy",
     "find_sites": "sites",
+    "from_plain": "convert.plain",
     "load": "checkpoint",
     "optimize": "fuse",
     "recover": "distill.recovery",
     "register_attention": "families",
     "save": "checkpoint",
+    "to_dense": "deploy",
+    "to_plain": "convert.plain",
     "with_collages": "data.collage",
 }
 __all__ = ["LowRankAttention", "LowRankLinear", "LowRankMlp", "RankPlan", "RecoveryConfig", "Site",
            "UserError", "allocation", "checkpoint", "collages", "compress", "compress_",
-           "compression", "convert", "cost", "data", "distill", "errors", "factorize", "families",
-           "find_sites", "fuse", "latency", "layers", "load", "ops", "optimize", "plan", "recover",
-           "register_attention", "report", "save", "search", "sites", "train", "with_collages"]
+           "compression", "convert", "cost", "data", "deploy", "distill", "errors", "export",
+           "factorize", "families", "find_sites", "from_plain", "fuse", "latency", "layers", "load",
+           "ops", "optimize", "plan", "recover", "register_attention", "report", "save", "search",
+           "sites", "to_dense", "to_plain", "train", "with_collages"]
 
 # Public modules.
 _MODULES = frozenset(__all__) - frozenset(_HOME)

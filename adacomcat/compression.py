@@ -39,8 +39,8 @@ def compress(model: nn.Module, *, keep_params: float | None = None,
              keep_macs: float | None = None, max_latency_ms: float | None = None,
              plan: RankPlan | None = None, calibration: Tensor | Iterable | None = None,
              include: Filters | None = None, exclude: Filters | None = None,
-             multiple: int = MULTIPLE, latency_batch: int = 1, refine: int = 0,
-             refine_images: Tensor | Iterable | None = None) -> nn.Module:
+             multiple: int = MULTIPLE, deploy: str = "any", latency_batch: int = 1,
+             refine: int = 0, refine_images: Tensor | Iterable | None = None) -> nn.Module:
     """A compressed copy of ``model``, without training.
 
     Exactly one of the first four arguments says how small it becomes.
@@ -53,7 +53,7 @@ def compress(model: nn.Module, *, keep_params: float | None = None,
         keep_macs: the fraction of its multiply-accumulates for one image to keep, in (0, 1].
         max_latency_ms: milliseconds of one forward pass, measured on this machine with its threads
             as they are set. On a CPU with our kernels ``adacomcat.optimize`` of the result counts.
-        plan: ranks of your own.
+        plan: ranks of your own, by names of sites or globs over them.
         calibration: images (N, C, H, W) as the model sees them, or an iterable of batches. With
             them MLPs lose neurons; without them the decomposition is data-free, and MLPs get ranks.
         include: the sites that may be compressed: globs over names ('blocks.*.mlp'), compiled
@@ -63,6 +63,9 @@ def compress(model: nn.Module, *, keep_params: float | None = None,
             sequence, dense layers may still get other weights, which repair what came before.
         multiple: the step of ranks per head; elsewhere ranks go in steps of twice that. It is
             halved where a fraction cannot be reached otherwise.
+        deploy: 'tensorrt' or 'flash' chooses ranks per head that the fused attention of TensorRT or
+            of PyTorch on GPUs takes: the same for queries and values, and a width that it knows.
+            Our own kernels take any.
         latency_batch: images in the forward pass that ``max_latency_ms`` is about.
         refine: how many more plans at the budget are tried. The best is the one that keeps closest
             to the dense model on images which made no factors.
@@ -81,7 +84,7 @@ def compress(model: nn.Module, *, keep_params: float | None = None,
     """
     return compress_(copied(unwrapped(model)), keep_params=keep_params, keep_macs=keep_macs,
                      max_latency_ms=max_latency_ms, plan=plan, calibration=calibration,
-                     include=include, exclude=exclude, multiple=multiple,
+                     include=include, exclude=exclude, multiple=multiple, deploy=deploy,
                      latency_batch=latency_batch, refine=refine, refine_images=refine_images)
 
 
@@ -89,11 +92,12 @@ def compress_(model: nn.Module, *, keep_params: float | None = None,
               keep_macs: float | None = None, max_latency_ms: float | None = None,
               plan: RankPlan | None = None, calibration: Tensor | Iterable | None = None,
               include: Filters | None = None, exclude: Filters | None = None,
-              multiple: int = MULTIPLE, latency_batch: int = 1, refine: int = 0,
-              refine_images: Tensor | Iterable | None = None) -> nn.Module:
+              multiple: int = MULTIPLE, deploy: str = "any", latency_batch: int = 1,
+              refine: int = 0, refine_images: Tensor | Iterable | None = None) -> nn.Module:
     """``compress`` in place, with its arguments and errors; returns ``model``, unwrapped."""
     model = unwrapped(model)
-    goal = _goal(keep_params, keep_macs, max_latency_ms, plan, multiple, latency_batch)
+    goal = _goal(keep_params, keep_macs, max_latency_ms, plan, multiple, latency_batch, deploy)
+    goal = goal.resolved(model) if isinstance(goal, RankPlan) else goal
     _require_agreement(goal, calibration, include, exclude, refine)
     require_finite_model(model)
     batches = _batches(calibration, model, "calibration")
@@ -112,7 +116,8 @@ def compress_(model: nn.Module, *, keep_params: float | None = None,
 
 
 def _goal(keep_params: float | None, keep_macs: float | None, max_latency_ms: float | None,
-          plan: RankPlan | None, multiple: int, latency_batch: int) -> Budget | RankPlan:
+          plan: RankPlan | None, multiple: int, latency_batch: int,
+          deploy: str) -> Budget | RankPlan:
     """What was asked for: a plan, or a budget that is checked."""
     budgets: dict[Kind, float | None] = {"params": keep_params, "macs": keep_macs,
                                          "latency_ms": max_latency_ms}
@@ -125,7 +130,7 @@ def _goal(keep_params: float | None, keep_macs: float | None, max_latency_ms: fl
             raise UserError(f"plan must be a RankPlan, as RankPlan.load gives; got {plan!r:.60}")
         return plan
     [(kind, value)] = given
-    return Budget(kind, value, latency_batch, multiple)
+    return Budget(kind, value, latency_batch, multiple, deploy)
 
 
 def _require_agreement(goal: Budget | RankPlan, calibration: object, include: object,

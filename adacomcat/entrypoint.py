@@ -25,8 +25,8 @@ def adacomcat_vit(pretrained: bool = False, **kwargs: Any) -> Any:
 
     Args:
         pretrained: load the weights of the checkpoint folder.
-        kwargs: the ``model_args`` of config.json: ``base``, ``plan`` (site name → rank) and the
-            keyword arguments of ``base``.
+        kwargs: the ``model_args`` of config.json: ``base``, ``plan`` (site name → rank),
+            ``plain`` (whether ``to_plain`` follows) and the keyword arguments of ``base``.
 
     Raises:
         UserError: ``base`` is missing, as when the model is created by its name.
@@ -39,15 +39,43 @@ def adacomcat_vit(pretrained: bool = False, **kwargs: Any) -> Any:
         raise UserError(f"{ENTRYPOINT} is the architecture of checkpoint folders: "
                         "timm.create_model('local-dir:DIR', pretrained=True)")
     kwargs["plan"] = _without_new_classifier(kwargs.get("plan") or {}, kwargs)
+    features = _feature_cfg(kwargs) if kwargs.get("features_only") else None
     return build_model_with_cfg(
         _build, ENTRYPOINT, pretrained, pretrained_filter_fn=_adapt_weights,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"}, **kwargs)
+        feature_cfg=features, **kwargs)
 
 
-def _build(base: str, plan: dict[str, Any], **model_args: Any) -> Any:
+def _feature_cfg(kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """How the base architecture takes features: its constructor says so to timm's builder only.
+
+    It pops what the caller asks for (``out_indices``) from ``kwargs``.
+    """
+    from timm.models import model_entrypoint
+
+    construct = model_entrypoint(kwargs["base"])
+    module: Any = sys.modules[construct.__module__]
+    told: dict[str, Any] = {}
+
+    def listen(*args: Any, feature_cfg: dict[str, Any] | None = None, **others: Any) -> None:
+        told.update(feature_cfg or {})
+
+    builder = module.build_model_with_cfg
+    module.build_model_with_cfg = listen
+    try:
+        construct(**{name: value for name, value in kwargs.items()
+                     if name not in ("base", "plan", "plain")})
+    finally:
+        module.build_model_with_cfg = builder
+    for name in told:
+        kwargs.pop(name, None)
+    return told or None
+
+
+def _build(base: str, plan: dict[str, Any], plain: bool = False, **model_args: Any) -> Any:
     import timm
 
     from adacomcat.convert.install import build_skeleton
+    from adacomcat.convert.plain import to_plain
     from adacomcat.convert.record import record_
     from adacomcat.plan import RankPlan
 
@@ -56,7 +84,7 @@ def _build(base: str, plan: dict[str, Any], **model_args: Any) -> Any:
     record_(model, source={
         "architecture": base,
         "model_args": {k: v for k, v in model_args.items() if k not in runtime}})
-    return model
+    return to_plain(model) if plain else model
 
 
 def classifiers(pretrained_cfg: dict[str, Any]) -> tuple[str, ...]:

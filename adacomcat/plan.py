@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from torch import nn
 
 from adacomcat.errors import UserError
-from adacomcat.sites import DENSE, MULTIPLE, Rank, Site, find_sites
+from adacomcat.sites import DENSE, MULTIPLE, Rank, Site, find_sites, prunable_mlps
 from adacomcat.utils.files import atomic_write_text
 from adacomcat.utils.text import parse_json, read_text, to_json
 
@@ -17,6 +18,9 @@ HIDDEN = ".hidden"
 @dataclass
 class RankPlan:
     """Site name → rank or 'dense'; sites not named stay dense.
+
+    A name may be a glob, such as 'blocks.11.*', which ``compress`` replaces by the names that it
+    fits. Of several that fit the last one counts, and full names count more than all globs.
 
     Args:
         ranks: Ranks per head for '.qk' and '.vo', numbers of neurons for '.hidden', ranks of the
@@ -65,6 +69,32 @@ class RankPlan:
 
     def __getitem__(self, name: str) -> Rank:
         return self.ranks.get(name, DENSE)
+
+    def resolved(self, model: nn.Module) -> "RankPlan":
+        """This plan without globs.
+
+        Args:
+            model: The dense model that the plan is to be applied to.
+
+        Raises:
+            UserError: A glob fits no site of the model.
+        """
+        globs = [name for name in self.ranks if set(name) & set("*?[")]
+        if not globs:
+            return self
+        pruned = [mlp for mlp in prunable_mlps(model)
+                  if any(name.endswith(HIDDEN) and fnmatchcase(mlp + HIDDEN, name)
+                         for name in self.ranks)]
+        sites = [site.name for site in find_sites(model, pruned)]
+        ranks: dict[str, Rank] = {}
+        for glob in globs:
+            fitting = [name for name in sites if fnmatchcase(name, glob)]
+            if not fitting:
+                raise UserError(f"the plan names {glob!r:.100}, which fits no site of this model; "
+                                f"its sites are like {', '.join(sites[:4]) or 'none'}")
+            ranks |= dict.fromkeys(fitting, self.ranks[glob])
+        return RankPlan(ranks | {name: rank for name, rank in self.ranks.items()
+                                 if name not in globs})
 
     def sites(self, model: nn.Module) -> list[Site]:
         """The decisions that this plan takes: an MLP has two ranks or one number of neurons."""

@@ -30,6 +30,7 @@ from adacomcat.layers.registry import (
     mlp_is_altered,
     mlp_parts,
 )
+from adacomcat.layers.stock import LinearPair, PlainAttention
 
 DENSE: Literal["dense"] = "dense"
 Rank = int | Literal["dense"]
@@ -177,7 +178,7 @@ def find_sites(model: nn.Module, pruning: Container[str] = (), include: Filters 
             found = []
         elif (tier := attention_tier(module, model)) is not None:
             found = list(_attention_sites(name, attention_parts(module), tier))
-        elif is_position_network(name):
+        elif is_position_network(name) or isinstance(module, LinearPair | PlainAttention):
             found = []
         elif isinstance(module, nn.Linear) and is_plain_linear(module):
             bias = 0 if module.bias is None else module.out_features

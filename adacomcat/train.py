@@ -76,6 +76,7 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
     if plan is not None and config.refine:
         raise UserError("a plan fixes the ranks and leaves nothing to refine: give one of them")
     require_finite_model(model)
+    plan = None if plan is None else plan.resolved(model)
     processes = start_processes(config.device)
     model = copy.deepcopy(model).to(processes.device)
     start = time.perf_counter()

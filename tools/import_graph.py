@@ -17,7 +17,7 @@ from pathlib import Path
 DIRECTION = (
     "errors", "moved", "__init__", "utils", "entrypoint", "kernels", "data", "ops", "factorize",
     "layers", "families", "sites", "plan", "convert", "fuse", "cost", "latency", "checkpoint",
-    "allocation", "compression", "search", "distill", "train", "export", "report", "cli",
+    "allocation", "compression", "search", "distill", "train", "deploy", "report", "cli",
     "__main__",
 )
 # Only these may import modules of the package inside a function.

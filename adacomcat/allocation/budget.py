@@ -12,7 +12,7 @@ from adacomcat.convert.factors import Factors
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.sites import MULTIPLE, Site
-from adacomcat.utils.limits import FRACTION, NUMBER, POSITIVE
+from adacomcat.utils.limits import DEPLOYMENTS, FRACTION, NUMBER, POSITIVE
 
 Kind = Literal["params", "macs", "latency_ms"]
 KINDS: tuple[Kind, ...] = ("params", "macs", "latency_ms")
@@ -36,6 +36,7 @@ class Budget:
         value: the fraction, in (0, 1], or the milliseconds, above 0.
         batch: images in one measured forward pass; 'latency_ms' alone reads it.
         multiple: the step of ranks per head; elsewhere ranks go in steps of twice that.
+        deploy: the runtime whose fused attention the ranks must allow; see ``deployment``.
 
     Raises:
         UserError: a field is out of its range.
@@ -45,6 +46,7 @@ class Budget:
     value: float
     batch: int = 1
     multiple: int = MULTIPLE
+    deploy: str = "any"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -54,6 +56,9 @@ class Budget:
                 raise UserError(f"max_latency_ms must be above 0; got {self.value}")
         elif not FRACTION.holds(self.value):
             raise UserError(f"keep must be a fraction in (0, 1], like 0.5; got {self.value!r}")
+        if self.deploy not in DEPLOYMENTS:
+            raise UserError(f"unknown deployment {self.deploy!r:.40}; choose one of "
+                            f"{', '.join(DEPLOYMENTS)}")
         for name, count in (("multiple", self.multiple), ("latency_batch", self.batch)):
             if not NUMBER.holds(count):
                 raise UserError(f"{name} must be at least 1; got {count!r}")
@@ -65,7 +70,8 @@ class Budget:
         """
         if self.kind == "latency_ms":
             return LatencyAllocator(model, factors, sites, max_latency_ms=self.value,
-                                    batch=self.batch, multiple=self.multiple)
+                                    batch=self.batch, multiple=self.multiple,
+                                    deploy=self.deploy)
         cost, whole = (parameter_cost if self.kind == "params" else mac_cost)(model, sites)
         return FractionAllocator(sites, factors, cost, whole, keep=self.value,
-                                 multiple=self.multiple)
+                                 multiple=self.multiple, deploy=self.deploy)

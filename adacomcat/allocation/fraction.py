@@ -1,10 +1,12 @@
 """A fraction of the parameters or multiply-accumulates → a plan, by one knapsack."""
 
+from itertools import product
 from typing import Protocol
 
 from torch import nn
 
 from adacomcat.allocation.candidates import Candidates, choose, plan_of
+from adacomcat.allocation.deployment import allows, decided_together
 from adacomcat.allocation.knapsack import Choice
 from adacomcat.allocation.sensitivity import ErrorWeights, weighted_error
 from adacomcat.convert.factors import Factors
@@ -41,12 +43,14 @@ class FractionAllocator:
         whole: what the dense model costs.
         keep: the fraction of ``whole`` to keep.
         multiple: the step of ranks, halved where ``keep`` cannot be reached otherwise.
+        deploy: the runtime whose fused attention the ranks must allow; see ``deployment``.
     """
 
     def __init__(self, sites: list[Site], factors: Factors, cost: Cost, whole: float, *,
-                 keep: float, multiple: int = MULTIPLE) -> None:
+                 keep: float, multiple: int = MULTIPLE, deploy: str = "any") -> None:
         self.sites, self.factors, self.cost = sites, factors, cost
         self.keep, self.whole, self.multiple = keep, whole, multiple
+        self.deploy = deploy
         self.fixed = whole - sum(cost(site, DENSE) for site in sites)
 
     def plan(self, weights: ErrorWeights) -> RankPlan:
@@ -57,7 +61,8 @@ class FractionAllocator:
         """
         step = self.multiple
         while True:
-            items = [self.candidates(site, weights, step) for site in self.sites]
+            items = [self.candidates(group, weights, step)
+                     for group in decided_together(self.deploy, self.sites)]
             chosen = choose(items, self.keep * self.whole - self.fixed)
             if chosen is not None:
                 return plan_of(items, chosen)
@@ -66,12 +71,20 @@ class FractionAllocator:
                                 f"is {self._least(items):.4f}")
             step //= 2
 
-    def candidates(self, site: Site, weights: ErrorWeights, step: int) -> Candidates:
-        """The site's ranks in steps of ``step``."""
-        ranks = site.candidates(step)
-        choices = [Choice(self.cost(site, rank), weighted_error(self.factors, weights, site, rank))
-                   for rank in ranks]
-        return Candidates((site,), [(rank,) for rank in ranks], choices)
+    def candidates(self, sites: tuple[Site, ...], weights: ErrorWeights,
+                   step: int) -> Candidates:
+        """The ranks of sites that are decided together, in steps of ``step``."""
+        ranks = [combined for combined in product(*(site.candidates(step) for site in sites))
+                 if allows(self.deploy, sites, combined)]
+        return Candidates(sites, ranks, [self._choice(sites, weights, combined)
+                                         for combined in ranks])
+
+    def _choice(self, sites: tuple[Site, ...], weights: ErrorWeights,
+                ranks: tuple[Rank, ...]) -> Choice:
+        pairs = list(zip(sites, ranks, strict=True))
+        return Choice(sum(self.cost(site, rank) for site, rank in pairs),
+                      sum(weighted_error(self.factors, weights, site, rank)
+                          for site, rank in pairs))
 
     def _least(self, items: list[Candidates]) -> float:
         cheapest = sum(min(choice.cost for choice in item.choices) for item in items)

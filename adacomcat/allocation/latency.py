@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import nn
 
 from adacomcat.allocation.candidates import Candidates, choose, plan_of
+from adacomcat.allocation.deployment import allows
 from adacomcat.allocation.knapsack import Choice
 from adacomcat.allocation.sensitivity import ErrorWeights, weighted_error
 from adacomcat.convert.factors import Factors
@@ -49,12 +50,14 @@ class LatencyAllocator:
         max_latency_ms: milliseconds of one forward pass, above 0.
         batch: images in one forward pass.
         multiple: the step of ranks.
+        deploy: the runtime whose fused attention the ranks must allow; see ``deployment``.
         measure: the clock; tests put a model of cost in its place.
     """
 
     def __init__(self, model: nn.Module, factors: Factors, sites: list[Site], *,
                  max_latency_ms: float, batch: int = 1, multiple: int = MULTIPLE,
-                 measure: Measure = measure) -> None:
+                 deploy: str = "any", measure: Measure = measure) -> None:
+        self.deploy = deploy
         self.factors, self.max_latency_ms, self.multiple = factors, max_latency_ms, multiple
         self.table = LatencyTable(model, sites, batch, multiple, measure)
 
@@ -85,7 +88,8 @@ class LatencyAllocator:
             return Choice(self.table(block, ranks), sum(error[rank] for error, rank in
                                                         zip(errors, ranks, strict=True)))
 
-        combined = [(choice(ranks), ranks) for ranks in product(*errors)]
+        combined = [(choice(ranks), ranks) for ranks in product(*errors)
+                    if allows(self.deploy, block.sites, ranks)]
         combined.sort(key=lambda pair: (pair[0].cost, pair[0].error))
         kept = combined[:1]
         for pair in combined[1:]:

@@ -108,7 +108,8 @@ _TOP: Mapping[str, tuple[Check, str]] = {
 }
 _MODEL_ARGS: Mapping[str, tuple[Check, str]] = {
     "base": _WORD, "plan": (_is_plan, 'an object of ranks, like {"blocks.0.attn.qk": 32}'),
-    "num_classes": _CLASSES, "in_chans": (_whole, "a whole number of at least 1"),
+    "plain": _FLAG, "num_classes": _CLASSES,
+    "in_chans": (_whole, "a whole number of at least 1"),
 }
 _PRETRAINED: Mapping[str, tuple[Check, str]] = {
     "num_classes": _CLASSES, "architecture": _WORD, "tag": _WORD,

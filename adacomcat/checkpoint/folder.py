@@ -26,6 +26,7 @@ from adacomcat.checkpoint.build import build
 from adacomcat.checkpoint.config import CONFIG, NO_MODEL_ARGS, read_config
 from adacomcat.checkpoint.gauge import with_gauge, without_gauge
 from adacomcat.checkpoint.weights import load_weights_, read_weights
+from adacomcat.convert.plain import is_plain_form, require_not_optimized
 from adacomcat.convert.record import compression_of, ranks_as_they_are
 from adacomcat.errors import UserError
 from adacomcat.utils.checksum import file_checksum
@@ -40,7 +41,7 @@ WEIGHTS = "model.safetensors"
 _SOURCE_KEYS = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source",
                 "architecture", "tag", "custom_load", "label_offset"}
 # Arguments of a timm model that a folder leaves to whoever loads it, or writes in its own way.
-_RUNTIME_ARGS = {"base", "plan", "device", "dtype", "drop_rate", "drop_path_rate",
+_RUNTIME_ARGS = {"base", "plan", "plain", "device", "dtype", "drop_rate", "drop_path_rate",
                  "proj_drop_rate", "attn_drop_rate", "pos_drop_rate", "patch_drop_rate"}
 
 
@@ -65,7 +66,8 @@ def save(model: nn.Module, folder: str | Path, *, architecture: str | None = Non
     folder = Path(folder)
     require_empty(folder)
     model = unwrap_model(model)
-    config = _describe(model, architecture, model_args)
+    require_not_optimized(model, "save")
+    config = describe(model, architecture, model_args)
     weights = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
                for name, tensor in model.state_dict().items()}
     if gauge:
@@ -144,9 +146,13 @@ def is_checkpoint(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG).is_file()
 
 
-def _describe(model: nn.Module, architecture: str | None,
-              model_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The content of config.json."""
+def describe(model: nn.Module, architecture: str | None = None,
+             model_args: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The content of config.json, but for the checksums.
+
+    Raises:
+        UserError: the model does not know its architecture.
+    """
     source = dict(getattr(model, "pretrained_cfg", None) or {})
     record = compression_of(model)
     known = record.source or {}
@@ -155,16 +161,20 @@ def _describe(model: nn.Module, architecture: str | None,
         raise UserError("this model does not know its timm architecture; pass architecture= and "
                         "model_args=")
     if model_args is None:
-        model_args = dict(known.get("model_args", getattr(model, "_model_args", {})))
+        # timm writes to _model_args what set_input_size and the like change.
+        model_args = {**known.get("model_args", {}), **getattr(model, "_model_args", {})}
     current = _current_args(model)
     args = {k: v for k, v in model_args.items() if k not in _RUNTIME_ARGS | NO_MODEL_ARGS} | current
     ranks = ranks_as_they_are(model)
+    compressed = {"base": architecture, "plan": ranks, **args}
+    if is_plain_form(model):
+        compressed["plain"] = True
     config = {
         "architecture": ENTRYPOINT if ranks else architecture,
         "num_classes": class_count(model),
         "num_features": model.num_features,
         "pretrained_cfg": _pretrained_cfg(model, source),
-        "model_args": {"base": architecture, "plan": ranks, **args} if ranks else args,
+        "model_args": compressed if ranks else args,
     }
     return _plain(config)
 

@@ -5,14 +5,17 @@ groups of flags that each command has, ``REQUIRED`` those it cannot do without.
 """
 
 import argparse
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from adacomcat.cli.values import key_value, norm_or_none, number, path, pattern
 from adacomcat.errors import UserError
 from adacomcat.utils.limits import (
     CHOICES,
     COUNT,
+    DEPLOYMENTS,
+    EXPORT_DTYPES,
+    EXPORT_FORMATS,
     FRACTION,
     NUMBER,
     PERCENT,
@@ -33,44 +36,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{' '.join(message.split()):.400} (see {self.prog} --help)")
-
-
-def number(limit: Limit) -> Callable[[str], float]:
-    """The type of a flag whose value is within ``limit``."""
-    def within(text: str) -> float:
-        try:
-            return limit.parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"must be {limit}; got {_short(text)}") from error
-    return within
-
-
-def norm_or_none(text: str) -> float:
-    """The largest norm of a gradient; 0 for 'none', as in timm: nothing is clipped."""
-    return 0.0 if text.lower() == "none" else number(TRAINING["clip_grad"])(text)
-
-
-def path(text: str) -> str:
-    """The name of a file or folder; it may begin with ~."""
-    try:
-        found = os.path.expanduser(text)
-        if not text or "\0" in text or (found == text and text.startswith("~")):
-            raise ValueError
-        return found
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a path; got {_short(text)}") from error
-
-
-def _short(text: str) -> str:
-    return repr(text) if len(text) <= 40 else f"{text[:40]!r} and {len(text) - 40} more characters"
-
-
-def key_value(text: str) -> tuple[str, str]:
-    """(key, value) from 'key=value'."""
-    key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, like depth=6; got {text!r:.60}")
-    return key, value
 
 
 def build_parser() -> Parser:
@@ -170,12 +135,23 @@ def _budget(parser: Parser) -> None:
     parser.add_argument("--rank-multiple", type=number(NUMBER), default=8, metavar="N",
                         help="ranks per head are multiples of N, other ranks of 2 N "
                              "(default: %(default)s)")
+    parser.add_argument("--deploy", choices=DEPLOYMENTS, default="any",
+                        help="choose ranks that a runtime's fused attention takes: PyTorch's flash "
+                             "attention, or TensorRT's (default: %(default)s)")
 
 
 def _keep_params_or_plan(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--keep-params", type=number(FRACTION), metavar="FRACTION",
                        help="share of the model's parameters to keep: 0.5 or 50%%")
     group.add_argument("--plan", type=path, metavar="FILE", help="a rank plan, as JSON")
+
+
+def _filters(parser: Parser) -> None:
+    group = parser.add_argument_group("what may be compressed (names as inspect lists them)")
+    for flag, text in (("--include", "only these"), ("--exclude", "not these; they stay dense")):
+        group.add_argument(flag, type=pattern, nargs="*", metavar="PATTERN",
+                           help=f"{text}: globs like 'blocks.*.mlp', or re: and a regular "
+                                "expression")
 
 
 def _calibration(default: int) -> Callable[[Parser], None]:
@@ -305,6 +281,29 @@ def _repeats(parser: Parser) -> None:
                         help="timed passes of each model (default: %(default)s)")
 
 
+def _export(parser: Parser) -> None:
+    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="DIR",
+                        help="the same as --model DIR")
+    group = parser.add_argument_group("export")
+    group.add_argument("--format", choices=EXPORT_FORMATS, help="what is written")
+    group.add_argument("-o", "--output", type=path, metavar="PATH",
+                       help="file to write; for plain and dense an absent or empty folder "
+                            "(default: beside DIR, with its name)")
+    group.add_argument("--optimize", action="store_true",
+                       help="export what adacomcat.optimize makes: norms folded, and in the last "
+                            "block the class token only where the head reads no other")
+    group.add_argument("--dynamic-batch", action="store_true",
+                       help="take batches of every size (default: of --batch-size)")
+    group.add_argument("--dtype", choices=EXPORT_DTYPES,
+                       help="of weights and images in the file (default: the model's)")
+    group.add_argument("--opset", type=number(NUMBER), metavar="N",
+                       help="ONNX's opset (default: PyTorch's)")
+    group.add_argument("--check", action=argparse.BooleanOptionalAction, default=True,
+                       help="compare the file with the model on random images (default)")
+    group.add_argument("--bench", action="store_true",
+                       help="measure the file beside the model and its optimized form")
+
+
 def _comcat(parser: Parser) -> None:
     parser.add_argument("--ranks", type=path, metavar="FILE", help="ComCAT's ranks.txt")
     parser.add_argument("--checkpoint", type=path, metavar="FILE", help="ComCAT's checkpoint.pth")
@@ -317,10 +316,10 @@ def _comcat(parser: Parser) -> None:
 COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
     "doctor": ("Say what is installed and what runs here.", ()),
     "inspect": ("List where ranks are chosen in a model, and what truncation costs there.",
-                (_model, _data, _calibration(0), _seed, _device)),
+                (_model, _filters, _data, _calibration(0), _seed, _device)),
     "compress": ("Compress a model without training.",
-                 (_model, _budget, _refine, _data, _calibration(256), _output, _report, _seed,
-                  _device)),
+                 (_model, _budget, _filters, _refine, _data, _calibration(256), _output, _report,
+                  _seed, _device)),
     "train": ("Search ranks, train and distil; or train a model as it is.",
               (_model, _data, _train, _refine, _search, _output, _report, _seed, _device)),
     "recover": ("Distil the dense model's features into a compressed model, without labels.",
@@ -328,7 +327,9 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
     "evaluate": ("Measure accuracy on a dataset's test images.",
                  (_model, _data, _batch(256), _gate, _device)),
     "profile": ("Measure parameters, MACs and latency, dense against compressed.",
-                (_model, _budget, _batch(1), _repeats, _device)),
+                (_model, _budget, _filters, _batch(1), _repeats, _device)),
+    "export": ("Write a model for another runtime, or for timm alone.",
+               (_model, _export, _batch(1))),
     "import-comcat": ("Make a checkpoint folder from ComCAT's released files.",
                       (_comcat, _output)),
 }
@@ -337,7 +338,7 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
 REQUIRED = {
     "doctor": (), "inspect": ("model",), "compress": ("model", "output"),
     "train": ("model", "data", "output"), "evaluate": ("model", "data"), "profile": ("model",),
-    "recover": ("model", "teacher", "output"),
+    "recover": ("model", "teacher", "output"), "export": ("model", "format"),
     "import-comcat": ("ranks", "checkpoint", "model", "output"),
 }
 # Destinations of the budget's flags; at most one of them is given.

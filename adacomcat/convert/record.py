@@ -14,6 +14,7 @@ from torch import nn
 from adacomcat.layers.attention import LowRankAttention
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.registry import mlp_parts
+from adacomcat.layers.stock import LinearPair, PlainAttention
 from adacomcat.plan import HIDDEN, RankPlan
 from adacomcat.sites import DENSE, Rank
 
@@ -81,11 +82,11 @@ def ranks_as_they_are(model: nn.Module) -> dict[str, Rank]:
     recorded = compression_of(model).ranks
     found: dict[str, Rank] = {}
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, LowRankLinear | LinearPair):
             found[name] = module.rank
-        elif isinstance(module, LowRankAttention):
+        elif isinstance(module, LowRankAttention | PlainAttention):
             halves: dict[str, Rank] = {f"{name}.vo": module.rank_vo}
-            if module.folds_scores:
+            if drop_in_class(module).folds_scores:
                 halves[f"{name}.qk"] = module.rank_qk
             planned = [part for part in ("qk", "q", "k", "vo")
                        if recorded.get(f"{name}.{part}", DENSE) != DENSE]
@@ -97,6 +98,11 @@ def ranks_as_they_are(model: nn.Module) -> dict[str, Rank]:
         if name in pruned and (parts := mlp_parts(module)) is not None and parts.dense:
             found[name + HIDDEN] = parts.linears[0].out_features
     return found
+
+
+def drop_in_class(attn: LowRankAttention | PlainAttention) -> type[LowRankAttention]:
+    """The class of a low-rank attention, whichever form it has."""
+    return attn.made_from if isinstance(attn, PlainAttention) else type(attn)
 
 
 def merged(earlier: Mapping[str, Rank], plan: RankPlan) -> RankPlan:

@@ -1,8 +1,7 @@
 """timm: its attentions, MLPs, blocks and Vision Transformers, and the drop-ins for them."""
 
-import math
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,6 @@ from timm.layers import (
     LayerScale,
     Mlp,
     PatchEmbed,
-    apply_rot_embed_cat,
 )
 from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
@@ -23,6 +21,22 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from adacomcat.errors import UserError
+from adacomcat.families.timm_plain import (
+    BeitWindow,
+    CosineWindow,
+    PlainBeitAttention,
+    PlainCosineAttention,
+    PlainEvaAttention,
+    PlainNormedAttention,
+    PlainRotaryAttention,
+    PlainWindowAttention,
+    SwinWindow,
+    continuous_bias,
+    cosine_queries,
+    gathered,
+    rotated,
+    window_mask,
+)
 from adacomcat.layers.attention import (
     Context,
     LowRankAttention,
@@ -55,6 +69,7 @@ from adacomcat.utils.model import ancestors
 class _PositionBias(LowRankAttention):
     """A relative position bias stays, where there is one, added to the low-rank logits."""
 
+    AREA: ClassVar[tuple[str, ...]]
     relative_position_bias_table: nn.Parameter | None  # (positions, H)
     relative_position_index: Tensor  # (area, area)
 
@@ -65,21 +80,26 @@ class _PositionBias(LowRankAttention):
                 attn.relative_position_bias_table.detach().clone())
             self.register_buffer("relative_position_index", attn.relative_position_index.clone(),
                                  persistent=False)
+        vars(self).update({name: getattr(attn, name, None) for name in self.AREA})
 
     def _bias(self) -> Tensor | None:
         table = self.relative_position_bias_table
-        return None if table is None else _gathered(table, self.relative_position_index)
+        return None if table is None else gathered(table, self.relative_position_index)
 
 
-class LowRankWindowAttention(_PositionBias):
+class LowRankWindowAttention(SwinWindow, _PositionBias):
     """Swin: attention in windows, each with the same bias."""
 
+    plain = PlainWindowAttention
+
     def score_context(self, x: Tensor, mask: Tensor | None = None) -> Context:
-        return _window_mask(x, cast(Tensor, self._bias()), mask), None
+        return window_mask(x, cast(Tensor, self._bias()), mask), None
 
 
-class LowRankBeitAttention(_PositionBias):
+class LowRankBeitAttention(BeitWindow, _PositionBias):
     """BEiT: the bias belongs to the layer, or the call brings one that all layers share."""
+
+    plain = PlainBeitAttention
 
     def score_context(self, x: Tensor,
                       shared_rel_pos_bias: Tensor | None = None) -> Context:
@@ -92,6 +112,8 @@ class LowRankBeitAttention(_PositionBias):
 class LowRankEvaAttention(LowRankAttention):
     """EVA without rotary embedding: tier A behind EVA's signature."""
 
+    plain = PlainEvaAttention
+
     def score_context(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None,
                       is_causal: bool = False) -> Context:
         if rope is not None:
@@ -102,6 +124,7 @@ class LowRankEvaAttention(LowRankAttention):
 class LowRankRotaryAttention(ValueFoldedAttention):
     """Tier B: norms and a rotary embedding stand behind q and k."""
 
+    plain = PlainRotaryAttention
     q_norm: nn.Module
     k_norm: nn.Module
     num_prefix_tokens: int
@@ -113,16 +136,12 @@ class LowRankRotaryAttention(ValueFoldedAttention):
         self.num_prefix_tokens = getattr(attn, "num_prefix_tokens", 0)
         self.rotate_half = getattr(attn, "rotate_half", False)
 
-    def _rotate(self, x: Tensor, rope: Tensor) -> Tensor:
-        prefix, patches = x.split([self.num_prefix_tokens, x.shape[2] - self.num_prefix_tokens], 2)
-        rotated = apply_rot_embed_cat(patches, rope, half=self.rotate_half)
-        return torch.cat([prefix, rotated], dim=2).type_as(x)
-
     def queries_and_keys(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor]:
         q, k = self.q_norm(self._heads(self.q(x))), self.k_norm(self._heads(self.k(x)))
         if rope is None:
             return q, k
-        return self._rotate(q, rope), self._rotate(k, rope)
+        return (rotated(q, rope, self.num_prefix_tokens, self.rotate_half),
+                rotated(k, rope, self.num_prefix_tokens, self.rotate_half))
 
     def score_context(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None,
                       is_causal: bool = False) -> Context:
@@ -133,13 +152,16 @@ class LowRankRotaryAttention(ValueFoldedAttention):
 class LowRankNormedAttention(LowRankRotaryAttention):
     """Tier B with timm's ``Attention`` signature: normalised queries and keys, no rotation."""
 
+    plain = PlainNormedAttention
+
     def score_context(self, x: Tensor, *args: Any, **kwargs: Any) -> Context:
         return masked_context(x, *args, **kwargs)
 
 
-class LowRankCosineAttention(ValueFoldedAttention):
+class LowRankCosineAttention(CosineWindow, ValueFoldedAttention):
     """Tier B, swin v2: cosine similarity times a learned scale, plus a learned position bias."""
 
+    plain = PlainCosineAttention
     cpb_mlp: nn.Module
     relative_coords_table: Tensor
     relative_position_index: Tensor
@@ -150,30 +172,18 @@ class LowRankCosineAttention(ValueFoldedAttention):
         self.cpb_mlp = attn.cpb_mlp
         for name in ("relative_coords_table", "relative_position_index"):
             self.register_buffer(name, getattr(attn, name).clone(), persistent=False)
+        vars(self).update({name: getattr(attn, name) for name in self.AREA})
 
     def queries_and_keys(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        q = F.normalize(self._heads(self.q(x)), dim=-1)
-        k = F.normalize(self._heads(self.k(x)), dim=-1)
-        return q * self.logit_scale.clamp(max=math.log(100.0)).exp(), k
+        return (cosine_queries(self._heads(self.q(x)), self.logit_scale),
+                F.normalize(self._heads(self.k(x)), dim=-1))
 
     def _bias(self) -> Tensor:
-        table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
-        return 16 * torch.sigmoid(_gathered(table, self.relative_position_index))
+        table = self.cpb_mlp(self.relative_coords_table)
+        return continuous_bias(table, self.relative_position_index)
 
     def score_context(self, x: Tensor, mask: Tensor | None = None) -> Context:
-        return _window_mask(x, self._bias(), mask), None
-
-
-def _gathered(table: Tensor, index: Tensor) -> Tensor:
-    """(positions, H) by (area, area) → (1, H, area, area)."""
-    return table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1).unsqueeze(0)
-
-
-def _window_mask(x: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-    """The bias of every window, plus the shift's mask (windows, area, area)."""
-    if mask is None:
-        return bias
-    return (bias + mask.unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
+        return window_mask(x, self._bias(), mask), None
 
 
 def _attention_parts(attn: Any) -> AttentionParts:
@@ -303,6 +313,17 @@ class ClassTokenVisionTransformer(VisionTransformer, ClassTokenEncoder):
         for block in first:
             x = block(x)
         return self.forward_head(self.norm(cast(FusedBlock, last).class_token(x)))
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """
+        Raises:
+            UserError: The pooling would read tokens that the last block does not compute.
+        """
+        if global_pool not in (None, self.global_pool):
+            raise UserError("an optimized model computes only the class token in its last block, "
+                            f"and pooling {global_pool!r:.40} reads others: reset the classifier "
+                            "of the model that adacomcat.optimize was given")
+        super().reset_classifier(num_classes, global_pool)
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         super().set_input_size(*args, **kwargs)

@@ -20,6 +20,7 @@ from adacomcat.factorize.factors import (
     factorize_values,
 )
 from adacomcat.layers.inherit import inherit_
+from adacomcat.layers.linear import plain_linear, unplain_linear
 from adacomcat.layers.registry import (
     AttentionParts,
     Projection,
@@ -27,6 +28,16 @@ from adacomcat.layers.registry import (
     attention_parts,
     attention_tier,
     attention_weights,
+)
+from adacomcat.layers.stock import (
+    FACTORS,
+    PlainAttention,
+    carry_over_,
+    causal_mask,
+    linear_of,
+    softmax_weights,
+    weights_are_read,
+    weights_of,
 )
 
 # (mask, rotary embedding): a boolean mask, or one that is added to the logits; None where absent.
@@ -52,14 +63,6 @@ def _origins(attn: nn.Module, parts: AttentionParts) -> dict[str, Tensor]:
             found |= {f"w{letter}": linear.weight, f"{letter}.weight": linear.weight,
                       f"b{letter}": bias, f"{letter}.bias": bias}
     return found
-
-
-def causal_mask(mask: Tensor | None, x: Tensor, is_causal: bool) -> Tensor | None:
-    """``mask``, or the lower triangle (N, N) for tokens x (B, N, d) where ``is_causal``."""
-    if not is_causal:
-        return mask
-    tokens = x.shape[1]
-    return torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).tril()
 
 
 def masked_context(x: Tensor, attn_mask: Tensor | None = None,
@@ -91,6 +94,8 @@ class LowRankAttention(nn.Module):
     """
 
     folds_scores: ClassVar[bool] = True  # whether wq, bq and wk exist: tier A
+    # What ``to_plain`` makes. A subclass with another forward names its own, or has none.
+    plain: ClassVar[type[PlainAttention]] = PlainAttention
     attn_drop: nn.Dropout
     proj_drop: nn.Dropout
 
@@ -176,6 +181,45 @@ class LowRankAttention(nn.Module):
     def adopt(self, attn: nn.Module) -> None:
         """Take over what subclasses need of the dense module beside its projections."""
 
+    def to_plain(self) -> PlainAttention:
+        """The same factors in linear layers of PyTorch's own.
+
+        Raises:
+            UserError: A class of your own names no class for it.
+        """
+        own = vars(type(self))
+        if "plain" not in own and ("score_context" in own or "queries_and_keys" in own):
+            raise UserError(f"{type(self).__name__} has no plain form; name one as its attribute "
+                            "`plain`, a subclass of adacomcat.layers.stock.PlainAttention")
+        return self.plain(self, *self._plain_queries_and_keys())
+
+    # TorchScript compiles what this returns.
+    __prepare_scriptable__ = to_plain
+
+    def _plain_queries_and_keys(self) -> tuple[nn.Module, nn.Module]:
+        return linear_of(self.wq, self.bq), linear_of(self.wk)
+
+    @classmethod
+    def from_plain(cls, plain: PlainAttention) -> "LowRankAttention":
+        """The drop-in whose ``to_plain`` made ``plain``.
+
+        Raises:
+            UserError: One of its projections is no plain linear layer any more.
+        """
+        (wv, _), (wo, bo) = weights_of(plain.v), weights_of(plain.proj)
+        made = cls(wv.shape[1], plain.num_heads, plain.rank_qk, plain.rank_vo, scale=plain.scale,
+                   dim_out=len(wo), device=wv.device, dtype=wv.dtype)
+        carry_over_(plain, made, FACTORS)
+        made.wv, made.wo = wv, wo
+        made.bo = made.bo if bo is None else bo
+        made._take_queries_and_keys(plain)
+        return made.train(plain.training)
+
+    def _take_queries_and_keys(self, plain: PlainAttention) -> None:
+        (wq, bq), (wk, _) = weights_of(plain.q), weights_of(plain.k)
+        self.wq, self.wk = wq, wk
+        self.bq = self.bq if bq is None else bq
+
     def queries_and_keys(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, H, N, r) each."""
         return (self._heads(F.linear(x, self.wq, self.bq)), self._heads(F.linear(x, self.wk)))
@@ -185,7 +229,8 @@ class LowRankAttention(nn.Module):
 
     def attend(self, x: Tensor, mask: Tensor | None, rope: Tensor | None = None) -> Tensor:
         """The result for tokens x (B, N, d); mask: boolean, or added to the logits."""
-        if self.folds_scores and not (self.training and self.attn_drop.p):
+        dropping = self.training and self.attn_drop.p
+        if self.folds_scores and not dropping and not weights_are_read(self.attn_drop, x):
             y = ops.low_rank_attention(x, self.wq, self.bq, self.wk, self.wv, self.wo, self.bo,
                                        self.num_heads, self.scale, mask)
         else:
@@ -198,6 +243,8 @@ class LowRankAttention(nn.Module):
                 rope: Tensor | None = None) -> Tensor:
         """softmax(…) values, for values (B, H or 1, N, ·)."""
         q, k = self.queries_and_keys(x, rope)
+        if weights_are_read(self.attn_drop, x):
+            return self.attn_drop(softmax_weights(q, k, self.scale, mask)) @ values
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)
         values = values.expand(-1, self.num_heads, -1, -1)
@@ -238,6 +285,12 @@ class ValueFoldedAttention(LowRankAttention):
     def adopt(self, attn: nn.Module) -> None:
         parts = attention_parts(attn)
         self.q, self.k = _dense_linear(parts.q), _dense_linear(parts.k)
+
+    def _plain_queries_and_keys(self) -> tuple[nn.Module, nn.Module]:
+        return plain_linear(self.q), plain_linear(self.k)
+
+    def _take_queries_and_keys(self, plain: PlainAttention) -> None:
+        self.q, self.k = unplain_linear(plain.q), unplain_linear(plain.k)
 
     def queries_and_keys(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._heads(self.q(x)), self._heads(self.k(x))

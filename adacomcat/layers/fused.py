@@ -10,15 +10,18 @@ from typing import NamedTuple, cast
 import torch
 from timm.layers import LayerNorm
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from adacomcat import ops
+from adacomcat.errors import UserError
 from adacomcat.factorize.gauge import MlpFactors, identity_gauge
-from adacomcat.layers.attention import LowRankAttention, causal_mask
+from adacomcat.layers.attention import LowRankAttention
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.mlp import LowRankMlp, activation_name
 from adacomcat.layers.packed import PackedModule
 from adacomcat.layers.plain import is_plain, is_plain_linear
 from adacomcat.layers.registry import MlpParts, Residual, attention_weights
+from adacomcat.layers.stock import causal_mask
 from adacomcat.ops import inference
 
 
@@ -194,6 +197,7 @@ class FusedBlock(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
+        require_tensor(x)
         return self.mlp(self.attn(x, attn_mask=attn_mask, is_causal=is_causal))
 
     def class_token(self, x: Tensor) -> Tensor:
@@ -212,6 +216,7 @@ class FusedPatches(nn.Conv2d):
         self.train(conv.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        require_tensor(input)
         rows = input.shape[2] // self.kernel_size[0]
         # (B, out, rows, columns), laid out patch after patch: timm's flatten copies nothing.
         return inference.patch_embedding(input, self.weight, self.bias).mT.unflatten(2, (rows, -1))
@@ -240,6 +245,16 @@ class ClassTokenEncoder(nn.Module):
     """
 
     blocks: nn.Sequential
+
+
+def require_tensor(x: object) -> None:
+    """
+    Raises:
+        UserError: ``torch.fx`` follows the model.
+    """
+    if isinstance(x, Proxy):
+        raise UserError("torch.fx does not follow the kernels of an optimized model; trace the "
+                        "model that adacomcat.optimize was given")
 
 
 def gemv_linear(head: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from adacomcat.errors import UserError
 from adacomcat.factorize.factors import LinearFactors, LinearStatistics, factorize_linear
 from adacomcat.layers.inherit import inherit_
 from adacomcat.layers.plain import is_plain_linear
+from adacomcat.layers.stock import LinearPair, linear_of, weights_of
 
 
 class LowRankLinear(nn.Module):
@@ -103,6 +104,27 @@ class LowRankLinear(nn.Module):
         inherit_(linear, self, {"weight": self.v, "bias": self.bias})
         return linear.train(self.training)
 
+    def to_plain(self) -> LinearPair:
+        """The same factors in two layers of PyTorch's own."""
+        pair = LinearPair(linear_of(self.v.T), linear_of(self.u, self.bias))
+        return pair.train(self.training)
+
+    @classmethod
+    def from_plain(cls, pair: LinearPair) -> "LowRankLinear":
+        """The factors of ``to_plain``.
+
+        Raises:
+            UserError: A layer of the pair is no plain linear layer any more.
+        """
+        (v, _), (u, bias) = map(weights_of, pair)
+        made = cls(v.shape[1], len(u), len(v), bias is not None, v.device, v.dtype)
+        made.v = nn.Parameter(v.detach().T.contiguous(), v.requires_grad)
+        made.u, made.bias = nn.Parameter(u.detach(), u.requires_grad), bias
+        return made.train(pair.training)
+
+    # TorchScript compiles what this returns.
+    __prepare_scriptable__ = to_plain
+
     @torch.no_grad()
     def set_(self, factors: LinearFactors) -> None:
         """Take the first ``rank`` columns of the factors; a bias absorbs the mean error."""
@@ -123,3 +145,13 @@ class LowRankLinear(nn.Module):
     def extra_repr(self) -> str:
         return (f"in_features={self.in_features}, out_features={self.out_features}, "
                 f"rank={self.rank}, bias={self.bias is not None}")
+
+
+def plain_linear(linear: nn.Module) -> nn.Module:
+    """The plain form of a low-rank linear layer; another layer as it is."""
+    return linear.to_plain() if isinstance(linear, LowRankLinear) else linear
+
+
+def unplain_linear(linear: nn.Module) -> nn.Module:
+    """What ``plain_linear`` was given."""
+    return LowRankLinear.from_plain(linear) if isinstance(linear, LinearPair) else linear

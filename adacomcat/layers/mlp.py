@@ -1,6 +1,6 @@
 """MLPs with low-rank projections or with fewer hidden neurons, drop-in for timm's ``Mlp``."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from timm.layers import GELU, GELUTanh
@@ -11,7 +11,7 @@ from adacomcat import ops
 from adacomcat.errors import UserError
 from adacomcat.factorize.factors import LinearStatistics
 from adacomcat.layers.inherit import inherit_
-from adacomcat.layers.linear import LowRankLinear
+from adacomcat.layers.linear import LowRankLinear, plain_linear
 from adacomcat.layers.plain import altered, is_plain, is_plain_linear
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", GELU: "gelu", GELUTanh: "gelu_tanh"}
@@ -118,6 +118,18 @@ class LowRankMlp(nn.Module):
         fc1 = _low_rank(dense1, rank1, statistics1, "rank1")
         fc2 = _low_rank(dense2, rank2, statistics2, "rank2")
         return cls(fc1, mlp.act, fc2, getattr(mlp.drop1, "p", 0.0)).train(mlp.training)
+
+    def to_plain(self) -> Mlp:
+        """timm's ``Mlp`` of the same factors."""
+        made = Mlp(1, device=torch.device("meta"))
+        for name in ("act", "drop1", "drop2"):
+            setattr(made, name, getattr(self, name))
+        made.fc1: Any = plain_linear(self.fc1)
+        made.fc2: Any = plain_linear(self.fc2)
+        return made.train(self.training)
+
+    # TorchScript compiles what this returns.
+    __prepare_scriptable__ = to_plain
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) → (..., out)."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adacomcat import kernels
 from adacomcat.errors import UserError
-from adacomcat.ops import autograd_cpu, reference, shapes
+from adacomcat.ops import autograd_cpu, reference, shapes, transforms
 
 
 def _load_extension() -> tuple[Any, str | None]:
@@ -207,13 +207,14 @@ def backward_kernel(
 
 
 def direct_kernel(op: str, x: Tensor) -> Kernel | None:
-    """The kernel for inference where ``pick`` would take C++ or Triton and nothing is traced.
+    """The kernel for inference where ``pick`` would take C++ or Triton and nothing is traced
+    or transformed.
 
     It runs without PyTorch's dispatcher in Python, takes ``epsilon`` and ``residual`` if it serves
     a whole sublayer, and keeps the op's contract. Triton's kernels are called so only for whole
     sublayers.
     """
-    if torch.compiler.is_compiling():
+    if transforms.watched():
         return None
     if not x.is_cpu:
         sublayer = op in kernels.SUBLAYERS and type(x) is Tensor

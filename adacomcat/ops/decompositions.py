@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adacomcat.ops import backends, shapes
-from adacomcat.ops.registry import REGISTERED
+from adacomcat.ops.registry import OPS
 
 __all__ = ["batched_svd", "eigenvalues", "factored_svd", "gram", "low_rank_approximation",
            "singular_values", "truncation_errors"]
@@ -42,7 +42,7 @@ def batched_svd(a: Tensor, k: int | None = None) -> Triple:
     if not (torch.is_grad_enabled() and a.requires_grad) and (
             kernel := backends.direct_kernel("batched_svd", a)):
         return kernel(a, k)
-    return REGISTERED.batched_svd(a, k)
+    return OPS["batched_svd"].every_result(a, k)
 
 
 def factored_svd(a: Tensor, b: Tensor, k: int | None = None, root_a: Tensor | None = None,
@@ -65,7 +65,7 @@ def factored_svd(a: Tensor, b: Tensor, k: int | None = None, root_a: Tensor | No
     """
     a = a if root_a is None else root_a @ a
     b = b if root_b is None else root_b @ b
-    return REGISTERED.factored_svd(a, b, shapes.rank_limit(a, b) if k is None else k)
+    return OPS["factored_svd"].every_result(a, b, shapes.rank_limit(a, b) if k is None else k)
 
 
 def low_rank_approximation(a: Tensor, k: int | None = None) -> Triple:
@@ -85,7 +85,7 @@ def low_rank_approximation(a: Tensor, k: int | None = None) -> Triple:
         ValueError: As for ``batched_svd``.
         RuntimeError: a is no matrix or of another dtype, or k is out of range.
     """
-    return REGISTERED.low_rank_approximation(a, min(a.shape[-2:]) if k is None else k)
+    return OPS["low_rank_approximation"].every_result(a, min(a.shape[-2:]) if k is None else k)
 
 
 def truncation_errors(s: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def truncation_errors(s: Tensor) -> Tensor:
     Raises:
         RuntimeError: s is no matrix or of another dtype.
     """
-    return REGISTERED.truncation_errors(s)
+    return OPS["truncation_errors"].every_result(s)
 
 
 def gram(a: Tensor) -> Tensor:

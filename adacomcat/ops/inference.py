@@ -73,9 +73,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Raises:
         RuntimeError: A shape, dtype or device does not fit; the message names the argument.
     """
-    kernel = None
-    if x.shape[:-1].numel() <= GEMV_ROWS:
-        kernel = _kernel("linear", x, weight, bias)
+    kernel = _kernel("linear", x, weight, bias)
+    # Asked last: an export keeps the size of a batch that somebody looked at.
+    if kernel is not None and x.shape[:-1].numel() > GEMV_ROWS:
+        kernel = None
     return (kernel or F.linear)(x, weight, bias)
 
 
@@ -134,7 +135,7 @@ def _patch_embedding(image: Tensor, weight: Tensor, bias: Tensor | None, prefix:
     if positions is not None:
         tokens = tokens + positions
     return tokens if prefix is None else torch.cat(
-        [prefix.to(tokens).expand(len(tokens), -1, -1), tokens], 1)
+        [prefix.to(tokens).expand(tokens.shape[0], -1, -1), tokens], 1)
 
 
 def patches(image: Tensor, height: int, width: int) -> Tensor:

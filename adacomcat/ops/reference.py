@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adacomcat.ops.transforms import by_formula, transformed
+
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
 
 
@@ -105,6 +107,8 @@ def probability(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tens
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, attn_mask: Tensor | None) -> Tensor:
     """softmax(q kᵀ · scale + mask) v for q, k (B, H, N, rq), v (B, H, N, rv) → (B, H, N, rv)."""
     rank_qk, rank_vo = q.shape[-1], v.shape[-1]
+    if not torch.compiler.is_compiling() and transformed():
+        return probability(q, k, scale, broadcast_mask(attn_mask)) @ v  # fused ones have no rules
     # PyTorch's fused attention wants one head size: zero columns change neither logits nor sums.
     width = max(rank_qk, rank_vo)
     if rank_qk < width:
@@ -185,6 +189,11 @@ def batched_svd(a: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return fix_signs(u[..., :k], s[..., :k], vh.mT[..., :k])
 
 
+def _small_svd(a: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The op, so that the fastest backend computes it, wherever ops may be called."""
+    return batched_svd(a, k) if by_formula() else torch.ops.adacomcat.batched_svd(a, k)
+
+
 def factored_svd(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """a bᵀ ≈ u diag(s) vᵀ by QR of both factors and the SVD of an r × r matrix.
 
@@ -195,7 +204,7 @@ def factored_svd(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     require_finite_matrices(b, "b")
     basis_a, inner_a = torch.linalg.qr(a)
     basis_b, inner_b = torch.linalg.qr(b)
-    u, s, v = torch.ops.adacomcat.batched_svd(inner_a @ inner_b.mT, k)
+    u, s, v = _small_svd(inner_a @ inner_b.mT, k)
     return fix_signs(basis_a @ u, s, basis_b @ v)
 
 
@@ -206,7 +215,7 @@ def size(a: Tensor) -> Tensor:
     """
     if a.numel() == 0:
         return a.new_ones(*a.shape[:-2], 1, 1)
-    largest = a.abs().amax((-2, -1), keepdim=True)
+    largest = a.detach().abs().amax((-2, -1), keepdim=True)  # powers of two have no derivative
     return (largest / (2 * torch.frexp(largest).mantissa)).where(largest > 0, 1.0)
 
 
@@ -225,7 +234,7 @@ def low_rank_approximation(a: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     image = tall @ right  # its columns are nearly orthogonal; QR makes them so
     left, triangle = torch.linalg.qr(image)
     # The triangle is diagonal up to rounding, which its own SVD removes.
-    inner_u, s, inner_v = torch.ops.adacomcat.batched_svd(triangle, k)
+    inner_u, s, inner_v = _small_svd(triangle, k)
     u, v = left @ inner_u, right @ inner_v
     u, s, v = fix_signs(*((v, s, u) if wide else (u, s, v)))
     return u.to(a.dtype), (s * unit.squeeze(-1)).to(a.dtype), v.to(a.dtype)

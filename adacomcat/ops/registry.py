@@ -28,9 +28,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Proxy
 from torch.utils.flop_counter import register_flop_formula
 
-from adacomcat.ops import autograd, backends, reference, shapes
+from adacomcat.errors import UserError
+from adacomcat.ops import autograd, backends, reference, shapes, transforms
 
 REGISTERED = torch.ops.adacomcat
 _LIBRARY = torch.library.Library("adacomcat", "DEF")
@@ -107,6 +109,8 @@ class Op:
         A kernel that ``backends`` calls directly does it all, unless gradients follow. Elsewhere
         the norm comes first, then the op, then the residual.
         """
+        if isinstance(x, Proxy):  # of torch.fx
+            return self._formula(x, others, epsilon, residual)
         # Small models feel every call of a function here, so the usual case is asked first.
         if torch.is_autocast_enabled("cpu") if x.is_cpu else _autocast_is_on(x.device.type):
             x, residual, *cast = _in_autocast_dtype(x, residual, *others)
@@ -120,6 +124,8 @@ class Op:
                 return results if isinstance(results, Tensor) else results[0]
         if epsilon is not None:
             x = F.layer_norm(x, x.shape[-1:], eps=epsilon)
+        if transforms.by_formula():
+            return self._formula(x, others, None, residual)
         results = getattr(REGISTERED, self.name)(x, *others, keep)
         y = results if isinstance(results, Tensor) else results[0]
         if residual is None:
@@ -127,6 +133,20 @@ class Op:
         if not torch.compiler.is_compiling():  # dynamo traces no message about symbolic shapes
             shapes.residual(x, residual, y.shape)
         return y + residual
+
+    def _formula(self, x: Any, others: tuple[Any, ...], epsilon: float | None,
+                 residual: Tensor | None) -> Tensor:
+        """What a call gives, in PyTorch's own operators."""
+        if epsilon is not None:
+            x = F.layer_norm(x, x.shape[-1:], eps=epsilon)
+        results = getattr(reference, self.name)(x, *others)
+        y = results[0] if isinstance(results, tuple) else results
+        return y if residual is None else y + residual
+
+    def every_result(self, *arguments: Any) -> Any:
+        """All results of an op that is not fused, or of its formula."""
+        library = reference if transforms.by_formula() else REGISTERED
+        return getattr(library, self.name)(*arguments)
 
     # Calls of PyTorch's dispatcher.
 
@@ -147,6 +167,9 @@ class Op:
 
     def _run(self, *arguments: Any) -> Any:
         inputs, keep = self._without_keep(arguments)
+        if any(transforms.has_tangent(a) for a in inputs):
+            raise UserError(f"torch.ops.adacomcat.{self.name} has no forward-mode derivative; call "
+                            f"the function of adacomcat.ops, and not under torch.compile")
         self.contract(*inputs)
         kernel = self.implementation or backends.kernel(self.name, inputs[0], keep)
         # Fused attention on CPUs refuses a mask that requires a gradient, even here below autograd.

@@ -111,6 +111,11 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "mlp": ("neurons", "ranks"), "kd": ("soft", "hard", "none"),
     "align": ("mse", "manifold", "none"), "tau_per": ("epoch", "search"),
 }
+# Runtimes whose fused attention bounds the ranks.
+DEPLOYMENTS = ("any", "flash", "tensorrt")
+# What ``export`` writes, and in which dtypes.
+EXPORT_FORMATS = ("onnx", "openvino", "torch", "aoti", "executorch", "plain", "dense")
+EXPORT_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def require(settings: object, limits: Mapping[str, Limit], optional: tuple[str, ...] = ()) -> None:

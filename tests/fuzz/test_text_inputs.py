@@ -23,7 +23,8 @@ from adacomcat.plan import RankPlan
 PARSER = build_parser()
 PARSERS = PARSER._subparsers._group_actions[0].choices
 FLAGS = {command: [action for action in PARSERS[command]._actions
-                   if action.dest not in ("help", "config")] for command in COMMANDS}
+                   if action.option_strings and action.dest not in ("help", "config")]
+         for command in COMMANDS}
 NEEDED = ["--model", ARCHITECTURE, "--data", "digits", "--output", "x", "--teacher", "y",
           "--ranks", "r", "--checkpoint", "c"]
 

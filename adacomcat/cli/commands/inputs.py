@@ -184,4 +184,5 @@ def compressed(args: argparse.Namespace, model: nn.Module, images: Tensor | None
     plan = None if args.plan is None else RankPlan.load(args.plan)
     return compress(model, keep_params=args.keep_params, keep_macs=args.keep_macs,
                     max_latency_ms=args.max_latency_ms, plan=plan, calibration=images,
+                    include=args.include, exclude=args.exclude, deploy=args.deploy,
                     multiple=args.rank_multiple, latency_batch=args.latency_batch, **settings)

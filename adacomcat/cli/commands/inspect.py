@@ -6,10 +6,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from adacomcat import cost
+from adacomcat.allocation.deployment import WIDTHS, fuses
 from adacomcat.cli.commands import Outcome, inputs
 from adacomcat.convert.calibrate import calibrate
 from adacomcat.convert.factors import error_curves, require_finite_model
+from adacomcat.layers.attention import LowRankAttention
 from adacomcat.layers.linear import LowRankLinear
+from adacomcat.layers.registry import attention_parts, attention_tier
+from adacomcat.layers.stock import PlainAttention
 from adacomcat.report.tables import print_table
 from adacomcat.sites import Site, find_sites
 
@@ -19,14 +23,14 @@ PARTS = (0.125, 0.25, 0.5, 0.75)
 
 def run(args: argparse.Namespace) -> Outcome:
     model = inputs.model(args).to(inputs.device(args))
-    sites = find_sites(model)
+    sites = find_sites(model, include=args.include, exclude=args.exclude)
     require_finite_model(model)
     images = inputs.calibration(args, inputs.pictures(args, model))
     curves = error_curves(model, {} if images is None else calibrate(model, images))
     rows = [_row(site, curves[site.name]) for site in sites]
     data = {
         "model": args.model, "params": cost.model_params(model), "macs": cost.model_macs(model),
-        "low_rank_modules": _low_rank(model), "sites": rows,
+        "low_rank_modules": _low_rank(model), "sites": rows, "attentions": _attentions(model),
     }
     return Outcome(data, lambda: _show(data))
 
@@ -47,6 +51,21 @@ def _low_rank(model: nn.Module) -> int:
                for module in model.modules())
 
 
+def _attentions(model: nn.Module) -> list[dict[str, Any]]:
+    """Each attention that is known: its ranks per head, and whose fused kernels take them."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankAttention | PlainAttention):
+            ranks = module.rank_qk, module.rank_vo
+        elif attention_tier(module, model) is not None:
+            ranks = (attention_parts(module).head_dim,) * 2
+        else:
+            continue
+        found.append({"attention": name, "rank_qk": ranks[0], "rank_vo": ranks[1],
+                      **{runtime: fuses(runtime, *ranks) for runtime in WIDTHS}})
+    return found
+
+
 def _show(data: dict[str, Any]) -> None:
     columns = ["site", "tier", "in → out", "full rank", "break-even", "parameters",
                *(f"error at {part:g}" for part in PARTS)]
@@ -62,6 +81,11 @@ def _show(data: dict[str, Any]) -> None:
     if data["sites"]:
         print("error at 0.5: relative error that truncation to half of the break-even rank leaves")
     if data["low_rank_modules"]:
+        print_table("fused attention of other runtimes",
+                    ["attention", "rank qk", "rank vo", *WIDTHS],
+                    [[row["attention"], row["rank_qk"], row["rank_vo"],
+                      *("yes" if row[runtime] else "no" for runtime in WIDTHS)]
+                     for row in data["attentions"]])
         print(f"{data['low_rank_modules']} modules are low-rank already")
     if not data["sites"] and not data["low_rank_modules"]:
         print("no site: nothing in this model can be made low-rank")

@@ -1,0 +1,60 @@
+"""Types of flags: what the text behind a flag means, or why it means nothing.
+
+This module imports neither torch nor timm, so that --help answers at once.
+"""
+
+import argparse
+import os
+import re
+from collections.abc import Callable
+
+from adacomcat.utils.limits import TRAINING, Limit
+
+
+def number(limit: Limit) -> Callable[[str], float]:
+    """The type of a flag whose value is within ``limit``."""
+    def within(text: str) -> float:
+        try:
+            return limit.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be {limit}; got {_short(text)}") from error
+    return within
+
+
+def norm_or_none(text: str) -> float:
+    """The largest norm of a gradient; 0 for 'none', as in timm: nothing is clipped."""
+    return 0.0 if text.lower() == "none" else number(TRAINING["clip_grad"])(text)
+
+
+def path(text: str) -> str:
+    """The name of a file or folder; it may begin with ~."""
+    try:
+        found = os.path.expanduser(text)
+        if not text or "\0" in text or (found == text and text.startswith("~")):
+            raise ValueError
+        return found
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a path; got {_short(text)}") from error
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= 40 else f"{text[:40]!r} and {len(text) - 40} more characters"
+
+
+def pattern(text: str) -> str | re.Pattern[str]:
+    """A glob, or behind 're:' a regular expression."""
+    expression = text.removeprefix("re:")
+    try:
+        return text if expression == text else re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(
+            f"must be a glob, or re: and a regular expression; {_short(expression)} is none: "
+            f"{error}") from error
+
+
+def key_value(text: str) -> tuple[str, str]:
+    """(key, value) from 'key=value'."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, like depth=6; got {text!r:.60}")
+    return key, value

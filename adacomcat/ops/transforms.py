@@ -1,0 +1,38 @@
+"""Whether something watches the operators of a call: a trace of them, or a transformation.
+
+``torch.export``, with the exporters that start from it, and TorchScript's tracer write operators
+down for programs that know PyTorch's own only. ``vmap``, ``jacrev`` and forward-mode derivatives
+ask each operator for a rule; ``torch.fx`` follows values that are no tensors. For these an op runs
+its formula in ``reference``; for ``torch.compile`` it stays one operator.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# torch 2.6 does not tell an export from a compilation; there ops stay in both.
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def watched() -> bool:
+    """Whether operators are traced or transformed, so that no kernel may run behind them."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed()
+
+
+def by_formula() -> bool:
+    """Whether an op called now has to consist of PyTorch's own operators."""
+    if torch.compiler.is_compiling():
+        return _is_exporting()
+    return torch.jit.is_tracing() or transformed()
+
+
+def transformed() -> bool:
+    """Whether a function is transformed or differentiated forwards, outside of a compilation."""
+    return (forward_ad._current_level >= 0
+            or torch._C._functorch.peek_interpreter_stack() is not None)
+
+
+def has_tangent(value: object) -> bool:
+    """Whether a forward-mode derivative follows this argument."""
+    return (forward_ad._current_level >= 0 and isinstance(value, Tensor)
+            and forward_ad.unpack_dual(value).tangent is not None)
