@@ -67,13 +67,14 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def table() -> str:
     """Model × what it moves, in gigabytes."""
-    header = ("model", "trained, GB", "state, GB", "sent by each GPU and step, GB: `average`, "
-              "`ddp`", "`fsdp`", *(f"held by each of {count} GPUs, GB" for count in PROCESSES))
+    header = ("model", "trained", "state", "sent a step: `average`, `ddp`", "sent a step: `fsdp`",
+              "held: `average`, `ddp`", *(f"held: `fsdp`, {count} GPUs" for count in PROCESSES))
     lines = [header, ["---"] * len(header)]
     for name, architecture in MODELS.items():
         found = sizes(architecture)
         figures = [found.trained, found.state,
                    *(_range(found, parallel) for parallel in ("average", "fsdp")),
+                   found.held("average", 1),
                    *(found.held("fsdp", count) for count in PROCESSES)]
         lines.append((name, *(figure if isinstance(figure, str) else f"{figure / 1e9:.1f}"
                               for figure in figures)))

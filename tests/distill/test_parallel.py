@@ -11,8 +11,8 @@ import pytest
 import torch
 from helpers.runs import make_model, small_run
 
-from adacomcat.distill.objective import BatchMixing
 from adacomcat.distill.config import TrainConfig
+from adacomcat.distill.objective import BatchMixing
 from adacomcat.utils.distributed import Processes
 
 RUNS = {
@@ -50,7 +50,8 @@ def alone() -> dict[str, dict[str, Any]]:
 def test_any_number_of_processes_trains_alike(count: int, parallel: str, name: str, tmp_path: Path,
                                               alone: dict[str, dict[str, Any]]) -> None:
     """64 images do not divide by three processes."""
-    found, expected = train_on(count, tmp_path / "out", parallel=parallel, **RUNS[name]), alone[name]
+    found = train_on(count, tmp_path / "out", parallel=parallel, **RUNS[name])
+    expected = alone[name]
     assert found["plan"] == expected["plan"]
     for key in ("losses", "searches"):
         assert found[key] == pytest.approx(expected[key], abs=TOLERANCE)

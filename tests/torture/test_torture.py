@@ -5,11 +5,14 @@ byte. TORTURE_KILLS is the number of kills of each test, TORTURE_SEED decides wh
 `make torture` takes 100. Every change of a file is a place to die at, beside random moments.
 """
 
+import contextlib
 import itertools
 import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +30,7 @@ SEED = int(os.environ.get("TORTURE_SEED", "0"))
 SIGNALS = {"KILL": [signal.SIGKILL], "TERM": [signal.SIGTERM], "INT": [signal.SIGINT],
            "INT twice": [signal.SIGINT, signal.SIGINT]}
 QUICK = ["--data", "digits", "-b", "256", "--calibration-images", "32", "--search-steps", "3",
-         "--device", "cpu", "--checkpoint-seconds", "0.05", "--lr", "2e-3"]
+         "--device", "cpu", "--checkpoint-seconds", "0.3", "--lr", "2e-3"]
 VARIANTS = {
     "dense": ["--dense", "--epochs", "3", "--model-ema", "--opt", "sgd"],
     "search": ["--keep-params", "0.5", "--epochs", "2", "--search", "every", "--mixup", "0.2"],
@@ -92,8 +95,9 @@ def whole(forks: Forks, tmp_path_factory: pytest.TempPathFactory):
     def of(variant: str) -> tuple[dict[str, bytes], list[str], float]:
         if variant not in known:
             run = Run(forks, variant, tmp_path_factory.mktemp("whole"))
-            begin, log = time.monotonic(), run.folder.parent / "log"
+            log = run.folder.parent / "log"
             run.start(log=log)
+            begin = time.monotonic()
             assert forks.wait() == 0, run.stderr.read_text()
             seconds = time.monotonic() - begin
             files = {name: (run.folder / "out" / name).read_bytes()
@@ -123,13 +127,47 @@ def test_killed_at_random_times(name: str, variant: str, forks: Forks, whole, tm
             code = forks.wait()
             ended = code == 0
             kills += not ended
-            assert code in (0, -9, -15, 143, 130), run.stderr.read_text()
+            # -2 and -15: before the command heeds signals, or behind its end
+            assert code in (0, -9, -2, -15, 143, 130), run.stderr.read_text()
             after = run.position()
             assert ended or after >= before
             before = after
         assert run.finish() == expected
         if kills >= KILLS:
             return
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_two_processes_killed_at_random_times(name: str, tmp_path: Path) -> None:
+    """SIGKILL ends one of the processes, or the launcher and both; the launcher gets the others."""
+    command = [sys.executable, "-m", "adacomcat.cli.torchrun", "--standalone",
+               "--nproc-per-node=2", "train", *GRAY, *QUICK, *VARIANTS["search"], "--timeout",
+               "30", "--resume", "--output"]
+    folders = [tmp_path / "whole", tmp_path / "killed"]
+    draw = random.Random(f"{SEED} {name} two")
+    begin = time.monotonic()
+    assert two(command, folders[0]).wait() == 0
+    seconds = time.monotonic() - begin
+    for _ in range(max(1, KILLS // 25)):
+        launcher = two(command, folders[1])
+        time.sleep(draw.uniform(0.3 * seconds, seconds))
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        victims = [int(draw.choice(children))] if children and draw.random() < 0.5 else [
+            launcher.pid, *map(int, children)]
+        for number in SIGNALS[name]:
+            for victim in victims if name == "KILL" else [launcher.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(victim, number)
+        assert launcher.wait(timeout=120) in (0, 1, -9, -2, -15, 130, 143)
+    assert two(command, folders[1]).wait() == 0
+    one, other = ({path.name: path.read_bytes() for path in folder.iterdir()
+                   if path.name != "report.html"} for folder in folders)
+    assert one == other
+
+
+def two(command: list[object], folder: Path) -> subprocess.Popen:
+    return subprocess.Popen([*map(str, command), str(folder)], stderr=subprocess.DEVNULL,
+                            stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def places(variant: str, whole, draw: random.Random) -> list[int]:
