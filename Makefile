@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # One process for each core, one thread in each: most tests are too small for more.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -rs -n auto --dist worksteal
 
-.PHONY: install demo check test fuzz bench gpu-check gpu-reports lint types docs sanitize
+.PHONY: install demo check test fuzz torture bench gpu-check gpu-reports lint types docs sanitize
 
 install: $(INSTALLED)
 
@@ -38,6 +38,13 @@ FUZZ_EXAMPLES ?= 4000
 FUZZ_SEED ?= 0
 fuzz: install
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FUZZ_SEED=$(FUZZ_SEED) $(PYTEST) tests/fuzz
+
+# Training that is killed, finds full disks and loses power, as often as TORTURE_KILLS for each
+# test. `make test` runs a slice of it.
+TORTURE_KILLS ?= 100
+TORTURE_SEED ?= 0
+torture: install
+	TORTURE_KILLS=$(TORTURE_KILLS) TORTURE_SEED=$(TORTURE_SEED) $(PYTEST) tests/torture
 
 bench: install
 	$(PY) -m pytest bench -rs --benchmark-only --benchmark-columns=median,iqr,rounds \

@@ -17,7 +17,12 @@ from adacomcat.allocation.budget import Budget
 from adacomcat.allocation.refine import Loss, refined_allocation
 from adacomcat.allocation.sensitivity import ErrorWeights, error_weights
 from adacomcat.convert.calibrate import calibration_batches, collect_statistics
-from adacomcat.convert.factors import Factors, factorize_model, require_finite_model
+from adacomcat.convert.factors import (
+    Factors,
+    blank_factors,
+    factorize_model,
+    require_finite_model,
+)
 from adacomcat.convert.model import convert_
 from adacomcat.convert.record import Refined, compression_of
 from adacomcat.cost import model_params
@@ -67,6 +72,7 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
         UserError: settings contradict each other, the budget cannot be reached, the model has no
             site or is compressed already, a weight is not finite, the loss diverges, or the state
             to resume from belongs to another run or cannot be written.
+        Lost: another process of the run died or stands still.
         Stopped: a signal asked the run to stop, inside ``utils.stopping.heeding_signals``; with
             a state_dir it can be resumed.
     """
@@ -77,7 +83,8 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
         raise UserError("a plan fixes the ranks and leaves nothing to refine: give one of them")
     require_finite_model(model)
     plan = None if plan is None else plan.resolved(model)
-    processes = start_processes(config.device)
+    processes = start_processes(config.device, config.timeout)
+    config = _resuming_or_not(config, processes)
     model = copy.deepcopy(model).to(processes.device)
     start = time.perf_counter()
     began_with = _checksums(model, config, train_set, teacher, plan)
@@ -87,9 +94,12 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
         return _without_epochs(model, config, train_set, test_set, plan, processes)
     else:
         trainer = _search_trainer(model, config, train_set, processes, teacher, plan, began_with)
-    _resume(trainer, config)
+    if config.resume:
+        trainer.load_state_dict(load_state(str(config.state_dir)))
+    elif trainer.search is not None:
+        trainer.save()  # calibrating and factorising may have taken long
     trainer.train(test_set)
-    trained = trainer.best_model
+    trained = trainer.whole_model()
     if trainer.search is not None:
         trained = finalize(trained, trainer.search.plan)
     seconds = time.perf_counter() - start
@@ -178,8 +188,7 @@ def _calibration_order(train_set: Any, seed: int) -> Tensor:
 
 def _judges(train_set: Any, config: TrainConfig) -> Any:
     """Training images that did not calibrate, to judge plans by; None where none is refined."""
-    resumed = config.resume and config.state_dir is not None and has_state(config.state_dir)
-    if not config.refine or resumed:  # the state knows its plan
+    if not config.refine or config.resume:  # the state knows its plan
         return None
     order = _calibration_order(train_set, config.seed)
     chosen = order[config.calibration_images:][:MOST_JUDGES]
@@ -209,15 +218,17 @@ class Ready(NamedTuple):
 
 def make_ready(model: nn.Module, config: TrainConfig, train_set: Any, plan: RankPlan | None,
                processes: Processes) -> Ready:
-    """Calibrate ``model`` with training images and factorise its sites."""
+    """Calibrate ``model`` with training images and factorise its sites; a state has both."""
     if config.drop_attention_biases:
         model = copy.deepcopy(model)
         drop_attention_biases_(model, find_sites(model))
-    images = calibration_images(train_set, config.calibration_images, config.seed, processes)
     _require_uncompressed(model)
-    sites = chosen_sites(model, images, config, plan)
+    sites = chosen_sites(model, config, plan)
     if not sites:
         raise UserError("this model has no projection that can be made low-rank")
+    if config.resume:
+        return Ready(model, None, sites, blank_factors(model, sites))
+    images = calibration_images(train_set, config.calibration_images, config.seed, processes)
     batches = None if images is None else calibration_batches(images, model)
     statistics = None if batches is None else collect_statistics(model, batches)
     return Ready(model, batches, sites, factorize_model(model, statistics, sites=sites))
@@ -229,15 +240,14 @@ def _require_uncompressed(model: nn.Module) -> None:
                         "this one as it is, without a budget or a plan (--dense)")
 
 
-def chosen_sites(model: nn.Module, images: Tensor | None, config: TrainConfig,
-                 plan: RankPlan | None) -> list[Site]:
+def chosen_sites(model: nn.Module, config: TrainConfig, plan: RankPlan | None) -> list[Site]:
     """The decisions of a given plan, else those that ``config.mlp`` names.
 
     Only activations tell which neurons an MLP can spare: without images it gets two ranks.
     """
     if plan is not None:
         return plan.validate(model)
-    neurons = config.mlp == "neurons" and images is not None
+    neurons = config.mlp == "neurons" and config.calibration_images
     return find_sites(model, prunable_mlps(model) if neurons else ())
 
 
@@ -279,6 +289,8 @@ def start_search(ready: Ready, config: TrainConfig, plan: RankPlan | None, proce
     refined = None
     if plan is not None:
         start = plan
+    elif config.resume:  # the state has the plan
+        start = RankPlan()
     elif config.start_from_allocation:
         start, refined = _allocated_plan(ready, supernet, config, processes, judges)
         gates.start_at_(explicit_plan(start, ready.sites))
@@ -338,13 +350,15 @@ def _cross_entropy(supernet: nn.Module, sites: list[Site], judges: Any, config: 
     return loss_of
 
 
-def _resume(trainer: Trainer, config: TrainConfig) -> None:
-    if not config.resume:
-        return
-    if config.state_dir is None:
+def _resuming_or_not(config: TrainConfig, processes: Processes) -> TrainConfig:
+    """``config.resume`` says whether there is a state to go on from: a plan and all weights."""
+    if config.resume and config.state_dir is None:
         raise UserError("resume needs the folder of a training state")
-    if has_state(config.state_dir):
-        trainer.load_state_dict(load_state(config.state_dir))
+    found = bool(config.resume and config.total_epochs and has_state(str(config.state_dir)))
+    if not processes.agree(found):
+        raise UserError(f"some processes find a training state in {config.state_dir} and others do "
+                        "not: name a --state-dir that all machines share")
+    return config.with_(resume=found)
 
 
 def _summary(dense: nn.Module, trained: nn.Module, test_set: Any, config: TrainConfig,

@@ -16,7 +16,8 @@ from adacomcat.ops import backends
 
 # What `make check` leaves out: compiling and emulating GPU kernels, and whole runs.
 SLOW = ("gpu", "fuzz", "repo/test_demo.py", "repo/test_imagenet_recipe.py", "repo/test_quality.py",
-        "repo/test_docs_code.py", "cli/test_cli_train.py", "cli/test_surroundings.py", "fuzz",
+        "repo/test_docs_code.py", "cli/test_cli_train.py", "cli/test_surroundings.py",
+        "cli/test_several_processes.py", "torture",
         "distill/test_recovery.py", "test_train.py", "ops/test_cpu_rounding.py")
 
 

@@ -211,9 +211,30 @@ def test_time_saves_within_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Trainer, "save", counted)
     settings = {"epochs": 1, "search": "off", "state_dir": str(tmp_path)}
     small_run(**settings)
-    assert saved == [(2, 0)]
+    assert saved == [(1, 0), (2, 0)]  # the calibrated and factorised model, and the end
     small_run(**settings, checkpoint_seconds=1e-9)
-    assert saved[1:] == [*((1, step) for step in range(1, STEPS)), (2, 0)]
+    assert saved[2:] == [*((1, step) for step in range(STEPS)), (2, 0)]
+
+
+def test_a_run_that_is_resumed_calibrates_and_factorises_no_more(
+    tmp_path: Path, uninterrupted: train.TrainResult, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed before its first step; what a state has is not computed anew."""
+    def dies(self: Trainer, *args: Any) -> None:
+        assert self.writer is not None
+        self.writer.finish()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", dies)
+        with pytest.raises(KeyboardInterrupt):
+            small_run(state_dir=str(tmp_path))
+    for name in ("collect_statistics", "factorize_model", "error_weights"):
+        monkeypatch.setattr(train, name, None)
+    resumed = small_run(state_dir=str(tmp_path), resume=True)
+    assert curve(resumed.results) == curve(uninterrupted.results)
+    for name, tensor in resumed.model.state_dict().items():
+        assert torch.equal(tensor, uninterrupted.model.state_dict()[name]), name
 
 
 def other_inputs(name: str) -> dict[str, Any]:

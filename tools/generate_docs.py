@@ -16,7 +16,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = {"backends": "backends.md", "choices": "backends.md", "commands": "command-line.md",
-         "families": "families.md"}
+         "families": "families.md", "cost": "many-machines.md"}
 LEAST_SHARE = 0.5  # of the parameters, in sites: families below are not listed
 EXAMPLES = {"vision_transformer": "vit_base_patch16_224"}  # elsewhere the first by name
 
@@ -184,7 +184,18 @@ def family(module: str) -> tuple[str, ...] | None:
             f"{share:.2f}")
 
 
-TABLES = {"backends": backends, "choices": choices, "commands": commands, "families": families}
+# Training on many machines
+
+
+def cost() -> str:
+    """Model × bytes that a training step moves, and that a run holds."""
+    import training_cost
+
+    return training_cost.table()
+
+
+TABLES = {"backends": backends, "choices": choices, "commands": commands, "families": families,
+          "cost": cost}
 
 
 def write(name: str) -> None:

@@ -24,6 +24,7 @@ from adacomcat.utils.limits import (
     RECOVERY,
     SEED,
     TRAINING,
+    WAITING,
     Limit,
 )
 
@@ -82,6 +83,12 @@ def _model_size(group: argparse._ArgumentGroup) -> None:
 
 def _device(parser: Parser) -> None:
     parser.add_argument("--device", help="cpu, cuda, … (default: a GPU where there is one)")
+
+
+def _timeout(parser: Parser) -> None:
+    parser.add_argument("--timeout", type=number(WAITING), default=300.0, metavar="S",
+                        help="of several processes, end where one keeps the others waiting for S "
+                             "seconds (default: %(default)s)")
 
 
 def _data(parser: Parser) -> None:
@@ -208,6 +215,14 @@ def _train(parser: Parser) -> None:
         parser.add_argument(flag, action="store_true", help=text)
 
 
+def _parallel(parser: Parser) -> None:
+    _timeout(parser)
+    parser.add_argument("--parallel", choices=CHOICES["parallel"],
+                        help="how several processes share a step: they average gradients in one "
+                             "go, or while these are computed (ddp), or hold shards of model and "
+                             "optimiser (fsdp) (default: average)")
+
+
 def _search(parser: Parser) -> None:
     group = parser.add_argument_group("rank search and distillation")
     group.add_argument("--preset", choices=CHOICES["preset"], default="adacomcat",
@@ -321,11 +336,12 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
                  (_model, _budget, _filters, _refine, _data, _calibration(256), _output, _report,
                   _seed, _device)),
     "train": ("Search ranks, train and distil; or train a model as it is.",
-              (_model, _data, _train, _refine, _search, _output, _report, _seed, _device)),
+              (_model, _data, _train, _refine, _search, _output, _report, _seed, _device,
+               _parallel)),
     "recover": ("Distil the dense model's features into a compressed model, without labels.",
                 (_model, _data, _recovery, _batch(16), _output, _seed, _device)),
     "evaluate": ("Measure accuracy on a dataset's test images.",
-                 (_model, _data, _batch(256), _gate, _device)),
+                 (_model, _data, _batch(256), _gate, _device, _timeout)),
     "profile": ("Measure parameters, MACs and latency, dense against compressed.",
                 (_model, _budget, _filters, _batch(1), _repeats, _device)),
     "export": ("Write a model for another runtime, or for timm alone.",

@@ -22,6 +22,7 @@ from adacomcat.errors import UserError
 from adacomcat.utils.launch import is_first
 from adacomcat.utils.stopping import Stopped
 from adacomcat.utils.text import to_json
+from adacomcat.utils.watch import Lost, say, tell
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 
@@ -39,20 +40,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(args)
     except UserError as error:
         message = " ".join(str(error).split())
-        print(f"adacomcat: error: {message}", file=sys.stderr)
+        tell(f"adacomcat: error: {message}")
         return WRONG_USE
+    except Lost as lost:
+        tell(f"adacomcat: {lost}")
+        return FAILED
     except Stopped as stopped:
         if is_first():
             words = sys.argv[1:] if argv is None else list(argv)
-            print(f"adacomcat: {stopped}; go on with: {_resuming(words)}", file=sys.stderr)
+            say(f"adacomcat: {stopped}; go on with: {_resuming(words)}")
         return stopped.exit_code
     except KeyboardInterrupt:
-        print("adacomcat: interrupted", file=sys.stderr)
+        if is_first():
+            print("adacomcat: interrupted", file=sys.stderr)
         return INTERRUPTED
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except Exception:
-        traceback.print_exc()
+        tell(traceback.format_exc().rstrip())
         return FAILED
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from adacomcat.errors import UserError
+from adacomcat.errors import UserError, reason
 from adacomcat.factorize.factors import AttentionStatistics, LinearStatistics, factorize_scores
 from adacomcat.factorize.linalg import require_finite
 from adacomcat.layers.attention import LowRankAttention, low_rank_class
@@ -107,14 +108,24 @@ def calibration_batches(images: Tensor | Iterable, model: nn.Module,
     batches: list[Tensor] = []
     for given in images:
         batch = given[0] if isinstance(given, list | tuple) else given
-        if not isinstance(batch, Tensor) or batch.ndim != 4:
+        if not isinstance(batch, Tensor) or batch.layout != torch.strided or batch.ndim != 4:
             raise UserError(f"{name} must be a tensor (N, C, H, W) or an iterable of such "
-                            f"batches; got {type(batch).__name__}")
+                            f"batches; got {_described(batch)}")
+        if not batch.is_floating_point():
+            raise UserError(f"{name} must hold the images as the model sees them, normalised real "
+                            f"numbers; got {batch.dtype}")
         require_finite(name, images=batch)
         batches.extend(batch.to(parameter.device, parameter.dtype).split(BATCH))
     if not sum(len(batch) for batch in batches):
         raise UserError(f"{name} holds no image; give at least one")
     return batches
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    layout = str(value.layout).removeprefix("torch.")
+    return f"a {layout} tensor of {value.ndim} dimensions"
 
 
 class LinearCollector:
@@ -215,13 +226,31 @@ def collect_statistics(model: nn.Module, batches: list[Tensor], share: float = 1
         with evaluating(model):
             for batch in progress(batches, "calibrating"):
                 model(batch)
+    except Exception:
+        _remove(hooks)
+        _require_taken(model, batch)
+        raise
     finally:
-        for hook in hooks:
-            hook.remove()
+        _remove(hooks)
     statistics: Statistics = {name: collect.result() for name, collect in watching.items()
                               if collect.count}
     _check(statistics, share)
     return statistics
+
+
+def _remove(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
+
+
+def _require_taken(model: nn.Module, batch: Tensor) -> None:
+    """A ``UserError`` where the model itself cannot run on these images."""
+    try:
+        with evaluating(model):
+            model(batch)
+    except Exception as error:  # whatever a model raises about images
+        raise UserError("the model cannot run on calibration images of shape "
+                        f"{tuple(batch.shape[1:])}: {reason(error)}") from error
 
 
 def _check(statistics: Statistics, share: float) -> None:

@@ -45,10 +45,41 @@ class Decomposition(NamedTuple):
     linear: Callable[..., Any]
     scores: Callable[..., Any]
     values: Callable[..., Any]
+    neurons: Callable[..., Any] = factorize_neurons
 
 
 FACTORS = Decomposition(factorize_linear, factorize_scores, factorize_values)
 SPECTRA = Decomposition(linear_spectrum, score_spectrum, value_spectrum)
+
+
+def _blank_linear(weight: Tensor, *rest: Any, **settings: Any) -> LinearFactors:
+    outputs, inputs = weight.shape
+    rank, zeros = min(weight.shape), weight.new_zeros
+    return LinearFactors(zeros(inputs, rank), zeros(outputs, rank), zeros(outputs), zeros(inputs),
+                         zeros(rank + 1))
+
+
+def _blank_scores(wq: Tensor, bq: Tensor, wk: Tensor, *rest: Any, **settings: Any) -> ScoreFactors:
+    zeros = torch.zeros_like
+    return ScoreFactors(zeros(wq), zeros(wq[..., 0]), zeros(wk), wq.new_zeros(wq.shape[1] + 1))
+
+
+def _blank_values(wv: Tensor, bv: Tensor, wo: Tensor, bo: Tensor, *rest: Any, **settings: Any
+                  ) -> ValueFactors:
+    zeros = torch.zeros_like
+    return ValueFactors(zeros(wv), zeros(wo), zeros(bo), zeros(wv[:, 0]),
+                        wv.new_zeros(wv.shape[1] + 1))
+
+
+def _blank_neurons(weight: Tensor, *rest: Any) -> NeuronFactors:
+    outputs, hidden = weight.shape
+    zeros = weight.new_zeros
+    return NeuronFactors(torch.arange(hidden, device=weight.device), zeros(outputs, hidden),
+                         zeros(outputs), zeros(hidden), torch.eye(hidden, device=weight.device),
+                         zeros(hidden + 1))
+
+
+BLANK = Decomposition(_blank_linear, _blank_scores, _blank_values, _blank_neurons)
 
 
 def decompose_site(make: Decomposition, model: nn.Module, site: Site, statistics: Statistics,
@@ -59,10 +90,11 @@ def decompose_site(make: Decomposition, model: nn.Module, site: Site, statistics
         UserError: a weight is not finite, or neurons are to be chosen without statistics.
     """
     module: Any = model.get_submodule(site.module)
-    require_finite(site.module, **{name.replace(".", "_"): p for name, p in
-                                   module.named_parameters()})
+    if make is not BLANK:
+        require_finite(site.module, **{name.replace(".", "_"): p for name, p in
+                                       module.named_parameters()})
     if site.kind == "hidden":
-        return _neurons(module.fc2, site, statistics)
+        return _neurons(make, module.fc2, site, statistics)
     found = statistics.get(site.module)
     if site.kind == "linear":
         weight, bias = _weight_and_bias(module)
@@ -79,12 +111,13 @@ def decompose_site(make: Decomposition, model: nn.Module, site: Site, statistics
                        shrinkage=shrinkage)
 
 
-def _neurons(fc2: nn.Linear, site: Site, statistics: Statistics) -> NeuronFactors:
+def _neurons(make: Decomposition, fc2: nn.Linear, site: Site,
+             statistics: Statistics) -> NeuronFactors:
     found = statistics.get(f"{site.module}.fc2")
-    if not isinstance(found, LinearStatistics):
+    if not isinstance(found, LinearStatistics) and make is not BLANK:
         raise UserError(f"{site.name}: only activations tell which neurons can go; give "
                         "calibration images")
-    return factorize_neurons(*_weight_and_bias(fc2), found)
+    return make.neurons(*_weight_and_bias(fc2), found)
 
 
 def decompose_sites(make: Decomposition, model: nn.Module, sites: list[Site],
@@ -149,6 +182,13 @@ def factorize_model(model: nn.Module, statistics: Statistics | None = None,
     sites = find_sites(model) if sites is None else _whole_attentions(model, sites)
     factors = decompose_sites(FACTORS, model, sites, statistics or {}, shrinkage, "factorising")
     return {site.name: made for site, made in zip(sites, factors, strict=True)}
+
+
+def blank_factors(model: nn.Module, sites: list[Site]) -> Factors:
+    """Factors as ``factorize_model`` gives them, of zeros; they take their values from a state."""
+    sites = _whole_attentions(model, sites)
+    made = decompose_sites(BLANK, model, sites, {}, SHRINKAGE, "resuming")
+    return {site.name: factors for site, factors in zip(sites, made, strict=True)}
 
 
 def _whole_attentions(model: nn.Module, sites: list[Site]) -> list[Site]:

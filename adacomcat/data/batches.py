@@ -36,7 +36,8 @@ class Batches:
         steps: end the epoch after this many; None: after all images.
 
     Raises:
-        UserError: a shuffled batch does not divide by the processes, or is larger than the dataset.
+        UserError: a shuffled batch has fewer images than there are processes, or more than the
+            dataset.
     """
 
     dataset: LabelledImages
@@ -53,9 +54,9 @@ class Batches:
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.shuffle and self.batch_size % self.world_size:
-            raise UserError(f"--batch-size {self.batch_size} does not divide by "
-                            f"{self.world_size} processes")
+        if self.shuffle and self.batch_size < self.world_size:
+            raise UserError(f"--batch-size {self.batch_size} leaves some of the "
+                            f"{self.world_size} processes without an image")
         if self.shuffle and self.batch_size > len(self.dataset):
             raise UserError(f"--batch-size {self.batch_size} is larger than the training set "
                             f"({len(self.dataset)} images)")

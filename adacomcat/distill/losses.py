@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,9 +41,13 @@ def distillation_loss(kind: str, student: Tensor, teacher: Tensor, temperature: 
     raise UserError(f"unknown distillation {kind!r}; choose one of {', '.join(KD)}")
 
 
-def mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """|student - teacher|² / |teacher|², over all elements of two tensors of one shape."""
-    return (student - teacher).square().mean() / teacher.square().mean().clamp_min(1e-12)
+def mse_loss(student: Tensor, teacher: Tensor, power: Tensor | None = None) -> Tensor:
+    """|student - teacher|² / |teacher|², over all elements of two tensors of one shape.
+
+    power: the mean square of the teacher over more images than these.
+    """
+    power = teacher.square().mean() if power is None else power
+    return (student - teacher).square().mean() / power.clamp_min(1e-12)
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -130,6 +134,12 @@ def aligned_blocks(model: nn.Module, chosen: Sequence[int] | None) -> list[int]:
     return sorted({index % count for index in chosen})
 
 
+def _some_manifold_loss(student: Tensor, teacher: Tensor, generator: torch.Generator) -> Tensor:
+    rows = student.shape[0] * student.shape[1]
+    chosen = torch.randperm(rows, generator=generator)[:RANDOM_TOKENS].to(student.device)
+    return manifold_loss(student, teacher, chosen)
+
+
 class FeatureAlignment:
     """The mean loss over blocks, on the outputs that hooks on student and teacher keep.
 
@@ -164,19 +174,24 @@ class FeatureAlignment:
                           "features are aligned", stacklevel=2)
             self.remove()
 
-    def loss(self, generator: torch.Generator) -> Tensor:
-        """A scalar, of the latest forward pass of both; ``generator`` chooses tokens."""
-        pairs = list(zip(*(features.take() for features in self.features), strict=True))
-        losses = [self._pair_loss(student.float(), teacher.float(), generator)
-                  for student, teacher in pairs]
-        return torch.stack(losses).mean()
+    def loss(self, generator: torch.Generator,
+             mean: Callable[[Tensor], Tensor] = lambda values: values) -> Tensor:
+        """A scalar, of the latest forward pass of both.
 
-    def _pair_loss(self, student: Tensor, teacher: Tensor, generator: torch.Generator) -> Tensor:
+        Args:
+            generator: chooses tokens for the manifold loss.
+            mean: means over these images → means over the images of all processes. The manifold
+                loss compares images of this process alone.
+        """
+        students, teachers = ([tensor.float() for tensor in features.take()]
+                              for features in self.features)
+        pairs = zip(students, teachers, strict=True)
         if self.kind == "mse":
-            return mse_loss(student, teacher)
-        rows = student.shape[0] * student.shape[1]
-        chosen = torch.randperm(rows, generator=generator)[:RANDOM_TOKENS].to(student.device)
-        return manifold_loss(student, teacher, chosen)
+            powers = mean(torch.stack([teacher.square().mean() for teacher in teachers]))
+            losses = [mse_loss(*pair, power) for pair, power in zip(pairs, powers, strict=True)]
+        else:
+            losses = [_some_manifold_loss(*pair, generator) for pair in pairs]
+        return torch.stack(losses).mean()
 
     def remove(self) -> None:
         """Take the hooks away; nothing is aligned any more."""

@@ -1,5 +1,6 @@
 """The loss of one training step, and the mixed images and labels that it is taken on."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,27 +23,31 @@ class Objective:
     are aligned, so copies of the student are made before this.
     """
 
-    def __init__(self, config: TrainConfig, student: nn.Module, teacher: nn.Module | None) -> None:
-        self.config, self.student, self.teacher = config, student, teacher
+    def __init__(self, config: TrainConfig, student: nn.Module, teacher: nn.Module | None,
+                 forward: nn.Module | None = None) -> None:
+        """forward: the student in what shares it between processes, to call in its place."""
+        self.config, self.teacher = config, teacher
+        self.forward = student if forward is None else forward
         self.alignment = None
         if teacher is not None:
             self.alignment = FeatureAlignment(config.align, student, teacher, config.align_blocks)
             require_teacher(student, teacher, _outputs if config.kd != "none" else _nothing)
             self.alignment.require_alike()
 
-    def loss(self, images: Tensor, targets: Tensor, epoch: int,
-             generator: torch.Generator) -> Tensor:
-        """A scalar.
+    def loss(self, images: Tensor, targets: Tensor, epoch: int, generator: torch.Generator,
+             mean: Callable[[Tensor], Tensor] = lambda values: values) -> Tensor:
+        """A scalar, over these images.
 
         Args:
             images: (n, C, H, W).
             targets: labels (n,), or probabilities (n, classes) where images are mixed.
             epoch: counted from 1.
             generator: draws the tokens that the manifold loss compares.
+            mean: means over these images → means over the images of all processes.
         """
         config = self.config
         smoothing = 0.0 if config.mixes_images else config.smoothing
-        logits = self.student(images)
+        logits = self.forward(images)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
         if self.teacher is None:
             return loss
@@ -54,7 +59,7 @@ class Objective:
             loss = (1 - config.kd_alpha) * loss + config.kd_alpha * distilled
         if self.alignment:
             weight = config.align_weight * alignment_decay(epoch, config.total_epochs)
-            loss = loss + weight * self.alignment.loss(generator)
+            loss = loss + weight * self.alignment.loss(generator, mean)
         return loss
 
 
@@ -69,10 +74,14 @@ def _nothing(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 class BatchMixing:
-    """timm's Mixup and CutMix over the global batch, so that shards change nothing."""
+    """timm's Mixup and CutMix over the global batch, so that shards change nothing.
+
+    timm mixes an image with the one at its place from the end. Behind its own images a process
+    puts those partners, so that each has its own there.
+    """
 
     def __init__(self, config: TrainConfig, model: nn.Module, processes: Processes) -> None:
-        self.processes, self.mixup = processes, None
+        self.processes, self.mixup, self.batch_size = processes, None, config.batch_size
         if not config.mixes_images:
             return
         if config.batch_size % 2:
@@ -88,8 +97,10 @@ class BatchMixing:
         """
         if self.mixup is None:
             return images, labels
-        images = self.processes.gather_interleaved(images)
-        labels = self.processes.gather_interleaved(labels)
+        own, partners = len(labels), self.processes.mirrored
+        if self.processes.world_size > 1:
+            images = torch.cat([images, partners(images, self.batch_size)])
+            labels = torch.cat([labels, partners(labels, self.batch_size)])
         with numpy_seeded(*key):
             images, targets = self.mixup(images.clone(), labels)
-        return self.processes.shard(images), self.processes.shard(targets)
+        return images[:own], targets[:own]

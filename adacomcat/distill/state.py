@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adacomcat.errors import UserError, reason
 from adacomcat.utils.checksum import checksum
-from adacomcat.utils.files import atomic_file
+from adacomcat.utils.files import atomic_file, make_folder
 
 FILE = "training_state.pt"
 FORMAT = 2
@@ -76,7 +76,7 @@ def save_state(folder: str | Path, state: dict[str, Any]) -> None:
     path = Path(folder) / FILE
     whole = {"format": FORMAT, **state}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with atomic_file(path, durable=True) as scratch, scratch.open("wb") as file:
             torch.save(whole | {"checksum": checksum(whole)}, file)
     except (OSError, RuntimeError) as error:  # the latter from torch, where the disk is full

@@ -37,7 +37,7 @@ def write_report(folder: str | Path, title: str, comparison: Comparison, sites: 
         ranks=[(site.name, plan[site.name], site.full_rank) for site in sites])
     path = Path(folder) / "report.html"
     # A path in the title may hold bytes that are no UTF-8.
-    atomic_write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
+    atomic_write_text(path, page.encode("utf-8", "replace").decode("utf-8"), durable=True)
     return path
 
 

@@ -113,11 +113,14 @@ class RankSearch:
         return start * (end / start) ** fraction
 
     def step(self, images: Tensor, labels: Tensor, temperature: float,
-             generator: torch.Generator, processes: Processes) -> float:
-        """One step on α by one pass of the gated supernet, averaged over processes; the loss."""
+             generator: torch.Generator, processes: Processes, share: float = 1.0) -> float:
+        """One step on α by one pass of the gated supernet, averaged over processes; the loss.
+
+        share: the weight of these images' mean in the mean over all.
+        """
         mixed = self.gates.sample(temperature, generator)
         with mixture(self.supernet, self.gates.gates(mixed)):
-            loss = F.cross_entropy(self.supernet(images), labels)
+            loss = share * F.cross_entropy(self.supernet(images), labels)
         params = self.fixed + self.gates.expected_params(mixed)
         loss = budget_loss(loss, params, self.target, self.config.beta)
         self.optimizer.zero_grad()
@@ -146,20 +149,21 @@ class RankSearch:
         start = time.perf_counter()
         temperature, generator = self.temperature(epoch, epochs), derived_generator(
             seed, epoch, self.count)
-        losses, held_out = self._goes_on(generator), []
+        losses, held_out, share = self._goes_on(generator), [], 0.0
         behind = len(losses)
         with frozen(self.supernet), evaluating(self.supernet):
             for number, (images, labels) in enumerate(batches):
                 batch = images.to(processes.device), labels.to(processes.device)
                 held_out.extend([batch] if len(held_out) < CONFIRMING_BATCHES else [])
+                share = share or _share(processes, len(images))
                 if number < behind:
                     continue
-                losses.append(self.step(*batch, temperature, generator, processes))
+                losses.append(self.step(*batch, temperature, generator, processes, share))
                 self.begun = {"losses": losses, "generator": generator.get_state()}
                 after_step()
             before = self.numeric(self.plan)
             rejected = not self._propose(self.gates.plan(self.target - self.fixed), held_out,
-                                         processes)
+                                         processes, share)
         self.begun = None
         ranks = self.numeric(self.plan)
         self.policy.record(epoch, ranks)
@@ -181,23 +185,24 @@ class RankSearch:
         return list(self.begun["losses"])
 
     def _propose(self, plan: RankPlan, held_out: list[tuple[Tensor, Tensor]],
-                 processes: Processes) -> bool:
+                 processes: Processes, share: float) -> bool:
         """Adopt ``plan`` unless the plan in force does better on the held-out batches."""
         current = self.plan
         if plan == current or not (self.config.confirm and held_out):
             self.adopt(plan)
             return True
-        loss = self._loss(held_out, processes)
+        loss = self._loss(held_out, processes, share)
         self.adopt(plan)
-        better = self._loss(held_out, processes) < loss
+        better = self._loss(held_out, processes, share) < loss
         if not better:
             self.adopt(current)
         return better
 
     @torch.no_grad()
-    def _loss(self, batches: list[tuple[Tensor, Tensor]], processes: Processes) -> float:
+    def _loss(self, batches: list[tuple[Tensor, Tensor]], processes: Processes,
+              share: float) -> float:
         losses = [F.cross_entropy(self.supernet(images), labels) for images, labels in batches]
-        return processes.mean(torch.stack(losses).mean())
+        return processes.mean(share * torch.stack(losses).mean())
 
     def numeric(self, plan: RankPlan) -> list[int]:
         """The rank of every site as a number, 'dense' as the full rank."""
@@ -216,3 +221,9 @@ class RankSearch:
         self.count, self.seconds = state["count"], state["seconds"]
         self.refinement, self.begun = state["refinement"], state["begun"]
         self.adopt(RankPlan(dict(state["plan"])))
+
+
+def _share(processes: Processes, rows: int) -> float:
+    """The weight of this process's images in a batch of which it has ``rows``."""
+    total = processes.sum(torch.tensor(rows, device=processes.device))
+    return processes.share(rows, int(total))

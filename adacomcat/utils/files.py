@@ -47,9 +47,9 @@ def atomic_file(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
         _to_disk(path.parent)
 
 
-def atomic_write_text(path: str | Path, text: str) -> None:
+def atomic_write_text(path: str | Path, text: str, *, durable: bool = False) -> None:
     """``Path.write_text``, whole or not at all, as UTF-8; for the errors see ``atomic_file``."""
-    with atomic_file(path) as scratch:
+    with atomic_file(path, durable=durable) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
 
@@ -70,7 +70,7 @@ def atomic_folder(folder: str | Path, *, last: str) -> Iterator[Path]:
     """
     folder = Path(os.path.realpath(folder))
     place = folder if folder.is_dir() else folder.parent
-    place.mkdir(parents=True, exist_ok=True)
+    make_folder(place)
     with _scratch(folder, Path.mkdir) as scratch:
         yield scratch
         for file in [*scratch.iterdir(), scratch]:
@@ -78,6 +78,18 @@ def atomic_folder(folder: str | Path, *, last: str) -> Iterator[Path]:
         _take_place(scratch, folder, last)
     _to_disk(folder)
     _to_disk(folder.parent)
+
+
+def make_folder(folder: str | Path) -> None:
+    """Make a folder and those above it where they are missing, and wait until the disk has them.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    missing = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _to_disk(path.parent)
 
 
 def require_writable(path: str | Path, size: int = 0) -> None:

@@ -35,6 +35,11 @@ def launch() -> Launch:
     return Launch(rank, world_size, _number("LOCAL_RANK", 0))
 
 
+def was_restarted() -> bool:
+    """Whether a launcher started the processes anew after some of them failed."""
+    return _number("TORCHELASTIC_RESTART_COUNT", 0) > 0
+
+
 def is_first() -> bool:
     """Whether this process prints and writes for all; so does one that runs alone."""
     try:

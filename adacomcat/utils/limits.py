@@ -86,6 +86,7 @@ MIXING = Limit(0, 100)  # the α of a Beta distribution
 COUNT, NUMBER = at_least(0), at_least(1)
 SEED = at_least(0, 2**63 - 1)  # what numpy, torch and sums of seeds can hold
 PROCESSES = at_least(0, 1024)
+WAITING = Limit(1, 10**6)  # seconds
 
 # Setting → what it may be, for ``TrainConfig`` and the flags of ``train``.
 TRAINING: Mapping[str, Limit] = {
@@ -98,6 +99,7 @@ TRAINING: Mapping[str, Limit] = {
     "alpha_lr": POSITIVE, "beta": NOT_NEGATIVE, "tau_start": POSITIVE, "tau_end": POSITIVE,
     "refine": COUNT, "calibration_images": COUNT, "seed": SEED, "threads": NUMBER,
     "workers": PROCESSES, "checkpoint_steps": COUNT, "checkpoint_seconds": POSITIVE,
+    "timeout": WAITING,
 }
 # The same for ``RecoveryConfig`` and the flags of ``recover``.
 RECOVERY: Mapping[str, Limit] = {
@@ -110,6 +112,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "preset": ("adacomcat", "comcat"), "search": ("adaptive", "every", "graded", "off"),
     "mlp": ("neurons", "ranks"), "kd": ("soft", "hard", "none"),
     "align": ("mse", "manifold", "none"), "tau_per": ("epoch", "search"),
+    "parallel": ("average", "ddp", "fsdp"),
 }
 # Runtimes whose fused attention bounds the ranks.
 DEPLOYMENTS = ("any", "flash", "tensorrt")

@@ -9,15 +9,11 @@ import sys
 
 import pytest
 import torch
-from helpers.command_line import ARCHITECTURE, SMALL, shell
+from helpers.command_line import GRAY, QUICK, shell
 
 import adacomcat
 from adacomcat import cli
 from adacomcat.utils.files import exclusive
-
-GRAY = ["-m", ARCHITECTURE, "--img-size", "16", "--in-chans", "1", "--num-classes", "10",
-        "--model-kwargs", "patch_size=8", *(f"{key}={value}" for key, value in SMALL.items())]
-QUICK = ["--data", "digits", "-b", "128", "--calibration-images", "32", "--search-steps", "2"]
 
 
 def test_train_dense_then_search_and_evaluate(tmp_path, run_json):

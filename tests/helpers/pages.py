@@ -43,6 +43,8 @@ def adacomcat_arguments(words: list[str]) -> list[str] | None:
         at = words.index("adacomcat")
         assert words[at - 1] == "-m"
         return words[at + 1:]
+    if words[0] == "adacomcat-torchrun":
+        return words[next(at for at, word in enumerate(words[1:], 1) if word[0] != "-"):]
     return words[1:] if words[0] == "adacomcat" else None
 
 

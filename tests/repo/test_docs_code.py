@@ -29,7 +29,7 @@ CALLS = [argv for words in all_commands(*PROSE) if (argv := adacomcat_arguments(
 SHORTER = {"train": ["--epochs", "2", "--steps", "2"], "evaluate": ["--min-accuracy", "0"],
            "profile": ["--repeats", "1"]}
 OTHER_FLAGS = {"--no-build-isolation", "--no-deps", "--help", "--nproc-per-node", "--nnodes",
-               "--rdzv-backend", "--rdzv-endpoint"}
+               "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"}
 
 
 def name(page: Path) -> str:

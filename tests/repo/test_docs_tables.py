@@ -66,7 +66,7 @@ def test_op_equals_the_line_beside_it(op):
 # Generated tables
 
 
-@pytest.mark.parametrize("name", ["backends", "choices", "commands"])
+@pytest.mark.parametrize("name", ["backends", "choices", "commands", "cost"])
 def test_generated_table_is_current(name):
     page = (DOCS / generate_docs.PAGES[name]).read_text()
     assert generate_docs.region(page, name) == generate_docs.TABLES[name](), (

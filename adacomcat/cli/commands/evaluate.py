@@ -15,7 +15,7 @@ def run(args: argparse.Namespace) -> Outcome:
     inputs.device(args)
     model = inputs.model(args)
     _, test = data.train_and_test(*inputs.dataset(args), data.model_data_config(model))
-    processes = start_processes(args.device)
+    processes = start_processes(args.device, args.timeout)
     measured = evaluate(model.to(processes.device), test, args.batch_size, processes, args.workers)
     stop_processes()
     result = {"model": args.model, "data": args.data, "params": cost.model_params(model)} | measured

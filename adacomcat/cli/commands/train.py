@@ -21,8 +21,13 @@ from adacomcat.plan import RankPlan
 from adacomcat.report.page import write_report
 from adacomcat.report.tables import Comparison, print_comparison, print_refinement
 from adacomcat.utils.distributed import stop_processes
-from adacomcat.utils.files import atomic_write_text, exclusive, require_writable
-from adacomcat.utils.launch import is_first
+from adacomcat.utils.files import (
+    atomic_write_text,
+    exclusive,
+    make_folder,
+    require_writable,
+)
+from adacomcat.utils.launch import is_first, was_restarted
 from adacomcat.utils.stopping import heeding_signals
 from adacomcat.utils.text import parse_json, read_text, to_json
 
@@ -31,7 +36,8 @@ FIELDS = ("epochs", "finetune_epochs", "steps", "batch_size", "opt", "lr", "weig
           "warmup_epochs", "warmup_lr", "min_lr", "clip_grad", "mixup", "cutmix", "smoothing",
           "kd", "kd_alpha", "kd_temperature", "align", "align_weight", "keep_params", "search",
           "search_steps", "search_fraction", "refine", "mlp", "calibration_images",
-          "checkpoint_steps", "checkpoint_seconds", "seed", "workers", "device")
+          "checkpoint_steps", "checkpoint_seconds", "seed", "workers", "device", "timeout",
+          "parallel")
 RESULTS, LOCK = "results.json", "lock"  # in the folder of the training state
 EMA_DECAY = 0.9998  # of --model-ema without --model-ema-decay
 
@@ -39,6 +45,7 @@ EMA_DECAY = 0.9998  # of --model-ema without --model-ema-decay
 def run(args: argparse.Namespace) -> Outcome:
     state = Path(args.state_dir or f"{args.output.rstrip('/')}.state")
     _require_budget(args)
+    args.resume = args.resume or was_restarted()
     if args.resume and checkpoint.is_checkpoint(args.output):
         return _finished(args, state)
     checkpoint.require_empty(args.output)
@@ -65,7 +72,7 @@ def _trained(args: argparse.Namespace, config: TrainConfig, state: Path) -> Outc
         plan.validate(model)
     trained, results = train.run(model, config, train_set, test_set, teacher=teacher, plan=plan)
     if is_first():
-        atomic_write_text(state / RESULTS, to_json(results))
+        atomic_write_text(state / RESULTS, to_json(results), durable=True)
         checkpoint.save(trained.cpu(), args.output, gauge=args.gauge)
     stop_processes()
     return _reported(args, state, model, trained, results)
@@ -104,7 +111,7 @@ def _alone(state: Path, output: str) -> Iterator[None]:
     if not is_first():
         yield
         return
-    state.mkdir(parents=True, exist_ok=True)
+    make_folder(state)
     with exclusive(state / LOCK, output):
         try:
             yield
