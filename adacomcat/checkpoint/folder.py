@@ -65,7 +65,7 @@ def save(model: nn.Module, folder: str | Path, *, architecture: str | None = Non
     folder = Path(folder)
     require_empty(folder)
     model = unwrap_model(model)
-    config = _describe(model, architecture, model_args)
+    config = describe(model, architecture, model_args)
     weights = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
                for name, tensor in model.state_dict().items()}
     if gauge:
@@ -144,9 +144,13 @@ def is_checkpoint(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG).is_file()
 
 
-def _describe(model: nn.Module, architecture: str | None,
+def describe(model: nn.Module, architecture: str | None,
               model_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The content of config.json."""
+    """The content of config.json: the architecture, its arguments and the ranks of ``model``.
+
+    Raises:
+        UserError: the model does not know its architecture, or JSON cannot hold an argument.
+    """
     source = dict(getattr(model, "pretrained_cfg", None) or {})
     record = compression_of(model)
     known = record.source or {}
