@@ -1,17 +1,36 @@
-"""What a model costs, counted: parameters and multiply-accumulates."""
+"""What a model costs, counted: parameters and multiply-accumulates.
 
-from collections.abc import Callable, Iterable
+Multiply-accumulates are those of every matrix product, convolution and attention that one image
+goes through, as PyTorch dispatches them, whatever modules they belong to. Sums and elementwise
+work do not count.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from adacomcat.layers.attention import LowRankAttention
-from adacomcat.layers.linear import LowRankLinear
-from adacomcat.layers.mlp import LowRankMlp
 from adacomcat.moved import forward
 from adacomcat.plan import RankPlan
-from adacomcat.sites import DENSE, Rank, Site, find_sites
+from adacomcat.sites import DENSE, Rank, Site
 from adacomcat.utils.model import evaluating, input_size
+
+Tokens = dict[str, tuple[int, int]]
+
+
+class Work(NamedTuple):
+    """What one image costs.
+
+    macs: multiply-accumulates of the whole model.
+    tokens: module name → (rows that it sees, rows that attend to each other).
+    """
+
+    macs: int
+    tokens: Tokens
 
 
 def model_params(model: nn.Module) -> int:
@@ -26,13 +45,18 @@ def plan_params(model: nn.Module, plan: RankPlan) -> int:
 
 
 @torch.no_grad()
-def module_tokens(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Module name → (rows that it sees for one image, rows that attend to each other)."""
-    seen: dict[str, tuple[int, int]] = {}
+def work(model: nn.Module, names: Iterable[str] = ()) -> Work:
+    """Run ``model`` once on one image, and count.
+
+    Args:
+        model: a model whose input size ``input_size`` knows; it keeps its mode.
+        names: modules whose tokens are asked for.
+    """
+    seen: Tokens = {}
 
     def watch(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = args[0]
+            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             rows = x.numel() // x.shape[-1] + seen.get(name, (0, 0))[0]
             seen[name] = (rows, x.shape[-2] if x.ndim > 2 else 1)
         return hook
@@ -40,58 +64,77 @@ def module_tokens(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int
     hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name), with_kwargs=True)
              for name in set(names)]
     parameter = next(model.parameters())
+    counter = _Counter()
     try:
-        with evaluating(model):
+        with evaluating(model), _visible_products(model), counter:
             model(torch.zeros(1, *input_size(model), device=parameter.device,
                               dtype=parameter.dtype))
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return Work(counter.flops // 2, seen)
 
 
-def site_macs(site: Site, rank: Rank, tokens: dict[str, tuple[int, int]]) -> int:
+def model_macs(model: nn.Module) -> int:
+    """Multiply-accumulates of one image."""
+    return work(model).macs
+
+
+def site_macs(site: Site, rank: Rank, tokens: Tokens) -> int:
     return site.macs(rank, *tokens.get(site.module, (0, 0)))
 
 
 def plan_macs(model: nn.Module, plan: RankPlan) -> int:
     """Multiply-accumulates of one image that ``model`` will have under ``plan``."""
     sites = plan.sites(model)
-    tokens = module_tokens(model, (site.module for site in sites))
-    return _patch_macs(model) + sum(site_macs(s, plan[s.name], tokens) for s in sites)
+    done = work(model, (site.module for site in sites))
+    return done.macs + sum(site_macs(site, plan[site.name], done.tokens)
+                           - site_macs(site, DENSE, done.tokens) for site in sites)
 
 
-def model_macs(model: nn.Module) -> int:
-    """Multiply-accumulates of one image: patch embedding, projections and attention."""
-    sites = find_sites(model)
-    low_rank = {name: module for name, module in model.named_modules()
-                if isinstance(module, LowRankLinear | LowRankMlp | LowRankAttention)}
-    low_rank = {name: module for name, module in low_rank.items()  # an MLP counts its own linears
-                if not isinstance(low_rank.get(name.rpartition(".")[0]), LowRankMlp)}
-    tokens = module_tokens(model, [*(site.module for site in sites), *low_rank])
-    dense = sum(site_macs(site, DENSE, tokens) for site in sites)
-    return _patch_macs(model) + dense + sum(
-        _low_rank_macs(module, *tokens.get(name, (0, 0))) for name, module in low_rank.items())
+@contextlib.contextmanager
+def _visible_products(model: nn.Module) -> Iterator[None]:
+    """Inside, no kernel of PyTorch hides several products from the counter.
+
+    The fast path of ``nn.MultiheadAttention`` does, and on CPUs that of recurrent layers.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    plain = (torch.backends.mkldnn.flags(enabled=False) if recurrent
+             else contextlib.nullcontext())
+    try:
+        with plain:
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _low_rank_macs(module: LowRankLinear | LowRankMlp | LowRankAttention, rows: int,
-                   span: int) -> int:
-    if isinstance(module, LowRankLinear):
-        return rows * (module.v.numel() + module.u.numel())
-    if isinstance(module, LowRankMlp):
-        return _low_rank_macs(module.fc1, rows, span) + _low_rank_macs(module.fc2, rows, span)
-    weights = sum(getattr(module, name).numel() for name in ("wq", "wk", "wv", "wo")
-                  if hasattr(module, name))
-    return rows * (weights + module.num_heads * (module.rank_qk + module.rank_vo) * span)
+class _Counter(TorchDispatchMode):
+    """Floating-point operations of what PyTorch dispatches, by its own formulas.
 
+    ``FlopCounterMode`` follows modules and gradients, too, at which some models fail.
+    """
 
-def _patch_macs(model: nn.Module) -> int:
-    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
-    if not isinstance(projection, nn.Conv2d):
-        return 0
-    _, height, width = input_size(model)
-    rows, columns = projection.stride
-    return projection.weight.numel() * (height // rows) * (width // columns)
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs, packet = kwargs or {}, func.overloadpacket
+        formula = flop_registry.get(packet)
+        if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            self.flops += sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+        elif formula is None:
+            with self:
+                found = func.decompose(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
+        found = func(*args, **kwargs)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=found)
+        return found
 
 
 # Names that left this module; their old place works for one more release.

@@ -122,8 +122,18 @@ class RankPlan:
         return list(sites.values())
 
     def params(self, sites: Iterable[Site]) -> int:
-        """Parameters of these sites under this plan, biases included."""
-        return sum(site.params(self[site.name]) for site in sites)
+        """Parameters of these sites under this plan, biases included.
+
+        Where one half of an attention folds, the other one does too, at its full rank.
+        """
+        sites = list(sites)
+        shrunk = {site.module for site in sites if self[site.name] != DENSE}
+
+        def rank(site: Site) -> Rank:
+            folds = site.folded and site.module in shrunk
+            return site.full_rank if folds and self[site.name] == DENSE else self[site.name]
+
+        return sum(site.params(rank(site)) for site in sites)
 
     def to_json(self) -> str:
         return to_json({"ranks": self.ranks}, indent=1)

@@ -10,7 +10,7 @@ from adacomcat.allocation.deployment import allows, decided_together
 from adacomcat.allocation.knapsack import Choice
 from adacomcat.allocation.sensitivity import ErrorWeights, weighted_error
 from adacomcat.convert.factors import Factors
-from adacomcat.cost import model_params, module_tokens, plan_macs, site_macs
+from adacomcat.cost import model_params, site_macs, work
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, MULTIPLE, Rank, Site
@@ -29,8 +29,8 @@ def parameter_cost(model: nn.Module, sites: list[Site]) -> tuple[Cost, float]:
 
 def mac_cost(model: nn.Module, sites: list[Site]) -> tuple[Cost, float]:
     """(multiply-accumulates of a site for one image, those of the dense model)."""
-    tokens = module_tokens(model, (site.module for site in sites))
-    return (lambda site, rank: site_macs(site, rank, tokens)), plan_macs(model, RankPlan())
+    macs, tokens = work(model, (site.module for site in sites))
+    return (lambda site, rank: site_macs(site, rank, tokens)), macs
 
 
 class FractionAllocator:

@@ -1,6 +1,9 @@
-"""ComCAT's released checkpoints, ranks.txt and checkpoint.pth, as a low-rank model of this library.
+"""ComCAT's checkpoints, ranks.txt and checkpoint.pth, as a low-rank model of this library.
 
-    ranks.txt     for each block: total QK rank, total VO rank, fc1, fc2; at the end the head
+    ranks.txt     for each block: total QK rank, total VO rank, fc1, fc2; at the end the head,
+                  which may be dense
+    checkpoint    'model' beside the optimiser, its schedule, the scaler, the epoch and the parsed
+                  arguments, from the search (with 'rank_alpha') or from the training after it
     w_qs, w_ks    (H·r, d), the rows of a head together; logits q kᵀ · head_dim^-½
     w_vs, proj    (H·r, d) and (d, H·r)
     first_factor  (r, in) F, bias f; last_factor (out, r) L, bias l: y = (x Fᵀ + f) Lᵀ + l
@@ -22,18 +25,19 @@ from adacomcat.plan import RankPlan
 from adacomcat.sites import Rank, attention_tier
 from adacomcat.utils.text import read_text
 
-_FACTORS = ".selected_rank_layer."
+FACTORS = ".selected_rank_layer."
 _ATTENTION_PARTS = ("w_qs", "w_ks", "w_vs", "proj")
 _LINEAR_PARTS = ("first_factor", "last_factor")
+HEAD = "head"
 
 
-def import_comcat(ranks: str | Path, checkpoint: str | Path, architecture: str,
+def import_comcat(ranks: str | Path | None, checkpoint: str | Path, architecture: str,
                   **model_args: Any) -> nn.Module:
-    """The low-rank model of a released checkpoint, in eval mode; ``save`` writes its folder.
+    """The low-rank model of ComCAT's checkpoint, in eval mode; ``save`` writes its folder.
 
     Args:
-        ranks: path of ranks.txt.
-        checkpoint: path of checkpoint.pth, read with ``weights_only=True``.
+        ranks: path of ranks.txt; None: the shapes of the weights tell the ranks.
+        checkpoint: path or https address of checkpoint.pth, read with ``weights_only=True``.
         architecture: timm's name of the dense model, a plain ViT or DeiT.
         model_args: timm's keyword arguments for it.
 
@@ -43,12 +47,13 @@ def import_comcat(ranks: str | Path, checkpoint: str | Path, architecture: str,
     require_architecture(architecture)
     model = create(architecture, model_args)
     blocks = _require_plain_vit(model, architecture)
-    numbers = read_ranks(ranks, len(blocks))
+    given = None if ranks is None else read_ranks(ranks, len(blocks))
     weights = read_weights(checkpoint)
-    if not any(_FACTORS in name for name in weights):
+    if not any(FACTORS in name for name in weights):
         raise UserError(f"{checkpoint} is no ComCAT checkpoint: it has no key with "
-                        f"'{_FACTORS.strip('.')}'")
-    plan = _plan(blocks, numbers)
+                        f"'{FACTORS.strip('.')}'")
+    numbers = _ranks_of(weights, blocks) if given is None else given
+    plan = _plan(blocks, numbers, dense_head=f"{HEAD}.weight" in weights)
     plan.validate(model)
     _require_bias(model, plan, weights)
     build_skeleton(model, plan)
@@ -58,7 +63,7 @@ def import_comcat(ranks: str | Path, checkpoint: str | Path, architecture: str,
 
 
 def read_ranks(path: str | Path, depth: int) -> list[int]:
-    """The 4 · depth + 1 numbers of ranks.txt.
+    """The 4 · depth numbers of ranks.txt, and the head's where it is factorised.
 
     Raises:
         UserError: the file cannot be read, or holds anything else.
@@ -68,10 +73,26 @@ def read_ranks(path: str | Path, depth: int) -> list[int]:
     if wrong is not None:
         raise UserError(f"{path}: {wrong!r:.40} is no rank; one line of comma-separated whole "
                         "numbers is expected")
-    if len(words) != 4 * depth + 1:
+    if len(words) not in (4 * depth, 4 * depth + 1):
         raise UserError(f"{path} holds {len(words)} ranks; this model of {depth} blocks needs "
-                        f"{4 * depth + 1}: QK, VO, fc1, fc2 for each block, then the head")
+                        f"{4 * depth + 1}: QK, VO, fc1, fc2 for each block, then the head, which "
+                        "is left out where it is dense")
     return [int(word) for word in words]
+
+
+def _ranks_of(weights: StateDict, blocks: list[tuple[str, Any]]) -> list[int]:
+    """What ranks.txt would say, by the rows of the weights; the least rank where one is missing."""
+    def rows(name: str, least: int = 1) -> int:
+        shape = weights[name].shape if name in weights else ()
+        return max(least, shape[0] if shape else 0)
+
+    numbers: list[int] = []
+    for name, attn in blocks:
+        numbers += [rows(f"{name}.attn{FACTORS}{part}.weight", attn.num_heads)
+                    for part in ("w_qs", "w_vs")]
+        numbers += [rows(f"{name}.mlp.{part}{FACTORS}first_factor.weight")
+                    for part in ("fc1", "fc2")]
+    return [*numbers, rows(f"{HEAD}{FACTORS}first_factor.weight")]
 
 
 def _require_plain_vit(model: nn.Module, architecture: str) -> list[tuple[str, Any]]:
@@ -84,24 +105,30 @@ def _require_plain_vit(model: nn.Module, architecture: str) -> list[tuple[str, A
     return blocks
 
 
-def _plan(blocks: list[tuple[str, Any]], numbers: list[int]) -> RankPlan:
+def _plan(blocks: list[tuple[str, Any]], numbers: list[int], *,
+          dense_head: bool) -> RankPlan:
     """Ranks per head from the total ranks of ranks.txt."""
     plan: dict[str, Rank] = {}
-    for (name, attn), (qk, vo, fc1, fc2) in zip(
-            blocks, zip(*[iter(numbers[:-1])] * 4, strict=True), strict=True):
+    for index, (name, attn) in enumerate(blocks):
+        qk, vo, fc1, fc2 = numbers[4 * index:4 * index + 4]
         for part, total in (("qk", qk), ("vo", vo)):
             if total < attn.num_heads:
                 raise UserError(f"ranks.txt gives {name}.attn a total {part} rank of {total} for "
                                 f"{attn.num_heads} heads")
             plan[f"{name}.attn.{part}"] = total // attn.num_heads
         plan |= {f"{name}.mlp.fc1": fc1, f"{name}.mlp.fc2": fc2}
-    return RankPlan(plan | {"head": numbers[-1]})
+    if not dense_head:
+        if len(numbers) == 4 * len(blocks):
+            raise UserError("the head of this checkpoint is factorised, and ranks.txt does not "
+                            "give its rank; append it, or leave out ranks.txt")
+        plan[HEAD] = numbers[-1]
+    return RankPlan(plan)
 
 
 def _require_bias(model: nn.Module, plan: RankPlan, weights: StateDict) -> None:
     """Refuse a bias where the dense layer has none: a low-rank layer would have no room for it."""
     for name in plan.ranks:
-        biases = [f"{name}{_FACTORS}{part}.bias" for part in _LINEAR_PARTS]
+        biases = [f"{name}{FACTORS}{part}.bias" for part in _LINEAR_PARTS]
         found = [key for key in biases if key in weights]
         if found and model.get_submodule(_module(name)).bias is None:
             raise UserError(f"the checkpoint has {found[0]}, but {name} has no bias in this model")
@@ -122,9 +149,9 @@ def fold_weights(weights: StateDict, model: nn.Module, plan: RankPlan,
     modules = list(dict.fromkeys(_module(site) for site in plan.ranks))
     _require_factors(weights, modules, source)
     folded = {name: tensor for name, tensor in weights.items()
-              if _FACTORS not in name and not name.endswith("rank_alpha")}
+              if FACTORS not in name and not name.endswith("rank_alpha")}
     for module in modules:
-        prefix = f"{module}{_FACTORS}"
+        prefix = f"{module}{FACTORS}"
         layer = {name.removeprefix(prefix): tensor for name, tensor in weights.items()
                  if name.startswith(prefix)}
         _require_shapes(layer, f"{source}: {prefix}")
@@ -135,7 +162,7 @@ def fold_weights(weights: StateDict, model: nn.Module, plan: RankPlan,
 
 
 def _require_factors(weights: StateDict, modules: list[str], source: str) -> None:
-    required = [f"{module}{_FACTORS}{part}.weight" for module in modules
+    required = [f"{module}{FACTORS}{part}.weight" for module in modules
                 for part in (_ATTENTION_PARTS if module.endswith(".attn") else _LINEAR_PARTS)]
     missing = [key for key in required if key not in weights]
     if missing:

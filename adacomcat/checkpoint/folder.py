@@ -151,7 +151,7 @@ def describe(model: nn.Module, architecture: str | None = None,
     """The content of config.json, but for the checksums.
 
     Raises:
-        UserError: the model does not know its architecture.
+        UserError: the model does not know its architecture, or JSON cannot hold an argument.
     """
     source = dict(getattr(model, "pretrained_cfg", None) or {})
     record = compression_of(model)

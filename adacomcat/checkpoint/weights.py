@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import urllib.parse
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -11,11 +12,19 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
+from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
-from adacomcat.errors import UserError
+from adacomcat.errors import UserError, reason
 
 StateDict = dict[str, Tensor]
+
+# Where training scripts put the weights that they evaluate, the averaged ones first: timm, DeiT
+# and ComCAT, DINO.
+_PLACES = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
+SECURE = "https://"  # how addresses begin
+# The part of a checksum that torch.hub's files carry in their names.
+_CHECKSUM = re.compile(r"-[0-9a-f]{8,}\.")
 
 # How a file begins that people mistake for weights → what it is, and the mend.
 _MISTAKEN = (
@@ -30,13 +39,17 @@ _MISTAKEN = (
 def read_weights(path: str | Path) -> StateDict:
     """The state dict of a .safetensors file, or of a pickle, read with ``weights_only=True``.
 
-    In a pickle it may stand under 'state_dict_ema', 'model_ema', 'state_dict' or 'model', beside
-    the ``argparse.Namespace`` of the scripts of timm and DeiT.
+    In a pickle it may stand under 'state_dict_ema', 'model_ema', 'state_dict', 'model' or
+    'teacher', beside the ``argparse.Namespace`` of the scripts of timm, DeiT, DINO and ComCAT. An
+    object of any other class is refused by its name, and nothing of it is executed.
+
+    Args:
+        path: a file, or an https address, which is downloaded into torch.hub's cache.
 
     Raises:
         UserError: there is no such file, or no state dict of plain tensors in it.
     """
-    path = Path(path)
+    path = _local(path)
     start = _first_bytes(path)
     try:
         if start[8:9] == b"{" or (path.suffix == ".safetensors" and start[:2] != b"PK"):
@@ -44,7 +57,7 @@ def read_weights(path: str | Path) -> StateDict:
         found = _unpickled(path)
     except Exception as error:  # whatever a damaged file makes its reader stumble over
         raise UserError(_unreadable(path, error)) from error
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+    for key in _PLACES:
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
             break
@@ -52,6 +65,19 @@ def read_weights(path: str | Path) -> StateDict:
         raise UserError(f"{path} holds no state dict")
     _require_plain_tensors(path, found)
     return clean_state_dict(found)
+
+
+def _local(path: str | Path) -> Path:
+    """The file itself; that of an address in the cache of torch.hub, where it need not wait."""
+    address = str(path)
+    if not address.startswith(SECURE):
+        return Path(path)
+    name = Path(urllib.parse.urlparse(address).path).name
+    try:
+        return Path(download_cached_file(address, check_hash=bool(_CHECKSUM.search(name))))
+    except Exception as error:  # of the network, of the disk, of a checksum that differs
+        raise UserError(f"cannot download {address:.200}: {reason(error)}; download it yourself "
+                        "and name the file") from error
 
 
 def _first_bytes(path: Path) -> bytes:

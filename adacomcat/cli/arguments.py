@@ -62,9 +62,9 @@ def _model(parser: Parser) -> None:
                        help="timm architecture, or a checkpoint folder")
     group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=False,
                        help="use timm's pretrained weights")
-    group.add_argument("--checkpoint", type=path, metavar="FILE",
+    group.add_argument("--checkpoint", type=path, metavar="FILE|URL",
                        help="weights of the architecture: .safetensors, or .pth, which is "
-                            "read with weights_only=True")
+                            "read with weights_only=True; or their https address")
     group.add_argument("--no-verify", action="store_true",
                        help="load a checkpoint folder without comparing its checksums")
     _model_size(group)
@@ -269,7 +269,8 @@ def _recovery(parser: Parser) -> None:
 def _teacher(group: argparse._ArgumentGroup, default: str) -> None:
     _add(group, {
         "--teacher": ("NAME|DIR", default),
-        "--teacher-checkpoint": ("FILE", "the teacher's weights (default: timm's pretrained ones)"),
+        "--teacher-checkpoint": ("FILE|URL",
+                                 "the teacher's weights (default: timm's pretrained ones)"),
     })
 
 
@@ -320,8 +321,10 @@ def _export(parser: Parser) -> None:
 
 
 def _comcat(parser: Parser) -> None:
-    parser.add_argument("--ranks", type=path, metavar="FILE", help="ComCAT's ranks.txt")
-    parser.add_argument("--checkpoint", type=path, metavar="FILE", help="ComCAT's checkpoint.pth")
+    parser.add_argument("--ranks", type=path, metavar="FILE", help="ComCAT's ranks.txt (default: "
+                        "the shapes of the weights tell the ranks)")
+    parser.add_argument("--checkpoint", type=path, metavar="FILE|URL",
+                        help="ComCAT's checkpoint.pth")
     group = parser.add_argument_group("model")
     group.add_argument("-m", "--model", metavar="NAME", help="timm architecture")
     _model_size(group)
@@ -355,7 +358,7 @@ REQUIRED = {
     "doctor": (), "inspect": ("model",), "compress": ("model", "output"),
     "train": ("model", "data", "output"), "evaluate": ("model", "data"), "profile": ("model",),
     "recover": ("model", "teacher", "output"), "export": ("model", "format"),
-    "import-comcat": ("ranks", "checkpoint", "model", "output"),
+    "import-comcat": ("checkpoint", "model", "output"),
 }
 # Destinations of the budget's flags; at most one of them is given.
 EXCLUSIVE = ("keep_params", "keep_macs", "max_latency_ms", "plan")

@@ -150,16 +150,11 @@ def _weight_and_bias(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
 
 def _for_linear(found: LinearStatistics | AttentionStatistics | None,
                 site: Site) -> LinearStatistics | None:
-    """Statistics of what enters one projection.
-
-    Without a bias to absorb the mean error, the mean belongs to the metric.
-    """
+    """Statistics of what enters one projection."""
     if found is None:
         return None
-    if site.bias:
-        return LinearStatistics(found.mean, found.covariance, found.tokens)
-    moment = found.covariance + torch.outer(found.mean, found.mean)
-    return LinearStatistics(torch.zeros_like(found.mean), moment, found.tokens)
+    entering = LinearStatistics(found.mean, found.covariance, found.tokens)
+    return entering if site.bias else entering.about_zero()
 
 
 def factorize_model(model: nn.Module, statistics: Statistics | None = None,

@@ -18,7 +18,7 @@ from adacomcat.factorize.factors import (
     factorize_values,
 )
 from adacomcat.factorize.linalg import descending_eigh, shrink
-from adacomcat.factorize.neurons import REFIT_SHRINKAGE, eliminate, refitted
+from adacomcat.factorize.neurons import REFIT_SHRINKAGE, eliminate, exchange, refitted
 from adacomcat.layers.attention import LowRankAttention, low_rank_class
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.mlp import prune_mlp
@@ -283,8 +283,9 @@ def _pruned(part: Residual, scale: Tensor, regression: Regression, width: int) -
     the drift then as everywhere.
     """
     covariance, dense = regression.inputs.covariance, regression.weight
-    order, _ = eliminate(dense, shrink(covariance, REFIT_SHRINKAGE))
-    kept = order[:width].sort().values
+    metric = shrink(covariance, REFIT_SHRINKAGE)
+    order, _ = eliminate(dense, metric)
+    kept = exchange(dense, metric, order[:width])
     base = refitted(dense, covariance, kept)
     weight, bias = regression.on_inputs(kept, base).solve_dense()
     return prune_mlp(part.inner, kept, weight / scale.unsqueeze(1), bias / scale)

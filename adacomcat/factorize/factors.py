@@ -33,6 +33,12 @@ class LinearStatistics(NamedTuple):
     covariance: Tensor
     tokens: int
 
+    def about_zero(self) -> "LinearStatistics":
+        """E[x xᵀ] in place of the covariance: the metric of a layer without a bias, which has
+        nothing to absorb the mean error."""
+        moment = self.covariance + torch.outer(self.mean, self.mean)
+        return LinearStatistics(torch.zeros_like(self.mean), moment, self.tokens)
+
 
 class AttentionStatistics(NamedTuple):
     """Moments that whiten an attention: of its tokens x and of their averages z_h = P_h x, with P_h

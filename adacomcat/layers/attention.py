@@ -20,7 +20,7 @@ from adacomcat.factorize.factors import (
     factorize_values,
 )
 from adacomcat.layers.inherit import inherit_
-from adacomcat.layers.linear import plain_linear, unplain_linear
+from adacomcat.layers.linear import plain_linear, require_rank, unplain_linear
 from adacomcat.layers.registry import (
     AttentionParts,
     Projection,
@@ -151,12 +151,16 @@ class LowRankAttention(nn.Module):
             statistics: Moments of the tokens; with them the truncation is activation-aware.
 
         Raises:
-            UserError: ``attn`` is not of tier A.
+            UserError: ``attn`` is not of tier A, or a rank exceeds the head dimension.
         """
         if attention_tier(attn) != "A":
             raise UserError(f"{type(attn).__name__} does not fold whole; use adacomcat.compress")
         scores, values = factorize_attention(attn, statistics)
-        rank_qk, rank_vo = rank_qk or scores.wk.shape[1], rank_vo or values.wv.shape[1]
+        full_qk, full_vo = scores.wk.shape[1], values.wv.shape[1]
+        rank_qk = full_qk if rank_qk is None else rank_qk
+        rank_vo = full_vo if rank_vo is None else rank_vo
+        require_rank("rank_qk", rank_qk, full_qk)
+        require_rank("rank_vo", rank_vo, full_vo)
         module = low_rank_class(attn, "A").like(attn, rank_qk, rank_vo)
         module.set_scores_(scores)
         module.set_values_(values)

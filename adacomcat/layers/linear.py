@@ -13,6 +13,12 @@ from adacomcat.layers.plain import is_plain_linear
 from adacomcat.layers.stock import LinearPair, linear_of, weights_of
 
 
+def require_rank(name: str, rank: object, full: int) -> None:
+    """Raise a ``UserError`` unless ``rank`` is a whole number from 1 to ``full``."""
+    if not (isinstance(rank, int) and 0 < rank <= full):
+        raise UserError(f"{name} must lie in 1 … {full}, got {rank!r:.60}")
+
+
 class LowRankLinear(nn.Module):
     """y = (x V) Uᵀ + b, equivalent to ``nn.Linear`` with weight U Vᵀ.
 
@@ -63,7 +69,8 @@ class LowRankLinear(nn.Module):
                     mean: Tensor | None = None) -> "LowRankLinear":
         """The best map of this rank: Ŵ = SVD_r(W C^½) C^-½, b̂ = b + (W - Ŵ) mean.
 
-        It minimises E|x Wᵀ - x Ŵᵀ|² over inputs of covariance C; without one, |W - Ŵ|.
+        It minimises E|y - ŷ|² over inputs of covariance C; without one, |W - Ŵ|. Where ``linear``
+        has no bias to absorb the mean error, C + mean meanᵀ takes the place of C.
 
         Args:
             linear: The dense layer.
@@ -72,7 +79,8 @@ class LowRankLinear(nn.Module):
             mean: (in,), the mean of the inputs, zero by default; only read with a covariance.
 
         Raises:
-            UserError: Something beside its weight and bias decides what ``linear`` computes.
+            UserError: Something beside its weight and bias decides what ``linear`` computes, or
+                the rank exceeds the full rank.
         """
         statistics = None
         if covariance is not None:
@@ -88,8 +96,11 @@ class LowRankLinear(nn.Module):
             raise UserError(f"this {type(linear).__name__} is no plain nn.Linear: factors of its "
                             "weight leave out an adapter, a mask, a hook or a parametrization; "
                             "merge or remove these first")
+        require_rank("rank", rank, min(linear.weight.shape))
         module = cls.like(linear, rank)
         bias = None if linear.bias is None else linear.bias.detach()
+        if bias is None and statistics is not None:
+            statistics = statistics.about_zero()
         module.set_(factorize_linear(linear.weight.detach(), bias, statistics))
         return module
 

@@ -11,7 +11,7 @@ from adacomcat import ops
 from adacomcat.errors import UserError
 from adacomcat.factorize.factors import LinearStatistics
 from adacomcat.layers.inherit import inherit_
-from adacomcat.layers.linear import LowRankLinear, plain_linear
+from adacomcat.layers.linear import LowRankLinear, plain_linear, require_rank
 from adacomcat.layers.plain import altered, is_plain, is_plain_linear
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", GELU: "gelu", GELUTanh: "gelu_tanh"}
@@ -154,6 +154,5 @@ def _low_rank(linear: nn.Linear, rank: int | None, statistics: LinearStatistics 
               name: str) -> LowRankLinear:
     full = min(linear.in_features, linear.out_features)
     rank = full if rank is None else rank
-    if not 0 < rank <= full:
-        raise UserError(f"{name} must lie in 1 … {full}, got {rank}")
+    require_rank(name, rank, full)
     return LowRankLinear.from_statistics(linear, rank, statistics)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from timm.layers import Mlp, SwiGLU
+from timm.layers import Attention, Mlp, SwiGLU
 from torch import Tensor, nn
 
 from adacomcat.errors import UserError
@@ -15,7 +15,7 @@ from adacomcat.factorize.factors import (
     factorize_values,
 )
 from adacomcat.factorize.linalg import require_finite
-from adacomcat.layers import LowRankLinear, LowRankMlp
+from adacomcat.layers import LowRankAttention, LowRankLinear, LowRankMlp
 
 
 def tokens(count: int, width: int) -> Tensor:
@@ -149,6 +149,24 @@ def test_a_covariance_helps_the_tokens_that_it_came_from() -> None:
         "plain": LowRankLinear.from_linear(linear, 6),
         "whitened": LowRankLinear.from_linear(linear, 6, covariance, mean)}.items()}
     assert errors["whitened"] < 0.5 * errors["plain"]
+
+
+@pytest.mark.parametrize("shape", [(20, 32), (32, 20)])
+def test_without_a_bias_the_mean_belongs_to_what_is_lost(shape: tuple[int, int]) -> None:
+    """Against the singular values of all outputs: no map of this rank through x loses less."""
+    linear, x = torch.nn.Linear(*shape, bias=False), tokens(2000, shape[0]).float() + 3.0
+    low = LowRankLinear.from_linear(linear, 4, torch.cov(x.T, correction=0), x.mean(0))
+    lost = (linear(x) - low(x)).double().square().sum().item()
+    least = torch.linalg.svdvals(linear(x).double())[4:].square().sum().item()
+    assert lost == pytest.approx(least, rel=1e-3)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 25, 2.5])
+def test_ranks_that_cannot_be(rank: float) -> None:
+    with pytest.raises(UserError, match=r"rank must lie in 1 … 24, got"):
+        LowRankLinear.from_linear(torch.nn.Linear(24, 40), rank)
+    with pytest.raises(UserError, match=r"rank_vo must lie in 1 … 8, got"):
+        LowRankAttention.from_timm(Attention(16, num_heads=2), rank_vo=rank)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -13,7 +13,7 @@ import adacomcat
 from adacomcat import RankPlan, UserError, compress
 from adacomcat.cost import model_macs, model_params, plan_macs, plan_params
 from adacomcat.factorize.factors import LinearStatistics
-from adacomcat.factorize.neurons import eliminate, factorize_neurons
+from adacomcat.factorize.neurons import eliminate, exchange, factorize_neurons
 
 TINY = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
 
@@ -66,6 +66,23 @@ def test_the_choice_is_near_the_best_of_all(seed: int) -> None:
     typical = np.median([least_squares_loss(h, weight, list(kept))
                          for kept in combinations(range(9), 5)])
     assert errors[5].item() < best + 0.1 * (typical - best)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_exchanges_come_nearly_to_the_best_choice_of_all(seed: int) -> None:
+    """Elimination alone was up to a half above the best choice here."""
+    h = samples(seed, hidden=11)
+    weight = torch.randn(4, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    covariance = torch.cov(h.mT, correction=0)
+    order, errors = eliminate(weight, covariance)
+    for width in (3, 5, 8):
+        kept = exchange(weight, covariance, order[:width])
+        assert len(set(kept.tolist())) == width
+        loss = least_squares_loss(h, weight, kept.tolist())
+        best = min(least_squares_loss(h, weight, list(choice))
+                   for choice in combinations(range(11), width))
+        assert best * (1 - 1e-9) <= loss <= errors[width].item() * (1 + 1e-9)
+        assert loss <= 1.1 * best
 
 
 def test_copies_of_neurons_go_without_loss() -> None:

@@ -44,11 +44,13 @@ def model_args(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def model(args: argparse.Namespace, weights_matter: bool = True) -> nn.Module:
+def model(args: argparse.Namespace, weights_matter: bool = True, *,
+          keep_head: bool = False) -> nn.Module:
     """The model of a checkpoint folder, or a timm architecture with its weights, in eval mode.
 
     Args:
         weights_matter: warn where a timm architecture is left with random weights.
+        keep_head: refuse a --checkpoint without a classifier of the model's classes.
 
     Raises:
         UserError: there is no such folder or architecture, or flags do not fit it.
@@ -66,7 +68,8 @@ def model(args: argparse.Namespace, weights_matter: bool = True) -> nn.Module:
         raise UserError("--pretrained and --checkpoint exclude each other; say one of them")
     found = _create(name, args.pretrained, overrides)
     if args.checkpoint:
-        checkpoint.load_weights_(found, checkpoint.read_weights(args.checkpoint), args.checkpoint)
+        weights = checkpoint.read_weights(args.checkpoint)
+        checkpoint.load_foreign_(found, weights, args.checkpoint, keep_head=keep_head)
     elif weights_matter and not args.pretrained:
         warnings.warn(f"{name} has random weights; --pretrained or --checkpoint give it others",
                       stacklevel=2)
@@ -109,7 +112,7 @@ def teacher(args: argparse.Namespace) -> nn.Module:
     other = copy.copy(args)
     other.model, other.checkpoint = args.teacher, args.teacher_checkpoint
     other.pretrained = args.teacher_checkpoint is None
-    return model(other)
+    return model(other, keep_head=getattr(args, "kd", "none") != "none")
 
 
 def _create(name: str, pretrained: bool, overrides: dict[str, Any]) -> nn.Module:
