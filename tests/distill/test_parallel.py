@@ -32,7 +32,10 @@ def train_on(count: int, path: Path, **settings: Any) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone",
          f"--nproc-per-node={count}", __file__, json.dumps(settings), str(path)],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        capture_output=True, text=True, env=os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]),
+                                           os.environ.get("PYTHONPATH", "")])})
     assert done.returncode == 0, done.stderr[-5000:]
     found = [json.loads(path.with_suffix(f".{rank}").read_text()) for rank in range(count)]
     assert all(each == found[0] for each in found)
