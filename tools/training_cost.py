@@ -9,7 +9,7 @@ tests/distill/test_training_cost.py compares it with what a process hands over.
 
 import warnings
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -47,7 +47,7 @@ class Sizes(NamedTuple):
         return self.buffers + (2 + MOMENTS) * self.trained + self.dense
 
 
-def sizes(architecture: str, **model_args: object) -> Sizes:
+def sizes(architecture: str, **model_args: Any) -> Sizes:
     """Those of the supernet that a search of this model trains, with widths of MLPs."""
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
