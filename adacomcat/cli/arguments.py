@@ -215,14 +215,6 @@ def _train(parser: Parser) -> None:
         parser.add_argument(flag, action="store_true", help=text)
 
 
-def _parallel(parser: Parser) -> None:
-    _timeout(parser)
-    parser.add_argument("--parallel", choices=CHOICES["parallel"],
-                        help="how several processes share a step: they average gradients in one "
-                             "go, or while these are computed (ddp), or hold shards of model and "
-                             "optimiser (fsdp) (default: average)")
-
-
 def _search(parser: Parser) -> None:
     group = parser.add_argument_group("rank search and distillation")
     group.add_argument("--preset", choices=CHOICES["preset"], default="adacomcat",
@@ -340,7 +332,7 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
                   _seed, _device)),
     "train": ("Search ranks, train and distil; or train a model as it is.",
               (_model, _data, _train, _refine, _search, _output, _report, _seed, _device,
-               _parallel)),
+               _timeout)),
     "recover": ("Distil the dense model's features into a compressed model, without labels.",
                 (_model, _data, _recovery, _batch(16), _output, _seed, _device)),
     "evaluate": ("Measure accuracy on a dataset's test images.",

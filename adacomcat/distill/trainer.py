@@ -4,31 +4,22 @@ import logging
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from adacomcat.data import Batches, LabelledImages
 from adacomcat.distill.config import TrainConfig, make_schedule
 from adacomcat.distill.evaluation import evaluate
 from adacomcat.distill.objective import BatchMixing, Objective
-from adacomcat.distill.parallel import (
-    WeightAverage,
-    load_model_,
-    load_optimizer_,
-    shard_,
-    whole,
-)
 from adacomcat.distill.state import StateWriter
 from adacomcat.errors import UserError
 from adacomcat.search.search import RankSearch
 from adacomcat.search.supernet import set_ranks_
 from adacomcat.utils.distributed import Processes
-from adacomcat.utils.model import copied
 from adacomcat.utils.progress import progress
 from adacomcat.utils.random import derived_generator, derived_seed
 from adacomcat.utils.stopping import Stopped, asked_to_stop
@@ -73,14 +64,11 @@ class Trainer:
         self.steps = len(self._batches(epoch=1))
         self.ema = None
         if config.ema_decay is not None:
-            self.ema = WeightAverage(student, decay=config.ema_decay, use_warmup=True)
-        self._plain: nn.Module | None = None  # of sharded weights: a model to put them into
-        if config.parallel == "fsdp" and processes.world_size > 1:
-            self._shard(student, teacher)
+            self.ema = ModelEmaV3(student, decay=config.ema_decay, use_warmup=True)
         self.optimizer = create_optimizer_v2(student, opt=config.opt, lr=config.lr,
                                              weight_decay=config.weight_decay)
         self.scheduler = make_schedule(self.optimizer, config, self.steps)
-        self.objective = Objective(config, student, teacher, self._shared(student))
+        self.objective = Objective(config, student, teacher)
         self.mixing = BatchMixing(config, student, processes)
         self.writer = None
         if config.state_dir is not None and processes.first:
@@ -99,29 +87,6 @@ class Trainer:
         if self.search is not None:
             set_ranks_(self.ema.module, self.search.plan)
         return self.ema.module
-
-    def _shard(self, student: nn.Module, teacher: nn.Module | None) -> None:
-        self._plain = copied(student).cpu()
-        for model in (student, teacher, None if self.ema is None else self.ema.module):
-            if model is not None:
-                shard_(model, self.processes)
-
-    def _shared(self, student: nn.Module) -> nn.Module:
-        """What is called in the student's place."""
-        if self.config.parallel != "ddp" or self.processes.world_size == 1:
-            return student
-        return DistributedDataParallel(student, broadcast_buffers=False,
-                                       find_unused_parameters=True)
-
-    def whole_model(self) -> nn.Module:
-        """``best_model`` on every process, without shards."""
-        best = self.best_model
-        if self._plain is None:
-            return best
-        self._plain.load_state_dict(whole(best.state_dict()))
-        if self.search is not None:
-            set_ranks_(self._plain, self.search.plan)
-        return self._plain.to(self.processes.device)
 
     def train(self, test_set: LabelledImages | None = None) -> None:
         """Every epoch that is left; with a test set, accuracy after each.
@@ -205,23 +170,16 @@ class Trainer:
         """Its mean over all processes is that over the global batch."""
         processes, device = self.processes, self.processes.device
         share = processes.share(len(images), self.config.batch_size)
-        with (torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp),
-              self._together()):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp):
             return share * self.objective.loss(
                 images, targets, self.epoch, derived_generator(*self._key(TOKENS)),
                 lambda means: processes.sum(means * share) / processes.world_size)
 
-    def _together(self) -> AbstractContextManager[None]:
-        """Around passes, which shards and DDP make all processes take part in."""
-        return nullcontext() if self.config.parallel == "average" else self.processes.waiting()
-
     def _update_weights(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
-        with self._together():
-            loss.backward()
+        loss.backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if self.config.parallel == "average":
-            self.processes.average_gradients_(parameters)
+        self.processes.average_gradients_(parameters)
         if self.config.clip_grad is not None:
             nn.utils.clip_grad_norm_(parameters, self.config.clip_grad)
         self.optimizer.step()
@@ -241,26 +199,21 @@ class Trainer:
                 self.writer.finish()
             raise Stopped(asked or signal.SIGTERM, self._where())
         waited = time.monotonic() - self.writer.written if self.writer is not None else 0.0
-        due = waited > self.config.checkpoint_seconds
-        if self._plain is not None:  # all take part in saving
-            due = self.processes.any(due)
-        if due or (every and self.step and self.step % every == 0):
+        if (every and self.step and self.step % every == 0) \
+                or waited > self.config.checkpoint_seconds:
             self.save()
 
     def save(self) -> None:
         """Hand the state to the thread that writes it, where the settings name a folder for it."""
-        if self.writer is not None or (self._plain is not None and self.config.state_dir):
-            state = self.state_dict()
-            if self.writer is not None:
-                self.writer.write(state)
+        if self.writer is not None:
+            self.writer.write(self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings, weights, optimisers and position; of sharded ones only on the first process."""
-        first = self.processes.first
+        """Settings, weights, optimisers and position."""
         return {"config": self.config.identity(), "inputs": self.inputs,
-                "student": whole(self.student.state_dict(), first),
-                "optimizer": whole(self.optimizer.state_dict(), first),
-                "ema": None if self.ema is None else whole(self.ema.module.state_dict(), first),
+                "student": self.student.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ema": None if self.ema is None else self.ema.module.state_dict(),
                 "search": None if self.search is None else self.search.state_dict(),
                 **{name: getattr(self, name) for name in POSITION}}
 
@@ -281,10 +234,10 @@ class Trainer:
                             "it and begin anew") from error
 
     def _load(self, state: dict[str, Any]) -> None:
-        load_model_(self.student, state["student"])
-        load_optimizer_(self.optimizer, state["optimizer"])
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
-            load_model_(self.ema.module, state["ema"])
+            self.ema.module.load_state_dict(state["ema"])
         if self.search is not None:
             self.search.load_state_dict(state["search"])
         for name in POSITION:
