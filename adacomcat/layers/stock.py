@@ -67,10 +67,11 @@ class PlainAttention(nn.Module):
 
         ``mask``: boolean, or added to the logits.
         """
-        if not torch.jit.is_scripting() and weights_are_read(self.attn_drop, x):
-            weights = self.attn_drop(softmax_weights(q, k, self.scale, mask))
-            y = weights @ self.heads(self.v(x))
-            return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+        if not torch.jit.is_scripting():  # alone, so that TorchScript passes over what follows
+            if weights_are_read(self.attn_drop, x):
+                weights = self.attn_drop(softmax_weights(q, k, self.scale, mask))
+                y = weights @ self.heads(self.v(x))
+                return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)
         y = F.scaled_dot_product_attention(
@@ -94,15 +95,15 @@ FACTORS = frozenset(("wq", "bq", "wk", "wv", "wo", "bo", "q", "k", "v", "proj", 
 
 def causal_mask(mask: Tensor | None, x: Tensor, is_causal: bool) -> Tensor | None:
     """``mask``, or the lower triangle (N, N) for tokens x (B, N, d) where ``is_causal``."""
-    if not torch.jit.is_scripting() and has_torch_function((mask, x)):  # one node for torch.fx
-        return handle_torch_function(causal_mask, (mask, x), mask, x, is_causal)
+    if not torch.jit.is_scripting():
+        if has_torch_function((mask, x)):  # one node for torch.fx
+            return handle_torch_function(causal_mask, (mask, x), mask, x, is_causal)
     if not is_causal:
         return mask
     tokens = x.shape[1]
     return torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).tril()
 
 
-@torch.jit.unused
 def weights_are_read(attn_drop: nn.Module, x: Tensor) -> bool:
     """Whether somebody looks at the attention weights: by a hook on ``attn_drop``, or by fx.
 
@@ -112,7 +113,6 @@ def weights_are_read(attn_drop: nn.Module, x: Tensor) -> bool:
     return bool(hooks) or isinstance(x, Proxy)
 
 
-@torch.jit.unused
 def softmax_weights(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """softmax(scale q kᵀ + mask), (B, H, N, N)."""
     if isinstance(q, Proxy):
