@@ -93,8 +93,8 @@ class RankPlan:
                 raise UserError(f"the plan names {glob!r:.100}, which fits no site of this model; "
                                 f"its sites are like {', '.join(sites[:4]) or 'none'}")
             ranks |= dict.fromkeys(fitting, self.ranks[glob])
-        return RankPlan(ranks | {name: rank for name, rank in self.ranks.items()
-                                 if name not in globs})
+        ranks.update((name, rank) for name, rank in self.ranks.items() if name not in globs)
+        return RankPlan(ranks)
 
     def sites(self, model: nn.Module) -> list[Site]:
         """The decisions that this plan takes: an MLP has two ranks or one number of neurons."""

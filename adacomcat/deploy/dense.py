@@ -1,5 +1,7 @@
 """U Vᵀ written back into the weights of the dense architecture."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -59,7 +61,7 @@ def _inside_attention(name: str, model: nn.Module) -> bool:
     return isinstance(model.get_submodule(name.rpartition(".")[0]), LowRankAttention)
 
 
-def _write_linear_(linear: nn.Module, low_rank: LowRankLinear) -> None:
+def _write_linear_(linear: Any, low_rank: LowRankLinear) -> None:
     linear.weight.copy_(low_rank.weight)
     if low_rank.bias is not None:
         linear.bias.copy_(low_rank.bias)

@@ -4,6 +4,7 @@ The forward methods have the arguments of timm's attentions.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from timm.layers import apply_rot_embed_cat
 from timm.models.beit import Attention as BeitAttention
 from timm.models.swin_transformer import WindowAttention
 from timm.models.swin_transformer_v2 import WindowAttention as CosineAttention
-from torch import Tensor
+from torch import Tensor, nn
 
 from adacomcat.layers.stock import PlainAttention, causal_mask
 
@@ -75,6 +76,10 @@ class CosineWindow:
 class PlainWindowAttention(SwinWindow, PlainAttention):
     """Swin."""
 
+    if TYPE_CHECKING:
+        relative_position_bias_table: Tensor
+        relative_position_index: Tensor
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         bias = gathered(self.relative_position_bias_table, self.relative_position_index)
         return self.attend(x, self.heads(self.q(x)), self.heads(self.k(x)),
@@ -83,6 +88,10 @@ class PlainWindowAttention(SwinWindow, PlainAttention):
 
 class PlainBeitAttention(BeitWindow, PlainAttention):
     """BEiT."""
+
+    if TYPE_CHECKING:
+        relative_position_bias_table: Tensor
+        relative_position_index: Tensor
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         bias = shared_rel_pos_bias
@@ -104,6 +113,12 @@ class PlainEvaAttention(PlainAttention):
 class PlainRotaryAttention(PlainAttention):
     """Norms and a rotary embedding behind q and k."""
 
+    if TYPE_CHECKING:
+        q_norm: nn.Module
+        k_norm: nn.Module
+        num_prefix_tokens: int
+        rotate_half: bool
+
     def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
         q, k = self.q_norm(self.heads(self.q(x))), self.k_norm(self.heads(self.k(x)))
@@ -116,6 +131,10 @@ class PlainRotaryAttention(PlainAttention):
 class PlainNormedAttention(PlainAttention):
     """Norms behind q and k, with timm's ``Attention`` signature."""
 
+    if TYPE_CHECKING:
+        q_norm: nn.Module
+        k_norm: nn.Module
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
         q, k = self.q_norm(self.heads(self.q(x))), self.k_norm(self.heads(self.k(x)))
@@ -124,6 +143,12 @@ class PlainNormedAttention(PlainAttention):
 
 class PlainCosineAttention(CosineWindow, PlainAttention):
     """Swin v2."""
+
+    if TYPE_CHECKING:
+        logit_scale: Tensor
+        cpb_mlp: nn.Module
+        relative_coords_table: Tensor
+        relative_position_index: Tensor
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q = cosine_queries(self.heads(self.q(x)), self.logit_scale)

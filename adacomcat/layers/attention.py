@@ -35,6 +35,7 @@ from adacomcat.layers.stock import (
     carry_over_,
     causal_mask,
     linear_of,
+    scriptable,
     softmax_weights,
     weights_are_read,
     weights_of,
@@ -198,7 +199,7 @@ class LowRankAttention(nn.Module):
         return self.plain(self, *self._plain_queries_and_keys())
 
     # TorchScript compiles what this returns.
-    __prepare_scriptable__ = to_plain
+    __prepare_scriptable__ = scriptable(to_plain)
 
     def _plain_queries_and_keys(self) -> tuple[nn.Module, nn.Module]:
         return linear_of(self.wq, self.bq), linear_of(self.wk)

@@ -13,6 +13,7 @@ from adacomcat.factorize.factors import LinearStatistics
 from adacomcat.layers.inherit import inherit_
 from adacomcat.layers.linear import LowRankLinear, plain_linear, require_rank
 from adacomcat.layers.plain import altered, is_plain, is_plain_linear
+from adacomcat.layers.stock import scriptable
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", GELU: "gelu", GELUTanh: "gelu_tanh"}
 
@@ -121,15 +122,15 @@ class LowRankMlp(nn.Module):
 
     def to_plain(self) -> Mlp:
         """timm's ``Mlp`` of the same factors."""
-        made = Mlp(1, device=torch.device("meta"))
+        made: Any = Mlp(1, device=torch.device("meta"))
         for name in ("act", "drop1", "drop2"):
             setattr(made, name, getattr(self, name))
-        made.fc1: Any = plain_linear(self.fc1)
-        made.fc2: Any = plain_linear(self.fc2)
+        made.fc1 = plain_linear(self.fc1)
+        made.fc2 = plain_linear(self.fc2)
         return made.train(self.training)
 
     # TorchScript compiles what this returns.
-    __prepare_scriptable__ = to_plain
+    __prepare_scriptable__ = scriptable(to_plain)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) → (..., out)."""

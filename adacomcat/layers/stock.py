@@ -4,8 +4,8 @@ A drop-in's ``to_plain`` makes them from its factors, its ``from_plain`` takes t
 no kernel of this package.
 """
 
-from collections.abc import Container
-from typing import Any
+from collections.abc import Callable, Container
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,10 @@ class PlainAttention(nn.Module):
     rank_qk: int
     rank_vo: int
     scale: float
+
+    if TYPE_CHECKING:  # TorchScript asks for no types of what it finds in the module
+        attn_drop: nn.Dropout
+        proj_drop: nn.Module
 
     def __init__(self, low_rank: Any, q: nn.Module, k: nn.Module) -> None:
         super().__init__()
@@ -127,6 +131,20 @@ def masked_logits(logits: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return logits
     return logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+
+
+def scriptable(to_plain: Callable[[Any], nn.Module]) -> Callable[[Any], nn.Module]:
+    """``to_plain`` for ``torch.jit.script``, which puts the result in the place of the module.
+
+    TorchScript notes modules by their addresses, so the one that is replaced has to live on: a new
+    module at its address would be taken for it.
+    """
+    def prepare(module: nn.Module) -> nn.Module:
+        made = to_plain(module)
+        vars(made)["replaced"] = (module,)
+        return made
+
+    return prepare
 
 
 def carry_over_(source: nn.Module, target: nn.Module, without: Container[str]) -> None:

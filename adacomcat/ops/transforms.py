@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_interpreters = getattr(torch._C, "_functorch").peek_interpreter_stack  # noqa: B009
 # torch 2.6 does not tell an export from a compilation; there ops stay in both.
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
@@ -28,8 +29,7 @@ def by_formula() -> bool:
 
 def transformed() -> bool:
     """Whether a function is transformed or differentiated forwards, outside of a compilation."""
-    return (forward_ad._current_level >= 0
-            or torch._C._functorch.peek_interpreter_stack() is not None)
+    return forward_ad._current_level >= 0 or _interpreters() is not None
 
 
 def has_tangent(value: object) -> bool:
