@@ -151,8 +151,8 @@ def test_quantised_plain_models_are_half_of_the_quantised_dense_ones():
             quantize_(one, Int8WeightOnlyConfig(version=2))
         sizes.append(sum(weight.element_size() * weight.numel() if type(weight) is nn.Parameter
                          else weight.qdata.numel() + 4 * weight.scale.numel()
-                         for weight in one.parameters()))
-    assert sizes[1] < 0.6 * sizes[0]
+                         for weight in one.blocks.parameters()))
+    assert sizes[1] < 0.55 * sizes[0]
     with pytest.raises(UserError, match="stands where to_plain put an nn.Linear"):
         from_plain(one)
 
@@ -163,7 +163,7 @@ def test_adapters_attach_to_plain_models():
     plain = to_plain(compressed())
     model = peft.get_peft_model(plain, config)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert len(trained) == 2 * 2 * 6
+    assert len([name for name in trained if ".blocks." in name]) == 2 * 2 * 6
     model(torch.randn(2, 3, 32, 32)).square().mean().backward()
     assert_same(from_plain(model.merge_and_unload()), compressed(), 1e-5)
 
