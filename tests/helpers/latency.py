@@ -37,8 +37,9 @@ class CostModel:
         return {key: self.milliseconds(call) for key, call in calls.items()}
 
     def milliseconds(self, call: Call) -> float:
-        weights = sum(self.weigh(name) * parameter.numel()
-                      for name, parameter in call.module.named_parameters())
+        # Not the parameters: packed weights are none.
+        weights = sum(self.weigh(name) * weight.numel()
+                      for name, weight in call.module.state_dict().items())
         return 0.02 + (self.factor if call.method == "__call__" else 1.0) * weights / 1e5
 
     def of(self, model: nn.Module) -> float:

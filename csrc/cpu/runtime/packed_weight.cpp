@@ -80,7 +80,8 @@ PackedWeight pack(const Engine& engine, const Source& b, int64_t before) {
   PackedWeight packed;
   packed.k = b.k, packed.n = b.n, packed.rows = engine.packed_k(b.k);
   packed.bytes = engine.packed_bytes(b.k, b.n);
-  packed.memory = at::empty({before + packed.bytes}, at::kByte);
+  // A weight without elements has an address too, for ops tell by it whether there is one.
+  packed.memory = at::empty({std::max<int64_t>(before + packed.bytes, 64)}, at::kByte);
   char* data = static_cast<char*>(packed.memory.mutable_data_ptr()) + before;
   packed.data = data;
   pack_panels(engine, b, data);
