@@ -41,7 +41,7 @@ def test_loops_of_several_callers(tmp_path, flags, forks):
 
 @compiles
 def test_a_busy_core_holds_nobody_up(tmp_path):
-    """Ten helpers on one core, all of whose time another program wants."""
+    """Several callers on one core, all of whose time another program wants."""
     program = stress(tmp_path)
     core = str(min(os.sched_getaffinity(0)))
     other = subprocess.Popen([sys.executable, "-c",

@@ -221,6 +221,7 @@ class Pool {
     Loop* loop = claim_loop();
     if (!loop) return run_alone(count, body);
     hire(threads - 1);
+    cores_.store(usable_cores(), std::memory_order_relaxed);
     busy_.fetch_add(1);
     loop->open(count, threads, body);
     call_helpers(threads - 1);
@@ -266,7 +267,7 @@ class Pool {
   }
 
   // Whether a core is left for one more helper.
-  bool has_idle_core() const { return busy_.load() < usable_cores(); }
+  bool has_idle_core() const { return busy_.load() < cores_.load(std::memory_order_relaxed); }
 
   void call_helpers(int64_t wanted) {
     published_.fetch_add(1);
@@ -314,6 +315,7 @@ class Pool {
   Loop loops_[kMostLoops];
   Helper helping_[kMostThreads];
   std::atomic<int64_t> busy_{0}, helpers_{0}, sleeping_{0};  // busy: callers and helpers in loops
+  std::atomic<int64_t> cores_{1};  // of the last caller: a helper that was fetched is bound to one itself
   std::atomic<uint32_t> published_{0};                       // counts loops; helpers sleep on it
   std::atomic<bool> hiring_{false};
 };
