@@ -82,8 +82,10 @@ def _with_head_of(model: Any, weights: StateDict, source: str, keep_head: bool) 
     if keep_head and own:
         raise UserError(f"{problem}, whose outputs are wanted: pass --num-classes, or weights that "
                         "were trained for these classes")
-    warnings.warn(f"{problem}; {'that one starts at random' if own else 'it is left out'}",
-                  stacklevel=4)
+    if own:
+        warnings.warn(f"{problem}; that one starts at random", stacklevel=4)
+    else:
+        warnings.warn(f"{problem}; it is left out", stacklevel=4)
     return {name: tensor for name, tensor in weights.items() if name not in theirs} | own
 
 
