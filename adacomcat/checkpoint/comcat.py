@@ -68,7 +68,7 @@ def read_ranks(path: str | Path, depth: int) -> list[int]:
     Raises:
         UserError: the file cannot be read, or holds anything else.
     """
-    words = re.findall(r"[^\s,\[\]]+", read_text(path))
+    words = re.split(r"\s*,\s*|\s+", read_text(path).strip().strip("[]").strip())
     wrong = next((word for word in words if not re.fullmatch(r"0*[1-9][0-9]{0,8}", word)), None)
     if wrong is not None:
         raise UserError(f"{path}: {wrong!r:.40} is no rank; one line of comma-separated whole "

@@ -35,7 +35,7 @@ from adacomcat.layers.stock import (
     carry_over_,
     causal_mask,
     linear_of,
-    scriptable,
+    refuse_scripting,
     softmax_weights,
     weights_are_read,
     weights_of,
@@ -198,8 +198,7 @@ class LowRankAttention(nn.Module):
                             "`plain`, a subclass of adacomcat.layers.stock.PlainAttention")
         return self.plain(self, *self._plain_queries_and_keys())
 
-    # TorchScript compiles what this returns.
-    __prepare_scriptable__ = scriptable(to_plain)
+    __prepare_scriptable__ = refuse_scripting
 
     def _plain_queries_and_keys(self) -> tuple[nn.Module, nn.Module]:
         return linear_of(self.wq, self.bq), linear_of(self.wk)

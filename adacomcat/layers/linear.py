@@ -10,7 +10,7 @@ from adacomcat.errors import UserError
 from adacomcat.factorize.factors import LinearFactors, LinearStatistics, factorize_linear
 from adacomcat.layers.inherit import inherit_
 from adacomcat.layers.plain import is_plain_linear
-from adacomcat.layers.stock import LinearPair, linear_of, scriptable, weights_of
+from adacomcat.layers.stock import LinearPair, linear_of, refuse_scripting, weights_of
 
 
 def require_rank(name: str, rank: object, full: int) -> None:
@@ -133,8 +133,7 @@ class LowRankLinear(nn.Module):
         made.u, made.bias = nn.Parameter(u.detach(), u.requires_grad), bias
         return made.train(pair.training)
 
-    # TorchScript compiles what this returns.
-    __prepare_scriptable__ = scriptable(to_plain)
+    __prepare_scriptable__ = refuse_scripting
 
     @torch.no_grad()
     def set_(self, factors: LinearFactors) -> None:

@@ -13,7 +13,7 @@ from adacomcat.factorize.factors import LinearStatistics
 from adacomcat.layers.inherit import inherit_
 from adacomcat.layers.linear import LowRankLinear, plain_linear, require_rank
 from adacomcat.layers.plain import altered, is_plain, is_plain_linear
-from adacomcat.layers.stock import scriptable
+from adacomcat.layers.stock import refuse_scripting
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", GELU: "gelu", GELUTanh: "gelu_tanh"}
 
@@ -129,8 +129,7 @@ class LowRankMlp(nn.Module):
         made.fc2 = plain_linear(self.fc2)
         return made.train(self.training)
 
-    # TorchScript compiles what this returns.
-    __prepare_scriptable__ = scriptable(to_plain)
+    __prepare_scriptable__ = refuse_scripting
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) → (..., out)."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from adacomcat.layers.stock import refuse_scripting
 from adacomcat.ops import backends, packing
 
 
@@ -29,6 +30,8 @@ class PackedModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.forms = {}
+
+    __prepare_scriptable__ = refuse_scripting
 
     def pack_(self) -> None:
         """Pack the weights where a CPU kernel takes them all, and free what they were packed from.

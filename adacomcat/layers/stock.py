@@ -4,8 +4,8 @@ A drop-in's ``to_plain`` makes them from its factors, its ``from_plain`` takes t
 no kernel of this package.
 """
 
-from collections.abc import Callable, Container
-from typing import TYPE_CHECKING, Any
+from collections.abc import Container
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -133,18 +133,14 @@ def masked_logits(logits: Tensor, mask: Tensor | None) -> Tensor:
     return logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
 
 
-def scriptable(to_plain: Callable[[Any], nn.Module]) -> Callable[[Any], nn.Module]:
-    """``to_plain`` for ``torch.jit.script``, which puts the result in the place of the module.
+def refuse_scripting(module: nn.Module) -> NoReturn:
+    """What ``torch.jit.script`` calls first: it would replace layers in the model that it is given.
 
-    TorchScript notes modules by their addresses, so the one that is replaced has to live on: a new
-    module at its address would be taken for it.
+    Raises:
+        UserError: always.
     """
-    def prepare(module: nn.Module) -> nn.Module:
-        made = to_plain(module)
-        vars(made)["replaced"] = (module,)
-        return made
-
-    return prepare
+    raise UserError(f"torch.jit.script does not take a {type(module).__name__}; script "
+                    "adacomcat.to_plain(model) instead, which holds the same factors")
 
 
 def carry_over_(source: nn.Module, target: nn.Module, without: Container[str]) -> None:

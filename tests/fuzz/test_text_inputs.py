@@ -140,7 +140,7 @@ def test_ranks(content, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "ranks.txt"
     path.write_bytes(content)
     ranks = accepted(lambda: read_ranks(path, 2))
-    assert ranks is None or (len(ranks) == 9 and all(1 <= rank < 10**9 for rank in ranks))
+    assert ranks is None or (len(ranks) in (8, 9) and all(1 <= rank < 10**9 for rank in ranks))
 
 
 def test_the_check_itself_can_fail():

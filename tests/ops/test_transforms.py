@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.models import compressed, dense_model
 from helpers.op_cases import plain_attention, plain_dense, plain_gated, plain_linear, plain_mlp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jacrev, jvp, vmap
 
@@ -184,11 +184,15 @@ def test_compiled_models_keep_the_ops():
     assert any("adacomcat.low_rank_attention" in target for target in seen)
 
 
-def test_torchscript_compiles_compressed_models():
+def test_torchscript_compiles_plain_forms_and_leaves_models_alone():
     model, images = compressed(), torch.randn(2, 3, 32, 32)
-    scripted = torch.jit.script(model)
+    scripted = torch.jit.script(adacomcat.to_plain(model))
     with torch.no_grad():
         torch.testing.assert_close(scripted(images), model(images), rtol=1e-4, atol=1e-5)
         dense = dense_model()
         torch.testing.assert_close(torch.jit.script(dense)(images), dense(images))
-    assert isinstance(model.blocks[0].attn, nn.Module) and model.blocks[0].attn.rank_qk
+    for refused in (model, adacomcat.optimize(model)):
+        classes = [type(module) for module in refused.modules()]
+        with pytest.raises(UserError, match="script adacomcat.to_plain"):
+            torch.jit.script(refused)
+        assert [type(module) for module in refused.modules()] == classes
