@@ -99,7 +99,7 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
     elif trainer.search is not None:
         trainer.save()  # calibrating and factorising may have taken long
     trainer.train(test_set)
-    trained = trainer.best_model
+    trained = trainer.whole_model()
     if trainer.search is not None:
         trained = finalize(trained, trainer.search.plan)
     seconds = time.perf_counter() - start

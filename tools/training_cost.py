@@ -2,9 +2,9 @@
 
     python tools/training_cost.py    # the tables of docs/many-machines.md
 
-Models stand on the meta device: their tensors have sizes and no values. The formula is that of a
-ring: an all-reduce sends 2 (W - 1) / W of its bytes from each of W processes.
-tests/distill/test_training_cost.py compares it with what a process hands over.
+Models stand on the meta device: their tensors have sizes and no values. The formulas are those of
+rings: an all-reduce sends 2 (W - 1) / W of its bytes from each of W processes, a gather or a
+scatter half of that. tests/distill/test_training_cost.py compares them with what is sent.
 """
 
 import warnings
@@ -37,14 +37,17 @@ class Sizes(NamedTuple):
         """The file that --resume reads, but for a few kilobytes."""
         return (1 + MOMENTS) * self.trained + self.buffers
 
-    def sent(self, processes: int) -> float:
+    def sent(self, parallel: str, processes: int) -> float:
         """From one process in one step."""
-        return 2 * (processes - 1) / processes * self.trained
+        whole = (processes - 1) / processes
+        if parallel == "fsdp":  # parameters twice, gradients once; the teacher's parameters once
+            return whole * (3 * self.trained + self.dense)
+        return 2 * whole * self.trained
 
-    @property
-    def held(self) -> int:
+    def held(self, parallel: str, processes: int) -> float:
         """Weights, gradients and moments of one process, without activations."""
-        return self.buffers + (2 + MOMENTS) * self.trained + self.dense
+        everything = (2 + MOMENTS) * self.trained + self.dense
+        return self.buffers + everything / (processes if parallel == "fsdp" else 1)
 
 
 def sizes(architecture: str, **model_args: Any) -> Sizes:
@@ -64,14 +67,23 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def table() -> str:
     """Model × what it moves, in gigabytes."""
-    header = ("model", "trained", "state", "held",
-              *(f"sent a step, {count} GPUs" for count in PROCESSES))
+    header = ("model", "trained", "state", "sent a step: `average`, `ddp`", "sent a step: `fsdp`",
+              "held: `average`, `ddp`", *(f"held: `fsdp`, {count} GPUs" for count in PROCESSES))
     lines = [header, ["---"] * len(header)]
     for name, architecture in MODELS.items():
         found = sizes(architecture)
-        figures = (found.trained, found.state, found.held, *map(found.sent, PROCESSES))
-        lines.append((name, *(f"{figure / 1e9:.1f}" for figure in figures)))
+        figures = [found.trained, found.state,
+                   *(_range(found, parallel) for parallel in ("average", "fsdp")),
+                   found.held("average", 1),
+                   *(found.held("fsdp", count) for count in PROCESSES)]
+        lines.append((name, *(figure if isinstance(figure, str) else f"{figure / 1e9:.1f}"
+                              for figure in figures)))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _range(found: Sizes, parallel: str) -> str:
+    few, many = (found.sent(parallel, count) / 1e9 for count in (PROCESSES[0], PROCESSES[-1]))
+    return f"{few:.1f} … {many:.1f}"
 
 
 if __name__ == "__main__":

@@ -91,6 +91,13 @@ def _timeout(parser: Parser) -> None:
                              "seconds (default: %(default)s)")
 
 
+def _parallel(parser: Parser) -> None:
+    parser.add_argument("--parallel", choices=CHOICES["parallel"],
+                        help="how several processes share a step: they average gradients in one "
+                             "go, or while these are computed (ddp), or hold shards of model and "
+                             "optimiser (fsdp) (default: average)")
+
+
 def _data(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--data", metavar="digits|fashion-mnist|FOLDER",
@@ -332,7 +339,7 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
                   _seed, _device)),
     "train": ("Search ranks, train and distil; or train a model as it is.",
               (_model, _data, _train, _refine, _search, _output, _report, _seed, _device,
-               _timeout)),
+               _timeout, _parallel)),
     "recover": ("Distil the dense model's features into a compressed model, without labels.",
                 (_model, _data, _recovery, _batch(16), _output, _seed, _device)),
     "evaluate": ("Measure accuracy on a dataset's test images.",

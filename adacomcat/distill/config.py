@@ -80,6 +80,8 @@ class TrainConfig:
         workers: processes that decode pictures.
         device: torch's name of a device; None: a GPU where there is one.
         timeout: seconds that a process waits for the others before it ends.
+        parallel: how several processes share a step: 'average' (the gradients, in one go), 'ddp'
+            (while they are computed), or 'fsdp' (each holds a shard of model and optimiser).
         amp: bfloat16 autocast.
         state_dir: folder of the training state; None keeps none.
         checkpoint_steps: steps after which the state is written within an epoch; 0: time decides.
@@ -130,6 +132,7 @@ class TrainConfig:
     workers: int = 0
     device: str | None = None
     timeout: float = TIMEOUT
+    parallel: str = "average"
     amp: bool = False
     state_dir: str | None = None
     checkpoint_steps: int = 0
@@ -205,7 +208,7 @@ class TrainConfig:
     def identity(self) -> dict[str, object]:
         """The settings that must agree between a run and its resumption, as plain values."""
         apart = ("state_dir", "resume", "checkpoint_steps", "checkpoint_seconds",
-                 "threads", "workers", "device", "timeout")
+                 "threads", "workers", "device", "timeout", "parallel")
         return {field.name: list(value) if isinstance(value, tuple) else value
                 for field in fields(self) if field.name not in apart
                 for value in (getattr(self, field.name),)}

@@ -13,7 +13,7 @@ from adacomcat.utils.distributed import Processes
 from adacomcat.utils.progress import progress
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(model: nn.Module, dataset: LabelledImages, batch_size: int, processes: Processes,
              workers: int = 0) -> dict[str, float]:
     """{'top1': percent, 'loss': mean cross-entropy in nats, 'images': how many} on ``dataset``.

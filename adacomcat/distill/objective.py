@@ -23,8 +23,11 @@ class Objective:
     are aligned, so copies of the student are made before this.
     """
 
-    def __init__(self, config: TrainConfig, student: nn.Module, teacher: nn.Module | None) -> None:
-        self.config, self.student, self.teacher = config, student, teacher
+    def __init__(self, config: TrainConfig, student: nn.Module, teacher: nn.Module | None,
+                 forward: nn.Module | None = None) -> None:
+        """forward: what is called in the student's place, where several processes share it."""
+        self.config, self.teacher = config, teacher
+        self.forward = student if forward is None else forward
         self.alignment = None
         if teacher is not None:
             self.alignment = FeatureAlignment(config.align, student, teacher, config.align_blocks)
@@ -44,7 +47,7 @@ class Objective:
         """
         config = self.config
         smoothing = 0.0 if config.mixes_images else config.smoothing
-        logits = self.student(images)
+        logits = self.forward(images)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
         if self.teacher is None:
             return loss

@@ -15,11 +15,13 @@ from adacomcat.data import Batches, LabelledImages
 from adacomcat.distill.config import TrainConfig, make_schedule
 from adacomcat.distill.evaluation import evaluate
 from adacomcat.distill.objective import BatchMixing, Objective
+from adacomcat.distill.parallel import load_model_, load_optimizer_, share, whole
 from adacomcat.distill.state import StateWriter
 from adacomcat.errors import UserError
 from adacomcat.search.search import RankSearch
 from adacomcat.search.supernet import set_ranks_
 from adacomcat.utils.distributed import Processes
+from adacomcat.utils.model import copied
 from adacomcat.utils.progress import progress
 from adacomcat.utils.random import derived_generator, derived_seed
 from adacomcat.utils.stopping import Stopped, asked_to_stop
@@ -62,13 +64,20 @@ class Trainer:
         self.inputs = dict(inputs or {})
         self.search, self.train_part, self.search_part = search, train_part, search_part
         self.steps = len(self._batches(epoch=1))
+        shards = config.parallel == "fsdp" and processes.world_size > 1
         self.ema = None
         if config.ema_decay is not None:
-            self.ema = ModelEmaV3(student, decay=config.ema_decay, use_warmup=True)
+            # Shards and whole buffers do not go into one call.
+            self.ema = ModelEmaV3(student, decay=config.ema_decay, use_warmup=True,
+                                  foreach=not shards)
+        self._unsharded = copied(student).cpu() if shards else None  # gets whole tensors
+        others = [teacher, None if self.ema is None else self.ema.module]
+        self.sharing = share(config.parallel, student, [model for model in others if model],
+                             processes)
         self.optimizer = create_optimizer_v2(student, opt=config.opt, lr=config.lr,
                                              weight_decay=config.weight_decay)
         self.scheduler = make_schedule(self.optimizer, config, self.steps)
-        self.objective = Objective(config, student, teacher)
+        self.objective = Objective(config, student, teacher, self.sharing.forward)
         self.mixing = BatchMixing(config, student, processes)
         self.writer = None
         if config.state_dir is not None and processes.first:
@@ -87,6 +96,16 @@ class Trainer:
         if self.search is not None:
             set_ranks_(self.ema.module, self.search.plan)
         return self.ema.module
+
+    def whole_model(self) -> nn.Module:
+        """``best_model`` on every process, without shards."""
+        best = self.best_model
+        if self._unsharded is None:
+            return best
+        self._unsharded.load_state_dict(whole(best.state_dict()))
+        if self.search is not None:
+            set_ranks_(self._unsharded, self.search.plan)
+        return self._unsharded.to(self.processes.device)
 
     def train(self, test_set: LabelledImages | None = None) -> None:
         """Every epoch that is left; with a test set, accuracy after each.
@@ -169,17 +188,19 @@ class Trainer:
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
         """Its mean over all processes is that over the global batch."""
         processes, device = self.processes, self.processes.device
-        share = processes.share(len(images), self.config.batch_size)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp):
-            return share * self.objective.loss(
+        part = processes.share(len(images), self.config.batch_size)
+        with (torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp),
+              self.sharing.passes()):
+            return part * self.objective.loss(
                 images, targets, self.epoch, derived_generator(*self._key(TOKENS)),
-                lambda means: processes.sum(means * share) / processes.world_size)
+                lambda means: processes.sum(means * part) / processes.world_size)
 
     def _update_weights(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
-        loss.backward()
+        with self.sharing.passes():
+            loss.backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.processes.average_gradients_(parameters)
+        self.sharing.average_gradients_(parameters)
         if self.config.clip_grad is not None:
             nn.utils.clip_grad_norm_(parameters, self.config.clip_grad)
         self.optimizer.step()
@@ -199,21 +220,26 @@ class Trainer:
                 self.writer.finish()
             raise Stopped(asked or signal.SIGTERM, self._where())
         waited = time.monotonic() - self.writer.written if self.writer is not None else 0.0
-        if (every and self.step and self.step % every == 0) \
-                or waited > self.config.checkpoint_seconds:
+        due = waited > self.config.checkpoint_seconds
+        if self._unsharded is not None:  # all take part in saving
+            due = self.processes.any(due)
+        if due or (every and self.step and self.step % every == 0):
             self.save()
 
     def save(self) -> None:
         """Hand the state to the thread that writes it, where the settings name a folder for it."""
+        if self.config.state_dir is None or not (self.writer or self._unsharded):
+            return
+        state = self.state_dict()
         if self.writer is not None:
-            self.writer.write(self.state_dict())
+            self.writer.write(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings, weights, optimisers and position."""
+        """Settings, weights, optimisers and position; shards are gathered from every process."""
         return {"config": self.config.identity(), "inputs": self.inputs,
-                "student": self.student.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "ema": None if self.ema is None else self.ema.module.state_dict(),
+                "student": whole(self.student.state_dict()),
+                "optimizer": whole(self.optimizer.state_dict()),
+                "ema": None if self.ema is None else whole(self.ema.module.state_dict()),
                 "search": None if self.search is None else self.search.state_dict(),
                 **{name: getattr(self, name) for name in POSITION}}
 
@@ -234,10 +260,10 @@ class Trainer:
                             "it and begin anew") from error
 
     def _load(self, state: dict[str, Any]) -> None:
-        self.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_model_(self.student, state["student"])
+        load_optimizer_(self.optimizer, state["optimizer"])
         if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
+            load_model_(self.ema.module, state["ema"])
         if self.search is not None:
             self.search.load_state_dict(state["search"])
         for name in POSITION:

@@ -112,6 +112,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "preset": ("adacomcat", "comcat"), "search": ("adaptive", "every", "graded", "off"),
     "mlp": ("neurons", "ranks"), "kd": ("soft", "hard", "none"),
     "align": ("mse", "manifold", "none"), "tau_per": ("epoch", "search"),
+    "parallel": ("average", "ddp", "fsdp"),
 }
 # Runtimes whose fused attention bounds the ranks.
 DEPLOYMENTS = ("any", "flash", "tensorrt")

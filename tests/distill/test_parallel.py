@@ -1,4 +1,4 @@
-"""Any number of processes: the same plans, losses within 2e-5."""
+"""Any number of processes, with copies or shards: the same plans, losses within 2e-5."""
 
 import json
 import os
@@ -48,24 +48,27 @@ def alone() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_any_number_of_processes_trains_alike(count: int, name: str, tmp_path: Path,
+@pytest.mark.parametrize(("count", "parallel"), [
+    (2, "average"), (3, "average"), (2, "ddp"), (1, "fsdp"), (2, "fsdp"), (4, "fsdp")])
+def test_any_number_of_processes_trains_alike(count: int, parallel: str, name: str, tmp_path: Path,
                                               alone: dict[str, dict[str, Any]]) -> None:
     """64 images do not divide by three processes."""
-    found = train_on(count, tmp_path / "out", **RUNS[name])
+    found = train_on(count, tmp_path / "out", parallel=parallel, **RUNS[name])
     expected = alone[name]
     assert found["plan"] == expected["plan"]
     for key in ("losses", "searches"):
         assert found[key] == pytest.approx(expected[key], abs=TOLERANCE)
 
 
-def test_another_number_of_processes_goes_on(
-    tmp_path: Path, alone: dict[str, dict[str, Any]],
-) -> None:
+@pytest.mark.parametrize("steps", [[(2, "average"), (1, "average"), (3, "average")],
+                                   [(1, "average"), (2, "fsdp"), (3, "ddp"), (2, "fsdp")]])
+def test_another_number_of_processes_goes_on(steps: list[tuple[int, str]], tmp_path: Path,
+                                             alone: dict[str, dict[str, Any]]) -> None:
     """Each part of the run stops after some steps, and the last one ends it."""
     settings = RUNS["search"] | {"state_dir": str(tmp_path / "state"), "resume": True}
-    for count, stop in ((2, 5), (1, 5), (3, 0)):
-        found = train_on(count, tmp_path / "out", stop=stop, **settings)
+    for number, (count, parallel) in enumerate(steps):
+        stop = 5 if number < len(steps) - 1 else 0
+        found = train_on(count, tmp_path / "out", parallel=parallel, stop=stop, **settings)
         assert bool(found) == (not stop)
     assert found["plan"] == alone["search"]["plan"]
     for key in ("losses", "searches"):

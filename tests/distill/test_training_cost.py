@@ -53,4 +53,4 @@ def test_an_all_reduce_has_the_gradients_and_a_few_numbers(monkeypatch: pytest.M
     found._train_step(images, labels)
     sizes = training_cost.sizes("vit_tiny_patch16_224", **MODEL)
     assert sent["bytes"] == sizes.trained
-    assert sizes.sent(8) == 2 * 7 / 8 * sent["bytes"]
+    assert sizes.sent("average", 8) == 2 * 7 / 8 * sent["bytes"]

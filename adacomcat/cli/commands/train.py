@@ -36,7 +36,8 @@ FIELDS = ("epochs", "finetune_epochs", "steps", "batch_size", "opt", "lr", "weig
           "warmup_epochs", "warmup_lr", "min_lr", "clip_grad", "mixup", "cutmix", "smoothing",
           "kd", "kd_alpha", "kd_temperature", "align", "align_weight", "keep_params", "search",
           "search_steps", "search_fraction", "refine", "mlp", "calibration_images",
-          "checkpoint_steps", "checkpoint_seconds", "seed", "workers", "device", "timeout")
+          "checkpoint_steps", "checkpoint_seconds", "seed", "workers", "device", "timeout",
+          "parallel")
 RESULTS, LOCK = "results.json", "lock"  # in the folder of the training state
 EMA_DECAY = 0.9998  # of --model-ema without --model-ema-decay
 
