@@ -12,7 +12,6 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from adacomcat import ops
 from adacomcat.errors import UserError
 from adacomcat.factorize.gauge import MlpFactors, identity_gauge
 from adacomcat.layers.attention import LowRankAttention
@@ -52,6 +51,7 @@ class FusedAttention(PackedModule):
     """
 
     op = "low_rank_attention"
+    operands = ("wq", "bq", "wk", "wv", "wo", "bo")
     weights = {"wq": True, "wk": True, "wv": True, "wo": True}
 
     wq: nn.Parameter
@@ -79,21 +79,7 @@ class FusedAttention(PackedModule):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
-        mask = causal_mask(attn_mask, x, is_causal)
-        kernel = self.packed_kernel(x)
-        if kernel is not None:
-            # Reading a buffer here takes a tenth of the time that the module's attribute takes.
-            b, p = self._buffers, self._parameters
-            try:
-                return kernel(x, b["wq_packed"], p["bq"], b["wk_packed"], b["wv_packed"],
-                              b["wo_packed"], p["bo"], self.num_heads, self.scale, mask,
-                              epsilon=self.epsilon, residual=x)[0]
-            except RuntimeError:
-                pass  # the op says what is wrong, or computes what the kernel cannot
-        w = self.plain_weights()
-        return ops.low_rank_attention(
-            x, w["wq"], w["bq"], w["wk"], w["wv"], w["wo"], w["bo"], self.num_heads, self.scale,
-            mask, epsilon=self.epsilon, residual=x)
+        return self.fused(x, self.num_heads, self.scale, causal_mask(attn_mask, x, is_causal))
 
     def class_token(self, x: Tensor) -> Tensor:
         """The class token of the result, (B, 1, d): the first one."""
@@ -106,6 +92,7 @@ class FusedMlp(PackedModule):
     """x + ls · mlp(norm(x)), for a ``LowRankMlp``."""
 
     op = "low_rank_mlp"
+    operands = ("v1", "u1", "b1", "v2", "u2", "b2")
     weights = {"v1": False, "u1": True, "v2": False, "u2": True}
 
     def __init__(self, part: Residual) -> None:
@@ -125,24 +112,14 @@ class FusedMlp(PackedModule):
         _set_weights(self, like, **factors._asdict(), b2=gamma * _bias(mlp.fc2))
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = self.packed_kernel(x)
-        if kernel is not None:
-            b, p = self._buffers, self._parameters
-            try:
-                return kernel(x, b["v1_packed"], b["u1_packed"], p["b1"], b["v2_packed"],
-                              b["u2_packed"], p["b2"], self.activation, epsilon=self.epsilon,
-                              residual=x)[0]
-            except RuntimeError:
-                pass
-        w = self.plain_weights()
-        return ops.low_rank_mlp(x, w["v1"], w["u1"], w["b1"], w["v2"], w["u2"], w["b2"],
-                                self.activation, epsilon=self.epsilon, residual=x)
+        return self.fused(x, self.activation)
 
 
 class FusedDenseMlp(PackedModule):
     """x + ls · mlp(norm(x)), for a dense MLP of two linear layers, whose parts are ``mlp``."""
 
     op = "dense_mlp"
+    operands = ("w1", "b1", "w2", "b2")
     weights = {"w1": True, "w2": True}
 
     def __init__(self, part: Residual, mlp: MlpParts) -> None:
@@ -156,17 +133,7 @@ class FusedDenseMlp(PackedModule):
                      w2=gamma.unsqueeze(1) * w2, b2=gamma * _bias(fc2))
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = self.packed_kernel(x)
-        if kernel is not None:
-            b, p = self._buffers, self._parameters
-            try:
-                return kernel(x, b["w1_packed"], p["b1"], b["w2_packed"], p["b2"], self.activation,
-                              epsilon=self.epsilon, residual=x)
-            except RuntimeError:
-                pass
-        w = self.plain_weights()
-        return ops.dense_mlp(x, w["w1"], w["b1"], w["w2"], w["b2"], self.activation,
-                             epsilon=self.epsilon, residual=x)
+        return self.fused(x, self.activation)
 
 
 class Sublayer(nn.Module):
