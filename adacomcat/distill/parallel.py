@@ -88,7 +88,9 @@ def shard_(model: nn.Module, processes: Processes) -> None:
     for name, module in list(model.named_modules()):
         if name.rpartition(".")[0].endswith("blocks"):
             fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    # The rest is dropped after each pass, too: kept, it would miss an update of its shards, and a
+    # pass without gradients would leave behind what asks for none.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def whole(value: Any) -> Any:

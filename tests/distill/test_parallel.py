@@ -24,6 +24,7 @@ TOLERANCE = 2e-5
 
 def curve(results: dict[str, Any]) -> dict[str, Any]:
     return {"plan": results.get("plan"), "losses": [row["loss"] for row in results["history"]],
+            "judged": [row["test_loss"] for row in results["history"]],
             "searches": [search["loss"] for search in results["searches"]]}
 
 
@@ -56,7 +57,7 @@ def test_any_number_of_processes_trains_alike(count: int, parallel: str, name: s
     found = train_on(count, tmp_path / "out", parallel=parallel, **RUNS[name])
     expected = alone[name]
     assert found["plan"] == expected["plan"]
-    for key in ("losses", "searches"):
+    for key in ("losses", "judged", "searches"):
         assert found[key] == pytest.approx(expected[key], abs=TOLERANCE)
 
 
@@ -71,7 +72,7 @@ def test_another_number_of_processes_goes_on(steps: list[tuple[int, str]], tmp_p
         found = train_on(count, tmp_path / "out", parallel=parallel, stop=stop, **settings)
         assert bool(found) == (not stop)
     assert found["plan"] == alone["search"]["plan"]
-    for key in ("losses", "searches"):
+    for key in ("losses", "judged", "searches"):
         assert found[key] == pytest.approx(alone["search"][key], abs=TOLERANCE)
 
 
