@@ -7,6 +7,7 @@ epochs it compresses at the plan where training would have started.
 
 import copy
 import time
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,11 @@ from adacomcat.distill.trainer import Trainer
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.search.gates import RankGates, reachable_multiple, uniform_plan
+from adacomcat.search.published import (
+    drop_attention_biases_,
+    freeze_attention_biases_,
+    menu,
+)
 from adacomcat.search.search import RankSearch
 from adacomcat.search.supernet import build_supernet, explicit_plan, finalize, set_ranks_
 from adacomcat.sites import DENSE, Site, find_sites, prunable_mlps
@@ -85,7 +91,8 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
     elif config.total_epochs == 0:
         return _without_epochs(model, config, train_set, test_set, plan, processes)
     else:
-        trainer = _search_trainer(model, config, train_set, processes, teacher, plan, began_with)
+        trainer = _search_trainer(model, config, train_set, test_set, processes, teacher, plan,
+                                  began_with)
     _resume(trainer, config)
     trainer.train(test_set)
     trained = trainer.best_model
@@ -116,14 +123,16 @@ def _checksums(model: nn.Module, config: TrainConfig, train_set: data.LabelledIm
     return found
 
 
-def _search_trainer(model: nn.Module, config: TrainConfig, train_set: Any, processes: Processes,
-                    teacher: nn.Module | None, plan: RankPlan | None,
+def _search_trainer(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any,
+                    processes: Processes, teacher: nn.Module | None, plan: RankPlan | None,
                     began_with: dict[str, str]) -> Trainer:
     if config.has_teacher:
         teacher = _frozen(model if teacher is None else teacher, processes)
     searching = config.search != "off" and plan is None
     train_part, search_part = train_set, None
-    if searching:
+    if searching and config.search_images == "validation":
+        search_part = _validation_images(test_set)
+    elif searching:
         train_part, search_part = data.split_holdout(train_set, config.search_fraction, config.seed)
     judges = _judges(train_set, config)
     ready = make_ready(model, config, train_set, plan, processes)
@@ -131,6 +140,15 @@ def _search_trainer(model: nn.Module, config: TrainConfig, train_set: Any, proce
     return Trainer(search.supernet, config, train_part, processes,
                    teacher=teacher if config.has_teacher else None, search=search,
                    search_part=search_part, inputs=began_with)
+
+
+def _validation_images(test_set: Any) -> Any:
+    if test_set is None:
+        raise UserError("the search is to see validation images, and there are none: give them, "
+                        "or take search_images 'held-out'")
+    warnings.warn("ranks are searched on the images that judge the result, which flatters it; "
+                  "--search-images held-out takes training images", stacklevel=2)
+    return test_set
 
 
 def _frozen(teacher: nn.Module | None, processes: Processes) -> nn.Module | None:
@@ -240,23 +258,6 @@ def chosen_sites(model: nn.Module, images: Tensor | None, config: TrainConfig,
     return find_sites(model, prunable_mlps(model) if neurons else ())
 
 
-@torch.no_grad()
-def drop_attention_biases_(model: nn.Module, sites: list[Site]) -> None:
-    """Zero the biases of q, k, v and proj, as ComCAT's published code leaves them out."""
-    for name in {site.module for site in sites if site.kind != "linear"}:
-        attention = model.get_submodule(name)
-        for key, parameter in attention.named_parameters():
-            if key.endswith(("qkv.bias", "proj.bias", "q_bias", "k_bias", "v_bias")):
-                parameter.zero_()
-
-
-def _freeze_attention_biases_(supernet: nn.Module) -> None:
-    """The biases that were dropped stay zero in training."""
-    for name, parameter in supernet.named_parameters():
-        if name.endswith(("full.bq", "full.bo", "full.q.bias", "full.k.bias")):
-            parameter.requires_grad_(False)
-
-
 def start_search(ready: Ready, config: TrainConfig, plan: RankPlan | None, processes: Processes,
                  judges: Any = None) -> RankSearch:
     """A supernet, its architecture parameters, and the plan that training starts from.
@@ -273,12 +274,13 @@ def start_search(ready: Ready, config: TrainConfig, plan: RankPlan | None, proce
     """
     target = _target(ready, config, plan)
     supernet = _trainable_supernet(ready, config, processes)
-    multiple = 1 if plan is not None else reachable_multiple(ready.sites, target - ready.fixed)
-    gates = RankGates(ready.sites, multiple)
+    gates, multiple = _gates(ready, config, plan, target)
     refined = None
     if plan is not None:
         start = plan
-    elif config.start_from_allocation:
+    elif config.start == "largest":
+        start = gates.largest()
+    elif config.start == "allocation":
         start, refined = _allocated_plan(ready, supernet, config, processes, judges)
         gates.start_at_(explicit_plan(start, ready.sites))
     else:
@@ -290,6 +292,17 @@ def start_search(ready: Ready, config: TrainConfig, plan: RankPlan | None, proce
                         fixed=ready.fixed)
     search.refinement = None if refined is None else refined.summary()
     return search
+
+
+def _gates(ready: Ready, config: TrainConfig, plan: RankPlan | None,
+           target: float) -> tuple[RankGates, int]:
+    """The architecture parameters, and the step of their ranks."""
+    if plan is not None:
+        return RankGates(ready.sites, 1), 1
+    if config.menu == "comcat":
+        return RankGates(ready.sites, menu=menu), 1
+    multiple = reachable_multiple(ready.sites, target - ready.fixed)
+    return RankGates(ready.sites, multiple), multiple
 
 
 def _target(ready: Ready, config: TrainConfig, plan: RankPlan | None) -> float:
@@ -305,7 +318,7 @@ def _trainable_supernet(ready: Ready, config: TrainConfig, processes: Processes)
     supernet = build_supernet(ready.model, ready.factors, ready.sites)
     supernet.requires_grad_(True)
     if config.drop_attention_biases:
-        _freeze_attention_biases_(supernet)
+        freeze_attention_biases_(supernet)
     processes.broadcast_(supernet)
     return supernet
 

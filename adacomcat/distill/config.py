@@ -16,14 +16,24 @@ from adacomcat.utils.limits import CHOICES, TRAINING, require, require_kinds
 
 MLP = CHOICES["mlp"]
 
-# The preset 'comcat' holds what ComCAT's published code does differently: plain SVD without the
-# attentions' biases, uniform ranks at the start, a search in every epoch with τ annealed over the
-# search, hard distillation, no aligned blocks.
+# The published training of ComCAT, as its code and its commands for DeiT have it.
+_COMCAT: dict[str, Any] = {
+    # plain SVD without the attentions' biases, from the largest ranks of its menus
+    "calibration_images": 0, "drop_attention_biases": True, "finetune_attention_biases": True,
+    "mlp": "ranks", "menu": "comcat", "start": "largest",
+    # a search before every epoch but the first, once through the validation images
+    "search": "every", "first_search": 2, "search_images": "validation", "search_steps": None,
+    "search_batch_size": 128, "alpha_weight_decay": 5e-4, "tau_per": "search", "choose": "argmax",
+    "confirm_plans": False, "decompose_anew": True, "new_optimizer": True,
+    # hard distillation and aligned blocks
+    "kd": "hard", "kd_temperature": 1.0, "kd_reduction": "mean", "align": "comcat",
+    "align_weight": 0.5,
+    # DeiT's training
+    "mixup": 0.8, "cutmix": 1.0, "clip_grad": None, "min_lr": 1e-5,
+    "sched_per": "epoch",
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    "adacomcat": {},
-    "comcat": {"search": "every", "kd": "hard", "align": "none", "calibration_images": 0,
-               "drop_attention_biases": True, "start_from_allocation": False, "tau_per": "search",
-               "confirm_plans": False, "mlp": "ranks"},
+    "adacomcat": {}, "comcat": _COMCAT, "adaptive-comcat": _COMCAT | {"search": "adaptive"},
 }
 
 
@@ -41,8 +51,11 @@ class TrainConfig:
         batch_size: images of a step, over all processes.
         opt: timm's name of an optimiser.
         lr: the highest learning rate.
+        lr_base: images of a batch that ``lr`` is meant for: it is scaled by ``batch_size`` over
+            them. None: it holds as it is.
         weight_decay: the optimiser's.
         sched: timm's name of a schedule.
+        sched_per: whether it moves with every 'step', or with every 'epoch'.
         warmup_epochs: epochs in which the learning rate rises from ``warmup_lr`` to ``lr``.
         warmup_lr: the first learning rate of the warmup.
         min_lr: the last learning rate.
@@ -55,25 +68,41 @@ class TrainConfig:
         kd: 'soft' or 'hard' distillation of the teacher's outputs, or 'none'.
         kd_alpha: weight of distillation; that of the labels is 1 - kd_alpha.
         kd_temperature: T of soft distillation.
-        align: 'mse' or 'manifold' alignment of block outputs with the teacher's, or 'none'.
+        kd_reduction: soft distillation is a mean over images ('batchmean'), or over all outputs
+            ('mean'), which is smaller by the number of classes.
+        align: alignment of block outputs with the teacher's: 'mse' relative to the teacher's,
+            'manifold' of Gram matrices, 'comcat' by the sum of mean squared errors whose weight
+            falls with the product of all cosines to 0.01, or 'none'.
         align_weight: weight of the alignment in the first epoch.
         align_blocks: indices of the blocks that are aligned; None: the first two and last two.
         keep_params: share of the model's parameters to keep, in (0, 1]; None trains the model as
             it is, without a search.
         mlp: what is chosen of MLPs: 'neurons' (how many hidden neurons stay), or 'ranks'.
         search: when ranks are searched: 'adaptive', 'every' epoch, 'graded', or 'off'.
-        search_steps: batches of one search.
+        search_steps: batches of one search; None: once through its images.
+        search_batch_size: images of a batch of the search; None: as of the training.
+        search_images: those that the search sees: 'held-out' training images, or 'validation'
+            images in their order, which then say too much of its result.
         search_fraction: share of the training images that is held out for the search.
+        first_search: the epoch before which the first search may be.
+        menu: candidate ranks in 'steps', or the menus of 'comcat'.
+        choose: the likeliest plan within the 'budget', or the 'argmax' of every site.
+        decompose_anew: decompose the factors in force again before a search.
+        new_optimizer: forget the optimiser's moments after a search.
         alpha_lr: learning rate of the architecture parameters.
+        alpha_weight_decay: of the architecture parameters.
         beta: exponent of the search's penalty for parameters beyond the budget.
         tau_start: temperature at which annealing starts.
         tau_end: temperature at which it ends.
         tau_per: what the temperature is annealed over: the epochs ('epoch'), or each search.
         confirm_plans: adopt a searched plan only where held-out images like it better.
-        start_from_allocation: start at the plan of the allocation instead of uniform ranks.
+        start: the ranks that training starts at: those of the 'allocation', 'uniform' ones, or the
+            'largest' of all candidates.
         refine: plans to try before the first epoch, each judged by its loss on held-out images.
         calibration_images: training images that calibrate; 0: none.
         drop_attention_biases: train without the biases of the attentions.
+        finetune_attention_biases: the dropped biases are trained again in the last
+            ``finetune_epochs``, from zero.
         seed: decides all that is random.
         threads: torch's number of threads; None leaves it as it is.
         workers: processes that decode pictures.
@@ -91,8 +120,10 @@ class TrainConfig:
     batch_size: int = 128
     opt: str = "adamw"
     lr: float = 5e-4
+    lr_base: int | None = None
     weight_decay: float = 0.05
     sched: str = "cosine"
+    sched_per: str = "step"
     warmup_epochs: float = 0.0
     warmup_lr: float = 1e-6
     min_lr: float = 1e-6
@@ -105,24 +136,34 @@ class TrainConfig:
     kd: str = "soft"
     kd_alpha: float = 0.5
     kd_temperature: float = 2.0
+    kd_reduction: str = "batchmean"
     align: str = "mse"
     align_weight: float = 1.0
     align_blocks: tuple[int, ...] | None = None
     keep_params: float | None = None
     mlp: str = "neurons"
     search: str = "adaptive"
-    search_steps: int = 50
+    search_steps: int | None = 50
+    search_batch_size: int | None = None
+    search_images: str = "held-out"
     search_fraction: float = 0.1
+    first_search: int = 1
+    menu: str = "steps"
+    choose: str = "budget"
+    decompose_anew: bool = False
+    new_optimizer: bool = False
     alpha_lr: float = 1e-2
+    alpha_weight_decay: float = 0.0
     beta: float = 1.5
     tau_start: float = 5.0
     tau_end: float = 0.1
     tau_per: str = "epoch"
     confirm_plans: bool = True
-    start_from_allocation: bool = True
+    start: str = "allocation"
     refine: int = 0
     calibration_images: int = 256
     drop_attention_biases: bool = False
+    finetune_attention_biases: bool = False
     seed: int = 0
     threads: int | None = None
     workers: int = 0
@@ -135,7 +176,7 @@ class TrainConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "TrainConfig":
-        """The settings of 'adacomcat' or 'comcat', with changes by keyword.
+        """The settings of 'adacomcat', 'comcat' or 'adaptive-comcat', with changes by keyword.
 
         Raises:
             UserError: the preset or a setting is unknown, or a value is wrong.
@@ -157,6 +198,11 @@ class TrainConfig:
         return self.kd != "none" or self.align != "none"
 
     @property
+    def highest_lr(self) -> float:
+        """``lr``, scaled to the batch."""
+        return self.lr if self.lr_base is None else self.lr * self.batch_size / self.lr_base
+
+    @property
     def mixes_images(self) -> bool:
         return bool(self.mixup or self.cutmix)
 
@@ -175,14 +221,15 @@ class TrainConfig:
             value = getattr(self, name, None)
             if name != "preset" and value not in known:
                 raise UserError(f"unknown {name} {value!r:.60}; choose one of {', '.join(known)}")
-        require_kinds(self, augment=bool, confirm_plans=bool, start_from_allocation=bool,
-                      drop_attention_biases=bool, amp=bool, resume=bool, opt=str, sched=str)
+        require_kinds(self, augment=bool, confirm_plans=bool, drop_attention_biases=bool,
+                      finetune_attention_biases=bool, decompose_anew=bool, new_optimizer=bool,
+                      amp=bool, resume=bool, opt=str, sched=str)
         blocks = self.align_blocks
         if blocks is not None and not (isinstance(blocks, tuple | list)
                                        and all(type(index) is int for index in blocks)):
             raise UserError("align_blocks must be indices of blocks, like (0, 1); got "
                             f"{blocks!r:.60}")
-        if self.refine and (self.keep_params is None or not self.start_from_allocation):
+        if self.refine and (self.keep_params is None or self.start != "allocation"):
             raise UserError("refine moves the plan that an allocation at keep_params starts from: "
                             "give keep_params, and neither a plan nor the preset comcat")
         require_optimizer(self.opt)
@@ -195,9 +242,9 @@ class TrainConfig:
 
     def search_config(self) -> SearchConfig:
         """The settings that concern the search."""
-        return SearchConfig(self.search, self.search_steps, self.alpha_lr, self.beta,
-                            self.tau_start, self.tau_end, self.tau_per,
-                            self.confirm_plans)
+        return SearchConfig(self.search, self.alpha_lr, self.beta, self.tau_start, self.tau_end,
+                            self.tau_per, self.confirm_plans, self.alpha_weight_decay, self.choose,
+                            self.decompose_anew, self.first_search)
 
     def identity(self) -> dict[str, object]:
         """The settings that must agree between a run and its resumption, as plain values."""
@@ -209,7 +256,8 @@ class TrainConfig:
 
 
 # Settings that may be None, which means 'not at all' or 'as many as there are'.
-_OPTIONAL = ("steps", "clip_grad", "ema_decay", "keep_params", "threads")
+_OPTIONAL = ("steps", "clip_grad", "ema_decay", "keep_params", "threads", "lr_base",
+             "search_steps", "search_batch_size")
 
 
 @functools.cache
@@ -226,21 +274,29 @@ def require_optimizer(name: str) -> None:
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Scheduler:
-    """One schedule of the learning rate over all epochs of ``steps``, updated at every step."""
+    """One schedule of the learning rate over all epochs of ``steps``; ``move`` is its step."""
     warmup: Any = config.warmup_epochs  # a fraction of an epoch serves too, whatever timm declares
     scheduler, _ = create_scheduler_v2(
         optimizer, config.sched, num_epochs=max(1, config.total_epochs), warmup_epochs=warmup,
         warmup_lr=config.warmup_lr, warmup_prefix=True, min_lr=config.min_lr,
-        step_on_epochs=False, updates_per_epoch=steps)
+        step_on_epochs=config.sched_per == "epoch", updates_per_epoch=steps)
     if scheduler is None:
         raise ValueError("it is none")
     return scheduler
 
 
+def move(scheduler: Scheduler, config: TrainConfig, epoch: int, update: int) -> None:
+    """Set the learning rate for one update, counted from 0, of an epoch, counted from 1."""
+    if config.sched_per == "epoch":
+        scheduler.step(epoch - 1)
+    else:
+        scheduler.step_update(update)
+
+
 def _require_schedule(config: TrainConfig) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=config.lr)
     try:
-        make_schedule(optimizer, config, config.steps or 100).step_update(0)
+        move(make_schedule(optimizer, config, config.steps or 100), config, epoch=1, update=0)
     except Exception as error:  # each schedule has requirements and errors of its own
         raise UserError(f"sched {config.sched!r:.60} cannot run over {config.total_epochs} epochs: "
                         f"{reason(error)}; cosine is the usual one") from error

@@ -8,7 +8,12 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 from adacomcat.distill.config import TrainConfig
-from adacomcat.distill.losses import FeatureAlignment, alignment_decay, distillation_loss
+from adacomcat.distill.losses import (
+    FeatureAlignment,
+    alignment_decay,
+    distillation_loss,
+    running_weight,
+)
 from adacomcat.distill.teacher import require_teacher
 from adacomcat.errors import UserError
 from adacomcat.utils.distributed import Processes
@@ -18,7 +23,8 @@ from adacomcat.utils.random import numpy_seeded
 class Objective:
     """(1 - a) CE + a KD + w cos(π/2 · (epoch - 1) / epochs) alignment; without a teacher CE.
 
-    a is ``config.kd_alpha``, w ``config.align_weight``. Hooks on both models keep the features that
+    a is ``config.kd_alpha``, w ``config.align_weight``. ComCAT's alignment has ``running_weight``
+    instead, over the epochs that search. Hooks on both models keep the features that
     are aligned, so copies of the student are made before this.
     """
 
@@ -50,12 +56,18 @@ class Objective:
             teacher_logits = self.teacher(images)
         if config.kd != "none":
             distilled = distillation_loss(config.kd, logits.float(), teacher_logits.float(),
-                                          config.kd_temperature)
+                                          config.kd_temperature, config.kd_reduction)
             loss = (1 - config.kd_alpha) * loss + config.kd_alpha * distilled
         if self.alignment:
-            weight = config.align_weight * alignment_decay(epoch, config.total_epochs)
-            loss = loss + weight * self.alignment.loss(generator)
+            loss = loss + self._alignment_weight(epoch) * self.alignment.loss(generator)
         return loss
+
+    def _alignment_weight(self, epoch: int) -> float:
+        config = self.config
+        if config.align == "comcat":
+            searching = config.epochs if config.keep_params is not None else 0
+            return running_weight(config.align_weight, epoch, searching)
+        return config.align_weight * alignment_decay(epoch, config.total_epochs)
 
 
 def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:

@@ -12,11 +12,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from adacomcat.data import Batches, LabelledImages
-from adacomcat.distill.config import TrainConfig, make_schedule
+from adacomcat.distill.config import TrainConfig, make_schedule, move
 from adacomcat.distill.evaluation import evaluate
 from adacomcat.distill.objective import BatchMixing, Objective
 from adacomcat.distill.state import StateWriter
 from adacomcat.errors import UserError
+from adacomcat.search.published import free_attention_biases_
 from adacomcat.search.search import RankSearch
 from adacomcat.search.supernet import set_ranks_
 from adacomcat.utils.distributed import Processes
@@ -62,9 +63,7 @@ class Trainer:
         self.inputs = dict(inputs or {})
         self.search, self.train_part, self.search_part = search, train_part, search_part
         self.steps = len(self._batches(epoch=1))
-        self.optimizer = create_optimizer_v2(student, opt=config.opt, lr=config.lr,
-                                             weight_decay=config.weight_decay)
-        self.scheduler = make_schedule(self.optimizer, config, self.steps)
+        self._renew_optimizer()
         self.ema = None
         if config.ema_decay is not None:
             self.ema = ModelEmaV3(student, decay=config.ema_decay, use_warmup=True)
@@ -78,6 +77,18 @@ class Trainer:
         self.loss_sum = 0.0  # over the steps of this epoch
         self.history: list[dict[str, Any]] = []
         self.searches: list[dict[str, Any]] = []
+
+    def _renew_optimizer(self) -> None:
+        """An optimiser without a memory for what trains now, and the schedule of its rate."""
+        config = self.config
+        self.optimizer = create_optimizer_v2(self.student, opt=config.opt, lr=config.highest_lr,
+                                             weight_decay=config.weight_decay)
+        self.scheduler = make_schedule(self.optimizer, config, self.steps)
+
+    def _begin_finetuning(self) -> None:
+        """Train the attentions' biases again where the settings say so."""
+        if self.config.finetune_attention_biases and free_attention_biases_(self.student):
+            self._renew_optimizer()
 
     @property
     def best_model(self) -> nn.Module:
@@ -97,6 +108,8 @@ class Trainer:
         """
         while self.epoch <= self.config.total_epochs:
             start = time.perf_counter()
+            if self.epoch > self.config.epochs:
+                self._begin_finetuning()
             self._maybe_search()
             searched = time.perf_counter()
             self._run_epoch()
@@ -122,14 +135,16 @@ class Trainer:
         if self.searched:
             return
         if (search is None or self.search_part is None or self.epoch > config.epochs
-                or not search.policy.due(self.epoch)):
+                or not search.due(self.epoch)):
             self.searched = True
             return
-        batches = progress(search_batches(self.search_part, config, self.epoch, self.processes),
-                           f"epoch {self.epoch}: searching", total=config.search_steps)
+        batches = search_batches(self.search_part, config, self.epoch, self.processes)
+        batches = progress(batches, f"epoch {self.epoch}: searching", total=config.search_steps)
         self.searches.append(search.run(batches, epoch=self.epoch, epochs=config.epochs,
                                         seed=config.seed + SEARCH, processes=self.processes,
                                         after_step=self._after_step))
+        if config.new_optimizer:
+            self._renew_optimizer()
         self.searched = True
 
     def _batches(self, epoch: int, start_step: int = 0) -> Batches:
@@ -151,7 +166,7 @@ class Trainer:
     def _train_step(self, images: Tensor, labels: Tensor) -> float:
         """One update of the weights; the loss, a mean over all processes."""
         update, device = (self.epoch - 1) * self.steps + self.step, self.processes.device
-        self.scheduler.step_update(update)
+        move(self.scheduler, self.config, self.epoch, update)
         images, targets = self.mixing.mix(images.to(device), labels.to(device), self._key(MIXUP))
         # Each process drops other activations.
         torch.manual_seed(derived_seed(*self._key(DROPOUT), self.processes.rank))
@@ -223,6 +238,8 @@ class Trainer:
                             "it and begin anew") from error
 
     def _load(self, state: dict[str, Any]) -> None:
+        if state["epoch"] > self.config.epochs:
+            self._begin_finetuning()
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
@@ -235,8 +252,17 @@ class Trainer:
 
 def search_batches(part: LabelledImages, config: TrainConfig, epoch: int,
                    processes: Processes) -> Iterator[tuple[Tensor, Tensor]]:
-    """``config.search_steps`` shuffled batches of ``part``, which is begun anew when it ends."""
-    size = config.batch_size
+    """``config.search_steps`` shuffled batches of ``part``, which is begun anew when it ends.
+
+    Without a number of steps: all images once, those of the validation in their order.
+    """
+    size = config.search_batch_size or config.batch_size
+    if config.search_steps is None:
+        whole = len(part) // processes.world_size * processes.world_size  # none gets no image
+        yield from Batches(part.subset(torch.arange(whole)), size, shuffle=False, seed=config.seed,
+                           epoch=epoch, rank=processes.rank, world_size=processes.world_size,
+                           num_workers=config.workers)
+        return
     if size > len(part):  # a power of two: the same on one process and on several
         size = 1 << (len(part).bit_length() - 1)
     left, turn = config.search_steps, 0

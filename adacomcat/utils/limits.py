@@ -95,7 +95,9 @@ TRAINING: Mapping[str, Limit] = {
     "mixup": MIXING, "cutmix": MIXING, "smoothing": DECAY, "ema_decay": DECAY,
     "kd_alpha": WEIGHT, "kd_temperature": POSITIVE, "align_weight": NOT_NEGATIVE,
     "keep_params": FRACTION, "search_steps": NUMBER, "search_fraction": PART,
-    "alpha_lr": POSITIVE, "beta": NOT_NEGATIVE, "tau_start": POSITIVE, "tau_end": POSITIVE,
+    "search_batch_size": NUMBER, "first_search": NUMBER, "lr_base": NUMBER,
+    "alpha_weight_decay": NOT_NEGATIVE, "alpha_lr": POSITIVE, "beta": NOT_NEGATIVE,
+    "tau_start": POSITIVE, "tau_end": POSITIVE,
     "refine": COUNT, "calibration_images": COUNT, "seed": SEED, "threads": NUMBER,
     "workers": PROCESSES, "checkpoint_steps": COUNT, "checkpoint_seconds": POSITIVE,
 }
@@ -107,9 +109,14 @@ RECOVERY: Mapping[str, Limit] = {
 }
 # Setting of training → the words that it may be.
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "preset": ("adacomcat", "comcat"), "search": ("adaptive", "every", "graded", "off"),
+    "preset": ("adacomcat", "comcat", "adaptive-comcat"),
+    "search": ("adaptive", "every", "graded", "off"),
     "mlp": ("neurons", "ranks"), "kd": ("soft", "hard", "none"),
-    "align": ("mse", "manifold", "none"), "tau_per": ("epoch", "search"),
+    "kd_reduction": ("batchmean", "mean"),
+    "align": ("mse", "manifold", "comcat", "none"), "tau_per": ("epoch", "search"),
+    "start": ("allocation", "uniform", "largest"), "menu": ("steps", "comcat"),
+    "choose": ("budget", "argmax"), "search_images": ("held-out", "validation"),
+    "sched_per": ("step", "epoch"),
 }
 
 

@@ -249,7 +249,7 @@ def test_resuming_refines_no_second_time(tmp_path: Path, monkeypatch: pytest.Mon
     assert (again["plan"], again["refinement"]) == (first["plan"], first["refinement"])
 
 
-@pytest.mark.parametrize("settings", [{"keep_params": None}, {"start_from_allocation": False},
+@pytest.mark.parametrize("settings", [{"keep_params": None}, {"start": "uniform"},
                                       {"refine": -1}])
 def test_training_says_what_refinement_lacks(settings: dict) -> None:
     with pytest.raises(UserError, match="refine m"):
