@@ -124,7 +124,7 @@ def test_other_conditions_are_measured_apart(cache, monkeypatch) -> None:
         assert len(measure.timed) > 1, settings
     for owner, name, value in ((torch, "get_num_threads", lambda: 99),
                                (adacomcat, "__version__", "99"), (torch, "__version__", "99"),
-                               (latency_cache, "_cpu_name", lambda: "another")):
+                               (latency_cache, "device_name", lambda device: "another")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
             measure = CostModel()
