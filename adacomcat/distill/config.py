@@ -239,7 +239,7 @@ class TrainConfig:
         return optimizer_arguments(self.momentum, self.opt_eps, self.opt_betas)
 
     def __post_init__(self) -> None:
-        # 0 is off: as a norm it would stop every weight.
+        # 0 is off, as in timm: as a norm it would stop every weight. Flags say 'none'.
         for name in ("clip_grad", "lr_base", "search_steps", "aa"):
             if getattr(self, name) in (0, "none"):
                 object.__setattr__(self, name, None)

@@ -42,10 +42,13 @@ class Objective:
             if config.kd != "none" and distilled is not None:
                 distilled(True)  # in training the student gives both outputs
 
-    def remove_hooks(self) -> None:
-        """Keep no more features: copies of the student carry the hooks."""
+    def end(self) -> None:
+        """Leave the student as it was: without hooks, and with one output in training."""
         if self.alignment is not None:
             self.alignment.remove()
+        distilled: Any = getattr(self.student, "set_distilled_training", None)
+        if distilled is not None:
+            distilled(False)
 
     def loss(self, images: Tensor, targets: Tensor, epoch: int, generator: torch.Generator,
              mean: Callable[[Tensor], Tensor] = lambda values: values) -> Tensor:

@@ -147,7 +147,7 @@ class Trainer:
             self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
             self.searched = False
             self.save()
-        self.objective.remove_hooks()
+        self.objective.end()
         if self.writer is not None:
             self.writer.finish()
 

@@ -5,6 +5,7 @@ on a GPU.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -80,14 +81,14 @@ def samples(device: torch.device) -> Iterator[Sample]:
         yield Sample("gated_low_rank_linear", cast(x, factors[0], draw(RANK), *factors[1:]),
                      ops.gated_low_rank_linear)
         yield Sample("low_rank_mlp", cast(x, *factors, *back),
-                     lambda *tensors: ops.low_rank_mlp(*tensors, "gelu"))
+                     partial(ops.low_rank_mlp, activation="gelu"))
         yield Sample("dense_mlp", cast(x, draw(HIDDEN // 2, WIDTH), draw(HIDDEN // 2),
                                        draw(WIDTH, HIDDEN // 2), draw(WIDTH)),
-                     lambda *tensors: ops.dense_mlp(*tensors, "gelu"))
+                     partial(ops.dense_mlp, activation="gelu"))
         yield Sample("low_rank_attention",
                      cast(x, rows[0], draw(attention), *rows[1:], draw(WIDTH, attention),
                           draw(WIDTH)),
-                     lambda *tensors: ops.low_rank_attention(*tensors, HEADS, 64 ** -0.5))
+                     partial(ops.low_rank_attention, num_heads=HEADS, scale=64 ** -0.5))
     for dtype in backends.DECOMPOSITION_DTYPES:
         yield Sample("batched_svd", (draw(HEADS, 64, 64).to(device, dtype),),
                      lambda a: batched_svd(a)[1])

@@ -41,7 +41,8 @@ def _ranked(op: str, kind: str, index: int | None, dtype: torch.dtype,
             training: bool) -> tuple[str, ...]:
     if kind not in ("cpu", "cuda"):
         return ()
-    times = read(torch.device(kind, index)).get(key(op, dtype, training), {})
+    device = torch.device(kind if index is None else f"{kind}:{index}")
+    times = read(device).get(key(op, dtype, training), {})
     most = MARGIN * min(times.values(), default=0.0)
     return tuple(sorted(times, key=lambda name: times[name] > most))
 

@@ -130,7 +130,6 @@ class RankGates(nn.Module):
         fill(items, chosen, budget)
         return _plan_of(self.sites, self.candidates, chosen)
 
-
     @torch.no_grad()
     def likeliest(self) -> RankPlan:
         """The most likely rank of every site, whatever they cost together."""

@@ -196,6 +196,17 @@ def test_attention_biases_train_once_the_ranks_stand(finetuned):
     assert (biases(1).abs().max() > 0) == finetuned
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_second_stage_trains_biases_or_leaves_them_out(trained):
+    """As the second command does with --attn2-with-bias, or without."""
+    small = run(epochs=1).model
+    config = TrainConfig.preset("comcat", epochs=1, steps=2, batch_size=64, threads=1, device="cpu",
+                                finetune_attention_biases=trained)
+    found = train.run(small, config, *make_sets(small), teacher=make_model()).model
+    biases = torch.cat([torch.cat([block.attn.bq, block.attn.bo]) for block in found.blocks])
+    assert (biases.abs().max() > 0) == trained
+
+
 def test_a_resumed_run_is_the_same(tmp_path):
     """The factors are made anew at a search and not again after it, and so are the biases."""
     whole = run(epochs=2, finetune_epochs=1)

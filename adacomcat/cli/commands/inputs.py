@@ -113,7 +113,7 @@ def teacher(args: argparse.Namespace) -> nn.Module:
     other = copy.copy(args)
     other.model, other.checkpoint = args.teacher, args.teacher_checkpoint
     other.pretrained = args.teacher_checkpoint is None
-    if args.teacher != args.model or args.teacher_kwargs:
+    if args.teacher_kwargs or not (args.teacher == args.model or is_folder(args.model)):
         other.model_kwargs = args.teacher_kwargs
     if args.img_size is not None and not _takes_size(args.teacher):
         other.img_size = None

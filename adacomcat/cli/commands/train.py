@@ -64,7 +64,7 @@ def _trained(args: argparse.Namespace, config: TrainConfig, state: Path) -> Outc
     """Train, then write the checkpoint, then the report, and then remove the state."""
     inputs.device(args)
     model = inputs.model(args, weights_matter=not args.dense)
-    _require_room(model, args.output, state)
+    _require_room(model, args.output, state, copies=4 + args.keep_best)
     teacher = None if args.teacher is None else inputs.teacher(args)
     if teacher is not None and config.kd != "none":
         require_teacher(model, teacher)
@@ -85,7 +85,7 @@ def _trained(args: argparse.Namespace, config: TrainConfig, state: Path) -> Outc
 def _keep(folder: Path, model: nn.Module) -> None:
     """Put ``model`` in the place of the one that was the best before."""
     shutil.rmtree(folder, ignore_errors=True)
-    checkpoint.save(model, folder)
+    checkpoint.save(model.cpu(), folder)
 
 
 def _reported(args: argparse.Namespace, state: Path, model: nn.Module, trained: nn.Module,
@@ -133,12 +133,14 @@ def _alone(state: Path, output: str) -> Iterator[None]:
                     shutil.rmtree(state)
 
 
-def _require_room(model: nn.Module, output: str, state: Path) -> None:
-    """Room for the checkpoint and for the weights with their optimiser's two moments."""
+def _require_room(model: nn.Module, output: str, state: Path, copies: int) -> None:
+    """Room for the checkpoint, and in the state for ``copies`` of the weights: weights with their
+    optimiser's two moments, and the best model.
+    """
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     if is_first():
         require_writable(Path(output) / checkpoint.CONFIG, size)
-        require_writable(state / FILE, 4 * size)
+        require_writable(state / FILE, copies * size)
 
 
 def _require_budget(args: argparse.Namespace) -> None:
