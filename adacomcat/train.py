@@ -20,9 +20,14 @@ from adacomcat.convert.model import convert_
 from adacomcat.convert.record import compression_of
 from adacomcat.cost import model_params
 from adacomcat.distill.config import TrainConfig
-from adacomcat.distill.drop_path import set_drop_path_
 from adacomcat.distill.evaluation import evaluate
-from adacomcat.distill.start import calibration_images, judging_images, make_ready, start_search
+from adacomcat.distill.start import (
+    calibration_images,
+    judging_images,
+    make_ready,
+    set_drop_path_,
+    start_search,
+)
 from adacomcat.distill.state import has_state, load_state
 from adacomcat.distill.trainer import Trainer
 from adacomcat.errors import UserError
@@ -83,7 +88,7 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
     model = copy.deepcopy(model).to(processes.device)
     train_set = train_set.augmented_by(config.picture_augmentation)
     start = time.perf_counter()
-    began_with = _checksums(model, config, train_set, teacher, plan)
+    began_with = _checksums(model, config, train_set, test_set, teacher, plan)
     if config.keep_params is None and plan is None:
         trainer = _dense_trainer(model, config, train_set, processes, teacher, began_with)
     elif config.total_epochs == 0:
@@ -113,7 +118,8 @@ def _dense_trainer(model: nn.Module, config: TrainConfig, train_set: Any, proces
 
 
 def _checksums(model: nn.Module, config: TrainConfig, train_set: data.LabelledImages,
-               teacher: nn.Module | None, plan: RankPlan | None) -> dict[str, str]:
+               test_set: data.LabelledImages | None, teacher: nn.Module | None,
+               plan: RankPlan | None) -> dict[str, str]:
     """What decides the run beside its settings, by checksums; nothing where no state is kept."""
     if config.state_dir is None:
         return {}
@@ -121,6 +127,8 @@ def _checksums(model: nn.Module, config: TrainConfig, train_set: data.LabelledIm
              "plan": checksum(None if plan is None else plan.ranks)}
     if config.has_teacher and teacher is not None:
         found["teacher"] = checksum(teacher.state_dict())
+    if config.search_images == "validation" and test_set is not None:
+        found["validation set"] = test_set.checksum()
     return found
 
 

@@ -19,6 +19,7 @@ from adacomcat.distill.losses import (
 from adacomcat.distill.teacher import require_teacher
 from adacomcat.errors import UserError
 from adacomcat.utils.distributed import Processes
+from adacomcat.utils.model import input_size
 from adacomcat.utils.random import numpy_seeded
 
 
@@ -103,6 +104,14 @@ def _nothing(model: nn.Module, images: Tensor) -> list[Tensor]:
     return []
 
 
+def _require_boxes(shares: tuple[float, ...], size: tuple[int, int, int]) -> None:
+    """Raise a ``UserError`` unless timm finds a side of whole pixels between the two shares."""
+    least, most = shares
+    if any(int(side * least) >= int(side * most) for side in size[1:]):
+        raise UserError(f"cutmix_minmax {least:g} to {most:g} leaves no side of a box in images of "
+                        f"{size[1]} x {size[2]} pixels: take a wider range")
+
+
 class BatchMixing:
     """timm's Mixup and CutMix over the global batch, so that shards change nothing.
 
@@ -119,6 +128,8 @@ class BatchMixing:
         if config.mixup_mode != "batch" and processes.world_size > 1:
             raise UserError(f"mixup_mode {config.mixup_mode} draws for the images of one process: "
                             "take batch, or run one process")
+        if config.cutmix_minmax is not None:
+            _require_boxes(config.cutmix_minmax, input_size(model))
         num_classes: Any = model.num_classes
         self.mixup = Mixup(config.mixup, config.cutmix, config.cutmix_minmax, config.mixup_prob,
                            config.mixup_switch_prob, config.mixup_mode,

@@ -1,12 +1,13 @@
 """What a run trains: the dense model made ready, and the search with the plan that it starts from.
 
-``train.run`` calls ``make_ready`` and then ``start_search``.
+``train.run`` calls ``make_ready``, then ``start_search``, and gives the student its ``drop_path``.
 """
 
 import copy
 from typing import Any, NamedTuple
 
 import torch
+from timm.layers import DropPath, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from adacomcat import data
@@ -204,3 +205,20 @@ def _cross_entropy(supernet: nn.Module, sites: list[Site], judges: Any, config: 
         set_ranks_(supernet, explicit_plan(plan, sites))
         return evaluate(supernet, judges, 4 * config.batch_size, processes, config.workers)["loss"]
     return loss_of
+
+
+def set_drop_path_(model: nn.Module, rate: float | None) -> nn.Module:
+    """Give the branches of ``model``'s blocks rates that rise from 0 to ``rate``, as timm has them.
+
+    Blocks are the modules that hold a ``drop_path``, as timm names it; None leaves all as it is.
+    """
+    if rate is None:
+        return model
+    blocks = [module for module in model.modules()
+              if any(name.startswith("drop_path") for name, _ in module.named_children())]
+    rates: Any = calculate_drop_path_rates(rate, len(blocks))
+    for block, own in zip(blocks, rates, strict=True):
+        for name, _ in list(block.named_children()):
+            if name.startswith("drop_path"):
+                setattr(block, name, DropPath(own) if own else nn.Identity())
+    return model

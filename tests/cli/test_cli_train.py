@@ -85,7 +85,7 @@ def test_defaults_in_the_help_are_those_of_the_training(run):
         if told.get(flag) is not None and type(value) in (int, float, str):
             assert told[flag] == str(value), flag
             compared += 1
-    assert compared > 40
+    assert compared > 35
 
 
 def test_interrupted_training_goes_on(tmp_path, run, run_json, monkeypatch):

@@ -128,6 +128,13 @@ def test_datasets_of_timm_by_their_names(tmp_path):
             assert label == known
 
 
+def test_a_folder_with_such_a_name_is_a_folder(tmp_path, monkeypatch):
+    image_folder(tmp_path / "torch/cifar10")
+    monkeypatch.chdir(tmp_path)
+    assert inputs.dataset(arguments(tmp_path, "--data", "torch/cifar10")) == (
+        "folder", "torch/cifar10")
+
+
 @pytest.mark.parametrize(("name", "says"), [
     ("wds/imagenet", "is a stream"), ("tfds/cifar10", "is a stream"),
     ("torch/no_such_set", "timm cannot make the part 'train'")])

@@ -19,8 +19,8 @@ from adacomcat.data import Batches, PictureAugmentation, TensorImages
 from adacomcat.data.folder import open_picture
 from adacomcat.distill import trainer
 from adacomcat.distill.config import TrainConfig
-from adacomcat.distill.drop_path import set_drop_path_
 from adacomcat.distill.objective import BatchMixing, Objective
+from adacomcat.distill.start import set_drop_path_
 from adacomcat.errors import UserError
 from adacomcat.utils.distributed import Processes
 
@@ -59,6 +59,12 @@ def test_cutmix_minmax_bounds_the_box():
     cut = (images != images[:, :, :1, :1]).float().mean((1, 2, 3))
     assert ((7 / 16) ** 2 <= cut).all() and (cut <= 0.25).all()  # whole pixels of 16
     torch.testing.assert_close(shares(targets), 1 - cut)
+
+
+@pytest.mark.parametrize("shares", [(0.8, 0.2), (0.5, 0.5), (0.2, 0.21)])
+def test_shares_without_a_box_are_refused(shares):
+    with pytest.raises(UserError, match="leaves no side of a box in images of 16 x 16 pixels"):
+        mixed(mixup=0.0, cutmix_minmax=shares)
 
 
 def test_mixup_mode_elem_mixes_every_image_by_itself():

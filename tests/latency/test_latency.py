@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Callable
@@ -170,7 +171,7 @@ def test_a_write_that_fails_leaves_the_old_cache(cache, monkeypatch) -> None:
     def dies(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(latency_cache.os, "replace", dies)
+    monkeypatch.setattr(os, "replace", dies)
     tables(CostModel(), batch=2)
     assert file.read_text() == before and list(cache.iterdir()) == [file]
 

@@ -223,6 +223,17 @@ def test_a_resumed_run_is_the_same(tmp_path):
         assert torch.equal(again.model.state_dict()[name], tensor), name
 
 
+def test_a_run_that_searches_other_validation_images_is_refused(tmp_path):
+    model = make_model()
+    config = TrainConfig.preset("comcat", epochs=2, batch_size=64, keep_params=0.5, threads=1,
+                                device="cpu", steps=2, state_dir=str(tmp_path / "state"))
+    assert interrupted(config, "search")
+    train_set, test_set = make_sets(model)
+    with pytest.warns(UserWarning), \
+            pytest.raises(train.UserError, match="began with another validation set"):
+        train.run(model, config.with_(resume=True), train_set, test_set.subset(torch.arange(50)))
+
+
 def interrupted(config, when):
     """Whether a run ended by a signal in the midst of a search, or of the last epoch."""
     from adacomcat.distill import trainer

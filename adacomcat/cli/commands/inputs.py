@@ -155,10 +155,12 @@ def dataset(args: argparse.Namespace) -> tuple[str, str | None]:
     Raises:
         UserError: --data is neither a dataset nor a folder.
     """
-    if args.data in (*data.ARRAY_DATASETS, "folder") or data.is_named(args.data):
+    if args.data in (*data.ARRAY_DATASETS, "folder"):
         return args.data, args.data_dir
     if os.path.isdir(args.data):
         return "folder", args.data
+    if data.is_named(args.data):
+        return args.data, args.data_dir
     raise UserError(f"--data {args.data} is neither a folder nor a dataset; the datasets are "
                     f"{', '.join(data.ARRAY_DATASETS)}, and timm's torch/… and hfds/…")
 
