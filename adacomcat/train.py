@@ -7,41 +7,38 @@ epochs it compresses at the plan where training would have started.
 
 import copy
 import time
+import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from adacomcat import data
-from adacomcat.allocation.budget import Budget
-from adacomcat.allocation.refine import Loss, refined_allocation
-from adacomcat.allocation.sensitivity import ErrorWeights, error_weights
-from adacomcat.convert.calibrate import calibration_batches, collect_statistics
-from adacomcat.convert.factors import (
-    Factors,
-    blank_factors,
-    factorize_model,
-    require_finite_model,
-)
+from adacomcat.convert.factors import require_finite_model
 from adacomcat.convert.model import convert_
-from adacomcat.convert.record import Refined, compression_of
+from adacomcat.convert.record import compression_of
 from adacomcat.cost import model_params
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.evaluation import evaluate
+from adacomcat.distill.start import (
+    calibration_images,
+    judging_images,
+    make_ready,
+    set_drop_path_,
+    start_search,
+)
 from adacomcat.distill.state import has_state, load_state
 from adacomcat.distill.trainer import Trainer
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
-from adacomcat.search.gates import RankGates, reachable_multiple, uniform_plan
+from adacomcat.search.published import freeze_attention_biases_
 from adacomcat.search.search import RankSearch
-from adacomcat.search.supernet import build_supernet, explicit_plan, finalize, set_ranks_
-from adacomcat.sites import DENSE, Site, find_sites, prunable_mlps
+from adacomcat.search.supernet import finalize
 from adacomcat.utils.checksum import checksum
 from adacomcat.utils.distributed import Processes, start_processes
-from adacomcat.utils.random import derived_generator
 
-CALIBRATION = 100  # the stream of random numbers that picks calibration images
-MOST_JUDGES = 1024  # labelled images that judge the plans of a refinement
+__all__ = ["TrainResult", "calibration_images", "run"]
 
 
 class TrainResult(NamedTuple):
@@ -52,7 +49,8 @@ class TrainResult(NamedTuple):
 
 
 def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = None, *,
-        teacher: nn.Module | None = None, plan: RankPlan | None = None) -> TrainResult:
+        teacher: nn.Module | None = None, plan: RankPlan | None = None,
+        on_best: Callable[[nn.Module], None] | None = None) -> TrainResult:
     """Compress and train a copy of ``model``; without keep_params and plan, train it as it is.
 
     Args:
@@ -63,6 +61,8 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
         test_set: labelled images that judge the result, and every epoch.
         teacher: what is distilled; the dense model where not given.
         plan: the ranks, in place of an allocation and a search.
+        on_best: called with the finished model after each epoch that is the best so far on
+            ``test_set``, in the first process.
 
     Returns:
         The trained model in eval mode, and the results: parameters, history, searches, seconds,
@@ -86,37 +86,40 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
     processes = start_processes(config.device, config.timeout)
     config = _resuming_or_not(config, processes)
     model = copy.deepcopy(model).to(processes.device)
+    train_set = train_set.augmented_by(config.picture_augmentation)
     start = time.perf_counter()
-    began_with = _checksums(model, config, train_set, teacher, plan)
+    began_with = _checksums(model, config, train_set, test_set, teacher, plan)
     if config.keep_params is None and plan is None:
         trainer = _dense_trainer(model, config, train_set, processes, teacher, began_with)
     elif config.total_epochs == 0:
         return _without_epochs(model, config, train_set, test_set, plan, processes)
     else:
-        trainer = _search_trainer(model, config, train_set, processes, teacher, plan, began_with)
+        trainer = _search_trainer(model, config, train_set, test_set, processes, teacher, plan,
+                                  began_with)
     if config.resume:
         trainer.load_state_dict(load_state(str(config.state_dir)))
     elif trainer.search is not None:
         trainer.save()  # calibrating and factorising may have taken long
-    trainer.train(test_set)
-    trained = trainer.whole_model()
-    if trainer.search is not None:
-        trained = finalize(trained, trainer.search.plan)
+    trainer.train(test_set, on_best)
+    trained = trainer.finished()
     seconds = time.perf_counter() - start
-    return TrainResult(trained.eval(), _results(model, trained, trainer, test_set, seconds))
+    return TrainResult(trained, _results(model, trained, trainer, test_set, seconds))
 
 
 def _dense_trainer(model: nn.Module, config: TrainConfig, train_set: Any, processes: Processes,
                    teacher: nn.Module | None, began_with: dict[str, str]) -> Trainer:
-    student = copy.deepcopy(model)
+    student = set_drop_path_(copy.deepcopy(model), config.drop_path)
     student.requires_grad_(True)
+    if config.drop_attention_biases and not config.finetune_attention_biases:
+        freeze_attention_biases_(student)
     processes.broadcast_(student)
     return Trainer(student, config, train_set, processes, teacher=_frozen(teacher, processes),
                    inputs=began_with)
 
 
 def _checksums(model: nn.Module, config: TrainConfig, train_set: data.LabelledImages,
-               teacher: nn.Module | None, plan: RankPlan | None) -> dict[str, str]:
+               test_set: data.LabelledImages | None, teacher: nn.Module | None,
+               plan: RankPlan | None) -> dict[str, str]:
     """What decides the run beside its settings, by checksums; nothing where no state is kept."""
     if config.state_dir is None:
         return {}
@@ -124,24 +127,38 @@ def _checksums(model: nn.Module, config: TrainConfig, train_set: data.LabelledIm
              "plan": checksum(None if plan is None else plan.ranks)}
     if config.has_teacher and teacher is not None:
         found["teacher"] = checksum(teacher.state_dict())
+    if config.search_images == "validation" and test_set is not None:
+        found["validation set"] = test_set.checksum()
     return found
 
 
-def _search_trainer(model: nn.Module, config: TrainConfig, train_set: Any, processes: Processes,
-                    teacher: nn.Module | None, plan: RankPlan | None,
+def _search_trainer(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any,
+                    processes: Processes, teacher: nn.Module | None, plan: RankPlan | None,
                     began_with: dict[str, str]) -> Trainer:
     if config.has_teacher:
         teacher = _frozen(model if teacher is None else teacher, processes)
     searching = config.search != "off" and plan is None
     train_part, search_part = train_set, None
-    if searching:
+    if searching and config.search_images == "validation":
+        search_part = _validation_images(test_set)
+    elif searching:
         train_part, search_part = data.split_holdout(train_set, config.search_fraction, config.seed)
-    judges = _judges(train_set, config)
+    judges = judging_images(train_set, config)
     ready = make_ready(model, config, train_set, plan, processes)
     search = start_search(ready, config, plan, processes, judges)
+    set_drop_path_(search.supernet, config.drop_path)
     return Trainer(search.supernet, config, train_part, processes,
                    teacher=teacher if config.has_teacher else None, search=search,
                    search_part=search_part, inputs=began_with)
+
+
+def _validation_images(test_set: Any) -> Any:
+    if test_set is None:
+        raise UserError("the search is to see validation images, and there are none: give them, "
+                        "or take search_images 'held-out'")
+    warnings.warn("ranks are searched on the images that judge the result, which flatters it; "
+                  "--search-images held-out takes training images", stacklevel=2)
+    return test_set
 
 
 def _frozen(teacher: nn.Module | None, processes: Processes) -> nn.Module | None:
@@ -159,7 +176,7 @@ def _without_epochs(model: nn.Module, config: TrainConfig, train_set: Any, test_
     rounding from factors that are cut in float64.
     """
     start = time.perf_counter()
-    judges = _judges(train_set, config)
+    judges = judging_images(train_set, config)
     ready = make_ready(model, config, train_set, plan, processes)
     search = start_search(ready, config, plan, processes, judges)
     if ready.batches is None:
@@ -170,184 +187,6 @@ def _without_epochs(model: nn.Module, config: TrainConfig, train_set: Any, test_
     results |= _refinement(search)
     results["seconds"] = time.perf_counter() - start
     return TrainResult(trained.eval(), results)
-
-
-def calibration_images(train_set: Any, count: int, seed: int,
-                       processes: Processes) -> Tensor | None:
-    """``count`` training images without augmentation, the same on every process."""
-    if not count:
-        return None
-    chosen = train_set.subset(_calibration_order(train_set, seed)[:count])
-    batches = data.Batches(chosen, count, shuffle=False, seed=seed, epoch=0)
-    return torch.cat([images for images, _ in batches]).to(processes.device)
-
-
-def _calibration_order(train_set: Any, seed: int) -> Tensor:
-    return torch.randperm(len(train_set), generator=derived_generator(seed, CALIBRATION))
-
-
-def _judges(train_set: Any, config: TrainConfig) -> Any:
-    """Training images that did not calibrate, to judge plans by; None where none is refined."""
-    if not config.refine or config.resume:  # the state knows its plan
-        return None
-    order = _calibration_order(train_set, config.seed)
-    chosen = order[config.calibration_images:][:MOST_JUDGES]
-    if not len(chosen):
-        raise UserError(f"all {len(train_set)} training images calibrate, and refine needs others "
-                        "to judge plans: lower calibration_images")
-    return train_set.subset(chosen)
-
-
-class Ready(NamedTuple):
-    """A dense model with what every plan for it is made of."""
-
-    model: nn.Module  # its weights are decomposed
-    batches: list[Tensor] | None  # calibration images
-    sites: list[Site]
-    factors: Factors
-
-    @property
-    def params(self) -> int:
-        return model_params(self.model)
-
-    @property
-    def fixed(self) -> int:
-        """Parameters that belong to no site."""
-        return self.params - sum(site.dense_params for site in self.sites)
-
-
-def make_ready(model: nn.Module, config: TrainConfig, train_set: Any, plan: RankPlan | None,
-               processes: Processes) -> Ready:
-    """Calibrate ``model`` with training images and factorise its sites; a state has both."""
-    if config.drop_attention_biases:
-        model = copy.deepcopy(model)
-        drop_attention_biases_(model, find_sites(model))
-    _require_uncompressed(model)
-    sites = chosen_sites(model, config, plan)
-    if not sites:
-        raise UserError("this model has no projection that can be made low-rank")
-    if config.resume:
-        return Ready(model, None, sites, blank_factors(model, sites))
-    images = calibration_images(train_set, config.calibration_images, config.seed, processes)
-    batches = None if images is None else calibration_batches(images, model)
-    statistics = None if batches is None else collect_statistics(model, batches)
-    return Ready(model, batches, sites, factorize_model(model, statistics, sites=sites))
-
-
-def _require_uncompressed(model: nn.Module) -> None:
-    if any(rank != DENSE for rank in compression_of(model).ranks.values()):
-        raise UserError("this model is compressed already; start from the dense model, or train "
-                        "this one as it is, without a budget or a plan (--dense)")
-
-
-def chosen_sites(model: nn.Module, config: TrainConfig, plan: RankPlan | None) -> list[Site]:
-    """The decisions of a given plan, else those that ``config.mlp`` names.
-
-    Only activations tell which neurons an MLP can spare: without images it gets two ranks.
-    """
-    if plan is not None:
-        return plan.validate(model)
-    neurons = config.mlp == "neurons" and config.calibration_images
-    return find_sites(model, prunable_mlps(model) if neurons else ())
-
-
-@torch.no_grad()
-def drop_attention_biases_(model: nn.Module, sites: list[Site]) -> None:
-    """Zero the biases of q, k, v and proj, as ComCAT's published code leaves them out."""
-    for name in {site.module for site in sites if site.kind != "linear"}:
-        attention = model.get_submodule(name)
-        for key, parameter in attention.named_parameters():
-            if key.endswith(("qkv.bias", "proj.bias", "q_bias", "k_bias", "v_bias")):
-                parameter.zero_()
-
-
-def _freeze_attention_biases_(supernet: nn.Module) -> None:
-    """The biases that were dropped stay zero in training."""
-    for name, parameter in supernet.named_parameters():
-        if name.endswith(("full.bq", "full.bo", "full.q.bias", "full.k.bias")):
-            parameter.requires_grad_(False)
-
-
-def start_search(ready: Ready, config: TrainConfig, plan: RankPlan | None, processes: Processes,
-                 judges: Any = None) -> RankSearch:
-    """A supernet, its architecture parameters, and the plan that training starts from.
-
-    Args:
-        ready: the dense model with its sites and factors.
-        config: the budget, and how ranks are searched.
-        plan: ranks that are given; nothing is searched then.
-        processes: who shares the run.
-        judges: labelled images; with them the allocation's plan is refined.
-
-    Raises:
-        UserError: the projections cannot have as few parameters as the budget leaves them.
-    """
-    target = _target(ready, config, plan)
-    supernet = _trainable_supernet(ready, config, processes)
-    multiple = 1 if plan is not None else reachable_multiple(ready.sites, target - ready.fixed)
-    gates = RankGates(ready.sites, multiple)
-    refined = None
-    if plan is not None:
-        start = plan
-    elif config.resume:  # the state has the plan
-        start = RankPlan()
-    elif config.start_from_allocation:
-        start, refined = _allocated_plan(ready, supernet, config, processes, judges)
-        gates.start_at_(explicit_plan(start, ready.sites))
-    else:
-        start = uniform_plan(ready.sites, target - ready.fixed, multiple)
-    start = processes.broadcast_object(explicit_plan(start, ready.sites))
-    policy = "off" if plan is not None else config.search
-    search = RankSearch(supernet, ready.sites, gates.to(processes.device), start,
-                        config.with_(search=policy).search_config(), target=target,
-                        fixed=ready.fixed)
-    search.refinement = None if refined is None else refined.summary()
-    return search
-
-
-def _target(ready: Ready, config: TrainConfig, plan: RankPlan | None) -> float:
-    """Parameters of the whole compressed model."""
-    if plan is not None:
-        return ready.fixed + plan.params(ready.sites)
-    assert config.keep_params is not None  # without both the model is trained as it is
-    return config.keep_params * ready.params
-
-
-def _trainable_supernet(ready: Ready, config: TrainConfig, processes: Processes) -> nn.Module:
-    """The same on every process."""
-    supernet = build_supernet(ready.model, ready.factors, ready.sites)
-    supernet.requires_grad_(True)
-    if config.drop_attention_biases:
-        _freeze_attention_biases_(supernet)
-    processes.broadcast_(supernet)
-    return supernet
-
-
-def _allocated_plan(ready: Ready, supernet: nn.Module, config: TrainConfig, processes: Processes,
-                    judges: Any) -> tuple[RankPlan, Refined | None]:
-    """The allocation's plan at ``config.keep_params``; with judges a refined one."""
-    assert config.keep_params is not None  # an allocation has a budget
-    weights = error_weights(ready.model, ready.factors, ready.batches, ready.sites)
-    allocator = Budget("params", config.keep_params).allocator(ready.model, ready.factors,
-                                                               ready.sites)
-
-    def plan_for(weights: ErrorWeights) -> RankPlan:
-        return processes.broadcast_object(allocator.plan(weights))
-
-    if judges is None:
-        return plan_for(weights), None
-    loss_of = _cross_entropy(supernet, ready.sites, judges, config, processes)
-    refined = refined_allocation(plan_for, weights, ready.sites, loss_of, config.refine)
-    return refined.plan, refined
-
-
-def _cross_entropy(supernet: nn.Module, sites: list[Site], judges: Any, config: TrainConfig,
-                   processes: Processes) -> Loss:
-    """plan → loss of the supernet cut to it."""
-    def loss_of(plan: RankPlan) -> float:
-        set_ranks_(supernet, explicit_plan(plan, sites))
-        return evaluate(supernet, judges, 4 * config.batch_size, processes, config.workers)["loss"]
-    return loss_of
 
 
 def _resuming_or_not(config: TrainConfig, processes: Processes) -> TrainConfig:
@@ -382,6 +221,8 @@ def _results(dense: nn.Module, trained: nn.Module, trainer: Trainer, test_set: A
              seconds: float) -> dict[str, Any]:
     results = _summary(dense, trained, test_set, trainer.config, trainer.processes)
     results |= {"history": trainer.history, "searches": trainer.searches, "seconds": seconds}
+    if trainer.best:
+        results["best"] = trainer.best
     if trainer.search is not None:
         results |= {"search_count": trainer.search.count,
                     "search_seconds": trainer.search.seconds} | _refinement(trainer.search)

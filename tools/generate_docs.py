@@ -16,7 +16,8 @@ from pathlib import Path
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = {"backends": "backends.md", "choices": "backends.md", "commands": "command-line.md",
-         "families": "families.md", "cost": "many-machines.md"}
+         "families": "families.md", "cost": "many-machines.md",
+         "reference": "published-training.md", "presets": "published-training.md"}
 LEAST_SHARE = 0.5  # of the parameters, in sites: families below are not listed
 EXAMPLES = {"vision_transformer": "vit_base_patch16_224"}  # elsewhere the first by name
 
@@ -194,8 +195,32 @@ def cost() -> str:
     return training_cost.table()
 
 
+# The published training
+
+
+def reference() -> str:
+    """The reference's flags beside ours."""
+    import reference_flags
+
+    table = markdown_table(("ComCAT's flag", "ours", "remark"), reference_flags.rows())
+    without = ", ".join(f"`{flag}`" for flag in reference_flags.without())
+    return f"{table}\n\nNothing stands for {without}: the published commands do not use them."
+
+
+def presets() -> str:
+    """What each preset sets, beside the default."""
+    from adacomcat.distill import TrainConfig
+    from adacomcat.utils.presets import PRESETS
+
+    defaults, names = TrainConfig(), [name for name in PRESETS if PRESETS[name]]
+    return markdown_table(
+        ("setting", "default", *(f"`--preset {name}`" for name in names)),
+        ((f"`{setting}`", str(getattr(defaults, setting)),
+          *(str(PRESETS[name][setting]) for name in names)) for setting in PRESETS[names[0]]))
+
+
 TABLES = {"backends": backends, "choices": choices, "commands": commands, "families": families,
-          "cost": cost}
+          "cost": cost, "reference": reference, "presets": presets}
 
 
 def write(name: str) -> None:

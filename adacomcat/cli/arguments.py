@@ -5,13 +5,14 @@ groups of flags that each command has, ``REQUIRED`` those it cannot do without.
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-from adacomcat.cli.values import key_value, norm_or_none, number, path, pattern
+from adacomcat.cli import training_flags
+from adacomcat.cli.values import key_value, number, path, pattern
 from adacomcat.errors import UserError
 from adacomcat.utils.limits import (
-    CHOICES,
+    BACKENDS,
     COUNT,
     DEPLOYMENTS,
     EXPORT_DTYPES,
@@ -21,11 +22,8 @@ from adacomcat.utils.limits import (
     PERCENT,
     POSITIVE,
     PROCESSES,
-    RECOVERY,
     SEED,
-    TRAINING,
     WAITING,
-    Limit,
 )
 
 
@@ -83,6 +81,9 @@ def _model_size(group: argparse._ArgumentGroup) -> None:
 
 def _device(parser: Parser) -> None:
     parser.add_argument("--device", help="cpu, cuda, … (default: a GPU where there is one)")
+    parser.add_argument("--backend", choices=BACKENDS,
+                        help="run every op on this backend, as ADACOMCAT_BACKEND does (default: "
+                             "the fastest for each op)")
 
 
 def _timeout(parser: Parser) -> None:
@@ -100,10 +101,19 @@ def _parallel(parser: Parser) -> None:
 
 def _data(parser: Parser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--data", metavar="digits|fashion-mnist|FOLDER",
-                       help="a dataset, or a folder with train/CLASS/* and val/CLASS/*")
+    group.add_argument("--data", metavar="digits|fashion-mnist|FOLDER|torch/NAME|hfds/NAME",
+                       help="a dataset, one of timm's like torch/cifar10, or a folder with "
+                            "train/CLASS/* and val/CLASS/*")
     group.add_argument("--data-dir", type=path, metavar="FOLDER",
                        help="where the files of the dataset lie")
+    group.add_argument("--dataset-download", action="store_true",
+                       help="fetch a dataset of timm's that is not there")
+    for part, default in (("train", "train"), ("val", "validation")):
+        group.add_argument(f"--{part}-split", default=default, metavar="NAME",
+                           help=f"part of a dataset of timm's (default: {default})")
+    group.add_argument("--crop-pct", type=number(FRACTION), metavar="F",
+                       help="share of the resized picture's side that is seen; with 1 the shorter "
+                            "side is resized to the model's (default: the model's)")
     group.add_argument("-j", "--workers", type=number(PROCESSES), default=0, metavar="N",
                        help="processes that decode pictures (default: %(default)s)")
 
@@ -136,7 +146,7 @@ def _report(parser: Parser) -> None:
 
 def _budget(parser: Parser) -> None:
     group = parser.add_argument_group("budget (one of)")
-    _keep_params_or_plan(group)
+    training_flags.keep_params_or_plan(group)
     group.add_argument("--keep-macs", type=number(FRACTION), metavar="FRACTION",
                        help="share of the model's multiply-accumulates to keep")
     group.add_argument("--max-latency-ms", type=number(POSITIVE), metavar="MS",
@@ -152,12 +162,6 @@ def _budget(parser: Parser) -> None:
     parser.add_argument("--deploy", choices=DEPLOYMENTS, default="any",
                         help="choose ranks that a runtime's fused attention takes: PyTorch's flash "
                              "attention, or TensorRT's (default: %(default)s)")
-
-
-def _keep_params_or_plan(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--keep-params", type=number(FRACTION), metavar="FRACTION",
-                       help="share of the model's parameters to keep: 0.5 or 50%%")
-    group.add_argument("--plan", type=path, metavar="FILE", help="a rank plan, as JSON")
 
 
 def _filters(parser: Parser) -> None:
@@ -187,103 +191,10 @@ def _refine(parser: Parser) -> None:
                              "loss on held-out images")
 
 
-def _train(parser: Parser) -> None:
-    """A flag that is not given stays None, and TrainConfig or the preset decides."""
-    group = parser.add_argument_group("budget (one of)")
-    _keep_params_or_plan(group)
-    group.add_argument("--dense", action="store_true", help="train the model as it is")
-    _add(parser.add_argument_group("training"), {
-        "-b --batch-size": ("N", "images per step over all processes (default: 128)"),
-        "--epochs": ("N", "0 compresses without training (default: 10)"),
-        "--finetune-epochs": ("N", "further epochs, at the ranks found (default: 0)"),
-        "--steps": ("N", "end every epoch after N steps (default: after all images)"),
-        "--opt": ("NAME", "timm's name of an optimiser (default: adamw)"),
-        "--lr": ("LR", "the highest learning rate (default: 0.0005)"),
-        "--weight-decay": ("W", "default: 0.05"),
-        "--clip-grad": ("NORM", "the largest norm of the gradient; 0 or none: any (default: 1.0)"),
-        "--sched": ("NAME", "timm's name of a schedule (default: cosine)"),
-        "--warmup-epochs": ("N", "epochs until the highest learning rate (default: 0.0)"),
-        "--warmup-lr": ("LR", "learning rate at the start of the warmup (default: 1e-06)"),
-        "--min-lr": ("LR", "learning rate at the end (default: 1e-06)"),
-        "--mixup": ("ALPHA", "α of mixup (default: 0.0)"),
-        "--cutmix": ("ALPHA", "α of CutMix (default: 0.0)"),
-        "--smoothing": ("S", "label smoothing (default: 0.1)"),
-        "--model-ema-decay": ("D", "decay of the averaged weights (with --model-ema: 0.9998)"),
-        "--checkpoint-steps": ("N", "write the training state every N steps, too "
-                                    "(default: time decides)"),
-        "--checkpoint-seconds": ("S", "write it when it is older than S seconds, too "
-                                      "(default: 60.0)"),
-        "--state-dir": ("DIR", "where the training state goes (default: OUTPUT.state)"),
-    })
-    for flag, text in (("--model-ema", "average the weights, and save the average"),
-                       ("--no-augment", "train on the images as they are"),
-                       ("--amp", "bfloat16 autocast"),
-                       ("--resume", "go on from the training state of an interrupted run")):
-        parser.add_argument(flag, action="store_true", help=text)
-
-
-def _search(parser: Parser) -> None:
-    group = parser.add_argument_group("rank search and distillation")
-    group.add_argument("--preset", choices=CHOICES["preset"], default="adacomcat",
-                       help="comcat: plain SVD without attention biases, a search every epoch")
-    group.add_argument("--search", choices=CHOICES["search"],
-                       help="when to search (default: adaptive)")
-    group.add_argument("--mlp", choices=CHOICES["mlp"],
-                       help="what is chosen of MLPs: how many hidden neurons stay, which needs "
-                            "calibration images, or ranks (default: neurons)")
-    group.add_argument("--kd", choices=CHOICES["kd"],
-                       help="distillation of the teacher's outputs (default: soft)")
-    group.add_argument("--align", choices=CHOICES["align"],
-                       help="alignment of block outputs with the teacher's (default: mse)")
-    _teacher(group, "timm architecture, or a checkpoint folder (default: the model itself)")
-    _add(group, {
-        "--kd-alpha": ("A", "weight of distillation (default: 0.5)"),
-        "--kd-temperature": ("T", "temperature of soft distillation (default: 2.0)"),
-        "--align-weight": ("W", "weight of the alignment (default: 1.0)"),
-        "--search-steps": ("N", "batches of one search (default: 50)"),
-        "--search-fraction": ("F", "share of the training images that is held out for the search "
-                                   "(default: 0.1)"),
-        "--calibration-images": ("N", "training images that calibrate; with 0, weights alone "
-                                      "decide (default: 256)"),
-    })
-
-
-def _recovery(parser: Parser) -> None:
-    group = parser.add_argument_group("recovery")
-    _teacher(group, "the dense model: timm architecture, or a checkpoint folder")
-    group.add_argument("--images", type=path, metavar="FOLDER",
-                       help="pictures to train on, without labels; --data instead takes the "
-                            "training images of a dataset")
-    _add(group, {
-        "--minutes": ("N", "minutes of training (default: 15.0)"),
-        "--steps": ("N", "end after N steps, and not after minutes"),
-        "--lr": ("LR", "the highest learning rate (default: 3e-05)"),
-        "--block-weight": ("W", "weight of the blocks' features beside the final tokens "
-                                "(default: 0.5)"),
-        "--model-ema-decay": ("D", "average the weights with this decay, and save the average"),
-    }, RECOVERY)
-    group.add_argument("--amp", action="store_true", help="bfloat16 autocast")
-
-
-def _teacher(group: argparse._ArgumentGroup, default: str) -> None:
-    _add(group, {
-        "--teacher": ("NAME|DIR", default),
-        "--teacher-checkpoint": ("FILE|URL",
-                                 "the teacher's weights (default: timm's pretrained ones)"),
-    })
-
-
-def _add(group: argparse._ArgumentGroup, flags: dict[str, tuple[str, str]],
-         limits: Mapping[str, Limit] = TRAINING) -> None:
-    """Add flags: names → (metavar, help). ``limits`` says which are numbers, and which ones."""
-    for names, (metavar, text) in flags.items():
-        name = names.split()[-1].removeprefix("--").removeprefix("model-").replace("-", "_")
-        kind = _SPELLED.get(name) or (number(limits[name]) if name in limits else str)
-        group.add_argument(*names.split(), type=kind, metavar=metavar, help=text)
-
-
-# Flags of ``_add`` that have more spellings than a number or a word.
-_SPELLED = {"clip_grad": norm_or_none, "state_dir": path, "teacher_checkpoint": path}
+def _self_measurement(parser: Parser) -> None:
+    parser.add_argument("--measure", action="store_true",
+                        help="time every op's backends on this machine, about a minute, and take "
+                             "the fastest from now on")
 
 
 def _gate(parser: Parser) -> None:
@@ -331,17 +242,18 @@ def _comcat(parser: Parser) -> None:
 
 # command → (summary, functions that add its flags)
 COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
-    "doctor": ("Say what is installed and what runs here.", ()),
+    "doctor": ("Say what is installed and what runs here.", (_self_measurement,)),
     "inspect": ("List where ranks are chosen in a model, and what truncation costs there.",
                 (_model, _filters, _data, _calibration(0), _seed, _device)),
     "compress": ("Compress a model without training.",
                  (_model, _budget, _filters, _refine, _data, _calibration(256), _output, _report,
                   _seed, _device)),
     "train": ("Search ranks, train and distil; or train a model as it is.",
-              (_model, _data, _train, _refine, _search, _output, _report, _seed, _device,
-               _timeout, _parallel)),
+              (_model, _data, training_flags.train, training_flags.optimizer,
+               training_flags.augmentation, training_flags.search, _refine, _output, _report,
+               _seed, _device, _timeout, _parallel)),
     "recover": ("Distil the dense model's features into a compressed model, without labels.",
-                (_model, _data, _recovery, _batch(16), _output, _seed, _device)),
+                (_model, _data, training_flags.recovery, _batch(16), _output, _seed, _device)),
     "evaluate": ("Measure accuracy on a dataset's test images.",
                  (_model, _data, _batch(256), _gate, _device, _timeout)),
     "profile": ("Measure parameters, MACs and latency, dense against compressed.",

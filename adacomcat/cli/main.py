@@ -115,13 +115,21 @@ def _run(args: argparse.Namespace) -> int:
         build_parser().print_help()
         return WRONG_USE
     command = importlib.import_module(f"adacomcat.cli.commands.{args.command.replace('-', '_')}")
-    with _one_line_warnings(), _stdout_for_json(args.json):
+    with _one_line_warnings(), _stdout_for_json(args.json), _preferring(args):
         outcome = command.run(args)
     if is_first():
         text = to_json(outcome.data) if args.json else None
         with reader_may_leave():
             print(text) if text is not None else outcome.show()
     return outcome.code
+
+
+def _preferring(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """Inside, ops run on --backend where they can."""
+    if getattr(args, "backend", None) is None:
+        return contextlib.nullcontext()
+    from adacomcat.ops import backends
+    return backends.prefer_backend(args.backend)
 
 
 @contextlib.contextmanager

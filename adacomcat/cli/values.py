@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable
 
-from adacomcat.utils.limits import TRAINING, Limit
+from adacomcat.utils.limits import Limit
 
 
 def number(limit: Limit) -> Callable[[str], float]:
@@ -21,9 +21,9 @@ def number(limit: Limit) -> Callable[[str], float]:
     return within
 
 
-def norm_or_none(text: str) -> float:
-    """The largest norm of a gradient; 0 for 'none', as in timm: nothing is clipped."""
-    return 0.0 if text.lower() == "none" else number(TRAINING["clip_grad"])(text)
+def number_or(word: str, limit: Limit) -> Callable[[str], float]:
+    """The type of a flag that is a number within ``limit``, or ``word``, which stands for 0."""
+    return lambda text: 0 if text.lower() == word else number(limit)(text)
 
 
 def path(text: str) -> str:

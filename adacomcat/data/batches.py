@@ -31,6 +31,8 @@ class Batches:
         rank: which process this is; it gets the rows rank::world_size of each batch.
         world_size: the number of processes.
         augment: other augmentations for each (seed, epoch, step).
+        repeats: how often each image of a shuffled epoch stands in it, one after the other, with
+            another augmentation each time; the epoch then sees so many images fewer.
         start_step: steps to leave out, which an interrupted run has behind it.
         num_workers: processes that decode pictures; 0 decodes in this one.
         steps: end the epoch after this many; None: after all images.
@@ -49,6 +51,7 @@ class Batches:
     rank: int = 0
     world_size: int = 1
     augment: bool = False
+    repeats: int = 1
     start_step: int = 0
     num_workers: int = 0
     steps: int | None = None
@@ -79,6 +82,7 @@ class Batches:
         order = torch.arange(len(self.dataset))
         if self.shuffle:
             order = torch.randperm(len(order), generator=derived_generator(self.seed, self.epoch))
+            order = order.repeat_interleave(self.repeats)[:len(order)]
         batches = order.split(self.batch_size)
         for step in range(self.start_step, self.start_step + len(self)):
             yield batches[step], derived_generator(self.seed, self.epoch, step)

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from adacomcat.data.augmentation import Augmentation
-from adacomcat.data.folder import FolderImages, ImageFormat, labelled_pictures
+from adacomcat.data.folder import (
+    FolderImages,
+    ImageFormat,
+    PictureAugmentation,
+    labelled_pictures,
+)
+from adacomcat.data.named import NamedImages, Splits, is_named, named_images
 from adacomcat.errors import UserError
 from adacomcat.utils.checksum import checksum
 from adacomcat.utils.model import class_count
@@ -53,6 +59,10 @@ class TensorImages(Dataset):
         images, labels = self.images[indices], self.labels[indices]
         return TensorImages(images, labels, self.white, self.flips, self.image_format)
 
+    def augmented_by(self, augmentation: PictureAugmentation) -> "TensorImages":
+        """This dataset: its images have an augmentation of their own, ``Augmentation``."""
+        return self
+
     def checksum(self) -> str:
         """The checksum of all images and labels."""
         return checksum([self.images, self.labels])
@@ -75,7 +85,7 @@ class TensorImages(Dataset):
         return (pixels.expand(-1, channels, -1, -1) - mean) / std, self.labels[indices]
 
 
-LabelledImages = TensorImages | FolderImages
+LabelledImages = TensorImages | FolderImages | NamedImages
 
 
 def model_data_config(model: nn.Module) -> dict[str, Any]:
@@ -92,33 +102,41 @@ def model_data_config(model: nn.Module) -> dict[str, Any]:
     return model_cfg | {"input_size": (channels, height, width)}
 
 
-def train_and_test(name: str, data_dir: str | Path | None,
-                   model_cfg: dict[str, Any]) -> tuple[LabelledImages, LabelledImages]:
+def train_and_test(name: str, data_dir: str | Path | None, model_cfg: dict[str, Any],
+                   splits: Splits | None = None) -> tuple[LabelledImages, LabelledImages]:
     """Training set and test set, resized and normalised as the model wants them.
 
     Args:
-        name: 'digits', 'fashion-mnist' or 'folder'.
+        name: 'digits', 'fashion-mnist' or 'folder'; or what timm's ``create_dataset`` calls
+            'torch/…' or 'hfds/…'.
         data_dir: where the files lie. 'folder' needs it, with train/CLASS/* and val/CLASS/* or
             validation/CLASS/* inside; 'fashion-mnist' looks in its usual places without it.
         model_cfg: what ``model_data_config`` gives; without num_classes the number of classes is
             not compared.
+        splits: which parts of a dataset of timm's are taken.
 
     Raises:
         UserError: the name is unknown, files are missing or cannot be read, or the dataset has
             another number of classes than the model.
     """
     image_format = ImageFormat.from_config(model_cfg)
+    classes: int | None
+    train: LabelledImages
+    test: LabelledImages
     if name == "digits":
         classes, (train, test) = 10, _digits(image_format)
     elif name == "fashion-mnist":
         classes, (train, test) = 10, _fashion_mnist(data_dir, image_format)
     elif name == "folder":
         classes, train, test = _folder(data_dir, image_format)
+    elif is_named(name):
+        classes, train, test = named_images(name, data_dir, image_format, splits or Splits())
     else:
         known = ", ".join((*ARRAY_DATASETS, "folder"))
-        raise UserError(f"unknown dataset '{name}'; known are {known}")
+        raise UserError(f"unknown dataset '{name}'; known are {known}, and timm's torch/… and "
+                        "hfds/…")
     wanted = model_cfg.get("num_classes", classes)
-    if wanted != classes:
+    if classes is not None and wanted != classes:
         raise UserError(f"the model has {wanted} classes, the dataset '{name}' has {classes}; "
                         f"pass --num-classes {classes} or a model that was trained on this dataset")
     return train, test

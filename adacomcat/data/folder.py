@@ -17,8 +17,9 @@ from timm.data import create_transform, get_img_extensions
 from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import Self
 
-from adacomcat.errors import UserError
+from adacomcat.errors import UserError, reason
 from adacomcat.utils.checksum import checksum
 
 # Larger pictures are refused before they are decoded; the same number at which PIL refuses.
@@ -49,11 +50,10 @@ class ImageFormat:
             crop_mode=model_cfg.get("crop_mode") or "center",
         )
 
-    def transform(self, is_training: bool) -> Any:
+    def transform(self) -> Any:
         """timm's transform from a PIL image to a normalised tensor (C, H, W)."""
-        return create_transform(self.input_size, is_training=is_training,
-                                interpolation=self.interpolation, mean=self.mean, std=self.std,
-                                crop_pct=self.crop_pct, crop_mode=self.crop_mode)
+        return create_transform(self.input_size, interpolation=self.interpolation, mean=self.mean,
+                                std=self.std, crop_pct=self.crop_pct, crop_mode=self.crop_mode)
 
     def pil_mode(self) -> str:
         """PIL's name for this number of channels.
@@ -66,6 +66,42 @@ class ImageFormat:
             raise UserError(f"the model takes {channels} channels, and pictures have 1 or 3; give "
                             "images as tensors in Python, or another model")
         return "L" if channels == 1 else "RGB"
+
+
+@dataclass(frozen=True)
+class PictureAugmentation:
+    """How training pictures are augmented, in the words of timm's ``create_transform``.
+
+    Args:
+        aa: RandAugment, AugMix or AutoAugment, like 'rand-m9-mstd0.5-inc1'; None: none.
+        color_jitter: change of brightness, contrast and saturation; ``aa`` leaves it out.
+        reprob: probability of random erasing.
+        remode: what it fills with: 'pixel', 'rand' or 'const'.
+        recount: regions that it erases.
+        train_interpolation: 'bilinear', 'bicubic' or 'random'; None: that of the model.
+    """
+
+    aa: str | None = None
+    color_jitter: float = 0.4
+    reprob: float = 0.0
+    remode: str = "const"
+    recount: int = 1
+    train_interpolation: str | None = None
+
+    def transform(self, image_format: ImageFormat) -> Any:
+        """timm's random transform from a PIL image to a normalised tensor (C, H, W).
+
+        Raises:
+            UserError: timm does not know one of the words.
+        """
+        try:
+            return create_transform(
+                image_format.input_size, is_training=True, mean=image_format.mean,
+                std=image_format.std, auto_augment=self.aa, color_jitter=self.color_jitter,
+                interpolation=self.train_interpolation or image_format.interpolation,
+                re_prob=self.reprob, re_mode=self.remode, re_count=self.recount)
+        except Exception as error:  # timm asserts, or looks words up in tables
+            raise UserError(f"timm cannot augment by {self}: {reason(error)}") from error
 
 
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
@@ -84,19 +120,23 @@ class FolderImages(Dataset):
         samples: (path, label) of every file.
         indices: which of the samples belong to this dataset, in its order.
         image_format: the size and the normalisation that the model wants.
+        augmentation: that of training pictures.
 
     Raises:
-        UserError: the model takes another number of channels than pictures have.
+        UserError: the model takes another number of channels than pictures have, or timm does not
+            know the augmentation.
     """
 
-    def __init__(self, samples: list[tuple[str | Path, int]], indices: Tensor,
-                 image_format: ImageFormat) -> None:
+    def __init__(self, samples: Any, indices: Tensor, image_format: ImageFormat,
+                 augmentation: PictureAugmentation = PictureAugmentation()) -> None:
         image_format.pil_mode()
         self.samples, self.indices, self.image_format = samples, indices, image_format
-        self.transforms = {flag: image_format.transform(flag) for flag in (False, True)}
+        self.augmentation = augmentation
+        self.as_it_is, self.augmented = image_format.transform(), augmentation.transform(
+            image_format)
 
     @classmethod
-    def of(cls, samples: list[tuple[str | Path, int]], image_format: ImageFormat) -> "FolderImages":
+    def of(cls, samples: Any, image_format: ImageFormat) -> Self:
         """A dataset of all samples, in their order."""
         return cls(samples, torch.arange(len(samples)), image_format)
 
@@ -105,20 +145,36 @@ class FolderImages(Dataset):
 
     def __getitem__(self, index: int | tuple[int, int | None]) -> tuple[Tensor, int]:
         index, seed = index if isinstance(index, tuple) else (index, None)
-        path, label = self.samples[int(self.indices[index])]
-        picture = open_picture(path, self.image_format)
+        picture, label = self._picture(int(self.indices[index]))
         if seed is None:
-            return self.transforms[False](picture), label
-        return _seeded(seed, lambda: self.transforms[True](picture)), label
+            return self.as_it_is(picture), label
+        return _seeded(seed, lambda: self.augmented(picture)), label
+
+    def _picture(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        return open_picture(path, self.image_format), label
 
     def checksum(self) -> str:
-        """The checksum of the pictures' names and labels, wherever their folder lies."""
+        """The checksum of what is read."""
+        return checksum(self._identity())
+
+    def _identity(self) -> list[Any]:
+        """The pictures' names and labels, wherever their folder lies."""
         chosen = [self.samples[i] for i in self.indices.tolist()]
         root = os.path.commonpath([os.path.dirname(path) for path, _ in chosen]) if chosen else ""
-        return checksum([(str(path)[len(root):], label) for path, label in chosen])
+        return [(str(path)[len(root):], label) for path, label in chosen]
 
-    def subset(self, indices: Tensor) -> "FolderImages":
-        return FolderImages(self.samples, self.indices[indices], self.image_format)
+    def subset(self, indices: Tensor) -> Self:
+        return type(self)(self.samples, self.indices[indices], self.image_format,
+                          self.augmentation)
+
+    def augmented_by(self, augmentation: PictureAugmentation) -> Self:
+        """The same pictures with another augmentation.
+
+        Raises:
+            UserError: timm does not know it.
+        """
+        return type(self)(self.samples, self.indices, self.image_format, augmentation)
 
 
 def _seeded(seed: int, function: Callable[[], Tensor]) -> Tensor:
@@ -146,12 +202,12 @@ def open_picture(path: str | Path, image_format: ImageFormat) -> Image.Image:
             width, height = picture.size
             if width * height > MOST_PIXELS:
                 raise ValueError(f"{width} × {height} pixels are more than {MOST_PIXELS}")
-            return _eight_bits(picture).convert(mode)
+            return eight_bits(picture).convert(mode)
     except Exception as error:  # PIL's plugins raise what they like on damaged files
         raise UserError(f"cannot read the picture {path}: {error}; mend or remove it") from error
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
+def eight_bits(picture: Image.Image) -> Image.Image:
     """A picture that ``convert`` changes to grey or RGB without clipping.
 
     Of 16 bits the upper eight are kept, as PIL does by itself for coloured pictures.

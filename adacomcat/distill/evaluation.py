@@ -16,11 +16,13 @@ from adacomcat.utils.progress import progress
 @torch.no_grad()
 def evaluate(model: nn.Module, dataset: LabelledImages, batch_size: int, processes: Processes,
              workers: int = 0) -> dict[str, float]:
-    """{'top1': percent, 'loss': mean cross-entropy in nats, 'images': how many} on ``dataset``.
+    """{'top1', 'top5': percent, 'loss': mean cross-entropy in nats, 'images': how many}.
+
+    Of a model with fewer than five classes top-5 counts them all.
 
     Args:
         model: a classifier, on the processes' device; it keeps its mode.
-        dataset: what ``data.train_and_test`` gives.
+        dataset: labelled images, from ``data.train_and_test``.
         batch_size: images of a step, over all processes.
         processes: the processes that share the work; ``Processes()`` is this one alone.
         workers: processes that decode pictures; 0 decodes in this one.
@@ -30,7 +32,7 @@ def evaluate(model: nn.Module, dataset: LabelledImages, batch_size: int, process
     """
     training = model.training
     model.eval()
-    top1, loss, broken = AverageMeter(), AverageMeter(), 0
+    top1, top5, loss, broken = AverageMeter(), AverageMeter(), AverageMeter(), 0
     batches = Batches(dataset, batch_size, shuffle=False, seed=0, epoch=0, rank=processes.rank,
                       world_size=processes.world_size, num_workers=workers)
     for images, labels in progress(batches, "evaluating"):
@@ -39,11 +41,12 @@ def evaluate(model: nn.Module, dataset: LabelledImages, batch_size: int, process
         images, labels = images.to(processes.device), labels.to(processes.device)
         logits = model(images).float()
         broken += int((~(logits < math.inf)).any(-1).sum())  # -inf is a class that cannot be
-        top1.update(accuracy(logits, labels)[0].item(), len(labels))
+        for meter, percent in zip((top1, top5), accuracy(logits, labels, (1, 5)), strict=True):
+            meter.update(percent.item(), len(labels))
         loss.update(F.cross_entropy(logits, labels).item(), len(labels))
-    sums = torch.tensor([top1.sum, loss.sum, top1.count, broken], dtype=torch.float64,
+    sums = torch.tensor([top1.sum, top5.sum, loss.sum, top1.count, broken], dtype=torch.float64,
                         device=processes.device)
-    right, total, count, broken = processes.sum(sums).tolist()
+    right, among_five, total, count, broken = processes.sum(sums).tolist()
     model.train(training)
     if not count:
         raise UserError("there are no images to evaluate")
@@ -51,4 +54,5 @@ def evaluate(model: nn.Module, dataset: LabelledImages, batch_size: int, process
         raise UserError(f"the model's outputs are NaN or infinite for {int(broken)} of "
                         f"{int(count)} images, the loss is {total / count}: its weights diverged "
                         "or are damaged")
-    return {"top1": right / count, "loss": total / count, "images": int(count)}
+    return {"top1": right / count, "top5": among_five / count, "loss": total / count,
+            "images": int(count)}

@@ -13,10 +13,12 @@ from adacomcat.errors import UserError
 from adacomcat.utils.limits import CHOICES
 
 KD, ALIGN = CHOICES["kd"], CHOICES["align"]
+LEAST_WEIGHT = 0.01  # of the alignment in ComCAT's code
 RANDOM_TOKENS = 192  # tokens of a batch that the manifold loss compares with each other
 
 
-def distillation_loss(kind: str, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def distillation_loss(kind: str, student: Tensor, teacher: Tensor, temperature: float,
+                      reduction: str = "batchmean") -> Tensor:
     """'soft': T² KL(teacher/T ‖ student/T); 'hard': CE against the teacher's argmax.
 
     Soft distillation is Hinton, Vinyals and Dean's (arXiv 1503.02531), hard DeiT's (Touvron et al.,
@@ -27,6 +29,8 @@ def distillation_loss(kind: str, student: Tensor, teacher: Tensor, temperature: 
         student: logits (B, classes).
         teacher: logits (B, classes).
         temperature: T.
+        reduction: of the divergence: 'batchmean' is the mean over images, 'mean' that over all
+            logits, as DeiT's and ComCAT's code take it.
 
     Raises:
         UserError: the kind is unknown.
@@ -36,8 +40,9 @@ def distillation_loss(kind: str, student: Tensor, teacher: Tensor, temperature: 
     if kind == "soft":
         divergence = F.kl_div((student / temperature).log_softmax(-1),
                               (teacher / temperature).log_softmax(-1),
-                              log_target=True, reduction="batchmean")
-        return divergence * temperature ** 2
+                              log_target=True, reduction="sum")
+        count = student.numel() if reduction == "mean" else len(student)
+        return divergence * temperature ** 2 / count
     raise UserError(f"unknown distillation {kind!r}; choose one of {', '.join(KD)}")
 
 
@@ -88,6 +93,18 @@ def alignment_decay(epoch: int, epochs: int) -> float:
     return math.cos(math.pi / 2 * (epoch - 1) / max(1, epochs))
 
 
+def running_weight(first: float, epoch: int, epochs: int) -> float:
+    """``first`` times the decays of all epochs up to this one, as ComCAT's code has it.
+
+    It never falls below ``LEAST_WEIGHT``. In the epochs after ``epochs``, whose ranks are no longer
+    searched, it stands there.
+    """
+    if epoch > epochs:
+        return LEAST_WEIGHT
+    product = math.prod(alignment_decay(number, epochs) for number in range(1, epoch + 1))
+    return max(first * product, LEAST_WEIGHT)
+
+
 class BlockFeatures:
     """The outputs of some of ``model.blocks`` in the latest forward pass, kept by hooks."""
 
@@ -98,12 +115,15 @@ class BlockFeatures:
                          for index in indices]
 
     def _keep(self, index: int) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            self.outputs[index] = output
+        def hook(module: nn.Module, args: tuple, output: object) -> None:
+            if isinstance(output, Tensor) and output.ndim > 2:
+                self.outputs[index] = output
         return hook
 
     def take(self) -> list[Tensor]:
-        """The outputs, (B, N, d) each; they are forgotten afterwards."""
+        """The outputs, (B, N, d) each; they are forgotten afterwards. What is no tensor of tokens,
+        such as the branches that some blocks give, is left out.
+        """
         kept = [output.flatten(1, -2) for _, output in sorted(self.outputs.items())]
         self.outputs = {}
         return kept
@@ -117,13 +137,13 @@ class BlockFeatures:
 def aligned_blocks(model: nn.Module, chosen: Sequence[int] | None) -> list[int]:
     """Ascending indices of the blocks to align: the chosen ones, else the first and last two.
 
+    Empty where the model has no ``.blocks``, as convolutional networks have none.
+
     Raises:
         UserError: there is no such block.
     """
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, nn.Sequential | nn.ModuleList):
-        warnings.warn(f"{type(model).__name__} has no .blocks: no features are aligned",
-                      stacklevel=2)
         return []
     count = len(blocks)
     if chosen is None:
@@ -143,6 +163,8 @@ def _some_manifold_loss(student: Tensor, teacher: Tensor, generator: torch.Gener
 class FeatureAlignment:
     """The mean loss over blocks, on the outputs that hooks on student and teacher keep.
 
+    Of 'comcat' it is the sum of the blocks' mean squared errors.
+
     ``bool`` is False where no block is aligned.
     """
 
@@ -151,28 +173,43 @@ class FeatureAlignment:
         if kind not in ALIGN:
             raise UserError(f"unknown alignment {kind!r}; choose one of {', '.join(ALIGN)}")
         self.kind = kind
+        self.features: list[BlockFeatures] = []
+        if kind == "none":
+            return
         # Of a teacher with another number of blocks, the last two are its own.
-        indices = [] if kind == "none" else [aligned_blocks(model, chosen)
-                                             for model in (student, teacher)]
-        self.features = [BlockFeatures(model, of_model)
-                         for model, of_model in zip((student, teacher), indices, strict=False)]
-        if not all(indices):
-            self.remove()
+        models = (student, teacher)
+        indices = [aligned_blocks(model, chosen) for model in models]
+        lacking = [type(model).__name__ for model, found in zip(models, indices, strict=True)
+                   if not found]
+        if lacking:
+            warnings.warn(f"{' and '.join(lacking)} has no .blocks: no features are aligned",
+                          stacklevel=2)
+        else:
+            self.features = [BlockFeatures(model, found)
+                             for model, found in zip(models, indices, strict=True)]
 
     def __bool__(self) -> bool:
         return bool(self.features)
 
     def require_alike(self) -> None:
-        """Align nothing, with a warning, where the latest features of both cannot be compared."""
+        """Judge the latest features of both, and warn where they are not alike.
+
+        Features of another width are aligned by Gram matrices, which do not depend on it. Features
+        of other tokens are not aligned.
+        """
         if not self:
             return
         shapes = [[tuple(tensor.shape[1:]) for tensor in features.take()]
                   for features in self.features]
-        compared = 2 if self.kind == "mse" else 1  # Gram matrices do not depend on the width
-        if [s[:compared] for s in shapes[0]] != [s[:compared] for s in shapes[1]]:
-            warnings.warn(f"the teacher's features are {shapes[1]} and the model's {shapes[0]}: no "
-                          "features are aligned", stacklevel=2)
+        differ = f"the teacher's features are {shapes[1]} and the model's {shapes[0]}"
+        tokens = [[shape[:1] for shape in of_model] for of_model in shapes]
+        if tokens[0] != tokens[1]:
+            warnings.warn(f"{differ}: no features are aligned", stacklevel=2)
             self.remove()
+        elif shapes[0] != shapes[1] and self.kind != "manifold":
+            warnings.warn(f"{differ}: their Gram matrices are aligned, as by manifold",
+                          stacklevel=2)
+            self.kind = "manifold"
 
     def loss(self, generator: torch.Generator,
              mean: Callable[[Tensor], Tensor] = lambda values: values) -> Tensor:
@@ -189,6 +226,8 @@ class FeatureAlignment:
         if self.kind == "mse":
             powers = mean(torch.stack([teacher.square().mean() for teacher in teachers]))
             losses = [mse_loss(*pair, power) for pair, power in zip(pairs, powers, strict=True)]
+        elif self.kind == "comcat":
+            return torch.stack([F.mse_loss(*pair) for pair in pairs]).sum()
         else:
             losses = [_some_manifold_loss(*pair, generator) for pair in pairs]
         return torch.stack(losses).mean()

@@ -21,8 +21,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from adacomcat.convert.calibrate import BATCH
-from adacomcat.distill.config import require_optimizer
 from adacomcat.distill.losses import BlockFeatures, aligned_blocks, mse_loss, relative_error
+from adacomcat.distill.optimizer import require_optimizer
 from adacomcat.distill.teacher import require_teacher
 from adacomcat.errors import UserError
 from adacomcat.utils.limits import RECOVERY, require, require_kinds

@@ -3,7 +3,7 @@
 import logging
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,14 +12,16 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from adacomcat.data import Batches, LabelledImages
-from adacomcat.distill.config import TrainConfig, make_schedule
+from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.evaluation import evaluate
 from adacomcat.distill.objective import BatchMixing, Objective
+from adacomcat.distill.optimizer import make_schedule, move
 from adacomcat.distill.parallel import load_model_, load_optimizer_, share, whole
 from adacomcat.distill.state import StateWriter
 from adacomcat.errors import UserError
+from adacomcat.search.published import free_attention_biases_
 from adacomcat.search.search import RankSearch
-from adacomcat.search.supernet import set_ranks_
+from adacomcat.search.supernet import finalize, set_ranks_
 from adacomcat.utils.distributed import Processes
 from adacomcat.utils.model import copied
 from adacomcat.utils.progress import progress
@@ -32,7 +34,7 @@ LOG = logging.getLogger(__name__)
 MIXUP, TOKENS, DROPOUT, SEARCH = range(101, 105)
 
 # Where a run stands; with the weights and the optimisers' states that is all of it.
-POSITION = ("epoch", "step", "searched", "loss_sum", "history", "searches")
+POSITION = ("epoch", "step", "searched", "loss_sum", "history", "searches", "best")
 
 
 class Trainer:
@@ -74,9 +76,7 @@ class Trainer:
         others = [teacher, None if self.ema is None else self.ema.module]
         self.sharing = share(config.parallel, student, [model for model in others if model],
                              processes)
-        self.optimizer = create_optimizer_v2(student, opt=config.opt, lr=config.lr,
-                                             weight_decay=config.weight_decay)
-        self.scheduler = make_schedule(self.optimizer, config, self.steps)
+        self._renew_optimizer()
         self.objective = Objective(config, student, teacher, self.sharing.forward)
         self.mixing = BatchMixing(config, student, processes)
         self.writer = None
@@ -87,6 +87,23 @@ class Trainer:
         self.loss_sum = 0.0  # over the steps of this epoch
         self.history: list[dict[str, Any]] = []
         self.searches: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {}  # the best epoch on the test set, and its accuracy
+        # Gradients of float16 are scaled into its range; a step where they overflow is left out.
+        self.scaler = torch.amp.GradScaler(
+            processes.device.type, enabled=config.amp and config.amp_dtype == "float16")
+
+    def _renew_optimizer(self) -> None:
+        """An optimiser without a memory for what trains now, and the schedule of its rate."""
+        config = self.config
+        self.optimizer = create_optimizer_v2(self.student, opt=config.opt, lr=config.highest_lr,
+                                             weight_decay=config.weight_decay,
+                                             **config.optimizer_arguments)
+        self.scheduler = make_schedule(self.optimizer, config, self.steps)
+
+    def _begin_finetuning(self) -> None:
+        """Train the attentions' biases again where the settings say so."""
+        if self.config.finetune_attention_biases and free_attention_biases_(self.student):
+            self._renew_optimizer()
 
     @property
     def best_model(self) -> nn.Module:
@@ -97,18 +114,25 @@ class Trainer:
             set_ranks_(self.ema.module, self.search.plan)
         return self.ema.module
 
-    def whole_model(self) -> nn.Module:
-        """``best_model`` on every process, without shards."""
-        best = self.best_model
-        if self._unsharded is None:
-            return best
-        self._unsharded.load_state_dict(whole(best.state_dict()))
-        if self.search is not None:
-            set_ranks_(self._unsharded, self.search.plan)
-        return self._unsharded.to(self.processes.device)
+    def finished(self) -> nn.Module:
+        """A copy of the best model without gates and shards, cut to the plan, in eval mode."""
+        model = self.best_model
+        if self._unsharded is not None:  # all processes take part
+            self._unsharded.load_state_dict(whole(model.state_dict()))
+            model = self._unsharded.to(self.processes.device)
+            if self.search is not None:
+                set_ranks_(model, self.search.plan)
+        made = copied(model) if self.search is None else finalize(model, self.search.plan)
+        return made.eval()
 
-    def train(self, test_set: LabelledImages | None = None) -> None:
+    def train(self, test_set: LabelledImages | None = None,
+              on_best: Callable[[nn.Module], None] | None = None) -> None:
         """Every epoch that is left; with a test set, accuracy after each.
+
+        Args:
+            test_set: labelled images that judge every epoch.
+            on_best: called in the first process with the finished model after each epoch that is
+                the best so far on ``test_set``.
 
         Raises:
             Stopped: a signal asked for it; the state is saved.
@@ -116,6 +140,8 @@ class Trainer:
         """
         while self.epoch <= self.config.total_epochs:
             start = time.perf_counter()
+            if self.epoch > self.config.epochs:
+                self._begin_finetuning()
             self._maybe_search()
             searched = time.perf_counter()
             self._run_epoch()
@@ -127,36 +153,50 @@ class Trainer:
                 found = evaluate(self.best_model, test_set, 4 * self.config.batch_size,
                                  self.processes, self.config.workers)
                 record |= {"top1": found["top1"], "test_loss": found["loss"]}
+                self._tell_best(record, on_best)
             self.history.append(record)
             if self.processes.first:
                 _log(record, self.config.total_epochs)
             self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
             self.searched = False
             self.save()
+        self.objective.end()
         if self.writer is not None:
             self.writer.finish()
+
+    def _tell_best(self, record: dict[str, Any],
+                   on_best: Callable[[nn.Module], None] | None) -> None:
+        if record["top1"] <= self.best.get("top1", -1.0):
+            return
+        self.best = {"epoch": record["epoch"], "top1": record["top1"]}
+        if on_best is not None and (self.processes.first or self._unsharded is not None):
+            found = self.finished()
+            if self.processes.first:
+                on_best(found)
 
     def _maybe_search(self) -> None:
         search, config = self.search, self.config
         if self.searched:
             return
         if (search is None or self.search_part is None or self.epoch > config.epochs
-                or not search.policy.due(self.epoch)):
+                or not search.due(self.epoch)):
             self.searched = True
             return
-        batches = progress(search_batches(self.search_part, config, self.epoch, self.processes),
-                           f"epoch {self.epoch}: searching", total=config.search_steps)
+        batches = search_batches(self.search_part, config, self.epoch, self.processes)
+        batches = progress(batches, f"epoch {self.epoch}: searching", total=config.search_steps)
         self.searches.append(search.run(batches, epoch=self.epoch, epochs=config.epochs,
                                         seed=config.seed + SEARCH, processes=self.processes,
                                         after_step=self._after_step))
+        if config.new_optimizer:
+            self._renew_optimizer()
         self.searched = True
 
     def _batches(self, epoch: int, start_step: int = 0) -> Batches:
         config, processes = self.config, self.processes
         return Batches(self.train_part, config.batch_size, shuffle=True, seed=config.seed,
                        epoch=epoch, rank=processes.rank, world_size=processes.world_size,
-                       augment=config.augment, start_step=start_step, num_workers=config.workers,
-                       steps=config.steps)
+                       augment=config.augment, repeats=config.repeated_aug, start_step=start_step,
+                       num_workers=config.workers, steps=config.steps)
 
     def _run_epoch(self) -> None:
         self.student.train()
@@ -171,7 +211,7 @@ class Trainer:
     def _train_step(self, images: Tensor, labels: Tensor) -> float:
         """One update of the weights; the loss, a mean over all processes."""
         update, device = (self.epoch - 1) * self.steps + self.step, self.processes.device
-        self.scheduler.step_update(update)
+        move(self.scheduler, self.config, self.epoch, update)
         images, targets = self.mixing.mix(images.to(device), labels.to(device), self._key(MIXUP))
         # Each process drops other activations.
         torch.manual_seed(derived_seed(*self._key(DROPOUT), self.processes.rank))
@@ -189,7 +229,8 @@ class Trainer:
         """Its mean over all processes is that over the global batch."""
         processes, device = self.processes, self.processes.device
         part = processes.share(len(images), self.config.batch_size)
-        with (torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp),
+        dtype = getattr(torch, self.config.amp_dtype)
+        with (torch.autocast(device.type, dtype, enabled=self.config.amp),
               self.sharing.passes()):
             return part * self.objective.loss(
                 images, targets, self.epoch, derived_generator(*self._key(TOKENS)),
@@ -198,12 +239,14 @@ class Trainer:
     def _update_weights(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
         with self.sharing.passes():
-            loss.backward()
+            self.scaler.scale(loss).backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.sharing.average_gradients_(parameters)
+        self.scaler.unscale_(self.optimizer)
         if self.config.clip_grad is not None:
             nn.utils.clip_grad_norm_(parameters, self.config.clip_grad)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def _key(self, stream: int) -> tuple[int, ...]:
         return (self.config.seed, stream, self.epoch, self.step)
@@ -239,6 +282,7 @@ class Trainer:
         return {"config": self.config.identity(), "inputs": self.inputs,
                 "student": whole(self.student.state_dict()),
                 "optimizer": whole(self.optimizer.state_dict()),
+                "scaler": self.scaler.state_dict(),
                 "ema": None if self.ema is None else whole(self.ema.module.state_dict()),
                 "search": None if self.search is None else self.search.state_dict(),
                 **{name: getattr(self, name) for name in POSITION}}
@@ -260,8 +304,11 @@ class Trainer:
                             "it and begin anew") from error
 
     def _load(self, state: dict[str, Any]) -> None:
+        if state["epoch"] > self.config.epochs:
+            self._begin_finetuning()
         load_model_(self.student, state["student"])
         load_optimizer_(self.optimizer, state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             load_model_(self.ema.module, state["ema"])
         if self.search is not None:
@@ -272,8 +319,17 @@ class Trainer:
 
 def search_batches(part: LabelledImages, config: TrainConfig, epoch: int,
                    processes: Processes) -> Iterator[tuple[Tensor, Tensor]]:
-    """``config.search_steps`` shuffled batches of ``part``, which is begun anew when it ends."""
-    size = config.batch_size
+    """``config.search_steps`` shuffled batches of ``part``, which is begun anew when it ends.
+
+    Without a number of steps: all images once, those of the validation in their order.
+    """
+    size = config.search_batch_size or config.batch_size
+    if config.search_steps is None:
+        whole = len(part) // processes.world_size * processes.world_size  # none gets no image
+        yield from Batches(part.subset(torch.arange(whole)), size, shuffle=False, seed=config.seed,
+                           epoch=epoch, rank=processes.rank, world_size=processes.world_size,
+                           num_workers=config.workers)
+        return
     if size > len(part):  # a power of two: the same on one process and on several
         size = 1 << (len(part).bit_length() - 1)
     left, turn = config.search_steps, 0

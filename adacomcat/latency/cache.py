@@ -3,9 +3,6 @@
 import hashlib
 import json
 import math
-import os
-import platform
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,6 +10,7 @@ from torch import nn
 import adacomcat
 from adacomcat.ops import backends
 from adacomcat.utils.files import atomic_write_text
+from adacomcat.utils.machine import cache_folder, device_name
 from adacomcat.utils.text import parse_json, read_text, to_json
 
 Milliseconds = dict[str, dict[str, float]]  # key of a timed block → ranks → milliseconds
@@ -21,28 +19,12 @@ Milliseconds = dict[str, dict[str, float]]  # key of a timed block → ranks →
 def machine(model: nn.Module) -> dict[str, object]:
     """What the timings of ``model`` depend on beside its shapes."""
     parameter = next(model.parameters())
-    on_gpu = parameter.is_cuda
     return {
-        "device": torch.cuda.get_device_name(parameter.device) if on_gpu else _cpu_name(),
+        "device": device_name(parameter.device),
         "kernels": (backends.build_info() or {}).get("instruction_set"),
         "threads": torch.get_num_threads(), "dtype": str(parameter.dtype),
         "torch": torch.__version__, "adacomcat": adacomcat.__version__,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def folder() -> Path | None:
-    """Where the files are: under XDG_CACHE_HOME, else under ~/.cache; None for who has no home."""
-    home = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
-    return home / "adacomcat/latency" if home.is_absolute() else None
 
 
 class LatencyCache:
@@ -51,7 +33,7 @@ class LatencyCache:
     def __init__(self, machine: dict[str, object]) -> None:
         self.machine = machine
         name = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()[:16]
-        where = folder()
+        where = cache_folder("latency")
         self.path = None if where is None else where / f"{name}.json"
         self.milliseconds = self._read()
 

@@ -5,11 +5,12 @@ only module that imports optional parts: the C++ extension and, through ``kernel
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
+from os import environ
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from adacomcat import kernels
 from adacomcat.errors import UserError
-from adacomcat.ops import autograd_cpu, reference, shapes, transforms
+from adacomcat.ops import autograd_cpu, measured, reference, shapes, transforms
 
 
 def _load_extension() -> tuple[Any, str | None]:
@@ -32,6 +33,7 @@ def _load_extension() -> tuple[Any, str | None]:
 
 _EXTENSION, _NO_EXTENSION = _load_extension()
 _FORCED: ContextVar[str | None] = ContextVar("adacomcat_backend", default=None)
+_PREFERRED: ContextVar[str | None] = ContextVar("adacomcat_preferred_backend", default=None)
 
 # The order in which `pick` tries the backends; bench/RESULTS.md shows that the C++ kernels win.
 PREFERENCE = ("cpp", "triton", "cuda", "reference")
@@ -116,8 +118,9 @@ def compatible_backends(op: str, x: Tensor) -> list[str]:
 
 
 def pick(op: str, x: Tensor, keep_intermediates: bool = False) -> str:
-    """The backend that runs ``op`` on ``x``: the one in use, else the first of ``PREFERENCE`` that
-    can run it and is known to be faster than those behind it.
+    """The backend that runs ``op`` on ``x``: the one in use, else of those that can run it the one
+    that is preferred, the one that was measured to be the fastest here, or the first of
+    ``PREFERENCE`` that is known to be faster than those behind it.
 
     Args:
         op: The op's name.
@@ -133,7 +136,10 @@ def pick(op: str, x: Tensor, keep_intermediates: bool = False) -> str:
         if reason is not None:
             raise UserError(f"backend '{forced}' cannot run {op}: {reason}")
         return forced
-    return next(name for name in PREFERENCE
+    wanted = preferred()
+    first = [wanted] if wanted else measured.ranked(op, x.device, x.dtype, keep_intermediates)
+    found = next((name for name in first if refusal(name, op, x) is None), None)
+    return found or next(name for name in PREFERENCE
                 if refusal(name, op, x) is None
                 and _is_faster(name, op, x, keep_intermediates))
 
@@ -148,6 +154,24 @@ def _is_faster(backend: str, op: str, x: Tensor, keep_intermediates: bool) -> bo
         return op in CUDA_FIRST
     faster = TRITON_FOR_TRAINING if keep_intermediates else TRITON_FOR_INFERENCE
     return op in faster and x.element_size() == 2
+
+
+def preferred() -> str | None:
+    """The backend that ``prefer_backend`` or the environment asks for; None where neither does.
+
+    Raises:
+        UserError: The environment asks for one that cannot run on this machine.
+    """
+    return _PREFERRED.get() or _from_environment()
+
+
+@cache
+def _from_environment() -> str | None:
+    """The environment is read once."""
+    name = environ.get("ADACOMCAT_BACKEND")
+    if name:
+        _require_available(name, "ADACOMCAT_BACKEND: ")
+    return name or None
 
 
 def in_use() -> str | None:
@@ -219,9 +243,11 @@ def direct_kernel(op: str, x: Tensor) -> Kernel | None:
     if not x.is_cpu:
         sublayer = op in kernels.SUBLAYERS and type(x) is Tensor
         return _triton_kernel(op) if sublayer and pick(op, x) == "triton" else None
-    if _FORCED.get() not in (None, "cpp") or _NO_EXTENSION or _no_cpp_kernel(op, x):
+    asked = _FORCED.get() or preferred()
+    if asked not in (None, "cpp") or _NO_EXTENSION or _no_cpp_kernel(op, x):
         return None
-    return _cpu_kernel(op)
+    ranked = () if asked else measured.ranked(op, x.device, x.dtype, training=False)
+    return _cpu_kernel(op) if not ranked or ranked[0] == "cpp" else None
 
 
 @cache  # small models feel every look-up
@@ -258,8 +284,7 @@ def _triton_kernel(op: str) -> Kernel:
     return run
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> AbstractContextManager[None]:
     """Run every op inside the ``with`` block on one backend.
 
     Args:
@@ -270,16 +295,33 @@ def use_backend(name: str) -> Iterator[None]:
         UserError: There is no such backend, or it cannot run on this machine. Inside the block: the
             backend cannot run an op; the message has the reason.
     """
-    reasons = available()
-    if name not in reasons:
-        raise UserError(f"unknown backend '{name}'; choose one of {', '.join(reasons)}")
-    if reasons[name] is not None:
-        raise UserError(f"backend '{name}' is not available here: {reasons[name]}")
-    token = _FORCED.set(name)
+    return _asking(_FORCED, name)
+
+
+def prefer_backend(name: str) -> AbstractContextManager[None]:
+    """The same, but an op that the backend cannot run runs as it would without it.
+
+    ADACOMCAT_BACKEND in the environment asks for it in the whole process.
+    """
+    return _asking(_PREFERRED, name)
+
+
+@contextmanager
+def _asking(variable: ContextVar[str | None], name: str) -> Iterator[None]:
+    _require_available(name)
+    token = variable.set(name)
     try:
         yield
     finally:
-        _FORCED.reset(token)
+        variable.reset(token)
+
+
+def _require_available(name: str, where: str = "") -> None:
+    reasons = available()
+    if name not in reasons:
+        raise UserError(f"{where}unknown backend '{name}'; choose one of {', '.join(reasons)}")
+    if reasons[name] is not None:
+        raise UserError(f"{where}backend '{name}' is not available here: {reasons[name]}")
 
 
 def _no_cpp_kernel(op: str, x: Tensor) -> str | None:

@@ -1,6 +1,9 @@
 """The architecture parameters: a distribution over the candidate ranks of every site."""
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adacomcat.allocation.knapsack import Choice, fill, knapsack
@@ -50,15 +53,17 @@ class RankGates(nn.Module):
     Args:
         sites: the decisions to take.
         multiple: the step of candidate ranks.
+        menu: site → its candidate ranks, ascending, in place of the steps.
     """
 
     valid: Tensor  # (sites, K) which candidates are no padding
     costs: Tensor  # (sites, K) parameters of each candidate
 
-    def __init__(self, sites: list[Site], multiple: int = MULTIPLE) -> None:
+    def __init__(self, sites: list[Site], multiple: int = MULTIPLE,
+                 menu: Callable[[Site], tuple[Rank, ...]] | None = None) -> None:
         super().__init__()
         self.sites = sites
-        self.candidates = [candidates(site, multiple) for site in sites]
+        self.candidates = [menu(site) if menu else candidates(site, multiple) for site in sites]
         width = max(len(ranks) for ranks in self.candidates)
         valid = torch.zeros(len(sites), width, dtype=torch.bool)
         costs = torch.zeros(len(sites), width)
@@ -74,7 +79,7 @@ class RankGates(nn.Module):
 
     @staticmethod
     def _first(site: Site, ranks: tuple[Rank, ...]) -> Tensor:
-        """(R,) the first candidate that keeps column j."""
+        """(R,) the first candidate that keeps column j; K, the width, where none does."""
         columns = torch.arange(1, site.full_rank + 1)
         return torch.searchsorted(torch.tensor([numeric_rank(site, rank) for rank in ranks]),
                                   columns)
@@ -97,7 +102,7 @@ class RankGates(nn.Module):
 
     def gates(self, mixture: Tensor) -> dict[str, Tensor]:
         """Site name → g (R,), g_j = Σ_{i: r_i ≥ j} m_i."""
-        tails = mixture.flip(1).cumsum(1).flip(1)
+        tails = F.pad(mixture.flip(1).cumsum(1).flip(1), (0, 1))  # no candidate keeps the rest
         return {site.name: tails[row][self.get_buffer(f"first_{row}")]
                 for row, site in enumerate(self.sites)}
 
@@ -124,6 +129,16 @@ class RankGates(nn.Module):
             raise UserError(f"no plan has at most {budget:.0f} parameters in its projections")
         fill(items, chosen, budget)
         return _plan_of(self.sites, self.candidates, chosen)
+
+    @torch.no_grad()
+    def likeliest(self) -> RankPlan:
+        """The most likely rank of every site, whatever they cost together."""
+        chosen = self._masked().argmax(-1).tolist()
+        return _plan_of(self.sites, self.candidates, chosen)
+
+    def largest(self) -> RankPlan:
+        """The last candidate of every site."""
+        return _plan_of(self.sites, self.candidates, [-1] * len(self.sites))
 
 
 def _plan_of(sites: list[Site], ranks: list[tuple[Rank, ...]], chosen: list[int]) -> RankPlan:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from adacomcat.plan import RankPlan
 from adacomcat.search.gates import RankGates, numeric_rank
 from adacomcat.search.policy import EveryEpoch, make_policy
+from adacomcat.search.published import decompose_anew_
 from adacomcat.search.supernet import mixture, set_ranks_
 from adacomcat.sites import Site
 from adacomcat.utils.distributed import Processes
@@ -26,22 +27,31 @@ class SearchConfig:
 
     Args:
         policy: when to search, one of ``POLICIES``.
-        steps: gradient steps on α in one search.
         alpha_lr: learning rate of α.
         beta: exponent of the budget in the loss.
         tau_start, tau_end: the temperature τ at the first and the last search.
-        tau_per: whether τ anneals over every 'epoch', or over every 'search' as in ComCAT's code.
+        tau_per: whether τ anneals over every 'epoch', or by the E-th root of τ_end / τ_start with
+            every 'search', E epochs, as in ComCAT's code.
         confirm: a plan is adopted only where held-out images lose less with it.
+        alpha_weight_decay: of α; it pulls every distribution towards the uniform one.
+        choose: the likeliest plan within the 'budget', or the 'argmax' at every site as in
+            ComCAT's code, where the loss alone knows the budget.
+        decompose_anew: before a search the factors in force are multiplied out and decomposed
+            again, as in ComCAT's code: what was cut does not come back.
+        first: the epoch of the first search; the policy counts from it.
     """
 
     policy: str = "adaptive"
-    steps: int = 50
     alpha_lr: float = 1e-2
     beta: float = 1.5
     tau_start: float = 5.0
     tau_end: float = 0.1
     tau_per: str = "epoch"
     confirm: bool = True
+    alpha_weight_decay: float = 0.0
+    choose: str = "budget"
+    decompose_anew: bool = False
+    first: int = 1
 
 
 def budget_loss(cross_entropy: Tensor, params: Tensor, target: float, beta: float) -> Tensor:
@@ -70,7 +80,7 @@ CONFIRMING_BATCHES = 8
 class RankSearch:
     """The search's whole state: α and its optimiser, the policy, the plan in force.
 
-    Every search takes ``config.steps`` gradient steps on α, with the loss CE · (P / target)^β
+    Every search takes gradient steps on α, one for each batch, with the loss CE · (P / target)^β
     where the expected parameters P exceed the target, and CE elsewhere. It then proposes the most
     likely plan within the budget. After ComCAT (Xiao et al., ICML 2023, arXiv 2305.17235).
 
@@ -91,8 +101,8 @@ class RankSearch:
                  config: SearchConfig, *, target: float, fixed: float) -> None:
         self.supernet, self.sites, self.gates = supernet, sites, gates
         self.config, self.target, self.fixed = config, target, fixed
-        # α has no weight decay: it would pull every distribution towards the uniform one.
-        self.optimizer = torch.optim.AdamW([gates.logits], lr=config.alpha_lr, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW([gates.logits], lr=config.alpha_lr,
+                                           weight_decay=config.alpha_weight_decay)
         self.policy: EveryEpoch = make_policy(config.policy)
         self.count, self.seconds = 0, 0.0
         self.refinement: dict[str, Any] | None = None  # what made the plan that it starts from
@@ -105,10 +115,20 @@ class RankSearch:
         self.plan = plan
         set_ranks_(self.supernet, plan)
 
+    def due(self, epoch: int) -> bool:
+        """Whether ``epoch``, counted from 1, begins with a search."""
+        return self.policy.due(self._turn(epoch))
+
+    def _turn(self, epoch: int) -> int:
+        """The number of ``epoch`` where the first one that may search is 1."""
+        return epoch - self.config.first + 1
+
     def temperature(self, epoch: int, epochs: int) -> float:
         """Geometric from tau_start to tau_end, over epochs (counted from 1) or over searches."""
-        done = self.count if self.config.tau_per == "search" else epoch - 1
-        fraction = min(1.0, done / max(1, epochs - 1))
+        if self.config.tau_per == "search":
+            fraction = min(1.0, self.count / max(1, epochs))
+        else:
+            fraction = min(1.0, (epoch - 1) / max(1, epochs - 1))
         start, end = self.config.tau_start, self.config.tau_end
         return start * (end / start) ** fraction
 
@@ -149,6 +169,9 @@ class RankSearch:
         start = time.perf_counter()
         temperature, generator = self.temperature(epoch, epochs), derived_generator(
             seed, epoch, self.count)
+        if self.config.decompose_anew and self.begun is None:
+            decompose_anew_(self.supernet)
+            processes.broadcast_(self.supernet)
         losses, held_out, share = self._goes_on(generator), [], 0.0
         behind = len(losses)
         with frozen(self.supernet), evaluating(self.supernet):
@@ -162,11 +185,10 @@ class RankSearch:
                 self.begun = {"losses": losses, "generator": generator.get_state()}
                 after_step()
             before = self.numeric(self.plan)
-            rejected = not self._propose(self.gates.plan(self.target - self.fixed), held_out,
-                                         processes, share)
+            rejected = not self._propose(self._found(), held_out, processes, share)
         self.begun = None
         ranks = self.numeric(self.plan)
-        self.policy.record(epoch, ranks)
+        self.policy.record(self._turn(epoch), ranks)
         self.count += 1
         seconds = time.perf_counter() - start
         self.seconds += seconds
@@ -183,6 +205,12 @@ class RankSearch:
             return []
         generator.set_state(self.begun["generator"])
         return list(self.begun["losses"])
+
+    def _found(self) -> RankPlan:
+        """The plan that α stands for now."""
+        if self.config.choose == "argmax":
+            return self.gates.likeliest()
+        return self.gates.plan(self.target - self.fixed)
 
     def _propose(self, plan: RankPlan, held_out: list[tuple[Tensor, Tensor]],
                  processes: Processes, share: float) -> bool:

@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from adacomcat.errors import UserError
+from adacomcat.utils.presets import PRESETS
 
 _LARGEST = 2**31 - 1  # of a count; more overflows in the libraries that count with it
 
@@ -93,10 +94,15 @@ TRAINING: Mapping[str, Limit] = {
     "epochs": COUNT, "finetune_epochs": COUNT, "steps": NUMBER, "batch_size": NUMBER,
     "lr": POSITIVE, "weight_decay": NOT_NEGATIVE, "warmup_epochs": NOT_NEGATIVE,
     "warmup_lr": NOT_NEGATIVE, "min_lr": NOT_NEGATIVE, "clip_grad": NOT_NEGATIVE,
-    "mixup": MIXING, "cutmix": MIXING, "smoothing": DECAY, "ema_decay": DECAY,
-    "kd_alpha": WEIGHT, "kd_temperature": POSITIVE, "align_weight": NOT_NEGATIVE,
-    "keep_params": FRACTION, "search_steps": NUMBER, "search_fraction": PART,
-    "alpha_lr": POSITIVE, "beta": NOT_NEGATIVE, "tau_start": POSITIVE, "tau_end": POSITIVE,
+    "opt_eps": POSITIVE, "momentum": DECAY, "mixup": MIXING, "cutmix": MIXING,
+    "mixup_prob": WEIGHT, "mixup_switch_prob": WEIGHT, "smoothing": DECAY, "drop_path": DECAY,
+    "repeated_aug": NUMBER, "color_jitter": WEIGHT, "reprob": WEIGHT, "recount": NUMBER,
+    "ema_decay": DECAY, "kd_alpha": WEIGHT, "kd_temperature": POSITIVE,
+    "align_weight": NOT_NEGATIVE, "keep_params": FRACTION, "rank_multiple": NUMBER,
+    "search_steps": COUNT,
+    "search_fraction": PART, "search_batch_size": NUMBER, "first_search": NUMBER, "lr_base": COUNT,
+    "alpha_weight_decay": NOT_NEGATIVE, "alpha_lr": POSITIVE, "beta": NOT_NEGATIVE,
+    "tau_start": POSITIVE, "tau_end": POSITIVE,
     "refine": COUNT, "calibration_images": COUNT, "seed": SEED, "threads": NUMBER,
     "workers": PROCESSES, "checkpoint_steps": COUNT, "checkpoint_seconds": POSITIVE,
     "timeout": WAITING,
@@ -109,11 +115,19 @@ RECOVERY: Mapping[str, Limit] = {
 }
 # Setting of training → the words that it may be.
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "preset": ("adacomcat", "comcat"), "search": ("adaptive", "every", "graded", "off"),
+    "preset": tuple(PRESETS),
+    "search": ("adaptive", "every", "graded", "off"),
     "mlp": ("neurons", "ranks"), "kd": ("soft", "hard", "none"),
-    "align": ("mse", "manifold", "none"), "tau_per": ("epoch", "search"),
+    "kd_reduction": ("batchmean", "mean"),
+    "align": ("mse", "manifold", "comcat", "none"), "tau_per": ("epoch", "search"),
+    "start": ("allocation", "uniform", "largest"), "menu": ("steps", "comcat"),
+    "choose": ("budget", "argmax"), "search_images": ("held-out", "validation"),
+    "sched_per": ("step", "epoch"), "mixup_mode": ("batch", "pair", "elem"),
     "parallel": ("average", "ddp", "fsdp"),
+    "remode": ("const", "rand", "pixel"), "amp_dtype": ("bfloat16", "float16"),
+    "train_interpolation": ("bilinear", "bicubic", "random"),
 }
+BACKENDS = ("reference", "cpp", "triton", "cuda")
 # Runtimes whose fused attention bounds the ranks.
 DEPLOYMENTS = ("any", "flash", "tensorrt")
 # What ``export`` writes, and in which dtypes.

@@ -30,8 +30,8 @@ from adacomcat.errors import UserError
 from adacomcat.factorize.factors import LinearStatistics, factorize_linear
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.plan import RankPlan
+from adacomcat.search.published import drop_attention_biases_
 from adacomcat.sites import Site, find_sites
-from adacomcat.train import drop_attention_biases_
 from adacomcat.utils.model import evaluating
 
 

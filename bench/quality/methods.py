@@ -124,8 +124,10 @@ METHODS: dict[str, Method] = {
     "ours, training-free": Method(lambda subject, keep, _: _training_free(subject, keep)),
     "ours + 15 minutes of recovery": Method(
         lambda subject, keep, _: _recovered(subject, keep, 15), named=True),
-    "ComCAT's search": _training("comcat"),
-    "Adaptive-ComCAT's search": _training("comcat", search="adaptive"),
+    # With the learning rate of all others, and images to search on that do not judge.
+    "ComCAT's search": _training("comcat", search_images="held-out", lr_base=None),
+    "Adaptive-ComCAT's search": _training("adaptive-comcat", search_images="held-out",
+                                          lr_base=None),
     "ours, searched": _training("adacomcat"),
 }
 

@@ -52,6 +52,7 @@ def compare(model: nn.Module, args: argparse.Namespace) -> dict[str, dict]:
                 continue
             settings = TrainConfig.preset(
                 preset, keep_params=keep, seed=args.seed, lr=args.lr, batch_size=args.batch_size,
+                search_images="held-out", lr_base=None,  # the test set judges alone
                 epochs=args.epochs if epochs is None else epochs)
             found = train.run(model, settings, train_set, test_set).results
             results[key] = {name: found.get(name) for name in (

@@ -29,6 +29,7 @@ from adacomcat.convert.install import install_
 from adacomcat.cost import plan_macs, plan_params
 from adacomcat.data import datasets
 from adacomcat.distill import TrainConfig
+from adacomcat.distill.start import judging_images
 from adacomcat.utils.progress import progress
 
 TINY = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -249,7 +250,7 @@ def test_resuming_refines_no_second_time(tmp_path: Path, monkeypatch: pytest.Mon
     assert (again["plan"], again["refinement"]) == (first["plan"], first["refinement"])
 
 
-@pytest.mark.parametrize("settings", [{"keep_params": None}, {"start_from_allocation": False},
+@pytest.mark.parametrize("settings", [{"keep_params": None}, {"start": "uniform"},
                                       {"refine": -1}])
 def test_training_says_what_refinement_lacks(settings: dict) -> None:
     with pytest.raises(UserError, match="refine m"):
@@ -262,11 +263,11 @@ def test_judges_of_training_are_images_that_did_not_calibrate() -> None:
     config = TrainConfig(keep_params=0.5, refine=2, calibration_images=1000)
     known = {image.numpy().tobytes() for image in train.calibration_images(
         train_set, 1000, config.seed, train.Processes())}
-    judges = train._judges(train_set, config)
+    judges = judging_images(train_set, config)
     assert len(judges) == len(train_set) - 1000
     assert not known & {judges[i][0].numpy().tobytes() for i in range(len(judges))}
     with pytest.raises(UserError, match="lower calibration_images"):
-        train._judges(train_set, config.with_(calibration_images=5000))
+        judging_images(train_set, config.with_(calibration_images=5000))
 
 
 def test_a_bar_inside_a_bar_stays_silent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,17 +72,20 @@ def test_flags_reach_the_training_unless_not_given(tmp_path, run_json, monkeypat
 
 
 def test_defaults_in_the_help_are_those_of_the_training(run):
-    from adacomcat.cli.commands.train import FIELDS
+    from adacomcat.cli.commands.train import FLAGS
     from adacomcat.distill.config import TrainConfig
     _, out, _ = run("train", "--help")
     told = {}
     for text in re.split(r"\s--(?=[a-z])", " ".join(out.split())):
-        default = re.search(r"default: ([\w.-]+)", text)
+        default = re.search(r"default: ([\w.-]+)\)?", text)
         told[text.split()[0].replace("-", "_")] = default and default[1]
-    defaults = TrainConfig()
-    for name in set(FIELDS) - {"workers", "keep_params", "refine", "steps", "checkpoint_steps",
-                               "device", "seed"}:
-        assert told[name] == str(getattr(defaults, name)), name
+    defaults, compared = TrainConfig(), 0
+    for flag, name in set(FLAGS.items()) - {("checkpoint_steps", "checkpoint_steps")}:
+        value = getattr(defaults, name)
+        if told.get(flag) is not None and type(value) in (int, float, str):
+            assert told[flag] == str(value), flag
+            compared += 1
+    assert compared > 35
 
 
 def test_interrupted_training_goes_on(tmp_path, run, run_json, monkeypatch):

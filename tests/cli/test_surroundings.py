@@ -20,6 +20,7 @@ from adacomcat.cli import download
 from adacomcat.latency import cache
 from adacomcat.report.page import write_report
 from adacomcat.report.tables import Comparison
+from adacomcat.utils.machine import cache_folder
 
 DIGITS = ["--data", "digits"]
 
@@ -114,7 +115,7 @@ def test_a_size_without_an_address_is_one_line(digits, run, monkeypatch):
 def test_without_a_home_latencies_are_measured_anew(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    assert cache.folder() is None
+    assert cache_folder("latency") is None
     found = cache.LatencyCache({"device": "x"})
     found.add("block", {"8": 1.5})
     assert found.milliseconds == {} or found.milliseconds == {"block": {"8": 1.5}}

@@ -48,7 +48,7 @@ def test_pixels_are_those_of_timm_for_every_configuration() -> None:
     for config in configurations:
         config["input_size"] = (config["input_size"][0], *(max(16, side // 4) for side in
                                                            config["input_size"][1:]))
-        ours = ImageFormat.from_config(config).transform(is_training=False)
+        ours = ImageFormat.from_config(config).transform()
         timms = create_transform(**config, is_training=False)
         for width, height in ((90, 50), (31, 120)):
             picture = Image.fromarray(scene(width, height))

@@ -17,7 +17,7 @@ from adacomcat.distill import (
     manifold_loss,
     mse_loss,
 )
-from adacomcat.distill.losses import aligned_blocks
+from adacomcat.distill.losses import aligned_blocks, running_weight
 from adacomcat.errors import UserError
 from adacomcat.utils.random import derived_generator
 
@@ -39,6 +39,12 @@ def test_soft_distillation_is_the_scaled_divergence(temperature: float) -> None:
     assert distillation_loss("soft", student, teacher, temperature).item() == \
         pytest.approx(expected, rel=1e-10)
     assert distillation_loss("soft", teacher, teacher, temperature).item() == pytest.approx(0)
+
+
+def test_soft_distillation_of_comcat_is_a_mean_over_all_outputs() -> None:
+    student, teacher = logits(7, 5), logits(7, 5)
+    ours = distillation_loss("soft", student, teacher, 1.0, "mean")
+    assert ours.item() == pytest.approx(distillation_loss("soft", student, teacher, 1.0).item() / 5)
 
 
 def test_hard_distillation_is_cross_entropy_with_the_teachers_choice() -> None:
@@ -131,10 +137,39 @@ def test_alignment_reads_the_chosen_blocks(kind: str) -> None:
     assert not student.blocks[0]._forward_hooks
 
 
-def test_models_without_blocks_are_not_aligned_and_say_so() -> None:
+def test_models_without_blocks_are_not_aligned_and_say_so_once() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.warns(UserWarning, match="no .blocks"):
-        assert not FeatureAlignment("mse", model, model, None)
+    for pair in ((model, model), (vit(0), model), (model, vit(0))):
+        with pytest.warns(UserWarning, match="no .blocks") as warned:
+            assert not FeatureAlignment("mse", *pair, None)
+        assert len(warned) == 1
+        assert not any(block._forward_hooks for of in pair for block in getattr(of, "blocks", ()))
+
+
+def test_the_weight_of_comcats_alignment_is_a_running_product() -> None:
+    """engine.py multiplies the weight of the epoch before, and main.py counts epochs from 0."""
+    weight, weights = 0.5, []
+    for epoch in range(30):
+        weight = max(weight * math.cos(math.pi * 0.5 * epoch / 30), 0.01)
+        weights.append(weight)
+    ours = [running_weight(0.5, epoch, 30) for epoch in range(1, 31)]
+    assert ours == pytest.approx(weights)
+    assert weights[0] == 0.5 and weights[-1] == 0.01 and 0.2 < weights[10] < 0.4
+    assert running_weight(0.5, 31, 30) == running_weight(0.5, 1, 0) == 0.01
+
+
+def test_comcats_alignment_is_the_sum_of_mean_squares() -> None:
+    student, teacher = vit(0), vit(1)
+    alignment = FeatureAlignment("comcat", student, teacher, None)
+    images = torch.randn(2, 3, 16, 16)
+    seen: dict[str, list[Tensor]] = {"student": [], "teacher": []}
+    for name, model in (("student", student), ("teacher", teacher)):
+        for index in (0, 1, 3, 4):
+            model.blocks[index].register_forward_hook(
+                lambda module, args, out, name=name: seen[name].append(out))
+        model(images)
+    expected = sum(((s - t) ** 2).mean() for s, t in zip(*seen.values(), strict=True))
+    assert alignment.loss(derived_generator(1)).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("depth, chosen, expected", [
@@ -160,9 +195,19 @@ def test_wrong_settings_are_named(changes: dict, said: str) -> None:
 
 
 def test_the_comcat_preset_does_as_its_published_code() -> None:
+    """What ComCAT's main.py, engine.py and its commands for DeiT have, by our names."""
+    published = {
+        "search": "every", "search_images": "validation", "search_batch_size": 128, "beta": 1.5,
+        "alpha_lr": 1e-2, "alpha_weight_decay": 5e-4, "tau_start": 5.0, "tau_end": 0.1,
+        "kd": "hard", "kd_alpha": 0.5, "kd_temperature": 1.0, "kd_reduction": "mean",
+        "align": "comcat", "align_weight": 0.5, "opt": "adamw", "lr": 5e-4,
+        "weight_decay": 0.05, "min_lr": 1e-5, "warmup_lr": 1e-6, "sched": "cosine",
+        "clip_grad": None, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "ema_decay": None,
+        "calibration_images": 0, "drop_attention_biases": True}
     config = TrainConfig.preset("comcat", epochs=3, keep_params=0.5)
-    assert (config.search, config.kd, config.align, config.tau_per) == \
-        ("every", "hard", "none", "search")
-    assert config.drop_attention_biases and config.calibration_images == 0
+    assert {name: getattr(config, name) for name in published} == published
+    adaptive = TrainConfig.preset("adaptive-comcat", epochs=3, keep_params=0.5)
+    assert adaptive == config.with_(search="adaptive")
+    assert config.with_(batch_size=320, lr_base=512).highest_lr == pytest.approx(5e-4 * 320 / 512)
     with pytest.raises(UserError, match="comkat"):
         TrainConfig.preset("comkat")

@@ -51,6 +51,13 @@ SETTINGS = {
     "sched": st.sampled_from(("cosine", "tanh", "step", "poly", "plateau", "none", "x", 3)),
     "augment": st.sampled_from((True, False, "x")), "steps": st.sampled_from((1, 2, 0, None, "1")),
     "batch_size": st.sampled_from((16, 8, 3, 0, 10**20, 1.5)),
+    "opt_betas": st.sampled_from((None, (0.9, 0.99), [0.0, 0.5], (0.9,), (2, 3), "x")),
+    "opt_eps": st.one_of(st.none(), MODERATE), "momentum": MODERATE, "mixup_prob": MODERATE,
+    "mixup_switch_prob": MODERATE, "mixup_mode": st.sampled_from(("batch", "pair", "elem", 3)),
+    "cutmix_minmax": st.sampled_from((None, (0.2, 0.8), (0.8, 0.2), (0.1, 0.11), (0, 0), "x")),
+    "drop_path": st.one_of(st.none(), MODERATE), "bce_loss": st.sampled_from((True, False, "x")),
+    "repeated_aug": st.sampled_from((1, 3, 0, 10**6)), "lr_base": st.sampled_from((None, 0, 512)),
+    "amp": st.booleans(), "amp_dtype": st.sampled_from(("bfloat16", "float16", "int8")),
 }
 
 

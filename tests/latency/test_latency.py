@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Callable
@@ -124,7 +125,7 @@ def test_other_conditions_are_measured_apart(cache, monkeypatch) -> None:
         assert len(measure.timed) > 1, settings
     for owner, name, value in ((torch, "get_num_threads", lambda: 99),
                                (adacomcat, "__version__", "99"), (torch, "__version__", "99"),
-                               (latency_cache, "_cpu_name", lambda: "another")):
+                               (latency_cache, "device_name", lambda device: "another")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
             measure = CostModel()
@@ -170,7 +171,7 @@ def test_a_write_that_fails_leaves_the_old_cache(cache, monkeypatch) -> None:
     def dies(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(latency_cache.os, "replace", dies)
+    monkeypatch.setattr(os, "replace", dies)
     tables(CostModel(), batch=2)
     assert file.read_text() == before and list(cache.iterdir()) == [file]
 

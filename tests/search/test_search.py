@@ -300,7 +300,7 @@ def test_budget_loss(beta: float, params: float) -> None:
 
 @pytest.mark.parametrize("per, count, epoch, expected", [
     ("epoch", 0, 1, 5.0), ("epoch", 7, 5, 0.1), ("epoch", 0, 3, 0.5 ** 0.5),
-    ("search", 0, 4, 5.0), ("search", 2, 3, 0.5 ** 0.5), ("search", 9, 5, 0.1)])
+    ("search", 0, 4, 5.0), ("search", 2, 3, 5 * 0.02 ** (2 / 5)), ("search", 9, 5, 0.1)])
 def test_temperature_falls_geometrically(per: str, count: int, epoch: int,
                                          expected: float) -> None:
     search = make_search(SearchConfig(tau_per=per))

@@ -1,4 +1,4 @@
-"""adacomcat doctor: versions, which backends run here or why not, the machine."""
+"""adacomcat doctor: versions, which backends run here or why not, the machine; --measure."""
 
 import argparse
 import json
@@ -12,22 +12,47 @@ import torch
 import adacomcat
 from adacomcat import kernels
 from adacomcat.cli.commands import Outcome
-from adacomcat.ops import backends
+from adacomcat.errors import UserError, reason
+from adacomcat.latency.self_measurement import measure
+from adacomcat.ops import backends, measured
 from adacomcat.report.tables import print_table
+from adacomcat.utils.machine import device_name
 
 _PACKAGES = ("torch", "timm", "triton", "torchvision", "safetensors", "numpy", "scikit-learn")
 
 
 def run(args: argparse.Namespace) -> Outcome:
+    if args.measure:
+        for device in _devices():
+            _keep(device, measure(device))
     found = {
         "versions": {"adacomcat": adacomcat.__version__, "python": platform.python_version()}
         | {name: _version(name) for name in _PACKAGES},
         "backends": backends.available(),
         "build": backends.build_info(),
         "kernels": _kernels(),
+        "measured": {device_name(device): times for device in _devices()
+                     if (times := measured.read(device))},
         "machine": _machine(),
     }
     return Outcome(found, lambda: _show(found))
+
+
+def _devices() -> list[torch.device]:
+    """The CPU and every GPU."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(count))]
+
+
+def _keep(device: torch.device, times: measured.Times) -> None:
+    try:
+        path = measured.keep(device, times)
+    except OSError as error:
+        raise UserError(f"cannot keep what was measured: {reason(error)}; XDG_CACHE_HOME names "
+                        "another folder") from error
+    if path is None:
+        raise UserError("there is no home to keep what was measured in: XDG_CACHE_HOME names a "
+                        "folder")
 
 
 def _version(package: str) -> str | None:
@@ -103,6 +128,11 @@ def _show(found: dict[str, dict]) -> None:
           known["registers"], known["spilled"], known["shared"])
          for known in found["kernels"]["kernels"]],
     )
+    for device, times in found["measured"].items():
+        print_table(f"measured on {device}: milliseconds, the fastest first", ["op", "backends"],
+                    [(key, ", ".join(f"{name} {times[key][name]:.3g}" for name in
+                                     sorted(times[key], key=times[key].__getitem__)))
+                     for key in times])
     print_table("machine", ["", ""],
                 [(name, ", ".join(value) or "none" if isinstance(value, list) else value)
                  for name, value in found["machine"].items()])

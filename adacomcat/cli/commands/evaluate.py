@@ -2,7 +2,7 @@
 
 import argparse
 
-from adacomcat import cost, data
+from adacomcat import cost
 from adacomcat.cli.commands import Outcome, inputs
 from adacomcat.distill.evaluation import evaluate
 from adacomcat.report.tables import Comparison, print_comparison
@@ -14,13 +14,13 @@ GATE_FAILED = 3
 def run(args: argparse.Namespace) -> Outcome:
     inputs.device(args)
     model = inputs.model(args)
-    _, test = data.train_and_test(*inputs.dataset(args), data.model_data_config(model))
+    _, test = inputs.train_and_test(args, model)
     processes = start_processes(args.device, args.timeout)
     measured = evaluate(model.to(processes.device), test, args.batch_size, processes, args.workers)
     stop_processes()
     result = {"model": args.model, "data": args.data, "params": cost.model_params(model)} | measured
     gate = args.min_accuracy is not None and result["top1"] < args.min_accuracy
-    measures = {name: result[name] for name in ("params", "top1", "loss")}
+    measures = {name: result[name] for name in ("params", "top1", "top5", "loss")}
 
     def show() -> None:
         print_comparison(f"{args.data}, {len(test):,} test images",

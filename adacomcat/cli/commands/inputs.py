@@ -99,7 +99,8 @@ def teacher(args: argparse.Namespace) -> nn.Module:
     """--teacher: a checkpoint folder, or a timm architecture with --teacher-checkpoint or timm's
     pretrained weights.
 
-    A folder knows its own architecture; the flags for --model do not change it.
+    A folder knows its own architecture. Another architecture than the model's has the model's
+    classes, channels and image size, and --teacher-kwargs in place of --model-kwargs.
 
     Raises:
         UserError: there is no such model.
@@ -112,7 +113,24 @@ def teacher(args: argparse.Namespace) -> nn.Module:
     other = copy.copy(args)
     other.model, other.checkpoint = args.teacher, args.teacher_checkpoint
     other.pretrained = args.teacher_checkpoint is None
+    if args.teacher_kwargs or not (args.teacher == args.model or is_folder(args.model)):
+        other.model_kwargs = args.teacher_kwargs
+    if args.img_size is not None and not _takes_size(args.teacher):
+        other.img_size = None
     return model(other, keep_head=getattr(args, "kd", "none") != "none")
+
+
+def _takes_size(architecture: str) -> bool:
+    """Whether a model is built for one size of images, as convolutional networks are not."""
+    checkpoint.require_architecture(architecture)
+    try:
+        with torch.device("meta"):
+            timm.create_model(architecture, img_size=224)
+    except TypeError:
+        return False
+    except Exception:  # it knows the argument, and not this size
+        return True
+    return True
 
 
 def _create(name: str, pretrained: bool, overrides: dict[str, Any]) -> nn.Module:
@@ -141,18 +159,37 @@ def dataset(args: argparse.Namespace) -> tuple[str, str | None]:
         return args.data, args.data_dir
     if os.path.isdir(args.data):
         return "folder", args.data
+    if data.is_named(args.data):
+        return args.data, args.data_dir
     raise UserError(f"--data {args.data} is neither a folder nor a dataset; the datasets are "
-                    f"{', '.join(data.ARRAY_DATASETS)}")
+                    f"{', '.join(data.ARRAY_DATASETS)}, and timm's torch/… and hfds/…")
+
+
+def train_and_test(args: argparse.Namespace, model: nn.Module, labels_matter: bool = True
+                   ) -> tuple[data.LabelledImages, data.LabelledImages]:
+    """Training set and test set of --data, as ``model`` wants them.
+
+    Raises:
+        UserError: there is no such dataset, or its classes are not the model's where they matter.
+    """
+    splits = data.Splits(args.train_split, args.val_split, args.dataset_download)
+    return data.train_and_test(*dataset(args), _seen(args, model, labels_matter), splits)
+
+
+def _seen(args: argparse.Namespace, model: nn.Module, labels_matter: bool) -> dict[str, Any]:
+    """timm's data configuration of ``model`` with what the flags change."""
+    config = data.model_data_config(model)
+    if not labels_matter:
+        del config["num_classes"]
+    return config | ({} if args.crop_pct is None else {"crop_pct": args.crop_pct})
 
 
 def pictures(args: argparse.Namespace, model: nn.Module) -> Tensor | None:
     """The images that calibrate, (N, C, H, W) as the model sees them; None where weights decide."""
-    config = data.model_data_config(model)
-    del config["num_classes"]  # labels are not looked at
     if args.calibration_dir is not None:
-        images = data.pictures_under(args.calibration_dir, config)
+        images = data.pictures_under(args.calibration_dir, _seen(args, model, False))
     elif args.data is not None and args.calibration_images:
-        images, _ = data.train_and_test(*dataset(args), config)
+        images, _ = train_and_test(args, model, labels_matter=False)
     else:
         return None
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))

@@ -46,10 +46,8 @@ def _config(args: argparse.Namespace) -> RecoveryConfig:
 
 def _images(args: argparse.Namespace, model: nn.Module) -> data.LabelledImages:
     """The images to train on; their labels are not looked at."""
-    model_cfg = data.model_data_config(model)
     if args.images is not None:
-        return data.pictures_under(args.images, model_cfg)
+        return data.pictures_under(args.images, data.model_data_config(model))
     if args.data is None:
         raise UserError("recover needs --images FOLDER or --data")
-    del model_cfg["num_classes"]  # labels are not looked at
-    return data.train_and_test(*inputs.dataset(args), model_cfg)[0]
+    return inputs.train_and_test(args, model, labels_matter=False)[0]

@@ -5,14 +5,19 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from adacomcat import checkpoint, cost, data, train
+from adacomcat.cli import training_flags
 from adacomcat.cli.commands import Outcome, inputs
+from adacomcat.cli.config_file import flag
 from adacomcat.convert.record import compression_of
+from adacomcat.data import PictureAugmentation
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.state import FILE, has_state
 from adacomcat.distill.teacher import require_teacher
@@ -31,14 +36,11 @@ from adacomcat.utils.launch import is_first, was_restarted
 from adacomcat.utils.stopping import heeding_signals
 from adacomcat.utils.text import parse_json, read_text, to_json
 
-# Flags that are fields of TrainConfig; where one is not given, the preset's value stays.
-FIELDS = ("epochs", "finetune_epochs", "steps", "batch_size", "opt", "lr", "weight_decay", "sched",
-          "warmup_epochs", "warmup_lr", "min_lr", "clip_grad", "mixup", "cutmix", "smoothing",
-          "kd", "kd_alpha", "kd_temperature", "align", "align_weight", "keep_params", "search",
-          "search_steps", "search_fraction", "refine", "mlp", "calibration_images",
-          "checkpoint_steps", "checkpoint_seconds", "seed", "workers", "device", "timeout",
-          "parallel")
-RESULTS, LOCK = "results.json", "lock"  # in the folder of the training state
+# Flag → the field of TrainConfig that it sets; where it is not given, the preset's value stays.
+FLAGS = {field.name: field.name for field in fields(TrainConfig)} | {
+    flag: name for flag, name in training_flags.RENAMED.items()}
+PICTURES = tuple(field.name for field in fields(PictureAugmentation))
+RESULTS, LOCK, BEST = "results.json", "lock", "best"  # in the folder of the training state
 EMA_DECAY = 0.9998  # of --model-ema without --model-ema-decay
 
 
@@ -62,15 +64,17 @@ def _trained(args: argparse.Namespace, config: TrainConfig, state: Path) -> Outc
     """Train, then write the checkpoint, then the report, and then remove the state."""
     inputs.device(args)
     model = inputs.model(args, weights_matter=not args.dense)
-    _require_room(model, args.output, state)
+    _require_room(model, args.output, state, copies=4 + args.keep_best)
     teacher = None if args.teacher is None else inputs.teacher(args)
     if teacher is not None and config.kd != "none":
         require_teacher(model, teacher)
-    train_set, test_set = data.train_and_test(*inputs.dataset(args), data.model_data_config(model))
+    train_set, test_set = inputs.train_and_test(args, model)
     plan = None if args.plan is None else RankPlan.load(args.plan)
     if plan is not None:
         plan.validate(model)
-    trained, results = train.run(model, config, train_set, test_set, teacher=teacher, plan=plan)
+    keep = partial(_keep, state / BEST) if args.keep_best else None
+    trained, results = train.run(model, config, train_set, test_set, teacher=teacher, plan=plan,
+                                 on_best=keep)
     if is_first():
         atomic_write_text(state / RESULTS, to_json(results), durable=True)
         checkpoint.save(trained.cpu(), args.output, gauge=args.gauge)
@@ -78,10 +82,18 @@ def _trained(args: argparse.Namespace, config: TrainConfig, state: Path) -> Outc
     return _reported(args, state, model, trained, results)
 
 
+def _keep(folder: Path, model: nn.Module) -> None:
+    """Put ``model`` in the place of the one that was the best before."""
+    shutil.rmtree(folder, ignore_errors=True)
+    checkpoint.save(model.cpu(), folder)
+
+
 def _reported(args: argparse.Namespace, state: Path, model: nn.Module, trained: nn.Module,
               results: dict[str, Any]) -> Outcome:
     comparison = _comparison(model, trained, results)
     if is_first():
+        if (state / BEST).is_dir():
+            shutil.move(state / BEST, Path(args.output) / BEST)
         if not args.no_report:
             found = compression_of(trained).plan or RankPlan()
             write_report(args.output, f"{args.model} trained on {args.data}", comparison,
@@ -121,12 +133,14 @@ def _alone(state: Path, output: str) -> Iterator[None]:
                     shutil.rmtree(state)
 
 
-def _require_room(model: nn.Module, output: str, state: Path) -> None:
-    """Room for the checkpoint and for the weights with their optimiser's two moments."""
+def _require_room(model: nn.Module, output: str, state: Path, copies: int) -> None:
+    """Room for the checkpoint, and in the state for ``copies`` of the weights: weights with their
+    optimiser's two moments, and the best model.
+    """
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     if is_first():
         require_writable(Path(output) / checkpoint.CONFIG, size)
-        require_writable(state / FILE, 4 * size)
+        require_writable(state / FILE, copies * size)
 
 
 def _require_budget(args: argparse.Namespace) -> None:
@@ -138,12 +152,23 @@ def _require_budget(args: argparse.Namespace) -> None:
 
 
 def _config(args: argparse.Namespace, state: Path) -> TrainConfig:
-    given = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
-    if args.model_ema or args.model_ema_decay is not None:
-        decay = args.model_ema_decay
-        given["ema_decay"] = EMA_DECAY if decay is None else decay
-    flags = {"amp": args.amp, "augment": not args.no_augment, "resume": args.resume}
-    return TrainConfig.preset(args.preset, state_dir=str(state), **flags, **given)
+    given = {name: value for flag, name in FLAGS.items()
+             if (value := getattr(args, flag, None)) is not None}
+    if args.model_ema:
+        given.setdefault("ema_decay", EMA_DECAY)
+    if args.no_attention_biases:
+        given["finetune_attention_biases"] = False
+    given |= {"augment": not args.no_augment, "state_dir": str(state)}
+    _require_pictures(args, given)
+    return TrainConfig.preset(args.preset, **given)
+
+
+def _require_pictures(args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Raise a ``UserError`` where pictures are to be augmented and there are none."""
+    asked = [flag(name) for name in PICTURES if name in given]
+    if asked and args.data in data.ARRAY_DATASETS:
+        raise UserError(f"the images of {args.data} have an augmentation of their own: leave out "
+                        f"{', '.join(asked)}, or take pictures")
 
 
 def _comparison(model: nn.Module, trained: nn.Module, results: dict[str, Any]) -> Comparison:
@@ -162,3 +187,6 @@ def _show(args: argparse.Namespace, comparison: Comparison, results: dict[str, A
     print_refinement(results.get("refinement"))
     searched = f", {results['search_count']} searches" if results.get("search_count") else ""
     print(f"{results['seconds']:.0f} s{searched}; written to {args.output}")
+    if args.keep_best and results.get("best"):
+        print(f"best on the test images after epoch {results['best']['epoch']}: top-1 "
+              f"{results['best']['top1']:.2f} %; written to {Path(args.output) / BEST}")
