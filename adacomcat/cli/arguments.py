@@ -174,6 +174,23 @@ def _calibration(default: int) -> Callable[[Parser], None]:
     return add
 
 
+def _keeping(parser: Parser) -> None:
+    parser.add_argument("-o", "--output", type=path, metavar="CAL",
+                        help="file to write, .safetensors; compress takes it as --calibration")
+    parser.add_argument("--images", action=argparse.BooleanOptionalAction, default=True,
+                        help="keep the images in the file, so that compress fits blocks to them "
+                             "(default)")
+
+
+def _kept(parser: Parser) -> None:
+    group = parser.add_argument_group("a kept calibration")
+    group.add_argument("--calibration", type=path, metavar="CAL",
+                       help="what adacomcat calibrate wrote, instead of images")
+    group.add_argument("--refit", action=argparse.BooleanOptionalAction, default=None,
+                       help="fit the blocks one after the other to the images, which loses the "
+                            "least; --no-refit takes seconds (default: where there are images)")
+
+
 def _refine(parser: Parser) -> None:
     parser.add_argument("--refine", type=number(NUMBER), default=0, metavar="N",
                         help="try N more plans at the budget, and keep the one with the least "
@@ -327,9 +344,11 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
     "doctor": ("Say what is installed and what runs here.", ()),
     "inspect": ("List where ranks are chosen in a model, and what truncation costs there.",
                 (_model, _filters, _data, _calibration(0), _seed, _device)),
+    "calibrate": ("Keep what images tell of a model, for any number of budgets.",
+                  (_model, _filters, _data, _calibration(256), _keeping, _seed, _device)),
     "compress": ("Compress a model without training.",
-                 (_model, _budget, _filters, _refine, _data, _calibration(256), _output, _report,
-                  _seed, _device)),
+                 (_model, _budget, _filters, _refine, _kept, _data, _calibration(256), _output,
+                  _report, _seed, _device)),
     "train": ("Search ranks, train and distil; or train a model as it is.",
               (_model, _data, _train, _refine, _search, _output, _report, _seed, _device,
                _timeout)),
@@ -347,7 +366,8 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
 
 # command → destinations of the flags that it needs, from the command line or the YAML file
 REQUIRED = {
-    "doctor": (), "inspect": ("model",), "compress": ("model", "output"),
+    "doctor": (), "inspect": ("model",), "calibrate": ("model", "output"),
+    "compress": ("model", "output"),
     "train": ("model", "data", "output"), "evaluate": ("model", "data"), "profile": ("model",),
     "recover": ("model", "teacher", "output"), "export": ("model", "format"),
     "import-comcat": ("checkpoint", "model", "output"),
