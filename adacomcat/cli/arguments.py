@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from adacomcat.cli.calibration_flags import calibration, elastic, keeping, kept
 from adacomcat.cli.values import key_value, norm_or_none, number, path, pattern
 from adacomcat.errors import UserError
 from adacomcat.utils.limits import (
@@ -159,36 +160,6 @@ def _filters(parser: Parser) -> None:
         group.add_argument(flag, type=pattern, nargs="*", metavar="PATTERN",
                            help=f"{text}: globs like 'blocks.*.mlp', or re: and a regular "
                                 "expression")
-
-
-def _calibration(default: int) -> Callable[[Parser], None]:
-    def add(parser: Parser) -> None:
-        group = parser.add_argument_group("calibration (without images, weights alone decide)")
-        group.add_argument("--calibration-images", type=number(COUNT), default=default, metavar="N",
-                           help="take N random training images (default: %(default)s)")
-        group.add_argument("--calibration-dir", type=path, metavar="FOLDER",
-                           help="take them from the pictures under this folder")
-        group.add_argument("--collages", type=number(COUNT), default=0, metavar="N",
-                           help="add N collages of these images; they help where pictures are "
-                                "few")
-    return add
-
-
-def _keeping(parser: Parser) -> None:
-    parser.add_argument("-o", "--output", type=path, metavar="CAL",
-                        help="file to write, .safetensors; compress takes it as --calibration")
-    parser.add_argument("--images", action=argparse.BooleanOptionalAction, default=True,
-                        help="keep the images in the file, so that compress fits blocks to them "
-                             "(default)")
-
-
-def _kept(parser: Parser) -> None:
-    group = parser.add_argument_group("a kept calibration")
-    group.add_argument("--calibration", type=path, metavar="CAL",
-                       help="what adacomcat calibrate wrote, instead of images")
-    group.add_argument("--refit", action=argparse.BooleanOptionalAction, default=None,
-                       help="fit the blocks one after the other to the images, which loses the "
-                            "least; --no-refit takes seconds (default: where there are images)")
 
 
 def _refine(parser: Parser) -> None:
@@ -343,12 +314,12 @@ def _comcat(parser: Parser) -> None:
 COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
     "doctor": ("Say what is installed and what runs here.", ()),
     "inspect": ("List where ranks are chosen in a model, and what truncation costs there.",
-                (_model, _filters, _data, _calibration(0), _seed, _device)),
+                (_model, _filters, _data, calibration(0), _seed, _device)),
     "calibrate": ("Keep what images tell of a model, for any number of budgets.",
-                  (_model, _filters, _data, _calibration(256), _keeping, _seed, _device)),
+                  (_model, _filters, _data, calibration(256), keeping, _seed, _device)),
     "compress": ("Compress a model without training.",
-                 (_model, _budget, _filters, _refine, _kept, _data, _calibration(256), _output,
-                  _report, _seed, _device)),
+                 (_model, _budget, elastic, _filters, _refine, kept, _data, calibration(256),
+                  _output, _report, _seed, _device)),
     "train": ("Search ranks, train and distil; or train a model as it is.",
               (_model, _data, _train, _refine, _search, _output, _report, _seed, _device,
                _timeout)),

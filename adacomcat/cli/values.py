@@ -21,6 +21,11 @@ def number(limit: Limit) -> Callable[[str], float]:
     return within
 
 
+def numbers(limit: Limit) -> Callable[[str], list[float]]:
+    """The type of a flag of several such numbers, with commas in between."""
+    return lambda text: [number(limit)(part.strip()) for part in text.split(",")]
+
+
 def norm_or_none(text: str) -> float:
     """The largest norm of a gradient; 0 for 'none', as in timm: nothing is clipped."""
     return 0.0 if text.lower() == "none" else number(TRAINING["clip_grad"])(text)

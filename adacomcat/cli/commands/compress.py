@@ -1,13 +1,17 @@
 """adacomcat compress: training-free, from a budget or a plan."""
 
 import argparse
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from adacomcat import checkpoint, cost
-from adacomcat.calibration import Calibration
+from adacomcat.calibration import Calibration, calibrate
+from adacomcat.cli.arguments import EXCLUSIVE
 from adacomcat.cli.commands import Outcome, inputs
+from adacomcat.cli.config_file import flag
 from adacomcat.convert.record import compression_of
+from adacomcat.elastic import save_elastic
 from adacomcat.errors import UserError
 from adacomcat.latency.timing import model_latencies
 from adacomcat.plan import RankPlan
@@ -17,6 +21,8 @@ from adacomcat.report.tables import Comparison, print_comparison, print_refineme
 
 def run(args: argparse.Namespace) -> Outcome:
     checkpoint.require_empty(args.output)
+    if args.elastic:
+        return _elastic(args)
     model = inputs.model(args).to(inputs.device(args))
     seen, pictures = _seen(args, model)
     small = inputs.compressed(args, model, seen, refine=args.refine, refine_images=pictures,
@@ -47,6 +53,30 @@ def run(args: argparse.Namespace) -> Outcome:
         if seen is not None and not data["refitted"]:
             print("factors cut from the calibration; blocks fitted in sequence to images lose less")
         print(f"written to {args.output}")
+    return Outcome(data, show)
+
+
+def _elastic(args: argparse.Namespace) -> Outcome:
+    """--elastic: a folder of every size."""
+    unfit = [flag(name) for name in (*EXCLUSIVE, "refine", "gauge") if getattr(args, name, None)]
+    if unfit:
+        raise UserError(f"--elastic names sizes: leave out {' and '.join(unfit)}")
+    model = inputs.model(args).to(inputs.device(args))
+    seen, _ = _seen(args, model)
+    if seen is None:
+        raise UserError("--elastic needs images: --calibration-dir FOLDER, --data or --calibration")
+    if not isinstance(seen, Calibration):
+        seen = calibrate(model, seen, include=args.include, exclude=args.exclude)
+    save_elastic(model, args.output, seen, args.elastic)
+    data = {"output": args.output, "sizes": args.elastic, "refitted": seen.batches is not None,
+            "bytes": {file.name: file.stat().st_size
+                      for file in sorted(Path(args.output).glob("*.safetensors"))}}
+
+    def show() -> None:
+        for name, size in data["bytes"].items():
+            print(f"{name:24} {size / 1e6:8.1f} MB")
+        print(f"written to {args.output}; adacomcat.load({args.output!r}, keep_params=…) cuts a "
+              "model")
     return Outcome(data, show)
 
 
