@@ -22,17 +22,15 @@ from adacomcat.convert.calibrate import calibration_batches
 from adacomcat.convert.factors import SiteFactors, require_finite_model
 from adacomcat.errors import UserError
 from adacomcat.factorize.factors import (
-    AttentionStatistics,
     LinearFactors,
-    LinearStatistics,
     ScoreFactors,
     ValueFactors,
 )
-from adacomcat.factorize.nested import NestedNeurons, NestedValues
+from adacomcat.factorize.nested import NestedNeurons
 from adacomcat.factorize.neurons import NeuronFactors
-from adacomcat.layers.registry import attention_weights, mlp_parts
-from adacomcat.plan import RankPlan
-from adacomcat.sites import DENSE, Filters, Site, find_sites, prunable_mlps
+from adacomcat.layers.registry import mlp_parts
+from adacomcat.plan import HIDDEN
+from adacomcat.sites import Filters, Site, find_sites, prunable_mlps
 from adacomcat.utils.checksum import checksum
 from adacomcat.utils.files import atomic_file, require_writable
 from adacomcat.utils.model import unwrapped
@@ -40,7 +38,7 @@ from adacomcat.utils.model import unwrapped
 FORMAT = "1"
 # What stands in a file → its class; every field is a tensor.
 _KINDS: Mapping[str, Any] = {kind.__name__: kind for kind in (
-    LinearFactors, ScoreFactors, ValueFactors, NeuronFactors, NestedNeurons, NestedValues)}
+    LinearFactors, ScoreFactors, ValueFactors, NeuronFactors, NestedNeurons)}
 
 
 @dataclass(frozen=True)
@@ -128,9 +126,9 @@ class Calibration:
         return None if self.batches is None else [
             batch.to(next(model.parameters()).device) for batch in self.batches]
 
-    def factors_at(self, model: nn.Module, plan: RankPlan) -> Mapping[str, SiteFactors]:
-        """The factors for the ranks of ``plan``, each made when it is asked for."""
-        return _CutFactors(self.known.factors, model, plan)
+    def factors_for(self, model: nn.Module) -> Mapping[str, SiteFactors]:
+        """The factors, to be cut to a plan while ``model`` is dense."""
+        return _Factors(self.known.factors, model)
 
 
 def calibrate(model: nn.Module, images: Tensor | Iterable, *, keep_images: bool = True,
@@ -163,33 +161,29 @@ def weights_checksum(model: nn.Module) -> str:
     return checksum(dict(sorted(model.state_dict().items())))
 
 
-def _nested(factors: SiteFactors,
-            statistics: LinearStatistics | AttentionStatistics | None) -> SiteFactors:
-    """What a calibration keeps for a site inside blocks that can be fitted in sequence."""
+def _nested(factors: SiteFactors) -> SiteFactors:
+    """What a calibration keeps for a site inside blocks that can be fitted in sequence: float32,
+    but for the errors that choose ranks."""
     if isinstance(factors, NeuronFactors):
         return NestedNeurons.of(factors)
-    if isinstance(factors, ValueFactors) and isinstance(statistics, AttentionStatistics):
-        return NestedValues.of(factors, statistics.value_covariance)
-    if isinstance(factors, ScoreFactors):
-        return ScoreFactors(factors.wq.float(), factors.bq.float(), factors.wk.float(),
-                            factors.errors)
+    if isinstance(factors, ScoreFactors | ValueFactors):
+        fields = factors._asdict()
+        return factors._replace(**{name: fields[name].float() for name in fields
+                                   if name != "errors"})
     return factors
 
 
-class _CutFactors(Mapping[str, SiteFactors]):
-    """Site → factors as ``install_`` takes them, for one plan."""
+class _Factors(Mapping[str, SiteFactors]):
+    """Site → factors as ``install_`` takes them: neurons with the weights of a dense model."""
 
-    def __init__(self, kept: Mapping[str, SiteFactors], model: nn.Module, plan: RankPlan) -> None:
-        self.kept, self.model, self.plan = kept, model, plan
+    def __init__(self, kept: Mapping[str, SiteFactors], model: nn.Module) -> None:
+        self.kept, self.model = kept, model
 
     def __getitem__(self, name: str) -> SiteFactors:
-        found, module = self.kept[name], self.model.get_submodule(name.rpartition(".")[0])
-        rank = self.plan[name]
+        found = self.kept[name]
         if isinstance(found, NestedNeurons):
-            return cast(SiteFactors, _PrunedNeurons(found, module))
-        if isinstance(found, NestedValues):
-            dense = attention_weights(module)
-            return found.cut(found.wv.shape[1] if rank == DENSE else rank, dense.wv, dense.wo)
+            mlp = self.model.get_submodule(name.removesuffix(HIDDEN))
+            return cast(SiteFactors, _PrunedNeurons(found, mlp))
         return found
 
     def __iter__(self) -> Iterator[str]:
@@ -214,7 +208,7 @@ class _PrunedNeurons:
 
 def _fields(factors: SiteFactors) -> dict[str, Tensor]:
     found: Any = factors
-    return found._asdict() if isinstance(found, tuple) else dict(vars(found))
+    return found._asdict() if hasattr(found, "_asdict") else dict(vars(found))
 
 
 def _made(kind: Any, name: str, tensors: Mapping[str, Tensor]) -> SiteFactors:

@@ -234,7 +234,7 @@ class _Chosen(NamedTuple):
 
 
 def _given(model: nn.Module, plan: RankPlan, sites: list[Site], seen: _Seen) -> _Chosen:
-    return _Chosen(plan, _factors(model, plan, sites, seen))
+    return _Chosen(plan, _factors(model, sites, seen))
 
 
 def _allocated(model: nn.Module, sites: list[Site], budget: Budget, seen: _Seen) -> _Chosen:
@@ -243,22 +243,22 @@ def _allocated(model: nn.Module, sites: list[Site], budget: Budget, seen: _Seen)
     found = seen.kept.known if seen.kept else survey(model, sites, seen.batches)
     allocator = budget.allocator(model, found.factors, sites)
     plan = allocator.plan(found.weights(sites, refitted=seen.batches is not None))
-    return _Chosen(plan, seen.kept.factors_at(model, plan) if seen.kept else found.factors)
+    return _Chosen(plan, seen.kept.factors_for(model) if seen.kept else found.factors)
 
 
 def _refined(model: nn.Module, sites: list[Site], budget: Budget, seen: _Seen,
              trial_batches: list[Tensor], candidates: int) -> _Chosen:
     """The refinement makes factors of its own images, the conversion of all calibration images."""
     refined = refined_on_images(model, sites, budget, trial_batches, candidates)
-    return _Chosen(refined.plan, _factors(model, refined.plan, sites, seen), refined)
+    return _Chosen(refined.plan, _factors(model, sites, seen), refined)
 
 
-def _factors(model: nn.Module, plan: RankPlan, sites: list[Site], seen: _Seen) -> Factors:
-    """The factors that ``convert_`` takes for this plan."""
+def _factors(model: nn.Module, sites: list[Site], seen: _Seen) -> Factors:
+    """The factors that ``convert_`` takes at a plan that is known."""
     sites = _outside_sequence(model, sites, seen.batches)
     if seen.kept is not None:
         seen.kept.require_sites(sites)
-        return seen.kept.factors_at(model, plan)
+        return seen.kept.factors_for(model)
     if not sites:
         return {}
     return factorize_model(model, model_statistics(model, seen.batches, sites), sites=sites)

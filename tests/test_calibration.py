@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import adacomcat
 from adacomcat import Calibration, RankPlan, UserError, calibrate, compress
 from adacomcat.cost import model_params
-from adacomcat.factorize.nested import NestedNeurons, NestedValues
+from adacomcat.factorize.nested import NestedNeurons
 from adacomcat.utils.model import tokens_and_outputs
 
 IMAGES = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -100,47 +100,13 @@ class forbidden:  # noqa: N801
         self.hook.remove()
 
 
-def test_nested_factors_hold_less_than_the_model_twice(model: nn.Module, kept: Calibration) -> None:
-    kinds = {name.rpartition(".")[2]: type(found) for name, found in kept.known.factors.items()}
-    assert kinds["hidden"] is NestedNeurons and kinds["vo"] is NestedValues
-    order = kept.known.factors["blocks.0.mlp.hidden"].order
-    weights = model.blocks[0].mlp.fc2
-    small, large = (kept.known.factors["blocks.0.mlp.hidden"].pruned(
-        width, weights.weight.detach(), weights.bias.detach())[0] for width in (40, 90))
-    assert set(small.tolist()) == set(order[:40].tolist()) <= set(large.tolist())
-
-
-def test_outputs_are_fitted_for_all_heads_at_once() -> None:
-    """Against least squares over samples of the values, in float64."""
-    generator = torch.Generator().manual_seed(1)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
-    heads, rank, dim, out, cut = 2, 4, 9, 7, 2
-    wv, wo, bo = random(heads, rank, dim), random(heads, out, rank), random(out)
-    # The heads average nearly the same tokens: what one loses, the other can give.
-    tokens = random(500, 1, dim) + 0.1 * random(500, heads, dim) + random(dim)
-    values = torch.einsum("hrd,mhd->mhr", wv, tokens)
-    joint = torch.cov(values.flatten(1).T, correction=0)
-    basis = torch.linalg.qr(random(heads, rank, rank)).Q
-    nested = NestedValues(basis @ wv, wo @ basis.mT, bo, tokens.mean(0), joint,
-                          torch.zeros(rank + 1))
-    found = nested.cut(cut, wv, wo)
-
-    dense = torch.einsum("hor,mhr->mo", wo, values) + bo
-    seen = torch.einsum("hrd,mhd->mhr", found.wv, tokens).flatten(1)
-    ours = seen @ found.wo.transpose(0, 1).flatten(1).T + found.truncated_bias(cut)
-    centred = seen - seen.mean(0)
-    start = nested.wo[..., :cut].transpose(0, 1).flatten(1)
-    pull = (0.01 * 500 * centred.square().mean()).sqrt() * torch.eye(heads * cut).double()
-    rows, targets = torch.cat([centred, pull]), torch.cat([dense - dense.mean(0), pull @ start.T])
-    best = centred @ torch.linalg.lstsq(rows, targets).solution + dense.mean(0)
-    torch.testing.assert_close(ours, best, rtol=1e-6, atol=1e-6)
-    alone = torch.einsum("hor,mhr->mo", nested.wo[..., :cut],
-                         torch.einsum("hrd,mhd->mhr", nested.wv[:, :cut], tokens - tokens.mean(0)))
-    lost = (dense - dense.mean(0) - alone).square().sum()
-    assert (dense - ours).square().sum() < 0.5 * lost
+def test_neurons_of_a_small_width_are_among_those_of_a_large_one(
+        model: nn.Module, kept: Calibration) -> None:
+    found, fc2 = kept.known.factors["blocks.0.mlp.hidden"], model.blocks[0].mlp.fc2
+    assert isinstance(found, NestedNeurons)
+    small, large = (found.pruned(width, fc2.weight.detach(), fc2.bias.detach())[0]
+                    for width in (40, 90))
+    assert set(small.tolist()) == set(found.order[:40].tolist()) <= set(large.tolist())
 
 
 def test_a_plan_takes_the_kept_factors(model: nn.Module, kept: Calibration) -> None:

@@ -33,7 +33,6 @@ from adacomcat.convert.calibrate import (
 from adacomcat.convert.factors import ErrorCurve, Factors, SiteFactors, factorize_model
 from adacomcat.convert.model import ALLOCATION_IMAGES, model_statistics
 from adacomcat.convert.sequential import sequential_blocks, sequential_encoder
-from adacomcat.factorize.factors import AttentionStatistics, LinearStatistics
 from adacomcat.sites import Site
 from adacomcat.utils.model import evaluating, tokens_and_outputs
 from adacomcat.utils.progress import progress
@@ -61,11 +60,10 @@ class Survey:
         return left_in_sequence(sites, weights) if refitted and self.in_sequence else weights
 
 
-# What stays of a site's factors, by them and the statistics of the site's module.
-Keep = Callable[[SiteFactors, LinearStatistics | AttentionStatistics | None], SiteFactors]
+Keep = Callable[[SiteFactors], SiteFactors]
 
 
-def errors_alone(factors: SiteFactors, statistics: object) -> SiteFactors:
+def errors_alone(factors: SiteFactors) -> SiteFactors:
     """The squared error of every rank, without the factors that have it."""
     return ErrorCurve(factors.errors)
 
@@ -103,24 +101,27 @@ class _BlockSurvey:
         self.batches = batches[:ALLOCATION_IMAGES // BATCH]
         self.share = len(self.batches) / len(batches)
         self.probes = batches[0][:PROBE_IMAGES]
-        self.factors: Factors = {}
+        self.factors: dict[str, SiteFactors] = {}
         self.changes: dict[str, float] = {}
         self.thin: list[str] = []
 
     @torch.no_grad()
     def run(self) -> Survey:
         with evaluating(self.model):
-            try:
-                self.dense = tokens_and_outputs(self.model, self.probes)
-            except Exception:
-                require_taken(self.model, self.probes)
-                raise
-            streams = [self.encoder.tokens(images) for images in self.batches]
+            streams = [self._tokens(images) for images in self.batches]
+            self.dense = tokens_and_outputs(self.model, self.probes)
             for index in progress(range(len(self.encoder.blocks)), "calibrating"):
                 self._block(index, streams)
             self._outside(streams)
         warn_of_thin(self.thin)
         return Survey(self.factors, self.changes, in_sequence=True)
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        try:
+            return self.encoder.tokens(images)
+        except Exception:
+            require_taken(self.model, images)
+            raise
 
     def _block(self, index: int, streams: list[Tensor]) -> None:
         """One block's sites; ``streams`` enter the block before and leave it after."""
@@ -129,13 +130,11 @@ class _BlockSurvey:
         start = streams[0][:PROBE_IMAGES]
         with watched(self.model, sites) as collectors:
             streams[:] = [block(stream) for stream in streams]
-        statistics = collected(collectors)
-        factors = self._factorized(sites, statistics)
+        factors = self._factorized(sites, collected(collectors))
         probed = [self._probed(block, start, site, factors) for site in sites]
         for site, change in zip(sites, self._changes(index, probed), strict=True):
             self.changes[site.name] = change
-        self.factors |= {name: self.keep(found, statistics.get(name.rpartition(".")[0]))
-                         for name, found in factors.items()}
+        self.factors |= {name: self.keep(found) for name, found in factors.items()}
 
     def _factorized(self, sites: list[Site], statistics: Statistics) -> Factors:
         self.thin += [name for name, found in statistics.items()

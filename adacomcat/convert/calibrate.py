@@ -170,14 +170,14 @@ def collect_statistics(model: nn.Module, batches: list[Tensor], share: float = 1
             images comes only where all of them would be too few.
         sites: what the statistics are for; every rank of ``model`` where not given.
     """
-    with watched(model, find_sites(model) if sites is None else sites) as watching:
-        try:
-            with evaluating(model):
-                for batch in progress(batches, "calibrating"):
-                    model(batch)
-        except Exception:
-            require_taken(model, batch)
-            raise
+    try:
+        with (watched(model, find_sites(model) if sites is None else sites) as watching,
+              evaluating(model)):
+            for batch in progress(batches, "calibrating"):
+                model(batch)
+    except Exception:
+        require_taken(model, batch)
+        raise
     statistics = collected(watching)
     warn_of_thin([name for name, found in statistics.items()
                   if found.tokens < share * len(found.mean)])

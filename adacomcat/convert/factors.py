@@ -25,7 +25,7 @@ from adacomcat.factorize.factors import (
     value_spectrum,
 )
 from adacomcat.factorize.linalg import require_finite
-from adacomcat.factorize.nested import NestedNeurons, NestedValues
+from adacomcat.factorize.nested import NestedNeurons
 from adacomcat.factorize.neurons import NeuronFactors, factorize_neurons
 from adacomcat.layers.registry import attention_weights
 from adacomcat.ops.decompositions import truncation_errors
@@ -40,7 +40,7 @@ class ErrorCurve(NamedTuple):
 
 
 SiteFactors = (LinearFactors | ScoreFactors | ValueFactors | NeuronFactors | ErrorCurve
-               | NestedNeurons | NestedValues)
+               | NestedNeurons)
 Factors = Mapping[str, SiteFactors]
 
 # Shrinkage of every whitening covariance; measured on DINOv2 ViT-S (examples/dinov2).

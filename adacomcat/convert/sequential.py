@@ -20,7 +20,6 @@ from adacomcat.convert.moments import (
 from adacomcat.convert.regression import Regression
 from adacomcat.factorize.factors import AttentionStatistics, factorize_scores, factorize_values
 from adacomcat.factorize.linalg import shrink
-from adacomcat.factorize.nested import coordinates
 from adacomcat.factorize.neurons import REFIT_SHRINKAGE, eliminate, exchange, refitted
 from adacomcat.layers.attention import LowRankAttention, low_rank_class
 from adacomcat.layers.linear import LowRankLinear
@@ -113,9 +112,7 @@ class BlockCompression:
             value_variance=tokens.variance)
         replacement.set_values_(factorize_values(
             weights.wv, weights.bv, weights.wo, weights.bo, statistics, shrinkage=self.shrinkage))
-        heads = len(weights.wv)
-        mixing = coordinates(replacement.wv.double().unflatten(0, (heads, -1)),
-                             weights.wv.double())
+        mixing = _mixing(replacement.wv, weights.wv)
         weight, bias = fit.on_mapped(mixing, replacement.wo).solve_dense()
         replacement.wo.copy_(weight)
         replacement.bo.copy_(bias)
@@ -182,6 +179,13 @@ class BlockCompression:
         else:
             v, u, bias = regression.solve(rank)
             part.inner.fc2 = _low_rank(fc2, rank, v, u / scale.unsqueeze(1), bias / scale)
+
+
+def _mixing(cut: Tensor, wv: Tensor) -> Tensor:
+    """(H·n, H·r), block by block T_h with cut_h = T_h wv_h, for cut (H·n, d) and wv (H, r, d)."""
+    wv = wv.double()
+    found = cut.double().unflatten(0, (len(wv), -1)) @ wv.mT
+    return torch.block_diag(*(found @ torch.linalg.pinv(wv @ wv.mT, hermitian=True)))
 
 
 def _parts(block: nn.Module) -> BlockParts:
