@@ -15,6 +15,7 @@ from adacomcat import moved
 if TYPE_CHECKING:
     from adacomcat import (
         allocation,
+        calibration,
         checkpoint,
         compression,
         convert,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         data,
         deploy,
         distill,
+        elastic,
         errors,
         factorize,
         families,
@@ -35,12 +37,14 @@ if TYPE_CHECKING:
         sites,
         train,
     )
-    from adacomcat.checkpoint import load, save
+    from adacomcat.calibration import Calibration, calibrate
+    from adacomcat.checkpoint import save
     from adacomcat.compression import compress, compress_
     from adacomcat.convert.plain import from_plain, to_plain
     from adacomcat.data.collage import collages, with_collages
     from adacomcat.deploy import export, to_dense
     from adacomcat.distill.recovery import RecoveryConfig, recover
+    from adacomcat.elastic import load, save_elastic
     from adacomcat.errors import UserError
     from adacomcat.families import register_attention
     from adacomcat.fuse import optimize
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
 
 # Public name → the module that defines it.
 _HOME = {
+    "Calibration": "calibration",
     "LowRankAttention": "layers",
     "LowRankLinear": "layers",
     "LowRankMlp": "layers",
@@ -57,26 +62,29 @@ _HOME = {
     "RecoveryConfig": "distill.recovery",
     "Site": "sites",
     "UserError": "errors",
+    "calibrate": "calibration",
     "collages": "data.collage",
     "compress": "compression",
     "compress_": "compression",
     "export": "deploy",
     "find_sites": "sites",
     "from_plain": "convert.plain",
-    "load": "checkpoint",
+    "load": "elastic",
     "optimize": "fuse",
     "recover": "distill.recovery",
     "register_attention": "families",
     "save": "checkpoint",
+    "save_elastic": "elastic",
     "to_dense": "deploy",
     "to_plain": "convert.plain",
     "with_collages": "data.collage",
 }
-__all__ = ["LowRankAttention", "LowRankLinear", "LowRankMlp", "RankPlan", "RecoveryConfig", "Site",
-           "UserError", "allocation", "checkpoint", "collages", "compress", "compress_",
-           "compression", "convert", "cost", "data", "deploy", "distill", "errors", "export",
-           "factorize", "families", "find_sites", "from_plain", "fuse", "latency", "layers", "load",
-           "ops", "optimize", "plan", "recover", "register_attention", "report", "save", "search",
+__all__ = ["Calibration", "LowRankAttention", "LowRankLinear", "LowRankMlp", "RankPlan",
+           "RecoveryConfig", "Site", "UserError", "allocation", "calibrate", "calibration",
+           "checkpoint", "collages", "compress", "compress_", "compression", "convert", "cost",
+           "data", "deploy", "distill", "elastic", "errors", "export", "factorize", "families",
+           "find_sites", "from_plain", "fuse", "latency", "layers", "load", "ops", "optimize",
+           "plan", "recover", "register_attention", "report", "save", "save_elastic", "search",
            "sites", "to_dense", "to_plain", "train", "with_collages"]
 
 # Public modules.

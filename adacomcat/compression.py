@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from adacomcat.allocation.budget import Budget, Kind
 from adacomcat.allocation.refine import refined_on_images
-from adacomcat.allocation.sensitivity import error_weights
+from adacomcat.allocation.survey import survey
+from adacomcat.calibration import Calibration, calibrate
 from adacomcat.convert.calibrate import calibration_batches
 from adacomcat.convert.factors import Factors, factorize_model, require_finite_model
 from adacomcat.convert.model import BLOCKS, convert_, model_statistics
@@ -37,10 +38,12 @@ from adacomcat.utils.model import copied, unwrapped
 
 def compress(model: nn.Module, *, keep_params: float | None = None,
              keep_macs: float | None = None, max_latency_ms: float | None = None,
-             plan: RankPlan | None = None, calibration: Tensor | Iterable | None = None,
-             include: Filters | None = None, exclude: Filters | None = None,
-             multiple: int = MULTIPLE, deploy: str = "any", latency_batch: int = 1,
-             refine: int = 0, refine_images: Tensor | Iterable | None = None) -> nn.Module:
+             plan: RankPlan | None = None,
+             calibration: Tensor | Iterable | Calibration | None = None,
+             refit: bool | None = None, include: Filters | None = None,
+             exclude: Filters | None = None, multiple: int = MULTIPLE, deploy: str = "any",
+             latency_batch: int = 1, refine: int = 0,
+             refine_images: Tensor | Iterable | None = None) -> nn.Module:
     """A compressed copy of ``model``, without training.
 
     Exactly one of the first four arguments says how small it becomes.
@@ -54,8 +57,12 @@ def compress(model: nn.Module, *, keep_params: float | None = None,
         max_latency_ms: milliseconds of one forward pass, measured on this machine with its threads
             as they are set. On a CPU with our kernels ``adacomcat.optimize`` of the result counts.
         plan: ranks of your own, by names of sites or globs over them.
-        calibration: images (N, C, H, W) as the model sees them, or an iterable of batches. With
-            them MLPs lose neurons; without them the decomposition is data-free, and MLPs get ranks.
+        calibration: images (N, C, H, W) as the model sees them, or an iterable of batches; or what
+            ``calibrate`` made of them, for one budget after another. With them MLPs lose neurons;
+            without them the decomposition is data-free, and MLPs get ranks.
+        refit: whether the blocks of a plain ViT are fitted one after the other to the images,
+            which takes most of the time and loses the least. False cuts the factors of the
+            calibration, in seconds. Where not given they are fitted where there are images.
         include: the sites that may be compressed: globs over names ('blocks.*.mlp'), compiled
             regular expressions, or functions of (module name, module). What a filter says of a
             module holds for everything inside. All sites where not given.
@@ -84,35 +91,67 @@ def compress(model: nn.Module, *, keep_params: float | None = None,
     """
     return compress_(copied(unwrapped(model)), keep_params=keep_params, keep_macs=keep_macs,
                      max_latency_ms=max_latency_ms, plan=plan, calibration=calibration,
-                     include=include, exclude=exclude, multiple=multiple, deploy=deploy,
-                     latency_batch=latency_batch, refine=refine, refine_images=refine_images)
+                     refit=refit, include=include, exclude=exclude, multiple=multiple,
+                     deploy=deploy, latency_batch=latency_batch, refine=refine,
+                     refine_images=refine_images)
 
 
 def compress_(model: nn.Module, *, keep_params: float | None = None,
               keep_macs: float | None = None, max_latency_ms: float | None = None,
-              plan: RankPlan | None = None, calibration: Tensor | Iterable | None = None,
-              include: Filters | None = None, exclude: Filters | None = None,
-              multiple: int = MULTIPLE, deploy: str = "any", latency_batch: int = 1,
-              refine: int = 0, refine_images: Tensor | Iterable | None = None) -> nn.Module:
+              plan: RankPlan | None = None,
+              calibration: Tensor | Iterable | Calibration | None = None,
+              refit: bool | None = None, include: Filters | None = None,
+              exclude: Filters | None = None, multiple: int = MULTIPLE, deploy: str = "any",
+              latency_batch: int = 1, refine: int = 0,
+              refine_images: Tensor | Iterable | None = None) -> nn.Module:
     """``compress`` in place, with its arguments and errors; returns ``model``, unwrapped."""
     model = unwrapped(model)
     goal = _goal(keep_params, keep_macs, max_latency_ms, plan, multiple, latency_batch, deploy)
     goal = goal.resolved(model) if isinstance(goal, RankPlan) else goal
-    _require_agreement(goal, calibration, include, exclude, refine)
+    _require_agreement(goal, calibration, refit, include, exclude, refine)
     require_finite_model(model)
-    batches = _batches(calibration, model, "calibration")
-    sites = _sites(model, goal, batches, include, exclude)
+    seen = _seen(model, calibration, refit, include, exclude)
+    sites = _sites(model, goal, seen, include, exclude)
     _tell_altered(model)
     if isinstance(goal, RankPlan):
-        chosen = _given(model, goal, sites, batches)
-    elif refine and batches is not None:
-        trial_batches = _batches(refine_images, model, "refine_images") or batches
-        chosen = _refined(model, sites, goal, batches, trial_batches, refine)
+        chosen = _given(model, goal, sites, seen)
+    elif refine and seen.batches is not None:
+        trial_batches = _batches(refine_images, model, "refine_images") or seen.batches
+        chosen = _refined(model, sites, goal, seen, trial_batches, refine)
     else:
-        chosen = _allocated(model, sites, goal, batches)
-    convert_(model, chosen.plan, chosen.factors, batches)
+        chosen = _allocated(model, sites, goal, seen)
+    convert_(model, chosen.plan, chosen.factors, seen.batches)
     record_(model, refinement=chosen.refinement)
     return model
+
+
+class _Seen(NamedTuple):
+    """What there is beside weights: a calibration, images to fit to, or neither."""
+
+    kept: Calibration | None
+    batches: list[Tensor] | None
+
+    @property
+    def any(self) -> bool:
+        return self.kept is not None or self.batches is not None
+
+
+def _seen(model: nn.Module, calibration: Tensor | Iterable | Calibration | None,
+          refit: bool | None, include: Filters | None, exclude: Filters | None) -> _Seen:
+    if calibration is not None and not isinstance(calibration, Calibration):
+        batches = calibration_batches(calibration, model)
+        if refit is not False or not sequential_blocks(model):
+            return _Seen(None, batches)
+        return _Seen(calibrate(model, batches, keep_images=False, include=include,
+                               exclude=exclude), None)
+    if calibration is None:
+        return _Seen(None, None)
+    calibration.require_of(model)
+    batches = None if refit is False else calibration.images_for(model)
+    if refit and batches is None:
+        raise UserError("refit fits blocks to images, and this calibration kept none; calibrate "
+                        "with keep_images=True (without --no-images), or leave refit out")
+    return _Seen(calibration, batches)
 
 
 def _goal(keep_params: float | None, keep_macs: float | None, max_latency_ms: float | None,
@@ -133,9 +172,15 @@ def _goal(keep_params: float | None, keep_macs: float | None, max_latency_ms: fl
     return Budget(kind, value, latency_batch, multiple, deploy)
 
 
-def _require_agreement(goal: Budget | RankPlan, calibration: object, include: object,
-                       exclude: object, refine: int) -> None:
+def _require_agreement(goal: Budget | RankPlan, calibration: object, refit: bool | None,
+                       include: object, exclude: object, refine: int) -> None:
     planned = isinstance(goal, RankPlan)
+    if refit and calibration is None:
+        raise UserError("refit fits blocks to images: give calibration")
+    imageless = isinstance(calibration, Calibration) and calibration.batches is None
+    if refine and (imageless or refit is False):
+        raise UserError("refine makes factors of images: calibrate with keep_images=True (without "
+                        "--no-images), and do not switch refit off")
     if refine and (planned or calibration is None):
         raise UserError("refine tries plans at a budget and judges them by images: give both, and "
                         "no plan")
@@ -147,12 +192,12 @@ def _batches(images: Tensor | Iterable | None, model: nn.Module, name: str) -> l
     return None if images is None else calibration_batches(images, model, name)
 
 
-def _sites(model: nn.Module, goal: Budget | RankPlan, batches: list[Tensor] | None,
+def _sites(model: nn.Module, goal: Budget | RankPlan, seen: _Seen,
            include: Filters | None, exclude: Filters | None) -> list[Site]:
     """The decisions to take. Only activations tell which neurons an MLP can spare."""
     if isinstance(goal, RankPlan):
         return goal.validate(model)
-    prunable = () if batches is None else prunable_mlps(model)
+    prunable = prunable_mlps(model) if seen.any else ()
     pruned = _pruned(model)
     sites = [site for site in find_sites(model, prunable, include, exclude)
              if site.kind == "hidden" or not site.name.startswith(pruned)]
@@ -188,28 +233,35 @@ class _Chosen(NamedTuple):
     refinement: Refined | None = None
 
 
-def _given(model: nn.Module, plan: RankPlan, sites: list[Site],
-           batches: list[Tensor] | None) -> _Chosen:
-    return _Chosen(plan, _factors(model, _outside_sequence(model, sites, batches), batches))
+def _given(model: nn.Module, plan: RankPlan, sites: list[Site], seen: _Seen) -> _Chosen:
+    return _Chosen(plan, _factors(model, sites, seen))
 
 
-def _allocated(model: nn.Module, sites: list[Site], budget: Budget,
-               batches: list[Tensor] | None) -> _Chosen:
-    factors = _factors(model, sites, batches)
-    allocator = budget.allocator(model, factors, sites)
-    return _Chosen(allocator.plan(error_weights(model, factors, batches, sites)), factors)
+def _allocated(model: nn.Module, sites: list[Site], budget: Budget, seen: _Seen) -> _Chosen:
+    if seen.kept is not None:
+        seen.kept.require_sites(sites)
+    found = seen.kept.known if seen.kept else survey(model, sites, seen.batches)
+    allocator = budget.allocator(model, found.factors, sites)
+    plan = allocator.plan(found.weights(sites, refitted=seen.batches is not None))
+    return _Chosen(plan, seen.kept.factors_for(model) if seen.kept else found.factors)
 
 
-def _refined(model: nn.Module, sites: list[Site], budget: Budget, batches: list[Tensor],
+def _refined(model: nn.Module, sites: list[Site], budget: Budget, seen: _Seen,
              trial_batches: list[Tensor], candidates: int) -> _Chosen:
     """The refinement makes factors of its own images, the conversion of all calibration images."""
     refined = refined_on_images(model, sites, budget, trial_batches, candidates)
-    factors = _factors(model, _outside_sequence(model, sites, batches), batches)
-    return _Chosen(refined.plan, factors, refined)
+    return _Chosen(refined.plan, _factors(model, sites, seen), refined)
 
 
-def _factors(model: nn.Module, sites: list[Site], batches: list[Tensor] | None) -> Factors:
-    return factorize_model(model, model_statistics(model, batches), sites=sites) if sites else {}
+def _factors(model: nn.Module, sites: list[Site], seen: _Seen) -> Factors:
+    """The factors that ``convert_`` takes at a plan that is known."""
+    sites = _outside_sequence(model, sites, seen.batches)
+    if seen.kept is not None:
+        seen.kept.require_sites(sites)
+        return seen.kept.factors_for(model)
+    if not sites:
+        return {}
+    return factorize_model(model, model_statistics(model, seen.batches, sites), sites=sites)
 
 
 def _outside_sequence(model: nn.Module, sites: list[Site],

@@ -20,7 +20,6 @@ MOVED = {
     "attention": ("layers.attention", "layers.registry", "families.timm"),
     "augmentation": ("data.augmentation",),
     "backends": ("ops.backends",),
-    "calibrate": ("convert.calibrate", "utils.model"),
     "collage": ("data.collage",),
     "comcat": ("checkpoint.comcat",),
     "commands": ("cli.commands",),

@@ -127,7 +127,7 @@ def refined_on_images(model: nn.Module, sites: list[Site], budget: Budget, batch
     The first half of the images makes the factors, the second half judges the plans.
     """
     fitting, judging = _halves(batches)
-    factors = factorize_model(model, model_statistics(model, fitting), sites=sites)
+    factors = factorize_model(model, model_statistics(model, fitting, sites), sites=sites)
     weights = error_weights(model, factors, fitting, sites)
     loss_of = feature_distance(model, factors, judging)
     plan_for = budget.allocator(model, factors, sites).plan

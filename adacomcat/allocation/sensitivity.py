@@ -2,6 +2,8 @@
 
 import math
 import statistics
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 from adacomcat.convert.factors import Factors
 from adacomcat.convert.install import low_rank_module
 from adacomcat.convert.sequential import sequential_blocks
+from adacomcat.factorize.neurons import NeuronFactors
+from adacomcat.layers.mlp import prune_mlp
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Rank, Site
 from adacomcat.utils.model import evaluating, tokens_and_outputs
@@ -26,7 +30,6 @@ PROBE_IMAGES = 4
 LEFT_IN_SEQUENCE = {"qk": 0.13, "vo": 0.28, "hidden": 0.57}
 
 
-@torch.no_grad()
 def sensitivities(model: nn.Module, factors: Factors, images: Tensor,
                   sites: list[Site]) -> ErrorWeights:
     """How much of each site's own error reaches the outputs, measured.
@@ -34,19 +37,44 @@ def sensitivities(model: nn.Module, factors: Factors, images: Tensor,
     One site at a time is truncated to half its break-even rank. The site's sensitivity is the
     relative change of tokens and outputs, steadied, over the site's truncation error.
     """
-    changes, own = [], []
+    return weights_of_changes(sites, probed_changes(model, factors, images, sites), factors)
+
+
+@torch.no_grad()
+def probed_changes(model: nn.Module, factors: Factors, images: Tensor,
+                   sites: list[Site]) -> dict[str, float]:
+    """Site → the relative change of tokens and outputs where this site alone is truncated."""
+    changes = {}
     with evaluating(model):
         dense = tokens_and_outputs(model, images)
         for site in progress(sites, "probing"):
-            rank = max(1, int(site.break_even) // 2)
             whole = model.get_submodule(site.module)
-            plan = RankPlan({site.name: rank})
-            model.set_submodule(site.module, low_rank_module(whole, [site], plan, factors))
-            changes.append(relative_change(dense, tokens_and_outputs(model, images)))
+            model.set_submodule(site.module, probe_module(whole, site, factors))
+            changes[site.name] = relative_change(dense, tokens_and_outputs(model, images))
             model.set_submodule(site.module, whole)
-            own.append(max(factors[site.name].errors[rank].item(), 1e-30))
+    return changes
+
+
+def _probe_rank(site: Site) -> int:
+    return max(1, int(site.break_even) // 2)
+
+
+def probe_module(whole: nn.Module, site: Site, factors: Factors) -> nn.Module:
+    """``whole`` with its site truncated to half its break-even rank."""
+    rank = _probe_rank(site)
+    found = factors[site.name]
+    if isinstance(found, NeuronFactors):
+        return prune_mlp(cast(Any, whole), *found.nested(rank))
+    return low_rank_module(whole, [site], RankPlan({site.name: rank}), factors)
+
+
+def weights_of_changes(sites: list[Site], changes: Mapping[str, float],
+                       factors: Factors) -> ErrorWeights:
+    """Sensitivities from the relative changes that the probes made."""
+    found = _steadied(sites, [changes[site.name] for site in sites])
+    own = [max(factors[site.name].errors[_probe_rank(site)].item(), 1e-30) for site in sites]
     return {site.name: change / error for site, change, error
-            in zip(sites, _steadied(sites, changes), own, strict=True)}
+            in zip(sites, found, own, strict=True)}
 
 
 def _steadied(sites: list[Site], changes: list[float]) -> list[float]:
@@ -80,7 +108,12 @@ def error_weights(model: nn.Module, factors: Factors, batches: list[Tensor] | No
     if batches is None:
         return relative_sensitivities(sites, factors)
     weights = sensitivities(model, factors, batches[0][:PROBE_IMAGES], sites)
-    if not (sequential_blocks(model) and any(site.kind == "hidden" for site in sites)):
+    return left_in_sequence(sites, weights) if sequential_blocks(model) else weights
+
+
+def left_in_sequence(sites: list[Site], weights: ErrorWeights) -> ErrorWeights:
+    """``weights`` where the blocks are fitted in sequence after the allocation."""
+    if not any(site.kind == "hidden" for site in sites):
         return weights
     return {site.name: LEFT_IN_SEQUENCE.get(site.kind, 1.0) * weights[site.name]
             for site in sites}

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from adacomcat.cli import training_flags
+from adacomcat.cli.calibration_flags import calibration, elastic, keeping, kept
 from adacomcat.cli.values import key_value, number, path, pattern
 from adacomcat.errors import UserError
 from adacomcat.utils.limits import (
@@ -172,19 +173,6 @@ def _filters(parser: Parser) -> None:
                                 "expression")
 
 
-def _calibration(default: int) -> Callable[[Parser], None]:
-    def add(parser: Parser) -> None:
-        group = parser.add_argument_group("calibration (without images, weights alone decide)")
-        group.add_argument("--calibration-images", type=number(COUNT), default=default, metavar="N",
-                           help="take N random training images (default: %(default)s)")
-        group.add_argument("--calibration-dir", type=path, metavar="FOLDER",
-                           help="take them from the pictures under this folder")
-        group.add_argument("--collages", type=number(COUNT), default=0, metavar="N",
-                           help="add N collages of these images; they help where pictures are "
-                                "few")
-    return add
-
-
 def _refine(parser: Parser) -> None:
     parser.add_argument("--refine", type=number(NUMBER), default=0, metavar="N",
                         help="try N more plans at the budget, and keep the one with the least "
@@ -244,10 +232,12 @@ def _comcat(parser: Parser) -> None:
 COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
     "doctor": ("Say what is installed and what runs here.", (_self_measurement,)),
     "inspect": ("List where ranks are chosen in a model, and what truncation costs there.",
-                (_model, _filters, _data, _calibration(0), _seed, _device)),
+                (_model, _filters, _data, calibration(0), _seed, _device)),
+    "calibrate": ("Keep what images tell of a model, for any number of budgets.",
+                  (_model, _filters, _data, calibration(256), keeping, _seed, _device)),
     "compress": ("Compress a model without training.",
-                 (_model, _budget, _filters, _refine, _data, _calibration(256), _output, _report,
-                  _seed, _device)),
+                 (_model, _budget, elastic, _filters, _refine, kept, _data, calibration(256),
+                  _output, _report, _seed, _device)),
     "train": ("Search ranks, train and distil; or train a model as it is.",
               (_model, _data, training_flags.train, training_flags.optimizer,
                training_flags.augmentation, training_flags.search, _refine, _output, _report,
@@ -266,7 +256,8 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
 
 # command → destinations of the flags that it needs, from the command line or the YAML file
 REQUIRED = {
-    "doctor": (), "inspect": ("model",), "compress": ("model", "output"),
+    "doctor": (), "inspect": ("model",), "calibrate": ("model", "output"),
+    "compress": ("model", "output"),
     "train": ("model", "data", "output"), "evaluate": ("model", "data"), "profile": ("model",),
     "recover": ("model", "teacher", "output"), "export": ("model", "format"),
     "import-comcat": ("checkpoint", "model", "output"),

@@ -26,6 +26,11 @@ def number_or(word: str, limit: Limit) -> Callable[[str], float]:
     return lambda text: 0 if text.lower() == word else number(limit)(text)
 
 
+def numbers(limit: Limit) -> Callable[[str], list[float]]:
+    """The type of a flag of several such numbers, with commas in between."""
+    return lambda text: [number(limit)(part.strip()) for part in text.split(",")]
+
+
 def path(text: str) -> str:
     """The name of a file or folder; it may begin with ~."""
     try:

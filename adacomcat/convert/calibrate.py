@@ -4,12 +4,19 @@
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from adacomcat.convert.moments import (
+    AveragedTokens,
+    Moments,
+    TokenMoments,
+    at_least_float32,
+    averaged_values,
+)
 from adacomcat.errors import UserError, reason
 from adacomcat.factorize.factors import AttentionStatistics, LinearStatistics, factorize_scores
 from adacomcat.factorize.linalg import require_finite
@@ -21,70 +28,6 @@ from adacomcat.utils.progress import progress
 
 BATCH = 16
 Statistics = dict[str, LinearStatistics | AttentionStatistics]
-
-
-# Rounding of float32 leaves constant features about this variance, relative to their square.
-ROUNDING = 1e-10
-SHIFT_ROWS = 256  # rows that tell roughly where the mean of all lies
-
-
-class Moments:
-    """Running moments of (..., M, d) rows, of float32 or float64; batches are summed up in float64.
-
-    Products are those of the rows minus about the first batch's mean. The variance of features
-    whose mean is large, or which never change, would else drown in rounding.
-    """
-
-    shift: Tensor  # (..., d), from the first ``add`` on, as all below
-    sum: Tensor  # (..., d) of the shifted rows
-    products: Tensor  # (..., d, d) sums of their outer products
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def add(self, rows: Tensor) -> Tensor:
-        """Returns the shifted rows."""
-        if not self.count:
-            few = rows[..., ::max(1, rows.shape[-2] // SHIFT_ROWS), :]
-            self.shift = few.mean(-2, dtype=torch.float64).to(rows.dtype)
-            self.sum = torch.zeros_like(self.shift, dtype=torch.float64)
-            self.products = self.sum.unsqueeze(-1) * self.sum.unsqueeze(-2)
-        self.count += rows.shape[-2]
-        rows = rows - self.shift.unsqueeze(-2)
-        self.sum += rows.sum(-2).double()
-        self.products += (rows.mT @ rows).double()
-        return rows
-
-    def of(self, features: Tensor) -> "Moments":
-        """The moments of these features alone, of (M, d) rows."""
-        part = Moments()
-        part.count, part.shift, part.sum = self.count, self.shift[features], self.sum[features]
-        part.products = self.products[features][:, features]
-        return part
-
-    @property
-    def mean(self) -> Tensor:
-        return self.shift.double() + self.sum / self.count
-
-    @property
-    def covariance(self) -> Tensor:
-        """Every feature has at least the variance that rounding gives it."""
-        mean, rest = self.mean, self.sum / self.count
-        covariance = self.products / self.count - rest.unsqueeze(-1) * rest.unsqueeze(-2)
-        variance = covariance.diagonal(dim1=-2, dim2=-1)
-        variance.clamp_min_(0).add_(ROUNDING * mean.square())
-        return covariance
-
-    @property
-    def moment(self) -> Tensor:
-        """The second moment about zero."""
-        mean = self.mean
-        return self.covariance + mean.unsqueeze(-1) * mean.unsqueeze(-2)
-
-
-def at_least_float32(rows: Tensor) -> Tensor:
-    """Sums of bfloat16 and float16 would round away what they are made for."""
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def calibration_batches(images: Tensor | Iterable, model: nn.Module,
@@ -147,28 +90,31 @@ class LinearCollector:
 
 
 class AttentionCollector:
-    """Moments of x, of x centred per image, and of each head's attention-averaged tokens."""
+    """Moments of x, of x centred per image, and of what each head averages."""
 
     def __init__(self, attn: nn.Module, tier: str) -> None:
-        self.inputs, self.keys, self.values = Moments(), Moments(), Moments()
-        self.probe = scores_probe(attn, tier)
+        self.probe, self.wv = scores_probe(attn, tier), attention_weights(attn).wv
+        self.tokens, self.averaged, self.values = TokenMoments(), AveragedTokens(self.wv), Moments()
 
     @property
     def count(self) -> int:
-        return self.inputs.count
+        return self.values.count
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         x, *rest = args
-        tokens = at_least_float32(x.detach())
-        self.inputs.add(tokens.flatten(0, 1))
-        self.keys.add((tokens - tokens.mean(1, keepdim=True)).flatten(0, 1))
+        x = x.detach()
         context = self.probe.score_context(x, *rest, **kwargs)
-        averaged = self.probe.average(x.detach(), x.detach().unsqueeze(1), *context)  # (B, H, N, d)
-        self.values.add(at_least_float32(averaged.transpose(0, 1).flatten(1, 2)))
+        values = averaged_values(self.probe, x, self.wv, context)
+        self.tokens.add(x)
+        self.averaged.add(self.probe, x, context)
+        self.values.add(at_least_float32(values.flatten(0, 1)))
 
     def result(self) -> AttentionStatistics:
-        return AttentionStatistics(self.inputs.mean, self.inputs.covariance, self.keys.moment,
-                                   self.values.mean, self.values.covariance, self.inputs.count)
+        tokens, values = self.tokens.tokens, self.values
+        covariance = tokens.covariance
+        return AttentionStatistics(tokens.mean, covariance, self.tokens.key_covariance(covariance),
+                                   self.averaged.mean(values.mean), values.covariance,
+                                   self.averaged.variance, tokens.count)
 
 
 def scores_probe(attn: nn.Module, tier: str) -> LowRankAttention:
@@ -184,12 +130,14 @@ Collector = LinearCollector | AttentionCollector
 
 
 def collectors(model: nn.Module, sites: list[Site]) -> dict[str, Collector]:
-    """Module name → what collects its inputs, for every module that holds one of ``sites``."""
+    """Module name → what collects its inputs, for every module that ``sites`` ask about."""
     made: dict[str, Collector] = {}
     for site in sites:
         if site.kind == "linear":
             made[site.module] = LinearCollector()
-        elif site.kind == "vo":
+        elif site.kind == "hidden":
+            made[f"{site.module}.fc2"] = LinearCollector()
+        elif site.module not in made:
             made[site.module] = AttentionCollector(model.get_submodule(site.module), site.tier)
     return made
 
@@ -213,37 +161,58 @@ def calibrate(model: nn.Module, calibration: Tensor | Iterable) -> Statistics:
 
 
 @torch.no_grad()
-def collect_statistics(model: nn.Module, batches: list[Tensor], share: float = 1.0) -> Statistics:
+def collect_statistics(model: nn.Module, batches: list[Tensor], share: float = 1.0,
+                       sites: list[Site] | None = None) -> Statistics:
     """``calibrate`` for batches that are checked.
 
-    share: the part that these images are of all that the caller has. The warning of too few images
-    comes only where all of them would be too few.
+    Args:
+        share: the part that these images are of all that the caller has. The warning of too few
+            images comes only where all of them would be too few.
+        sites: what the statistics are for; every rank of ``model`` where not given.
     """
-    watching = collectors(model, find_sites(model))
-    hooks = [model.get_submodule(name).register_forward_pre_hook(collect, with_kwargs=True)
-             for name, collect in watching.items()]
     try:
-        with evaluating(model):
+        with (watched(model, find_sites(model) if sites is None else sites) as watching,
+              evaluating(model)):
             for batch in progress(batches, "calibrating"):
                 model(batch)
     except Exception:
-        _remove(hooks)
-        _require_taken(model, batch)
+        require_taken(model, batch)
         raise
-    finally:
-        _remove(hooks)
-    statistics: Statistics = {name: collect.result() for name, collect in watching.items()
-                              if collect.count}
-    _check(statistics, share)
+    statistics = collected(watching)
+    warn_of_thin([name for name, found in statistics.items()
+                  if found.tokens < share * len(found.mean)])
     return statistics
 
 
-def _remove(hooks: list[RemovableHandle]) -> None:
-    for hook in hooks:
-        hook.remove()
+@contextmanager
+def watched(model: nn.Module, sites: list[Site]) -> Iterator[dict[str, Collector]]:
+    """Inside, collectors see what enters the modules that ``sites`` ask about."""
+    watching = collectors(model, sites)
+    hooks = [model.get_submodule(name).register_forward_pre_hook(collect, with_kwargs=True)
+             for name, collect in watching.items()]
+    try:
+        yield watching
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def _require_taken(model: nn.Module, batch: Tensor) -> None:
+def collected(watching: dict[str, Collector]) -> Statistics:
+    """The results of those collectors that saw tokens, all finite; each is freed at its turn.
+
+    Raises:
+        UserError: an activation is not finite.
+    """
+    statistics: Statistics = {}
+    for name in list(watching):
+        collect = watching.pop(name)
+        if collect.count:
+            statistics[name] = found = collect.result()
+            require_finite(name, covariance=found.covariance)
+    return statistics
+
+
+def require_taken(model: nn.Module, batch: Tensor) -> None:
     """A ``UserError`` where the model itself cannot run on these images."""
     try:
         with evaluating(model):
@@ -253,13 +222,9 @@ def _require_taken(model: nn.Module, batch: Tensor) -> None:
                         f"{tuple(batch.shape[1:])}: {reason(error)}") from error
 
 
-def _check(statistics: Statistics, share: float) -> None:
-    thin = []
-    for name, found in statistics.items():
-        require_finite(name, covariance=found.covariance)
-        if found.tokens < share * len(found.mean):
-            thin.append(name)
-    if thin:
-        warnings.warn(f"calibration is thin: fewer tokens than dimensions in {len(thin)} layers "
-                      f"({', '.join(thin[:3])} …); covariances are regularised, more images "
+def warn_of_thin(names: list[str]) -> None:
+    """Warn where the layers of these names saw fewer tokens than they have inputs."""
+    if names:
+        warnings.warn(f"calibration is thin: fewer tokens than dimensions in {len(names)} layers "
+                      f"({', '.join(names[:3])} …); covariances are regularised, more images "
                       "would serve better", stacklevel=3)

@@ -3,7 +3,7 @@
 The allocation reads the error curves, the surgery cuts the factors to a plan's ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,17 +25,29 @@ from adacomcat.factorize.factors import (
     value_spectrum,
 )
 from adacomcat.factorize.linalg import require_finite
+from adacomcat.factorize.nested import NestedNeurons
 from adacomcat.factorize.neurons import NeuronFactors, factorize_neurons
 from adacomcat.layers.registry import attention_weights
 from adacomcat.ops.decompositions import truncation_errors
 from adacomcat.sites import Site, find_sites
 from adacomcat.utils.parallel_map import one_by_one, side_by_side
 
-SiteFactors = LinearFactors | ScoreFactors | ValueFactors | NeuronFactors
-Factors = dict[str, SiteFactors]
+
+class ErrorCurve(NamedTuple):
+    """What an allocation reads of factors that nobody keeps."""
+
+    errors: Tensor  # (R + 1,)
+
+
+SiteFactors = (LinearFactors | ScoreFactors | ValueFactors | NeuronFactors | ErrorCurve
+               | NestedNeurons)
+Factors = Mapping[str, SiteFactors]
 
 # Shrinkage of every whitening covariance; measured on DINOv2 ViT-S (examples/dinov2).
 SHRINKAGE = 0.1
+
+
+FEW_SITES = 4
 
 
 class Decomposition(NamedTuple):
@@ -122,12 +134,16 @@ def _neurons(make: Decomposition, fc2: nn.Linear, site: Site,
 
 def decompose_sites(make: Decomposition, model: nn.Module, sites: list[Site],
                     statistics: Statistics, shrinkage: float, label: str) -> list[Any]:
-    """``decompose_site`` of every site, on a CPU one site on each core."""
+    """``decompose_site`` of every site, on a CPU one site on each core.
+
+    The few sites of one block go one after the other: most of their time is large products.
+    """
     def decompose(site: Site) -> Any:
         return decompose_site(make, model, site, statistics, shrinkage)
 
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    return (side_by_side if on_cpu else one_by_one)(decompose, sites, label)
+    many = len(sites) > FEW_SITES
+    return (side_by_side if on_cpu and many else one_by_one)(decompose, sites, label)
 
 
 @torch.no_grad()

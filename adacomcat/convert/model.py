@@ -8,6 +8,7 @@ from adacomcat.convert.install import install_
 from adacomcat.convert.record import compression_of, merged, record_
 from adacomcat.convert.sequential import compress_blocks_, sequential_blocks
 from adacomcat.plan import RankPlan
+from adacomcat.sites import Site
 
 # Images that measure the error curves of a model whose blocks are then fitted to all images.
 ALLOCATION_IMAGES = 64
@@ -15,8 +16,9 @@ ALLOCATION_IMAGES = 64
 BLOCKS = "blocks."  # how the names of all sites that are fitted in sequence begin
 
 
-def model_statistics(model: nn.Module, batches: list[Tensor] | None) -> Statistics:
-    """Statistics of the dense model; none without images.
+def model_statistics(model: nn.Module, batches: list[Tensor] | None,
+                     sites: list[Site] | None = None) -> Statistics:
+    """Statistics of the dense model for ``sites``, or for every rank; none without images.
 
     Where the blocks are fitted in sequence afterwards, these statistics serve the allocation and
     the sites outside the blocks only, and a part of the images is enough.
@@ -24,7 +26,7 @@ def model_statistics(model: nn.Module, batches: list[Tensor] | None) -> Statisti
     if batches is None:
         return {}
     few = batches[:ALLOCATION_IMAGES // BATCH] if sequential_blocks(model) else batches
-    return collect_statistics(model, few, share=len(few) / len(batches))
+    return collect_statistics(model, few, len(few) / len(batches), sites)
 
 
 def convert_(model: nn.Module, plan: RankPlan, factors: Factors,

@@ -10,14 +10,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from adacomcat.convert.calibrate import BATCH, Moments, at_least_float32
-from adacomcat.factorize.factors import (
-    AttentionStatistics,
-    balance,
-    factorize_scores,
-    factorize_values,
+from adacomcat.convert.calibrate import BATCH
+from adacomcat.convert.moments import (
+    AveragedTokens,
+    TokenMoments,
+    at_least_float32,
+    averaged_values,
 )
-from adacomcat.factorize.linalg import descending_eigh, shrink
+from adacomcat.convert.regression import Regression
+from adacomcat.factorize.factors import AttentionStatistics, factorize_scores, factorize_values
+from adacomcat.factorize.linalg import shrink
 from adacomcat.factorize.neurons import REFIT_SHRINKAGE, eliminate, exchange, refitted
 from adacomcat.layers.attention import LowRankAttention, low_rank_class
 from adacomcat.layers.linear import LowRankLinear
@@ -40,10 +42,11 @@ from adacomcat.utils.progress import progress
 
 def sequential_blocks(model: nn.Module) -> bool:
     """Whether this model's blocks are known exactly, so that they can go one after the other."""
-    return _encoder(model) is not None
+    return sequential_encoder(model) is not None
 
 
-def _encoder(model: nn.Module) -> EncoderParts | None:
+def sequential_encoder(model: nn.Module) -> EncoderParts | None:
+    """The parts of such a model; None for others."""
     encoder = encoder_parts(model)
     fits = encoder is not None and all(_sequential(block) for block in encoder.blocks)
     return encoder if fits else None
@@ -56,85 +59,6 @@ def _sequential(block: nn.Module) -> bool:
         return False
     mlp = mlp_parts(parts.mlp.inner)
     return mlp is not None and mlp.dense
-
-
-# Shrinkage towards the dense weights where a layer corrects the drift of those before it. It is
-# strong because such corrections fit the calibration images far better than other images. Relative
-# error of the final features of DINOv2 ViT-S on other photographs (examples/dinov2): 0.463 at 0.1,
-# 0.445 at 1, 0.676 without correction.
-CORRECTION_SHRINKAGE = 1.0
-
-# A regression takes about this many rows. More add time and little knowledge, since the tokens of
-# one image resemble each other.
-ROWS_PER_DIMENSION = 24
-LEAST_ROWS = 32768
-
-
-def row_stride(tokens: int, width: int) -> int:
-    """Take every k-th of ``tokens`` rows of this width."""
-    return max(1, tokens // max(LEAST_ROWS, ROWS_PER_DIMENSION * width))
-
-
-class Regression:
-    """Streaming least squares of targets (M, out) on inputs (M, in), shrunk towards ``weight``."""
-
-    def __init__(self, weight: Tensor, shrinkage: float, tokens: int = 0) -> None:
-        self.weight, self.shrinkage = weight.double(), shrinkage
-        self.stride = row_stride(tokens, weight.shape[1])
-        self.inputs = Moments()
-        self.cross = self.weight.new_zeros(self.weight.mT.shape)
-        self.target_sum = self.weight.new_zeros(len(weight))
-
-    def add(self, inputs: Tensor, targets: Tensor) -> None:
-        inputs, targets = (at_least_float32(rows.flatten(0, -2)[::self.stride])
-                           for rows in (inputs, targets))
-        shifted = self.inputs.add(inputs)
-        self.cross = self.cross + (shifted.mT @ targets).double()
-        self.target_sum = self.target_sum + targets.sum(0).double()
-
-    def on_inputs(self, kept: Tensor, weight: Tensor) -> "Regression":
-        """The same on the ``kept`` inputs only, shrunk towards ``weight`` (out, kept)."""
-        part = Regression(weight, self.shrinkage)
-        part.inputs = self.inputs.of(kept)
-        part.cross, part.target_sum = self.cross[kept], self.target_sum
-        return part
-
-    def solve(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(v, u, bias) of the best map of this rank: reduced-rank regression.
-
-        The rank keeps the top right singular vectors R of Lᵀ B, C + λ m I = L Lᵀ: v = B R, u = R.
-        """
-        solution = self._solution()
-        lower = torch.linalg.cholesky(shrink(self.inputs.covariance, self.shrinkage))
-        right = _top_right_singular_vectors(lower.mT @ solution, rank)
-        v, u = balance(solution @ right, right)
-        return v, u, self._bias(v @ u.mT)
-
-    def solve_dense(self) -> tuple[Tensor, Tensor]:
-        """(weight (out, in), bias)."""
-        solution = self._solution()
-        return solution.mT, self._bias(solution)
-
-    def _bias(self, solution: Tensor) -> Tensor:
-        return self.target_sum / self.inputs.count - self.inputs.mean @ solution
-
-    def _solution(self) -> Tensor:
-        """B = Wᵀ + (C + κ m I)⁻¹ (Cxy - C Wᵀ), κ the correction's own, stronger shrinkage."""
-        covariance, weight = self.inputs.covariance, self.weight.mT
-        count = self.inputs.count
-        cross = self.cross / count - torch.outer(self.inputs.sum / count, self.target_sum / count)
-        lower = torch.linalg.cholesky(shrink(covariance, CORRECTION_SHRINKAGE))
-        return weight + torch.cholesky_solve(cross - covariance @ weight, lower)
-
-
-def _top_right_singular_vectors(matrix: Tensor, rank: int) -> Tensor:
-    """(columns, rank), from the smaller of the two Gram matrices."""
-    rows, columns = matrix.shape
-    if columns <= rows:
-        return descending_eigh(matrix.mT @ matrix)[1][:, :rank]
-    left = descending_eigh(matrix @ matrix.mT)[1]
-    # Orthonormal also where singular values are 0, as those of a projection that is.
-    return torch.linalg.qr(matrix.mT @ left[:, :rank]).Q
 
 
 class BlockCompression:
@@ -158,17 +82,21 @@ class BlockCompression:
     def run(self, dense: Tensor, compressed: Tensor) -> tuple[Tensor, Tensor]:
         self.tokens = dense.shape[0] * dense.shape[1]
         dense_middle = _added(self.dense.attn, dense)
-        self._replace_attention(compressed, dense_middle)
-        compressed = _added(self.compressed.attn, compressed)
+        compressed = self._replace_attention(compressed, dense_middle)
         dense = _added(self.dense.mlp, dense_middle)
         if self.ranks["hidden"] == DENSE:
             self._replace_fc1(compressed, dense_middle)
         self._replace_fc2(compressed, dense)
         return dense, _added(self.compressed.mlp, compressed)
 
-    def _replace_attention(self, stream: Tensor, dense_middle: Tensor) -> None:
+    def _replace_attention(self, stream: Tensor, dense_middle: Tensor) -> Tensor:
+        """Returns the compressed stream behind the attention.
+
+        Values are averaged once, dense, with the probabilities of the low-rank scores. Those of
+        any rank are linear maps of them, and so are the sums that fit the output projection.
+        """
         if self.ranks["qk"] == self.ranks["vo"] == DENSE:
-            return
+            return _added(self.compressed.attn, stream)
         attn = self.dense.attn.inner
         weights = attention_weights(attn)
         rank_qk, rank_vo = (weights.wq.shape[1] if rank == DENSE else rank
@@ -178,45 +106,47 @@ class BlockCompression:
         replacement.set_scores_(factorize_scores(
             weights.wq, weights.bq, weights.wk, weights.scale, statistics,
             shrinkage=self.shrinkage))
-        statistics = self._value_statistics(stream, replacement, statistics)
-        values = factorize_values(weights.wv, weights.bv, weights.wo, weights.bo, statistics,
-                                  shrinkage=self.shrinkage)
-        replacement.set_values_(values)
+        averaged, fit, tokens = self._average(replacement, weights.wv, stream, dense_middle)
+        statistics = statistics._replace(
+            value_mean=tokens.mean(fit.inputs.mean), value_covariance=fit.inputs.covariance,
+            value_variance=tokens.variance)
+        replacement.set_values_(factorize_values(
+            weights.wv, weights.bv, weights.wo, weights.bo, statistics, shrinkage=self.shrinkage))
+        mixing = _mixing(replacement.wv, weights.wv)
+        weight, bias = fit.on_mapped(mixing, replacement.wo).solve_dense()
+        replacement.wo.copy_(weight)
+        replacement.bo.copy_(bias)
         self.block.set_submodule(self.dense.attn.name, replacement)
-        self._refit_output(replacement, stream, dense_middle)
+        output = (weight @ mixing).to(stream.dtype)
+        scale = self.compressed.attn.scale
+        return torch.cat([
+            x + scale(nn.functional.linear(values, output, replacement.bo))
+            for x, values in zip(_batches(stream), _batches(averaged), strict=True)])
 
     def _score_statistics(self, stream: Tensor) -> AttentionStatistics:
-        inputs, keys = Moments(), Moments()
+        moments = TokenMoments()
         for x in _batches(stream):
-            x = at_least_float32(self.dense.attn.norm(x))
-            inputs.add(x.flatten(0, 1))
-            keys.add((x - x.mean(1, keepdim=True)).flatten(0, 1))
-        none = inputs.mean.new_zeros(0)
-        return AttentionStatistics(inputs.mean, inputs.covariance, keys.moment, none, none,
-                                   inputs.count)
+            moments.add(self.dense.attn.norm(x))
+        mean, covariance = moments.tokens.mean, moments.tokens.covariance
+        none = mean.new_zeros(0)
+        return AttentionStatistics(mean, covariance, moments.key_covariance(covariance), none, none,
+                                   none, moments.tokens.count)
 
-    def _value_statistics(self, stream: Tensor, replacement: LowRankAttention,
-                          statistics: AttentionStatistics) -> AttentionStatistics:
-        values, stride = Moments(), row_stride(self.tokens, stream.shape[-1])
-        for x in _batches(stream):
-            x = self.dense.attn.norm(x)
-            averaged = replacement.average(x, x.unsqueeze(1), None)
-            values.add(at_least_float32(averaged.transpose(0, 1).flatten(1, 2)[:, ::stride]))
-        return statistics._replace(value_mean=values.mean, value_covariance=values.covariance)
-
-    def _refit_output(self, attn: LowRankAttention, stream: Tensor, dense_middle: Tensor) -> None:
-        """The output projection of all heads at once, onto what the residual stream lacks."""
-        part = self.compressed.attn
+    def _average(self, attn: LowRankAttention, wv: Tensor, stream: Tensor,
+                 dense_middle: Tensor) -> tuple[Tensor, Regression, AveragedTokens]:
+        """(averaged dense values (B, N, H·r), the regression on them of what the residual stream
+        lacks, moments of the averaged tokens)."""
+        part, found = self.dense.attn, []
         scale = _layer_scale(part, stream)
-        regression = Regression(attn.wo, self.shrinkage, self.tokens)
+        zeros = wv.new_zeros(stream.shape[-1], len(wv) * wv.shape[1])
+        fit, tokens = Regression(zeros, self.shrinkage, self.tokens), AveragedTokens(wv)
         for x, target in zip(_batches(stream), _batches(dense_middle), strict=True):
             normed = part.norm(x)
-            values = attn._heads(nn.functional.linear(normed, attn.wv))
-            heads = attn.average(normed, values, None).transpose(1, 2).flatten(2)
-            regression.add(heads, (target - x) / scale)
-        weight, bias = regression.solve_dense()
-        attn.wo.copy_(weight)
-        attn.bo.copy_(bias)
+            averaged = averaged_values(attn, normed, wv, (None, None))
+            fit.add(averaged, (target - x) / scale)
+            tokens.add(attn, normed, (None, None))
+            found.append(averaged)
+        return torch.cat(found), fit, tokens
 
     def _replace_fc1(self, stream: Tensor, dense_middle: Tensor) -> None:
         rank, fc1 = self.ranks["fc1"], _linears(self.dense.mlp)[0]
@@ -249,6 +179,13 @@ class BlockCompression:
         else:
             v, u, bias = regression.solve(rank)
             part.inner.fc2 = _low_rank(fc2, rank, v, u / scale.unsqueeze(1), bias / scale)
+
+
+def _mixing(cut: Tensor, wv: Tensor) -> Tensor:
+    """(H·n, H·r), block by block T_h with cut_h = T_h wv_h, for cut (H·n, d) and wv (H, r, d)."""
+    wv = wv.double()
+    found = cut.double().unflatten(0, (len(wv), -1)) @ wv.mT
+    return torch.block_diag(*(found @ torch.linalg.pinv(wv @ wv.mT, hermitian=True)))
 
 
 def _parts(block: nn.Module) -> BlockParts:
@@ -284,7 +221,7 @@ def _pruned(part: Residual, scale: Tensor, regression: Regression, width: int) -
     """
     covariance, dense = regression.inputs.covariance, regression.weight
     metric = shrink(covariance, REFIT_SHRINKAGE)
-    order, _ = eliminate(dense, metric)
+    order, _ = eliminate(dense, metric, width)
     kept = exchange(dense, metric, order[:width])
     base = refitted(dense, covariance, kept)
     weight, bias = regression.on_inputs(kept, base).solve_dense()
@@ -322,7 +259,7 @@ def compress_blocks_(model: nn.Module, plan: RankPlan, batches: list[Tensor],
         batches: Calibration images, from ``calibration_batches``.
         shrinkage: Ridge of every whitening covariance, relative to its mean diagonal.
     """
-    encoder = _encoder(model)
+    encoder = sequential_encoder(model)
     assert encoder is not None, "ask sequential_blocks first"
     modes = [{name: module.training for name, module in block.named_modules()}
              for block in encoder.blocks]

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from adacomcat.factorize.linalg import (
+    NO_VARIANCE,
     descending_eigh,
     shrink,
     square_root,
     square_roots,
     triangle,
+    triangle_of,
 )
 from adacomcat.ops.decompositions import (
     batched_svd,
@@ -41,14 +43,15 @@ class LinearStatistics(NamedTuple):
 
 
 class AttentionStatistics(NamedTuple):
-    """Moments that whiten an attention: of its tokens x and of their averages z_h = P_h x, with P_h
-    the probabilities of head h."""
+    """Moments that whiten an attention: of its tokens x, of their averages z_h = P_h x, with P_h
+    the probabilities of head h, and of the averaged values wv_h z_h, with wv (H, r, d)."""
 
     mean: Tensor  # (d,) of x
     covariance: Tensor  # (d, d) of x, centred
     key_covariance: Tensor  # (d, d) of x, centred per image: a softmax ignores what keys share
     value_mean: Tensor  # (H, d) of z
-    value_covariance: Tensor  # (H, d, d) of z, centred
+    value_covariance: Tensor  # (H·r, H·r) of the averaged values of all heads, centred
+    value_variance: Tensor  # (H,), the mean variance of the features of z
     tokens: int
 
 
@@ -225,8 +228,11 @@ def value_spectrum(wv: Tensor, bv: Tensor, wo: Tensor, bo: Tensor,
 
 def _value_triangle(wv: Tensor, statistics: AttentionStatistics | None,
                     shrinkage: float) -> Tensor:
-    """T with Tᵀ T = wv Cz wvᵀ: T has the singular values of Cz^½ wvᵀ."""
-    metric = None
-    if statistics is not None:
-        metric = shrink(statistics.value_covariance.double(), shrinkage)
-    return triangle(wv.mT, metric)
+    """T with Tᵀ T = wv (Cz + λ m I) wvᵀ, m the mean variance of z."""
+    if statistics is None:
+        return triangle(wv.mT)
+    heads, rank = wv.shape[:2]
+    joint = statistics.value_covariance.double().view(heads, rank, heads, rank)
+    ridge = shrinkage * statistics.value_variance.double().clamp_min(NO_VARIANCE)
+    return triangle_of(joint.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+                       + ridge[:, None, None] * (wv @ wv.mT))

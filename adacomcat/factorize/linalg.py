@@ -75,9 +75,25 @@ def triangle(a: Tensor, covariance: Tensor | None = None) -> Tensor:
     else:
         a = a.double()
         product = a.mT @ (covariance @ a)
-    lower, failed = torch.linalg.cholesky_ex(product)
-    diagonal = lower.diagonal(dim1=-2, dim2=-1)
-    if failed.any() or (diagonal.amin(-1) * GRAM_CONDITION < diagonal.amax(-1)).any():
+    lower = _cholesky(product)
+    if lower is None:
         whitened = a.double() if covariance is None else square_root(covariance) @ a
         return torch.linalg.qr(whitened, mode="r").R
     return lower.mT
+
+
+def triangle_of(product: Tensor) -> Tensor:
+    """R with Rᵀ R = ``product``, symmetric and in float64; no triangle where it is singular."""
+    lower = _cholesky(product)
+    if lower is None:
+        values, vectors = torch.linalg.eigh(product)
+        return values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
+    return lower.mT
+
+
+def _cholesky(product: Tensor) -> Tensor | None:
+    """The Cholesky factor; None where it would lose digits."""
+    lower, failed = torch.linalg.cholesky_ex(product)
+    diagonal = lower.diagonal(dim1=-2, dim2=-1)
+    lost = failed.any() or (diagonal.amin(-1) * GRAM_CONDITION < diagonal.amax(-1)).any()
+    return None if lost else lower

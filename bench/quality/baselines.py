@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adacomcat.convert.calibrate import Moments, Statistics, calibration_batches
+from adacomcat.convert.calibrate import Statistics, calibration_batches
 from adacomcat.convert.factors import factorize_model
 from adacomcat.convert.install import install_, join_mlps_
+from adacomcat.convert.moments import Moments
 from adacomcat.cost import model_params
 from adacomcat.errors import UserError
 from adacomcat.factorize.factors import LinearStatistics, factorize_linear

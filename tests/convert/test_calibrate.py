@@ -1,12 +1,15 @@
 """Statistics against direct sums in float64, and regressions against normal equations."""
 
+import numpy as np
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
 from adacomcat.convert.calibrate import calibrate
-from adacomcat.convert.sequential import CORRECTION_SHRINKAGE, Regression, sequential_blocks
+from adacomcat.convert.moments import Moments
+from adacomcat.convert.regression import CORRECTION_SHRINKAGE, Regression
+from adacomcat.convert.sequential import sequential_blocks
 
 TINY = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
 
@@ -51,10 +54,36 @@ def test_attention_statistics(model: nn.Module) -> None:
     centred = (x - x.mean(1, keepdim=True)).flatten(0, 1)
     torch.testing.assert_close(found.key_covariance, centred.T @ centred / len(centred),
                                rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found.value_mean, z.mean(1), rtol=1e-4, atol=1e-5)
-    for head in range(2):
-        torch.testing.assert_close(found.value_covariance[head],
-                                   torch.cov(z[head].T, correction=0), rtol=1e-3, atol=1e-6)
+    # Averaged tokens are told by every fourth image, averaged values by all.
+    wv = attn.qkv.weight[128:].detach().unflatten(0, (2, 32))
+    values = (z @ wv.mT).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(torch.einsum("hrd,hd->hr", wv, found.value_mean).flatten(),
+                               values.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.value_covariance, torch.cov(values.T, correction=0),
+                               rtol=1e-3, atol=1e-6)
+    part = z.unflatten(1, (24, -1))[:, [0, 4, 8, 12, 16, 20]].flatten(1, 2)
+    torch.testing.assert_close(found.value_variance, part.var(1, correction=0).mean(1),
+                               rtol=1e-4, atol=1e-6)
+    assert (found.value_mean - z.mean(1)).norm() < 0.2 * z.mean(1).norm()
+
+
+@pytest.mark.parametrize("width", [3, 300, 601])
+def test_products_of_panels_are_whole_and_rows_weigh(width: int) -> None:
+    """Panels are multiplied above the diagonal only; against numpy's weighted covariance."""
+    rows, moments = torch.randn(900, width) + 2, Moments()
+    moments.add(rows[:500], weight=3)
+    moments.add(rows[500:])
+    weights = [3] * 500 + [1] * 400
+    expected = np.cov(rows.double().numpy().T, bias=True, fweights=weights)
+    found = moments.covariance
+    assert torch.equal(found, found.mT)
+    torch.testing.assert_close(found, torch.tensor(expected).view(width, width),
+                               rtol=1e-5, atol=1e-5)
+    mixing = torch.randn(2, width)
+    torch.testing.assert_close(moments.mapped(mixing).covariance,
+                               torch.tensor(np.cov((rows.double() @ mixing.double().T).numpy().T,
+                                                   bias=True, fweights=weights)),
+                               rtol=1e-4, atol=1e-4)
 
 
 def test_calibration_restores_modes_and_hooks(model: nn.Module) -> None:

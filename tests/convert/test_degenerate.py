@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from adacomcat import UserError, compress, optimize
-from adacomcat.convert.calibrate import Moments, calibrate
+from adacomcat.convert.calibrate import calibrate
+from adacomcat.convert.moments import Moments
 from adacomcat.convert.sequential import sequential_blocks
 from adacomcat.utils.model import tokens_and_outputs
 

@@ -28,14 +28,17 @@ def statistics(x: Tensor) -> LinearStatistics:
     return LinearStatistics(x.mean(0), torch.cov(x.T, correction=0), len(x))
 
 
-def attention_statistics(x: Tensor, heads: int) -> tuple[AttentionStatistics, Tensor]:
-    """x (B, N, d) attended with random probabilities; also z (H, B·N, d)."""
+def attention_statistics(x: Tensor, wv: Tensor) -> tuple[AttentionStatistics, Tensor]:
+    """x (B, N, d) attended with random probabilities by heads of values wv (H, r, d); also z
+    (H, B·N, d)."""
+    heads = len(wv)
     weights = torch.rand(heads, x.shape[0], x.shape[1], x.shape[1], dtype=x.dtype).softmax(-1)
     z = torch.einsum("hbnm,bmd->hbnd", weights, x).flatten(1, 2)
     flat, centred = x.flatten(0, 1), (x - x.mean(1, keepdim=True)).flatten(0, 1)
     found = AttentionStatistics(
         flat.mean(0), torch.cov(flat.T, correction=0), centred.T @ centred / len(centred),
-        z.mean(1), torch.stack([torch.cov(head.T, correction=0) for head in z]), len(flat))
+        z.mean(1), torch.cov((z @ wv.mT).transpose(0, 1).flatten(1).T, correction=0),
+        z.var(1, correction=0).mean(1), len(flat))
     return found, z
 
 
@@ -85,7 +88,7 @@ def test_scores_equal_the_truncated_svd_of_the_whole_product(rank: int, calibrat
     wq, wk = torch.randn(2, heads, head_dim, width, dtype=torch.float64).unbind(0)
     bq = torch.randn(heads, head_dim, dtype=torch.float64)
     x = tokens(8 * 40, width).view(8, 40, width)
-    found, _ = attention_statistics(x, heads)
+    found, _ = attention_statistics(x, wk)
     factors = factorize_scores(wq, bq, wk, scale, found if calibrated else None)
 
     augmented = torch.cat([x, torch.ones(8, 40, 1, dtype=x.dtype)], -1).flatten(0, 1)
@@ -115,7 +118,7 @@ def test_values_lose_what_their_errors_say_and_no_mean(rank: int) -> None:
     wo = torch.randn(heads, out, head_dim, dtype=torch.float64)
     bo = torch.randn(out, dtype=torch.float64)
     x = tokens(6 * 50, width).view(6, 50, width)
-    found, z = attention_statistics(x, heads)
+    found, z = attention_statistics(x, wv)
     factors = factorize_values(wv, bv, wo, bo, found)
 
     dense = [(z[h] @ wv[h].T + bv[h]) @ wo[h].T for h in range(heads)]

@@ -57,6 +57,20 @@ def test_a_round_of_several_neurons_ends_at_the_exact_loss() -> None:
         assert errors[width].item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("width", [1, 40, 97])
+def test_an_elimination_that_stops_keeps_the_same_neurons(width: int) -> None:
+    h = samples(5, rows=900, hidden=100)
+    weight, covariance = torch.randn(9, 100, dtype=torch.float64), torch.cov(h.mT, correction=0)
+    whole, errors = eliminate(weight, covariance)
+    order, found = eliminate(weight, covariance, width)
+    assert sorted(order.tolist()) == list(range(100))
+    gone = 100 - -(-(100 - width) // 3) * 3  # rounds of three; the last one is cut
+    assert set(whole[:max(gone, 0)].tolist()) <= set(order[:width].tolist())
+    assert found[width].item() == pytest.approx(
+        least_squares_loss(h, weight, order[:width].tolist()), rel=1e-5)
+    torch.testing.assert_close(found[width + 3:], errors[width + 3:])
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_choice_is_near_the_best_of_all(seed: int) -> None:
     h = samples(seed, hidden=9)

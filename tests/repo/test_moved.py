@@ -12,7 +12,6 @@ NAMES = {
     ("allocate", "error_weights"): "allocation.sensitivity",
     ("attention", "LowRankAttention"): "layers.attention",
     ("backends", "use_backend"): "ops.backends",
-    ("calibrate", "evaluating"): "utils.model",
     ("convert", "compress"): "compression",
     ("convert", "model_statistics"): "convert.model",
     ("cost", "interleaved"): "latency.timing",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adacomcat import checkpoint, data
+from adacomcat.calibration import Calibration
 from adacomcat.cli.arguments import EXCLUSIVE
 from adacomcat.cli.config_file import value_of
 from adacomcat.cli.download import quick_downloads
@@ -207,8 +208,8 @@ def has_budget(args: argparse.Namespace) -> bool:
     return any(getattr(args, name) is not None for name in EXCLUSIVE)
 
 
-def compressed(args: argparse.Namespace, model: nn.Module, images: Tensor | None,
-               **settings: Any) -> nn.Module:
+def compressed(args: argparse.Namespace, model: nn.Module,
+               images: Tensor | Calibration | None, **settings: Any) -> nn.Module:
     """A compressed copy of ``model`` at --keep-params, --keep-macs, --max-latency-ms or --plan.
 
     Args:
