@@ -279,6 +279,29 @@ def _add(group: argparse._ArgumentGroup, flags: dict[str, tuple[str, str]],
 _SPELLED = {"clip_grad": norm_or_none, "state_dir": path, "teacher_checkpoint": path}
 
 
+def _accuracy(parser: Parser) -> None:
+    group = parser.add_argument_group("accuracy without a head")
+    group.add_argument("--knn", action="store_true",
+                       help="classify by the 20 nearest training images")
+    group.add_argument("--linear-probe", action="store_true",
+                       help="classify by a logistic regression on the training images' features")
+    group.add_argument("--train-images", type=number(NUMBER), metavar="N",
+                       help="take N random training images for both (default: all)")
+    group.add_argument("--test-images", type=number(NUMBER), metavar="N",
+                       help="judge by N random test images (default: all)")
+    group = parser.add_argument_group("agreement with the dense model")
+    _teacher(group, "the dense model: timm architecture, or a checkpoint folder")
+    group.add_argument("--images", type=path, metavar="FOLDER",
+                       help="compare on the pictures under this folder, without labels, in place "
+                            "of --data")
+
+
+def _record(parser: Parser) -> None:
+    parser.add_argument("--record", type=path, metavar="DIR",
+                        help="write the result into this folder, too, where `adacomcat report` "
+                             "reads it")
+
+
 def _gate(parser: Parser) -> None:
     parser.add_argument("--min-accuracy", type=number(PERCENT), metavar="PERCENT",
                         help="exit with code 3 where top-1 is below")
@@ -335,8 +358,9 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
                _timeout)),
     "recover": ("Distil the dense model's features into a compressed model, without labels.",
                 (_model, _data, _recovery, _batch(16), _output, _seed, _device)),
-    "evaluate": ("Measure accuracy on a dataset's test images.",
-                 (_model, _data, _batch(256), _gate, _device, _timeout)),
+    "evaluate": ("Measure accuracy on a dataset's test images, or agreement with a dense model.",
+                 (_model, _data, _accuracy, _batch(256), _gate, _record, _seed, _device,
+                  _timeout)),
     "profile": ("Measure parameters, MACs and latency, dense against compressed.",
                 (_model, _budget, _filters, _batch(1), _repeats, _device)),
     "export": ("Write a model for another runtime, or for timm alone.",
@@ -348,7 +372,7 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
 # command → destinations of the flags that it needs, from the command line or the YAML file
 REQUIRED = {
     "doctor": (), "inspect": ("model",), "compress": ("model", "output"),
-    "train": ("model", "data", "output"), "evaluate": ("model", "data"), "profile": ("model",),
+    "train": ("model", "data", "output"), "evaluate": ("model",), "profile": ("model",),
     "recover": ("model", "teacher", "output"), "export": ("model", "format"),
     "import-comcat": ("checkpoint", "model", "output"),
 }

@@ -12,7 +12,7 @@ from rich.table import Table
 # measure → (how tables and pages call it, format of its values)
 LABELS = {
     "params": ("parameters", "{:,.0f}"), "macs": ("MACs per image", "{:,.0f}"),
-    "top1": ("top-1 %", "{:.2f}"), "loss": ("loss", "{:.4f}"),
+    "top1": ("top-1 %", "{:.2f}"), "top5": ("top-5 %", "{:.2f}"), "loss": ("loss", "{:.4f}"),
     "test_loss": ("test loss", "{:.4f}"),
     "latency_ms": ("latency, ms", "{:.2f}"), "images_per_second": ("images/s", "{:,.1f}"),
 }
@@ -62,6 +62,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     with console.capture() as text:
         console.print(table)
     print(text.get(), end="")
+
+
+def print_facts(title: str, facts: Mapping[str, str]) -> None:
+    """Print name and value of each fact, one a line, under a title."""
+    print_table(title, ["", ""], list(facts.items()))
 
 
 def print_comparison(title: str, comparison: Comparison) -> None:
