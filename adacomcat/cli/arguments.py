@@ -174,6 +174,17 @@ def _calibration(default: int) -> Callable[[Parser], None]:
     return add
 
 
+def _sensitivity(parser: Parser) -> None:
+    group = parser.add_argument_group("which site hurts")
+    group.add_argument("--sensitivity", action="store_true",
+                       help="measure the damage of each site's ranks alone on the final features, "
+                            "and show the order in which the allocation takes them")
+    group.add_argument("--images", type=path, metavar="FOLDER",
+                       help="the same as --calibration-dir; one half calibrates, the other judges")
+    group.add_argument("--ranks", type=number(NUMBER), default=4, metavar="N",
+                       help="ranks of each site that are measured (default: %(default)s)")
+
+
 def _refine(parser: Parser) -> None:
     parser.add_argument("--refine", type=number(NUMBER), default=0, metavar="N",
                         help="try N more plans at the budget, and keep the one with the least "
@@ -349,7 +360,8 @@ def _comcat(parser: Parser) -> None:
 COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
     "doctor": ("Say what is installed and what runs here.", ()),
     "inspect": ("List where ranks are chosen in a model, and what truncation costs there.",
-                (_model, _filters, _data, _calibration(0), _seed, _device)),
+                (_model, _filters, _sensitivity, _data, _calibration(0), _record, _seed,
+                 _device)),
     "compress": ("Compress a model without training.",
                  (_model, _budget, _filters, _refine, _data, _calibration(256), _output, _report,
                   _seed, _device)),

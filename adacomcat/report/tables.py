@@ -64,6 +64,13 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     print(text.get(), end="")
 
 
+def bar(value: float, most: float, width: int = 16) -> str:
+    """A bar of blocks whose length is ``value`` as a part of ``most``."""
+    eighths = round(8 * width * value / most) if most > 0 else 0
+    whole, rest = divmod(eighths, 8)
+    return "█" * whole + (" ▏▎▍▌▋▊▉"[rest] if rest else "")
+
+
 def print_facts(title: str, facts: Mapping[str, str]) -> None:
     """Print name and value of each fact, one a line, under a title."""
     print_table(title, ["", ""], list(facts.items()))
