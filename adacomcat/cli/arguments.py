@@ -124,7 +124,7 @@ def _output(parser: Parser) -> None:
 
 def _report(parser: Parser) -> None:
     parser.add_argument("--no-report", action="store_true",
-                        help="write no report.html beside the checkpoint")
+                        help="write no run.json and report.html beside the checkpoint")
 
 
 def _budget(parser: Parser) -> None:
@@ -323,6 +323,30 @@ def _repeats(parser: Parser) -> None:
                         help="timed passes of each model (default: %(default)s)")
 
 
+def _sweep(parser: Parser) -> None:
+    parser.add_argument("--batches", type=number(NUMBER), nargs="+", metavar="N",
+                        help="measure batches of these sizes (default: that of --batch-size)")
+    parser.add_argument("--dtypes", choices=EXPORT_DTYPES, nargs="+", metavar="DTYPE",
+                        help="measure weights and images in these dtypes (default: the model's)")
+
+
+def _pages(parser: Parser) -> None:
+    parser.add_argument("folders", nargs="+", type=path, metavar="DIR",
+                        help="folders that compress, train, recover or pareto wrote, or that "
+                             "results were recorded into")
+    parser.add_argument("-o", "--output", type=path, metavar="FILE",
+                        help="the page (default: report.html in DIR, comparison.html in the first "
+                             "of several)")
+    parser.add_argument("--open", action="store_true", help="open the page in the browser")
+    group = parser.add_argument_group("pictures to look at")
+    _teacher(group, "the dense model: timm architecture, or a checkpoint folder")
+    group.add_argument("--images", type=path, metavar="FOLDER",
+                       help="show what both models attend to on pictures under this folder, and "
+                            "which of these are nearest")
+    group.add_argument("--count", type=number(NUMBER), default=4, metavar="N",
+                       help="pictures that are shown (default: %(default)s)")
+
+
 def _export(parser: Parser) -> None:
     parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="DIR",
                         help="the same as --model DIR")
@@ -369,12 +393,14 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
               (_model, _data, _train, _refine, _search, _output, _report, _seed, _device,
                _timeout)),
     "recover": ("Distil the dense model's features into a compressed model, without labels.",
-                (_model, _data, _recovery, _batch(16), _output, _seed, _device)),
+                (_model, _data, _recovery, _batch(16), _output, _report, _seed, _device)),
     "evaluate": ("Measure accuracy on a dataset's test images, or agreement with a dense model.",
                  (_model, _data, _accuracy, _batch(256), _gate, _record, _seed, _device,
                   _timeout)),
     "profile": ("Measure parameters, MACs and latency, dense against compressed.",
-                (_model, _budget, _filters, _batch(1), _repeats, _device)),
+                (_model, _budget, _filters, _batch(1), _sweep, _repeats, _record, _device)),
+    "report": ("Make one page of finished runs: sizes, ranks, accuracy, latency, pictures.",
+               (_pages, _seed, _device)),
     "export": ("Write a model for another runtime, or for timm alone.",
                (_model, _export, _batch(1))),
     "import-comcat": ("Make a checkpoint folder from ComCAT's released files.",
@@ -386,6 +412,7 @@ REQUIRED = {
     "doctor": (), "inspect": ("model",), "compress": ("model", "output"),
     "train": ("model", "data", "output"), "evaluate": ("model",), "profile": ("model",),
     "recover": ("model", "teacher", "output"), "export": ("model", "format"),
+    "report": (),
     "import-comcat": ("checkpoint", "model", "output"),
 }
 # Destinations of the budget's flags; at most one of them is given.

@@ -87,14 +87,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
         UserError: a flag is unknown, wrong or missing, or two exclude each other.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, words = parser.parse_args(argv), argv
     if args.command is None:
         return args
     if args.config is not None:
         at = argv.index(args.command) + 1
         given = {word.split("=")[0] for word in argv[at:]}
         budget = [name for name in EXCLUSIVE if flag(name) in given]  # replaces the file's
-        args = parser.parse_args(argv[:at] + flags_of(args, EXCLUSIVE, budget) + argv[at:])
+        words = argv[:at] + flags_of(args, EXCLUSIVE, budget) + argv[at:]
+        args = parser.parse_args(words)
+    args.words = words  # all flags, those of the file too, for those who want to repeat the run
     for name in REQUIRED[args.command]:
         if getattr(args, name) is None:
             raise UserError(f"{args.command} needs {flag(name)} "

@@ -89,14 +89,16 @@ def order_taken(model: nn.Module, sites: list[Site], factors: Factors,
     """
     cost, whole = parameter_cost(model, sites)
     allocator = FractionAllocator(sites, factors, cost, whole, keep=1.0)
-    steps = [(slope, site, site_ranks[here], site_ranks[there], choices[here].cost
-              - choices[there].cost)
-             for site in sites for site_ranks, choices in [_choices(allocator, site, weights)]
-             for slope, here, there in _descent(choices)]
+    steps: list[tuple[float, Step]] = []
+    for site in sites:
+        ranks, choices = _choices(allocator, site, weights)
+        for slope, here, there in _descent(choices):
+            freed = int(choices[here].cost - choices[there].cost)
+            steps.append((slope, Step(site.name, ranks[here], ranks[there], freed, 0.0)))
     found, left = [], whole
-    for _, site, before, after, freed in sorted(steps, key=lambda step: step[0]):
-        left -= freed
-        found.append(Step(site.name, before, after, int(freed), left / whole))
+    for _, step in sorted(steps, key=lambda entry: entry[0]):
+        left -= step.freed
+        found.append(step._replace(kept=left / whole))
     return found
 
 

@@ -7,7 +7,9 @@ from adacomcat.cli.commands import Outcome, inputs
 from adacomcat.convert.record import compression_of
 from adacomcat.latency.timing import model_latencies
 from adacomcat.plan import RankPlan
-from adacomcat.report.page import write_report
+from adacomcat.report.files import record as record_file
+from adacomcat.report.page import write_page
+from adacomcat.report.provenance import run_content
 from adacomcat.report.tables import Comparison, print_comparison, print_refinement
 
 
@@ -29,8 +31,13 @@ def run(args: argparse.Namespace) -> Outcome:
             comparison.rows[name]["latency_ms"] = milliseconds
     checkpoint.save(small, args.output, gauge=args.gauge)
     if not args.no_report:
-        write_report(args.output, f"{args.model} compressed", comparison,
-                     plan.sites(model), plan)
+        timed = {name: {"latency_ms": row["latency_ms"]} for name, row in comparison.rows.items()
+                 if "latency_ms" in row}
+        record_file(args.output, "run", run_content(
+            args.words, model, small, args.output, measured=timed, include=args.include,
+            exclude=args.exclude, latency_batch=args.latency_batch,
+            calibration_images=0 if images is None else len(images)))
+        write_page([args.output])
     data = {"output": args.output, "models": comparison.rows, "ranks": plan.ranks,
             "calibration_images": 0 if images is None else len(images)}
     if record.refinement is not None:

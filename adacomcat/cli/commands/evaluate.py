@@ -1,6 +1,7 @@
 """adacomcat evaluate: accuracy with or without a head, and agreement with the dense model."""
 
 import argparse
+import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from adacomcat.evaluation.neighbours import knn_scores
 from adacomcat.evaluation.passes import best_classes, classified, embedded, rows_of
 from adacomcat.evaluation.probe import probe_scores
 from adacomcat.evaluation.scores import measures
-from adacomcat.report.files import record
+from adacomcat.report.page import add_to_page
 from adacomcat.report.tables import Comparison, print_comparison, print_facts
 from adacomcat.utils.distributed import Processes, start_processes, stop_processes
 from adacomcat.utils.launch import is_first
@@ -42,7 +43,8 @@ def run(args: argparse.Namespace) -> Outcome:
     gate = args.min_accuracy is not None and found["top1"] < args.min_accuracy
     found["passed"] = not gate
     if args.record is not None and is_first():
-        record(args.record, "evaluation", found)
+        add_to_page(args.record, "evaluation",
+                    found | {"command": shlex.join(["adacomcat", *args.words])})
     return Outcome(found, lambda: _show(args, found), GATE_FAILED if gate else 0)
 
 

@@ -1,6 +1,7 @@
 """adacomcat inspect: the sites of a model, their ranks, and the error of truncation there."""
 
 import argparse
+import shlex
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from adacomcat.layers.attention import LowRankAttention
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.registry import attention_parts, attention_tier
 from adacomcat.layers.stock import PlainAttention
-from adacomcat.report.files import record
+from adacomcat.report.page import add_to_page
 from adacomcat.report.tables import bar, print_table
 from adacomcat.sites import Site, find_sites, prunable_mlps
 
@@ -42,8 +43,9 @@ def run(args: argparse.Namespace) -> Outcome:
                             args.ranks)
         data["sensitivity"] = found
         if args.record is not None:
-            record(args.record, "sensitivity",
-                   {"model": args.model, "params": data["params"]} | found)
+            add_to_page(args.record, "sensitivity", {
+                "model": args.model, "params": data["params"],
+                "command": shlex.join(["adacomcat", *args.words])} | found)
     return Outcome(data, lambda: _show(data))
 
 

@@ -12,13 +12,14 @@ from torch import nn
 
 from adacomcat import checkpoint, cost, data, train
 from adacomcat.cli.commands import Outcome, inputs
-from adacomcat.convert.record import compression_of
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.state import FILE, has_state
 from adacomcat.distill.teacher import require_teacher
 from adacomcat.errors import UserError, reason
 from adacomcat.plan import RankPlan
-from adacomcat.report.page import write_report
+from adacomcat.report.files import record
+from adacomcat.report.page import write_page
+from adacomcat.report.provenance import run_content
 from adacomcat.report.tables import Comparison, print_comparison, print_refinement
 from adacomcat.utils.distributed import stop_processes
 from adacomcat.utils.files import (
@@ -82,9 +83,11 @@ def _reported(args: argparse.Namespace, state: Path, model: nn.Module, trained: 
     comparison = _comparison(model, trained, results)
     if is_first():
         if not args.no_report:
-            found = compression_of(trained).plan or RankPlan()
-            write_report(args.output, f"{args.model} trained on {args.data}", comparison,
-                         found.sites(model), found, results["history"])
+            record(args.output, "run", run_content(
+                args.words, model, trained, args.output, measured=_measured(results),
+                data=args.data, **{name: results[name] for name in ("history", "searches",
+                                                                    "seconds")}))
+            write_page([args.output])
         shutil.rmtree(state, ignore_errors=True)
     return Outcome({"output": args.output, "models": comparison.rows} | results,
                    lambda: _show(args, comparison, results))
@@ -154,6 +157,14 @@ def _comparison(model: nn.Module, trained: nn.Module, results: dict[str, Any]) -
     if "loss" in results:
         rows["trained"]["loss"] = results["loss"]
     return Comparison(rows)
+
+
+def _measured(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Measures of the test images, as run.json has them."""
+    known = {"dense": {"top1": results.get("dense_top1")},
+             "compressed": {"top1": results.get("top1"), "loss": results.get("loss")}}
+    return {name: {key: value for key, value in row.items() if value is not None}
+            for name, row in known.items()}
 
 
 def _show(args: argparse.Namespace, comparison: Comparison, results: dict[str, Any]) -> None:
