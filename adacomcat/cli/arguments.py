@@ -5,13 +5,18 @@ groups of flags that each command has, ``REQUIRED`` those it cannot do without.
 """
 
 import argparse
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable
 
-from adacomcat.cli.values import key_value, norm_or_none, number, path, pattern
-from adacomcat.errors import UserError
+from adacomcat.cli.training_flags import (
+    Parser,
+    keep_params_or_plan,
+    rank_search,
+    recovery,
+    teacher,
+    training,
+)
+from adacomcat.cli.values import keeps, key_value, number, path, pattern
 from adacomcat.utils.limits import (
-    CHOICES,
     COUNT,
     DEPLOYMENTS,
     EXPORT_DTYPES,
@@ -21,22 +26,9 @@ from adacomcat.utils.limits import (
     PERCENT,
     POSITIVE,
     PROCESSES,
-    RECOVERY,
     SEED,
-    TRAINING,
     WAITING,
-    Limit,
 )
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage; flags cannot be abbreviated."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{' '.join(message.split()):.400} (see {self.prog} --help)")
 
 
 def build_parser() -> Parser:
@@ -129,7 +121,7 @@ def _report(parser: Parser) -> None:
 
 def _budget(parser: Parser) -> None:
     group = parser.add_argument_group("budget (one of)")
-    _keep_params_or_plan(group)
+    keep_params_or_plan(group)
     group.add_argument("--keep-macs", type=number(FRACTION), metavar="FRACTION",
                        help="share of the model's multiply-accumulates to keep")
     group.add_argument("--max-latency-ms", type=number(POSITIVE), metavar="MS",
@@ -145,12 +137,6 @@ def _budget(parser: Parser) -> None:
     parser.add_argument("--deploy", choices=DEPLOYMENTS, default="any",
                         help="choose ranks that a runtime's fused attention takes: PyTorch's flash "
                              "attention, or TensorRT's (default: %(default)s)")
-
-
-def _keep_params_or_plan(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--keep-params", type=number(FRACTION), metavar="FRACTION",
-                       help="share of the model's parameters to keep: 0.5 or 50%%")
-    group.add_argument("--plan", type=path, metavar="FILE", help="a rank plan, as JSON")
 
 
 def _filters(parser: Parser) -> None:
@@ -191,105 +177,6 @@ def _refine(parser: Parser) -> None:
                              "loss on held-out images")
 
 
-def _train(parser: Parser) -> None:
-    """A flag that is not given stays None, and TrainConfig or the preset decides."""
-    group = parser.add_argument_group("budget (one of)")
-    _keep_params_or_plan(group)
-    group.add_argument("--dense", action="store_true", help="train the model as it is")
-    _add(parser.add_argument_group("training"), {
-        "-b --batch-size": ("N", "images per step over all processes (default: 128)"),
-        "--epochs": ("N", "0 compresses without training (default: 10)"),
-        "--finetune-epochs": ("N", "further epochs, at the ranks found (default: 0)"),
-        "--steps": ("N", "end every epoch after N steps (default: after all images)"),
-        "--opt": ("NAME", "timm's name of an optimiser (default: adamw)"),
-        "--lr": ("LR", "the highest learning rate (default: 0.0005)"),
-        "--weight-decay": ("W", "default: 0.05"),
-        "--clip-grad": ("NORM", "the largest norm of the gradient; 0 or none: any (default: 1.0)"),
-        "--sched": ("NAME", "timm's name of a schedule (default: cosine)"),
-        "--warmup-epochs": ("N", "epochs until the highest learning rate (default: 0.0)"),
-        "--warmup-lr": ("LR", "learning rate at the start of the warmup (default: 1e-06)"),
-        "--min-lr": ("LR", "learning rate at the end (default: 1e-06)"),
-        "--mixup": ("ALPHA", "α of mixup (default: 0.0)"),
-        "--cutmix": ("ALPHA", "α of CutMix (default: 0.0)"),
-        "--smoothing": ("S", "label smoothing (default: 0.1)"),
-        "--model-ema-decay": ("D", "decay of the averaged weights (with --model-ema: 0.9998)"),
-        "--checkpoint-steps": ("N", "write the training state every N steps, too "
-                                    "(default: time decides)"),
-        "--checkpoint-seconds": ("S", "write it when it is older than S seconds, too "
-                                      "(default: 60.0)"),
-        "--state-dir": ("DIR", "where the training state goes (default: OUTPUT.state)"),
-    })
-    for flag, text in (("--model-ema", "average the weights, and save the average"),
-                       ("--no-augment", "train on the images as they are"),
-                       ("--amp", "bfloat16 autocast"),
-                       ("--resume", "go on from the training state of an interrupted run")):
-        parser.add_argument(flag, action="store_true", help=text)
-
-
-def _search(parser: Parser) -> None:
-    group = parser.add_argument_group("rank search and distillation")
-    group.add_argument("--preset", choices=CHOICES["preset"], default="adacomcat",
-                       help="comcat: plain SVD without attention biases, a search every epoch")
-    group.add_argument("--search", choices=CHOICES["search"],
-                       help="when to search (default: adaptive)")
-    group.add_argument("--mlp", choices=CHOICES["mlp"],
-                       help="what is chosen of MLPs: how many hidden neurons stay, which needs "
-                            "calibration images, or ranks (default: neurons)")
-    group.add_argument("--kd", choices=CHOICES["kd"],
-                       help="distillation of the teacher's outputs (default: soft)")
-    group.add_argument("--align", choices=CHOICES["align"],
-                       help="alignment of block outputs with the teacher's (default: mse)")
-    _teacher(group, "timm architecture, or a checkpoint folder (default: the model itself)")
-    _add(group, {
-        "--kd-alpha": ("A", "weight of distillation (default: 0.5)"),
-        "--kd-temperature": ("T", "temperature of soft distillation (default: 2.0)"),
-        "--align-weight": ("W", "weight of the alignment (default: 1.0)"),
-        "--search-steps": ("N", "batches of one search (default: 50)"),
-        "--search-fraction": ("F", "share of the training images that is held out for the search "
-                                   "(default: 0.1)"),
-        "--calibration-images": ("N", "training images that calibrate; with 0, weights alone "
-                                      "decide (default: 256)"),
-    })
-
-
-def _recovery(parser: Parser) -> None:
-    group = parser.add_argument_group("recovery")
-    _teacher(group, "the dense model: timm architecture, or a checkpoint folder")
-    group.add_argument("--images", type=path, metavar="FOLDER",
-                       help="pictures to train on, without labels; --data instead takes the "
-                            "training images of a dataset")
-    _add(group, {
-        "--minutes": ("N", "minutes of training (default: 15.0)"),
-        "--steps": ("N", "end after N steps, and not after minutes"),
-        "--lr": ("LR", "the highest learning rate (default: 3e-05)"),
-        "--block-weight": ("W", "weight of the blocks' features beside the final tokens "
-                                "(default: 0.5)"),
-        "--model-ema-decay": ("D", "average the weights with this decay, and save the average"),
-    }, RECOVERY)
-    group.add_argument("--amp", action="store_true", help="bfloat16 autocast")
-
-
-def _teacher(group: argparse._ArgumentGroup, default: str) -> None:
-    _add(group, {
-        "--teacher": ("NAME|DIR", default),
-        "--teacher-checkpoint": ("FILE|URL",
-                                 "the teacher's weights (default: timm's pretrained ones)"),
-    })
-
-
-def _add(group: argparse._ArgumentGroup, flags: dict[str, tuple[str, str]],
-         limits: Mapping[str, Limit] = TRAINING) -> None:
-    """Add flags: names → (metavar, help). ``limits`` says which are numbers, and which ones."""
-    for names, (metavar, text) in flags.items():
-        name = names.split()[-1].removeprefix("--").removeprefix("model-").replace("-", "_")
-        kind = _SPELLED.get(name) or (number(limits[name]) if name in limits else str)
-        group.add_argument(*names.split(), type=kind, metavar=metavar, help=text)
-
-
-# Flags of ``_add`` that have more spellings than a number or a word.
-_SPELLED = {"clip_grad": norm_or_none, "state_dir": path, "teacher_checkpoint": path}
-
-
 def _accuracy(parser: Parser) -> None:
     group = parser.add_argument_group("accuracy without a head")
     group.add_argument("--knn", action="store_true",
@@ -301,7 +188,7 @@ def _accuracy(parser: Parser) -> None:
     group.add_argument("--test-images", type=number(NUMBER), metavar="N",
                        help="judge by N random test images (default: all)")
     group = parser.add_argument_group("agreement with the dense model")
-    _teacher(group, "the dense model: timm architecture, or a checkpoint folder")
+    teacher(group, "the dense model: timm architecture, or a checkpoint folder")
     group.add_argument("--images", type=path, metavar="FOLDER",
                        help="compare on the pictures under this folder, without labels, in place "
                             "of --data")
@@ -330,6 +217,33 @@ def _sweep(parser: Parser) -> None:
                         help="measure weights and images in these dtypes (default: the model's)")
 
 
+def _curve(parser: Parser) -> None:
+    group = parser.add_argument_group("curve")
+    group.add_argument("--keeps", type=keeps, default="0.9:0.3:7", metavar="FRACTIONS",
+                       help="shares of the parameters: FIRST:LAST:COUNT, or some like 0.9,0.5 "
+                            "(default: %(default)s)")
+    group.add_argument("--search", type=number(NUMBER), metavar="EPOCHS",
+                       help="at each size search ranks and distil, as train does")
+    group.add_argument("--recover", type=number(POSITIVE), metavar="MINUTES",
+                       help="at each size distil the dense model's features for so long")
+    group.add_argument("--landmarks", nargs="+", default=[], metavar="NAME|DIR",
+                       help="other models to draw: pretrained timm architectures, or folders")
+    group.add_argument("--knn", action="store_true",
+                       help="judge by the nearest training images, also where there is a head")
+    group.add_argument("--train-images", type=number(NUMBER), default=2000, metavar="N",
+                       help="training images that neighbours are taken from (default: %(default)s)")
+    group.add_argument("--test-images", type=number(NUMBER), metavar="N",
+                       help="judge by N random test images (default: all)")
+    group.add_argument("--dtypes", choices=EXPORT_DTYPES, nargs="+", default=["float32"],
+                       metavar="DTYPE", help="a curve for each (default: float32)")
+    group.add_argument("--latency-batch", type=number(NUMBER), default=1, metavar="N",
+                       help="images of the batch that is timed (default: %(default)s)")
+    group.add_argument("--save-models", action="store_true",
+                       help="save the model of each size in a folder of --output")
+    parser.add_argument("-o", "--output", type=path, metavar="DIR",
+                        help="folder for pareto.json and report.html")
+
+
 def _pages(parser: Parser) -> None:
     parser.add_argument("folders", nargs="+", type=path, metavar="DIR",
                         help="folders that compress, train, recover or pareto wrote, or that "
@@ -339,7 +253,7 @@ def _pages(parser: Parser) -> None:
                              "of several)")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     group = parser.add_argument_group("pictures to look at")
-    _teacher(group, "the dense model: timm architecture, or a checkpoint folder")
+    teacher(group, "the dense model: timm architecture, or a checkpoint folder")
     group.add_argument("--images", type=path, metavar="FOLDER",
                        help="show what both models attend to on pictures under this folder, and "
                             "which of these are nearest")
@@ -390,15 +304,17 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
                  (_model, _budget, _filters, _refine, _data, _calibration(256), _output, _report,
                   _seed, _device)),
     "train": ("Search ranks, train and distil; or train a model as it is.",
-              (_model, _data, _train, _refine, _search, _output, _report, _seed, _device,
+              (_model, _data, training, _refine, rank_search, _output, _report, _seed, _device,
                _timeout)),
     "recover": ("Distil the dense model's features into a compressed model, without labels.",
-                (_model, _data, _recovery, _batch(16), _output, _report, _seed, _device)),
+                (_model, _data, recovery, _batch(16), _output, _report, _seed, _device)),
     "evaluate": ("Measure accuracy on a dataset's test images, or agreement with a dense model.",
                  (_model, _data, _accuracy, _batch(256), _gate, _record, _seed, _device,
                   _timeout)),
     "profile": ("Measure parameters, MACs and latency, dense against compressed.",
                 (_model, _budget, _filters, _batch(1), _sweep, _repeats, _record, _device)),
+    "pareto": ("Compress to several sizes, and draw quality against size and speed.",
+               (_model, _curve, _filters, _data, _calibration(256), _batch(128), _seed, _device)),
     "report": ("Make one page of finished runs: sizes, ranks, accuracy, latency, pictures.",
                (_pages, _seed, _device)),
     "export": ("Write a model for another runtime, or for timm alone.",
@@ -412,7 +328,7 @@ REQUIRED = {
     "doctor": (), "inspect": ("model",), "compress": ("model", "output"),
     "train": ("model", "data", "output"), "evaluate": ("model",), "profile": ("model",),
     "recover": ("model", "teacher", "output"), "export": ("model", "format"),
-    "report": (),
+    "report": (), "pareto": ("model", "output"),
     "import-comcat": ("checkpoint", "model", "output"),
 }
 # Destinations of the budget's flags; at most one of them is given.

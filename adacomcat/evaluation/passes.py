@@ -40,13 +40,14 @@ def rows_of(look: Look, model: nn.Module, dataset: LabelledImages, batch_size: i
         raise UserError("there are no images to evaluate" if not count else
                         f"{count} images are too few for {processes.world_size} processes")
     mine: dict[str, list[Tensor]] = {}
+    dtype = next(model.parameters()).dtype
     batches = Batches(dataset, batch_size, shuffle=False, seed=0, epoch=0, rank=processes.rank,
                       world_size=processes.world_size, num_workers=workers)
     with evaluating(model):
         for images, labels in progress(batches, "evaluating"):
             if not len(labels):
                 continue
-            found = look(model, images.to(processes.device), labels.to(processes.device))
+            found = look(model, images.to(processes.device, dtype), labels.to(processes.device))
             for name, rows in (found | {"labels": labels}).items():
                 mine.setdefault(name, []).append(rows.cpu())
     places = torch.cat([torch.arange(start, min(start + batch_size, count))[

@@ -64,7 +64,7 @@ def _agreement(args: argparse.Namespace, model: nn.Module,
     assert dense is not None  # _require_images
     device = inputs.device(args)
     pictures = data.pictures_under(args.images, data.model_data_config(model))
-    chosen = _some(pictures, args.test_images, args.seed)
+    chosen = inputs.some(pictures, args.test_images, args.seed)
     images = torch.stack([chosen[index][0] for index in range(len(chosen))])
     model, dense = model.to(device), dense.to(device)
     return {"agreement": agreement(model, dense, calibration_batches(images, model, "--images"))
@@ -80,8 +80,8 @@ def _accuracy(args: argparse.Namespace, model: nn.Module,
     elif not class_count(model):
         raise UserError(f"{args.model} has no classifier: pass --knn or --linear-probe")
     train, test = data.train_and_test(*inputs.dataset(args), config)
-    train = _some(train, args.train_images, args.seed)
-    test = _some(test, args.test_images, args.seed)
+    train = inputs.some(train, args.train_images, args.seed)
+    test = inputs.some(test, args.test_images, args.seed)
     processes = start_processes(args.device, args.timeout)
 
     def judged(of: nn.Module) -> tuple[Best, dict[str, Any], Tensor]:
@@ -104,14 +104,6 @@ def _accuracy(args: argparse.Namespace, model: nn.Module,
             name: measures(classes, labels) for name, classes in before[0].items()}} | before[1]
         result["flips"] = {name: flips(best[name], before[0][name], labels) for name in best}
     return result
-
-
-def _some(images: Any, count: int | None, seed: int) -> Any:
-    """``count`` random images of a dataset; all of them where it has no more."""
-    if count is None or count >= len(images):
-        return images
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    return images.subset(order[:count])
 
 
 def _by_head(model: nn.Module, test: Any, args: argparse.Namespace,
