@@ -28,6 +28,7 @@ from adacomcat.convert.record import Refined, compression_of
 from adacomcat.cost import model_params
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.evaluation import evaluate
+from adacomcat.distill.metrics import Observer
 from adacomcat.distill.state import has_state, load_state
 from adacomcat.distill.trainer import Trainer
 from adacomcat.errors import UserError
@@ -52,7 +53,8 @@ class TrainResult(NamedTuple):
 
 
 def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = None, *,
-        teacher: nn.Module | None = None, plan: RankPlan | None = None) -> TrainResult:
+        teacher: nn.Module | None = None, plan: RankPlan | None = None,
+        observer: Observer | None = None) -> TrainResult:
     """Compress and train a copy of ``model``; without keep_params and plan, train it as it is.
 
     Args:
@@ -63,6 +65,7 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
         test_set: labelled images that judge the result, and every epoch.
         teacher: what is distilled; the dense model where not given.
         plan: the ranks, in place of an allocation and a search.
+        observer: gets the events of ``distill.metrics`` on the first process.
 
     Returns:
         The trained model in eval mode, and the results: parameters, history, searches, seconds,
@@ -94,6 +97,7 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
         return _without_epochs(model, config, train_set, test_set, plan, processes)
     else:
         trainer = _search_trainer(model, config, train_set, processes, teacher, plan, began_with)
+    trainer.observer = observer
     if config.resume:
         trainer.load_state_dict(load_state(str(config.state_dir)))
     elif trainer.search is not None:

@@ -261,6 +261,13 @@ def _pages(parser: Parser) -> None:
                        help="pictures that are shown (default: %(default)s)")
 
 
+def _status(parser: Parser) -> None:
+    parser.add_argument("folder", type=path, metavar="DIR",
+                        help="the output of train, compress, recover or pareto")
+    parser.add_argument("--state-dir", type=path, metavar="DIR",
+                        help="where train keeps its state (default: DIR.state)")
+
+
 def _export(parser: Parser) -> None:
     parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="DIR",
                         help="the same as --model DIR")
@@ -313,6 +320,7 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
                   _timeout)),
     "profile": ("Measure parameters, MACs and latency, dense against compressed.",
                 (_model, _budget, _filters, _batch(1), _sweep, _repeats, _record, _device)),
+    "status": ("Say where a training run stands, and what a finished run gave.", (_status,)),
     "pareto": ("Compress to several sizes, and draw quality against size and speed.",
                (_model, _curve, _filters, _data, _calibration(256), _batch(128), _seed, _device)),
     "report": ("Make one page of finished runs: sizes, ranks, accuracy, latency, pictures.",
@@ -328,7 +336,7 @@ REQUIRED = {
     "doctor": (), "inspect": ("model",), "compress": ("model", "output"),
     "train": ("model", "data", "output"), "evaluate": ("model",), "profile": ("model",),
     "recover": ("model", "teacher", "output"), "export": ("model", "format"),
-    "report": (), "pareto": ("model", "output"),
+    "report": (), "status": (), "pareto": ("model", "output"),
     "import-comcat": ("checkpoint", "model", "output"),
 }
 # Destinations of the budget's flags; at most one of them is given.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from adacomcat.errors import UserError
 
 PLAIN = {"→": "->", "×": "x", "·": "*", "…": "...", "–": "-", "█": "#"} | dict.fromkeys(
-    "▏▎▍▌▋▊▉", "")
+    "▏▎▍▌▋▊▉", "") | dict(zip("▁▂▃▄▅▆▇", "1234567", strict=True))
 
 
 def _spell_out(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -56,6 +56,11 @@ def training(parser: Parser) -> None:
                                       "(default: 60.0)"),
         "--state-dir": ("DIR", "where the training state goes (default: OUTPUT.state)"),
     })
+    group = parser.add_argument_group("what is told while it trains")
+    group.add_argument("--metrics", type=path, metavar="FILE",
+                       help="append every step, search and epoch to this file, a line of JSON each")
+    group.add_argument("--tensorboard", type=path, metavar="DIR",
+                       help="write scalars for TensorBoard (needs the package tensorboard)")
     for flag, text in (("--model-ema", "average the weights, and save the average"),
                        ("--no-augment", "train on the images as they are"),
                        ("--amp", "bfloat16 autocast"),

@@ -1,8 +1,7 @@
 """What run.json says: models before and after, their sites, commands, versions, the machine."""
 
 import platform
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,14 +55,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def run_content(words: Sequence[str], dense: nn.Module, small: nn.Module, folder: str | Path, *,
+def run_content(command: str, dense: nn.Module, small: nn.Module, folder: str | Path, *,
                 measured: Mapping[str, Mapping[str, float]] | None = None,
                 include: Filters | None = None, exclude: Filters | None = None,
                 **more: Any) -> dict[str, Any]:
     """The content of run.json.
 
     Args:
-        words: the command line, without the program's name.
+        command: the command line.
         dense: the model before.
         small: the model after, which ``folder`` holds.
         folder: the checkpoint folder.
@@ -82,7 +81,7 @@ def run_content(words: Sequence[str], dense: nn.Module, small: nn.Module, folder
     ranks = ranks_as_they_are(small)
     sites = find_sites(dense, {name.removesuffix(HIDDEN) for name in ranks
                                if name.endswith(HIDDEN)})
-    return {"architecture": architecture_of(dense), "command": shlex.join(["adacomcat", *words]),
+    return {"architecture": architecture_of(dense), "command": command,
             "versions": versions(), "machine": machine(small), "models": models, "kept": kept,
             "sites": [_site(site, ranks.get(site.name, DENSE)) for site in sites],
             "left": _left(dense, sites, ranks, include, exclude),

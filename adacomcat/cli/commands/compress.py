@@ -10,6 +10,7 @@ from adacomcat.plan import RankPlan
 from adacomcat.report.files import record as record_file
 from adacomcat.report.page import write_page
 from adacomcat.report.provenance import run_content
+from adacomcat.report.summary import print_summary
 from adacomcat.report.tables import Comparison, print_comparison, print_refinement
 
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> Outcome:
         timed = {name: {"latency_ms": row["latency_ms"]} for name, row in comparison.rows.items()
                  if "latency_ms" in row}
         record_file(args.output, "run", run_content(
-            args.words, model, small, args.output, measured=timed, include=args.include,
+            args.invocation, model, small, args.output, measured=timed, include=args.include,
             exclude=args.exclude, latency_batch=args.latency_batch,
             calibration_images=0 if images is None else len(images)))
         write_page([args.output])
@@ -47,4 +48,6 @@ def run(args: argparse.Namespace) -> Outcome:
         print_comparison(args.model, comparison)
         print_refinement(data.get("refinement"))
         print(f"written to {args.output}")
+        if not args.no_report:
+            print_summary(args.output, cards=False)
     return Outcome(data, show)

@@ -1,7 +1,6 @@
 """adacomcat evaluate: accuracy with or without a head, and agreement with the dense model."""
 
 import argparse
-import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> Outcome:
     found["passed"] = not gate
     if args.record is not None and is_first():
         add_to_page(args.record, "evaluation",
-                    found | {"command": shlex.join(["adacomcat", *args.words])})
+                    found | {"command": args.invocation})
     return Outcome(found, lambda: _show(args, found), GATE_FAILED if gate else 0)
 
 

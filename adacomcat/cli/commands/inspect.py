@@ -1,7 +1,6 @@
 """adacomcat inspect: the sites of a model, their ranks, and the error of truncation there."""
 
 import argparse
-import shlex
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,7 +44,7 @@ def run(args: argparse.Namespace) -> Outcome:
         if args.record is not None:
             add_to_page(args.record, "sensitivity", {
                 "model": args.model, "params": data["params"],
-                "command": shlex.join(["adacomcat", *args.words])} | found)
+                "command": args.invocation} | found)
     return Outcome(data, lambda: _show(data))
 
 

@@ -1,7 +1,6 @@
 """adacomcat pareto: one model at several sizes, beside the dense one and landmarks."""
 
 import argparse
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,7 +144,7 @@ def _content(args: argparse.Namespace, model: nn.Module, rows: list[dict[str, An
              quality: str) -> dict[str, Any]:
     curve = [row for row in rows if row["kind"] != "landmark" and row["dtype"] == args.dtypes[0]]
     bend = curve[knee([row["params"] for row in curve], [row[quality] for row in curve])]
-    return {"model": architecture_of(model), "command": shlex.join(["adacomcat", *args.words]),
+    return {"model": architecture_of(model), "command": args.invocation,
             "versions": versions(), "machine": machine(model), "quality": quality,
             "quality_label": LABELS[quality], "images": rows[0]["images"],
             "latency_batch": args.latency_batch, "knee": bend["name"], "points": rows}

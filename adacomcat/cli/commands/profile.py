@@ -1,7 +1,6 @@
 """adacomcat profile: parameters, multiply-accumulates and latency, dense against compressed."""
 
 import argparse
-import shlex
 from typing import Any
 
 import timm
@@ -35,7 +34,7 @@ def run(args: argparse.Namespace) -> Outcome:
     } for name, model in counted.items()})
     data = {"model": args.model, "batch_size": first["batch"], "device": str(device),
             "name": own["name"], "threads": torch.get_num_threads(), "models": comparison.rows,
-            "cells": cells, "command": shlex.join(["adacomcat", *args.words])}
+            "cells": cells, "command": args.invocation}
     if args.record is not None:
         add_to_page(args.record, "latency", data)
     return Outcome(data, lambda: _show(data, comparison))

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> Outcome:
     found = {"images": len(images), "error_before": before, "error_after": after,
              "seconds": seconds}
     if not args.no_report:
-        record(args.output, "run", run_content(args.words, teacher.cpu(), student, args.output,
+        record(args.output, "run", run_content(args.invocation, teacher.cpu(), student, args.output,
                                                recovery=found))
         write_page([args.output])
     return Outcome({"output": args.output} | found,

@@ -13,13 +13,16 @@ from torch import nn
 from adacomcat import checkpoint, cost, data, train
 from adacomcat.cli.commands import Outcome, inputs
 from adacomcat.distill.config import TrainConfig
+from adacomcat.distill.metrics import JsonLines, Observer, TensorBoard, together
 from adacomcat.distill.state import FILE, has_state
 from adacomcat.distill.teacher import require_teacher
 from adacomcat.errors import UserError, reason
 from adacomcat.plan import RankPlan
 from adacomcat.report.files import record
+from adacomcat.report.live import live_view
 from adacomcat.report.page import write_page
 from adacomcat.report.provenance import run_content
+from adacomcat.report.summary import print_summary
 from adacomcat.report.tables import Comparison, print_comparison, print_refinement
 from adacomcat.utils.distributed import stop_processes
 from adacomcat.utils.files import (
@@ -38,7 +41,9 @@ FIELDS = ("epochs", "finetune_epochs", "steps", "batch_size", "opt", "lr", "weig
           "kd", "kd_alpha", "kd_temperature", "align", "align_weight", "keep_params", "search",
           "search_steps", "search_fraction", "refine", "mlp", "calibration_images",
           "checkpoint_steps", "checkpoint_seconds", "seed", "workers", "device", "timeout")
-RESULTS, LOCK = "results.json", "lock"  # in the folder of the training state
+# In the folder of the training state.
+RESULTS, LOCK, METRICS = "results.json", "lock", "metrics.jsonl"
+STATUS_SECONDS = 2.0  # between two steps in METRICS
 EMA_DECAY = 0.9998  # of --model-ema without --model-ema-decay
 
 
@@ -70,12 +75,30 @@ def _trained(args: argparse.Namespace, config: TrainConfig, state: Path) -> Outc
     plan = None if args.plan is None else RankPlan.load(args.plan)
     if plan is not None:
         plan.validate(model)
-    trained, results = train.run(model, config, train_set, test_set, teacher=teacher, plan=plan)
+    with _observed(args, state) as observer:
+        trained, results = train.run(model, config, train_set, test_set, teacher=teacher,
+                                     plan=plan, observer=observer)
     if is_first():
         atomic_write_text(state / RESULTS, to_json(results), durable=True)
         checkpoint.save(trained.cpu(), args.output, gauge=args.gauge)
     stop_processes()
     return _reported(args, state, model, trained, results)
+
+
+@contextmanager
+def _observed(args: argparse.Namespace, state: Path) -> Iterator[Observer]:
+    """Who is told what happens: `status`, the terminal, --metrics and --tensorboard."""
+    with live_view() as view:
+        observers: list[Observer] = [] if view is None else [view]
+        if is_first():
+            observers.append(JsonLines(state / METRICS, STATUS_SECONDS))
+            if args.metrics is not None:
+                require_writable(args.metrics)
+                make_folder(Path(args.metrics).resolve().parent)
+                observers.append(JsonLines(args.metrics))
+            if args.tensorboard is not None:
+                observers.append(TensorBoard(args.tensorboard))
+        yield together(observers)
 
 
 def _reported(args: argparse.Namespace, state: Path, model: nn.Module, trained: nn.Module,
@@ -84,7 +107,7 @@ def _reported(args: argparse.Namespace, state: Path, model: nn.Module, trained: 
     if is_first():
         if not args.no_report:
             record(args.output, "run", run_content(
-                args.words, model, trained, args.output, measured=_measured(results),
+                args.invocation, model, trained, args.output, measured=_measured(results),
                 data=args.data, **{name: results[name] for name in ("history", "searches",
                                                                     "seconds")}))
             write_page([args.output])
@@ -119,7 +142,7 @@ def _alone(state: Path, output: str) -> Iterator[None]:
             yield
         finally:
             with suppress(OSError):
-                if os.listdir(state) == [LOCK]:  # there is nothing to resume
+                if set(os.listdir(state)) <= {LOCK, METRICS}:  # there is nothing to resume
                     shutil.rmtree(state)
 
 
@@ -172,3 +195,5 @@ def _show(args: argparse.Namespace, comparison: Comparison, results: dict[str, A
     print_refinement(results.get("refinement"))
     searched = f", {results['search_count']} searches" if results.get("search_count") else ""
     print(f"{results['seconds']:.0f} s{searched}; written to {args.output}")
+    if not args.no_report:
+        print_summary(args.output, cards=False)
