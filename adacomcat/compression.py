@@ -121,7 +121,8 @@ def compress_(model: nn.Module, *, keep_params: float | None = None,
     else:
         chosen = _allocated(model, sites, goal, seen)
     convert_(model, chosen.plan, chosen.factors, seen.batches)
-    record_(model, refinement=chosen.refinement)
+    record_(model, refinement=chosen.refinement,
+            errors={name: factors.errors.cpu() for name, factors in chosen.factors.items()})
     return model
 
 

@@ -21,6 +21,7 @@ from adacomcat.convert.record import compression_of
 from adacomcat.cost import model_params
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.evaluation import evaluate
+from adacomcat.distill.metrics import Observer
 from adacomcat.distill.start import (
     calibration_images,
     judging_images,
@@ -50,7 +51,8 @@ class TrainResult(NamedTuple):
 
 def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = None, *,
         teacher: nn.Module | None = None, plan: RankPlan | None = None,
-        on_best: Callable[[nn.Module], None] | None = None) -> TrainResult:
+        on_best: Callable[[nn.Module], None] | None = None,
+        observer: Observer | None = None) -> TrainResult:
     """Compress and train a copy of ``model``; without keep_params and plan, train it as it is.
 
     Args:
@@ -63,6 +65,7 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
         plan: the ranks, in place of an allocation and a search.
         on_best: called with the finished model after each epoch that is the best so far on
             ``test_set``, in the first process.
+        observer: gets the events of ``distill.metrics`` on the first process.
 
     Returns:
         The trained model in eval mode, and the results: parameters, history, searches, seconds,
@@ -96,6 +99,7 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
     else:
         trainer = _search_trainer(model, config, train_set, test_set, processes, teacher, plan,
                                   began_with)
+    trainer.observer = observer
     if config.resume:
         trainer.load_state_dict(load_state(str(config.state_dir)))
     elif trainer.search is not None:

@@ -10,10 +10,11 @@ from typing import Any, NoReturn
 
 from adacomcat.cli import training_flags
 from adacomcat.cli.calibration_flags import calibration, elastic, keeping, kept
-from adacomcat.cli.values import key_value, number, path, pattern
+from adacomcat.cli.values import keeps, key_value, number, path, pattern
 from adacomcat.errors import UserError
 from adacomcat.utils.limits import (
     BACKENDS,
+    CHOICES,
     COUNT,
     DEPLOYMENTS,
     EXPORT_DTYPES,
@@ -142,7 +143,7 @@ def _output(parser: Parser) -> None:
 
 def _report(parser: Parser) -> None:
     parser.add_argument("--no-report", action="store_true",
-                        help="write no report.html beside the checkpoint")
+                        help="write no run.json and report.html beside the checkpoint")
 
 
 def _budget(parser: Parser) -> None:
@@ -173,6 +174,17 @@ def _filters(parser: Parser) -> None:
                                 "expression")
 
 
+def _sensitivity(parser: Parser) -> None:
+    group = parser.add_argument_group("which site hurts")
+    group.add_argument("--sensitivity", action="store_true",
+                       help="measure the damage of each site's ranks alone on the final features, "
+                            "and show the order in which the allocation takes them")
+    group.add_argument("--images", type=path, metavar="FOLDER",
+                       help="the same as --calibration-dir; one half calibrates, the other judges")
+    group.add_argument("--ranks", type=number(NUMBER), default=4, metavar="N",
+                       help="ranks of each site that are measured (default: %(default)s)")
+
+
 def _refine(parser: Parser) -> None:
     parser.add_argument("--refine", type=number(NUMBER), default=0, metavar="N",
                         help="try N more plans at the budget, and keep the one with the least "
@@ -185,6 +197,29 @@ def _self_measurement(parser: Parser) -> None:
                              "the fastest from now on")
 
 
+def _accuracy(parser: Parser) -> None:
+    group = parser.add_argument_group("accuracy without a head")
+    group.add_argument("--knn", action="store_true",
+                       help="classify by the 20 nearest training images")
+    group.add_argument("--linear-probe", action="store_true",
+                       help="classify by a logistic regression on the training images' features")
+    group.add_argument("--train-images", type=number(NUMBER), metavar="N",
+                       help="take N random training images for both (default: all)")
+    group.add_argument("--test-images", type=number(NUMBER), metavar="N",
+                       help="judge by N random test images (default: all)")
+    group = parser.add_argument_group("agreement with the dense model")
+    training_flags.teacher(group, "the dense model: timm architecture, or a checkpoint folder")
+    group.add_argument("--images", type=path, metavar="FOLDER",
+                       help="compare on the pictures under this folder, without labels, in place "
+                            "of --data")
+
+
+def _record(parser: Parser) -> None:
+    parser.add_argument("--record", type=path, metavar="DIR",
+                        help="write the result into this folder, too, where `adacomcat report` "
+                             "reads it")
+
+
 def _gate(parser: Parser) -> None:
     parser.add_argument("--min-accuracy", type=number(PERCENT), metavar="PERCENT",
                         help="exit with code 3 where top-1 is below")
@@ -193,6 +228,64 @@ def _gate(parser: Parser) -> None:
 def _repeats(parser: Parser) -> None:
     parser.add_argument("--repeats", type=number(NUMBER), default=20, metavar="N",
                         help="timed passes of each model (default: %(default)s)")
+
+
+def _sweep(parser: Parser) -> None:
+    parser.add_argument("--batches", type=number(NUMBER), nargs="+", metavar="N",
+                        help="measure batches of these sizes (default: that of --batch-size)")
+    parser.add_argument("--dtypes", choices=EXPORT_DTYPES, nargs="+", metavar="DTYPE",
+                        help="measure weights and images in these dtypes (default: the model's)")
+
+
+def _curve(parser: Parser) -> None:
+    group = parser.add_argument_group("curve")
+    group.add_argument("--keeps", type=keeps, default="0.9:0.3:7", metavar="FRACTIONS",
+                       help="shares of the parameters: FIRST:LAST:COUNT, or some like 0.9,0.5 "
+                            "(default: %(default)s)")
+    group.add_argument("--search", type=number(NUMBER), metavar="EPOCHS",
+                       help="at each size search ranks and distil, as train does")
+    group.add_argument("--recover", type=number(POSITIVE), metavar="MINUTES",
+                       help="at each size distil the dense model's features for so long")
+    group.add_argument("--landmarks", nargs="+", default=[], metavar="NAME|DIR",
+                       help="other models to draw: pretrained timm architectures, or folders")
+    group.add_argument("--knn", action="store_true",
+                       help="judge by the nearest training images, also where there is a head")
+    group.add_argument("--train-images", type=number(NUMBER), default=2000, metavar="N",
+                       help="training images that neighbours are taken from (default: %(default)s)")
+    group.add_argument("--test-images", type=number(NUMBER), metavar="N",
+                       help="judge by N random test images (default: all)")
+    group.add_argument("--dtypes", choices=EXPORT_DTYPES, nargs="+", default=["float32"],
+                       metavar="DTYPE", help="a curve for each (default: float32)")
+    group.add_argument("--latency-batch", type=number(NUMBER), default=1, metavar="N",
+                       help="images of the batch that is timed (default: %(default)s)")
+    group.add_argument("--save-models", action="store_true",
+                       help="save the model of each size in a folder of --output")
+    parser.add_argument("-o", "--output", type=path, metavar="DIR",
+                        help="folder for pareto.json and report.html")
+
+
+def _pages(parser: Parser) -> None:
+    parser.add_argument("folders", nargs="+", type=path, metavar="DIR",
+                        help="folders that compress, train, recover or pareto wrote, or that "
+                             "results were recorded into")
+    parser.add_argument("-o", "--output", type=path, metavar="FILE",
+                        help="the page (default: report.html in DIR, comparison.html in the first "
+                             "of several)")
+    parser.add_argument("--open", action="store_true", help="open the page in the browser")
+    group = parser.add_argument_group("pictures to look at")
+    training_flags.teacher(group, "the dense model: timm architecture, or a checkpoint folder")
+    group.add_argument("--images", type=path, metavar="FOLDER",
+                       help="show what both models attend to on pictures under this folder, and "
+                            "which of these are nearest")
+    group.add_argument("--count", type=number(NUMBER), default=4, metavar="N",
+                       help="pictures that are shown (default: %(default)s)")
+
+
+def _status(parser: Parser) -> None:
+    parser.add_argument("folder", type=path, metavar="DIR",
+                        help="the output of train, compress, recover or pareto")
+    parser.add_argument("--state-dir", type=path, metavar="DIR",
+                        help="where train keeps its state (default: DIR.state)")
 
 
 def _export(parser: Parser) -> None:
@@ -232,7 +325,8 @@ def _comcat(parser: Parser) -> None:
 COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
     "doctor": ("Say what is installed and what runs here.", (_self_measurement,)),
     "inspect": ("List where ranks are chosen in a model, and what truncation costs there.",
-                (_model, _filters, _data, calibration(0), _seed, _device)),
+                (_model, _filters, _sensitivity, _data, calibration(0), _record, _seed,
+                 _device)),
     "calibrate": ("Keep what images tell of a model, for any number of budgets.",
                   (_model, _filters, _data, calibration(256), keeping, _seed, _device)),
     "compress": ("Compress a model without training.",
@@ -243,11 +337,18 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
                training_flags.augmentation, training_flags.search, _refine, _output, _report,
                _seed, _device, _timeout, _parallel)),
     "recover": ("Distil the dense model's features into a compressed model, without labels.",
-                (_model, _data, training_flags.recovery, _batch(16), _output, _seed, _device)),
-    "evaluate": ("Measure accuracy on a dataset's test images.",
-                 (_model, _data, _batch(256), _gate, _device, _timeout)),
+                (_model, _data, training_flags.recovery, _batch(16), _output, _report, _seed,
+                 _device)),
+    "evaluate": ("Measure accuracy on a dataset's test images, or agreement with a dense model.",
+                 (_model, _data, _accuracy, _batch(256), _gate, _record, _seed, _device,
+                  _timeout)),
     "profile": ("Measure parameters, MACs and latency, dense against compressed.",
-                (_model, _budget, _filters, _batch(1), _repeats, _device)),
+                (_model, _budget, _filters, _batch(1), _sweep, _repeats, _record, _device)),
+    "status": ("Say where a training run stands, and what a finished run gave.", (_status,)),
+    "pareto": ("Compress to several sizes, and draw quality against size and speed.",
+               (_model, _curve, _filters, _data, calibration(256), _batch(128), _seed, _device)),
+    "report": ("Make one page of finished runs: sizes, ranks, accuracy, latency, pictures.",
+               (_pages, _seed, _device)),
     "export": ("Write a model for another runtime, or for timm alone.",
                (_model, _export, _batch(1))),
     "import-comcat": ("Make a checkpoint folder from ComCAT's released files.",
@@ -258,8 +359,9 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
 REQUIRED = {
     "doctor": (), "inspect": ("model",), "calibrate": ("model", "output"),
     "compress": ("model", "output"),
-    "train": ("model", "data", "output"), "evaluate": ("model", "data"), "profile": ("model",),
+    "train": ("model", "data", "output"), "evaluate": ("model",), "profile": ("model",),
     "recover": ("model", "teacher", "output"), "export": ("model", "format"),
+    "report": (), "status": (), "pareto": ("model", "output"),
     "import-comcat": ("checkpoint", "model", "output"),
 }
 # Destinations of the budget's flags; at most one of them is given.

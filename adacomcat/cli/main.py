@@ -68,10 +68,18 @@ def _resuming(words: Sequence[str]) -> str:
     return shlex.join(["adacomcat", *words, *([] if "--resume" in words else ["--resume"])])
 
 
+class _Stderr(logging.Handler):
+    """Prints to what stderr is at that moment: a live view puts lines above its bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            print(self.format(record), file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def _told_on_stderr() -> Iterator[None]:
     """Inside, messages of the package's logger go to stderr: one line for each epoch."""
-    logger, handler = logging.getLogger("adacomcat"), logging.StreamHandler(sys.stderr)
+    logger, handler = logging.getLogger("adacomcat"), _Stderr()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
@@ -87,14 +95,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
         UserError: a flag is unknown, wrong or missing, or two exclude each other.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, words = parser.parse_args(argv), argv
     if args.command is None:
         return args
     if args.config is not None:
         at = argv.index(args.command) + 1
         given = {word.split("=")[0] for word in argv[at:]}
         budget = [name for name in EXCLUSIVE if flag(name) in given]  # replaces the file's
-        args = parser.parse_args(argv[:at] + flags_of(args, EXCLUSIVE, budget) + argv[at:])
+        words = argv[:at] + flags_of(args, EXCLUSIVE, budget) + argv[at:]
+        args = parser.parse_args(words)
+    # With the flags of the file, so that whoever reads it can run it again.
+    args.invocation = shlex.join(["adacomcat", *words])
     for name in REQUIRED[args.command]:
         if getattr(args, name) is None:
             raise UserError(f"{args.command} needs {flag(name)} "

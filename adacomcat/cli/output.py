@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 from adacomcat.errors import UserError
 
-PLAIN = {"→": "->", "×": "x", "·": "*", "…": "...", "–": "-"}
+PLAIN = {"→": "->", "×": "x", "·": "*", "…": "...", "–": "-", "█": "#"} | dict.fromkeys(
+    "▏▎▍▌▋▊▉", "") | dict(zip("▁▂▃▄▅▆▇", "1234567", strict=True))
 
 
 def _spell_out(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -44,6 +44,11 @@ def train(parser: argparse.ArgumentParser) -> None:
                                       "(default: 60.0)"),
         "--state-dir": ("DIR", "where the training state goes (default: OUTPUT.state)"),
     })
+    told = parser.add_argument_group("what is told while it trains")
+    told.add_argument("--metrics", type=path, metavar="FILE",
+                      help="append every step, search and epoch to this file, a line of JSON each")
+    told.add_argument("--tensorboard", type=path, metavar="DIR",
+                      help="write scalars for TensorBoard (needs the package tensorboard)")
     _switches(group, {
         "--model-ema": "average the weights, and save the average",
         "--bce-loss": "binary cross-entropy of every class, which takes --smoothing 0",
@@ -100,7 +105,7 @@ def augmentation(parser: argparse.ArgumentParser) -> None:
 
 def search(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("rank search and distillation")
-    _teacher(group, "timm architecture, or a checkpoint folder (default: the model itself)")
+    teacher(group, "timm architecture, or a checkpoint folder (default: the model itself)")
     _add(group, {
         "--search": (CHOICES["search"], "when to search (default: adaptive)"),
         "--search-steps": ("N", "batches of one search; 0 or all: once through its images "
@@ -136,7 +141,7 @@ def search(parser: argparse.ArgumentParser) -> None:
 
 def recovery(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recovery")
-    _teacher(group, "the dense model: timm architecture, or a checkpoint folder")
+    teacher(group, "the dense model: timm architecture, or a checkpoint folder")
     group.add_argument("--images", type=path, metavar="FOLDER",
                        help="pictures to train on, without labels; --data instead takes the "
                             "training images of a dataset")
@@ -151,7 +156,7 @@ def recovery(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--amp", action="store_true", help="bfloat16 autocast")
 
 
-def _teacher(group: argparse._ArgumentGroup, default: str) -> None:
+def teacher(group: argparse._ArgumentGroup, default: str) -> None:
     _add(group, {
         "--teacher": ("NAME|DIR", default),
         "--teacher-checkpoint": ("FILE|URL",

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable
 
-from adacomcat.utils.limits import Limit
+from adacomcat.utils.limits import FRACTION, Limit
 
 
 def number(limit: Limit) -> Callable[[str], float]:
@@ -55,6 +55,24 @@ def pattern(text: str) -> str | re.Pattern[str]:
         raise argparse.ArgumentTypeError(
             f"must be a glob, or re: and a regular expression; {_short(expression)} is none: "
             f"{error}") from error
+
+
+def keeps(text: str) -> tuple[float, ...]:
+    """Fractions: '0.9:0.3:7' are seven from 0.9 to 0.3 in equal steps, '0.9,0.5' just these."""
+    try:
+        if ":" in text:
+            first, last, count = text.split(":")
+            ends, steps = (FRACTION.parse(first), FRACTION.parse(last)), int(count) - 1
+            if not 1 <= steps < 1000:
+                raise ValueError
+            found = [ends[0] + (ends[1] - ends[0]) * at / steps for at in range(steps + 1)]
+        else:
+            found = [FRACTION.parse(part) for part in text.split(",")]
+        return tuple(dict.fromkeys(round(keep, 6) for keep in found))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            "must be fractions like 0.9,0.5, or FIRST:LAST:COUNT like 0.9:0.3:7; got "
+            f"{_short(text)}") from error
 
 
 def key_value(text: str) -> tuple[str, str]:

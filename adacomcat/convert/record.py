@@ -1,15 +1,15 @@
 """What a compressed model knows of how it was made.
 
 The record lies in plain attributes of the model (``rank_plan``, ``refinement``,
-``adacomcat_config``), which copying and pickling keep and which users may read. The package reads
-it by ``compression_of`` and writes it by ``record_``.
+``adacomcat_config``, ``rank_errors``), which copying and pickling keep and which users may read.
+The package reads it by ``compression_of`` and writes it by ``record_``.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
-from torch import nn
+from torch import Tensor, nn
 
 from adacomcat.layers.attention import LowRankAttention
 from adacomcat.layers.linear import LowRankLinear
@@ -54,6 +54,8 @@ class Compression:
     plan: RankPlan | None = None
     refinement: Refined | None = None  # where the plan was refined on images
     source: Source | None = None  # where a checkpoint folder told it
+    # Site → squared error of every rank, (R + 1,), where the allocation measured it.
+    errors: Mapping[str, Tensor] | None = None
 
     @property
     def ranks(self) -> dict[str, Rank]:
@@ -63,7 +65,7 @@ class Compression:
 
 # Field of ``Compression`` → attribute of the model.
 ATTRIBUTES: Mapping[str, str] = {"plan": "rank_plan", "refinement": "refinement",
-                                 "source": "adacomcat_config"}
+                                 "source": "adacomcat_config", "errors": "rank_errors"}
 
 
 def compression_of(model: nn.Module) -> Compression:

@@ -50,9 +50,13 @@ def evaluate(model: nn.Module, dataset: LabelledImages, batch_size: int, process
     model.train(training)
     if not count:
         raise UserError("there are no images to evaluate")
-    if broken or not math.isfinite(total):
-        raise UserError(f"the model's outputs are NaN or infinite for {int(broken)} of "
-                        f"{int(count)} images, the loss is {total / count}: its weights diverged "
-                        "or are damaged")
+    require_finite_outputs(int(broken), int(count), total / count)
     return {"top1": right / count, "top5": among_five / count, "loss": total / count,
             "images": int(count)}
+
+
+def require_finite_outputs(broken: int, count: int, loss: float) -> None:
+    """A ``UserError`` where outputs are not finite for ``broken`` images, or ``loss`` is not."""
+    if broken or not math.isfinite(loss):
+        raise UserError(f"the model's outputs are NaN or infinite for {broken} of {count} images, "
+                        f"the loss is {loss}: its weights diverged or are damaged")

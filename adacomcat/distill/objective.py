@@ -35,7 +35,7 @@ class Objective:
     def __init__(self, config: TrainConfig, student: nn.Module, teacher: nn.Module | None,
                  forward: nn.Module | None = None) -> None:
         """forward: what is called in the student's place, where several processes share it."""
-        self.config, self.teacher = config, teacher
+        self.config, self.student, self.teacher = config, student, teacher
         self.forward = student if forward is None else forward
         self.alignment = None
         if teacher is not None:

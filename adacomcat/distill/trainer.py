@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from adacomcat.data import Batches, LabelledImages
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.evaluation import evaluate
+from adacomcat.distill.metrics import Event, Observer, Pace
 from adacomcat.distill.objective import BatchMixing, Objective
 from adacomcat.distill.optimizer import make_schedule, move
 from adacomcat.distill.parallel import load_model_, load_optimizer_, share, whole
@@ -91,6 +92,8 @@ class Trainer:
         # Gradients of float16 are scaled into its range; a step where they overflow is left out.
         self.scaler = torch.amp.GradScaler(
             processes.device.type, enabled=config.amp and config.amp_dtype == "float16")
+        self.pace = Pace(config.batch_size, config.total_epochs * self.steps)
+        self.observer: Observer | None = None  # is told what happens, on the first process
 
     def _renew_optimizer(self) -> None:
         """An optimiser without a memory for what trains now, and the schedule of its rate."""
@@ -138,6 +141,7 @@ class Trainer:
             Stopped: a signal asked for it; the state is saved.
             UserError: the loss diverges, or a state cannot be written.
         """
+        self._tell("start", epochs=self.config.total_epochs, steps=self.steps)
         while self.epoch <= self.config.total_epochs:
             start = time.perf_counter()
             if self.epoch > self.config.epochs:
@@ -157,12 +161,18 @@ class Trainer:
             self.history.append(record)
             if self.processes.first:
                 _log(record, self.config.total_epochs)
+            self._tell("epoch", **record)
             self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
             self.searched = False
             self.save()
         self.objective.end()
         if self.writer is not None:
             self.writer.finish()
+        self._tell("end")
+
+    def _tell(self, name: str, **event: Any) -> None:
+        if self.observer is not None and self.processes.first:
+            self.observer(Event(event=name, **event))
 
     def _tell_best(self, record: dict[str, Any],
                    on_best: Callable[[nn.Module], None] | None) -> None:
@@ -189,6 +199,9 @@ class Trainer:
                                         after_step=self._after_step))
         if config.new_optimizer:
             self._renew_optimizer()
+        if self.processes.first:
+            _log_search(self.searches[-1])
+        self._tell("search", **self.searches[-1])
         self.searched = True
 
     def _batches(self, epoch: int, start_step: int = 0) -> Batches:
@@ -201,9 +214,14 @@ class Trainer:
     def _run_epoch(self) -> None:
         self.student.train()
         batches = self._batches(self.epoch, self.step)
-        for images, labels in progress(batches, f"epoch {self.epoch}", total=len(batches)):
-            self.loss_sum += self._train_step(images, labels)
+        bar = progress(batches, f"epoch {self.epoch}", total=len(batches))
+        for images, labels in self.pace.watched(bar):
+            loss = self._train_step(images, labels)
+            self.loss_sum += loss
             self.step += 1
+            done = (self.epoch - 1) * self.steps + self.step
+            self._tell("step", epoch=self.epoch, step=self.step, at=done, loss=loss,
+                       **self.pace.report(done))
             self.processes.reached(self._where())
             if self.step < self.steps:  # the end of an epoch saves, too
                 self._after_step()
@@ -350,6 +368,13 @@ def _log(record: dict[str, Any], epochs: int) -> None:
     seconds = record["search_seconds"] + record["train_seconds"]
     LOG.info("epoch %d of %d: loss %.4f%s, %.0f s", record["epoch"], epochs, record["loss"], top1,
              seconds)
+
+
+def _log_search(record: dict[str, Any]) -> None:
+    LOG.info("epoch %d: search at τ %.3g, F %.3g: %d ranks changed, %s parameters%s, %.1f s",
+             record["epoch"], record["temperature"], record["frequency"], record["changed"],
+             f"{record['params']:,}", "; the old plan is better" if record["rejected"] else "",
+             record["seconds"])
 
 
 def _require_same_settings(ours: dict[str, object], theirs: dict[str, object]) -> None:

@@ -1,119 +1,138 @@
-"""One HTML page for a compression or training run, which needs no network to be read."""
+"""One self-contained HTML page of finished runs, made from nothing but their files."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from adacomcat.plan import RankPlan
-from adacomcat.report.tables import LABELS, Comparison
-from adacomcat.sites import Site
+from adacomcat.report import charts
+from adacomcat.report.files import record, recorded
+from adacomcat.report.values import Node
 from adacomcat.utils.files import atomic_write_text
 
+PAGE = "report.html"
 
-def write_report(folder: str | Path, title: str, comparison: Comparison, sites: Sequence[Site],
-                 plan: RankPlan, history: Sequence[Mapping[str, float]] = ()) -> Path:
-    """Write report.html: the models' measures, a heat map of ranks, curves over epochs.
+# Card → (entry of 'models' in run.json, form)
+COUNTED = {"Parameters": ("params", "si"), "MACs per image": ("macs", "si"),
+           "Weights": ("bytes", "bytes")}
+
+
+class Run:
+    """The files of one folder as nodes: ``run.evaluation`` is None where there is no such file."""
+
+    def __init__(self, folder: str | Path, number: int) -> None:
+        found = recorded(folder)
+        self.nodes = {name: Node(content, f"{number}:{name}.json#")
+                      for name, content in found.items()}
+        self.number = number
+        self.name = Path(folder).resolve().name
+
+    def __getattr__(self, name: str) -> Node | None:
+        return self.nodes.get(name)
+
+    @property
+    def title(self) -> Node | None:
+        """The name of the architecture."""
+        for name, key in (("run", "architecture"), ("pareto", "model"), ("evaluation", "model")):
+            if name in self.nodes and (found := self.nodes[name].get(key)) is not None:
+                return found
+        return None
+
+    @property
+    def cards(self) -> list[dict[str, Any]]:
+        """Before → after, with what is left and under which conditions."""
+        cards = [*self._counted(), *self._latency(), *self._quality()]
+        return [card for card in cards if card["after"] is not None]
+
+    def _counted(self) -> list[dict[str, Any]]:
+        if self.run is None:
+            return []
+        return [{"label": label, "form": form, "before": self.run.get("models", "dense", key),
+                 "after": self.run.get("models", "compressed", key),
+                 "kept": self.run.get("kept", key)} for label, (key, form) in COUNTED.items()]
+
+    def _latency(self) -> list[dict[str, Any]]:
+        if self.latency is not None:
+            cell = self.latency["cells"][0]
+            after = cell.get("optimized") or cell.get("compressed")
+            return [{"label": "Latency", "form": "ms", "unit": "ms", "before": cell.get("dense"),
+                     "after": after, "times": cell.get("speedup"),
+                     "where": [cell["batch"], cell["dtype"], self.latency["device"],
+                               self.latency["threads"]]}]
+        if self.run is None or self.run.get("models", "compressed", "latency_ms") is None:
+            return []
+        models, machine = self.run["models"], self.run["machine"]
+        return [{"label": "Latency", "form": "ms", "unit": "ms",
+                 "before": models.get("dense", "latency_ms"),
+                 "after": models["compressed"]["latency_ms"],
+                 "where": [self.run["latency_batch"], machine["dtype"], machine["device"],
+                           machine["threads"]]}]
+
+    def _quality(self) -> list[dict[str, Any]]:
+        found = self.evaluation
+        if found is None:
+            return self._trained()
+        cards = []
+        for name, values in (found.get("methods") or Node({}, "")).items():
+            before = found.get("dense", "methods", name)
+            label = "Top-1" if name == "head" else f"Top-1 by {_METHODS[name]}"
+            cards.append({"label": label, "form": "percent", "after": values["top1"],
+                          "before": None if before is None else before["top1"],
+                          "interval": values["top1_interval"], "images": found["images"],
+                          "flips": found.get("flips", name)})
+        if (agreed := found.get("agreement")) is not None:
+            for label, key, form in (("Cosine to dense", "cosine", "error"),
+                                     ("Shared neighbours", "neighbours", "percent")):
+                cards.append({"label": label, "form": form, "before": None, "after": agreed[key],
+                              "interval": agreed[key + "_interval"], "images": agreed["images"]})
+            cards.append({"label": "Token error", "form": "error", "before": None,
+                          "after": agreed["token_error"], "images": agreed["images"]})
+        return cards
+
+    def _trained(self) -> list[dict[str, Any]]:
+        if self.run is None:
+            return []
+        top1 = self.run.get("models", "compressed", "top1")
+        return [{"label": "Top-1", "form": "percent", "after": top1,
+                 "before": self.run.get("models", "dense", "top1")}]
+
+
+_METHODS = {"knn": "neighbours", "linear_probe": "linear probe"}
+
+
+def write_page(folders: Sequence[str | Path], path: str | Path | None = None) -> Path:
+    """Write the page of one run, or of several side by side.
 
     Args:
-        folder: where the page goes; it exists.
-        title: the page's title.
-        comparison: the measures of the models.
-        sites: the sites that the plan decides; without any there is no heat map.
-        plan: the ranks.
-        history: a mapping for each epoch, with 'epoch' and measures like 'loss' or 'top1'.
+        folders: what ``report.files.recorded`` reads.
+        path: where the page goes; None: report.html in the first folder.
 
     Returns:
         The path of the page.
+
+    Raises:
+        UserError: a folder has no results, or damaged ones.
     """
-    pictures = {"Ranks, as a part of the full rank": _rank_map(sites, plan)} if sites else {}
-    if history:
-        pictures["History"] = _curves(history)
-    page = jinja2.Template(_PAGE, autoescape=True).render(
-        title=title, columns=comparison.columns(), rows=comparison.cells(), pictures=pictures,
-        ranks=[(site.name, plan[site.name], site.full_rank) for site in sites])
-    path = Path(folder) / "report.html"
-    # A path in the title may hold bytes that are no UTF-8.
+    path = Path(folders[0]) / PAGE if path is None else Path(path)
+    runs = [Run(folder, number) for number, folder in enumerate(folders)]
+    labels = dict.fromkeys(card["label"] for run in runs for card in run.cards)
+    page = _template().render(runs=runs, labels=labels)
+    # Names on a command line may hold bytes that are no UTF-8.
     atomic_write_text(path, page.encode("utf-8", "replace").decode("utf-8"), durable=True)
     return path
 
 
-def _rank_map(sites: Sequence[Site], plan: RankPlan) -> str:
-    """The PNG of a heat map: blocks as rows, kinds of sites as columns, rank ÷ full rank as colour.
-
-    A dense site has the colour of the full rank.
-    """
-    import numpy as np
-    cells = {_position(site.name): site for site in sites}
-    rows = list(dict.fromkeys(row for row, _ in cells))
-    columns = list(dict.fromkeys(column for _, column in cells))
-    image = np.full((len(rows), len(columns)), np.nan)
-    axes = _axes(1.5 + 0.7 * len(columns), 1.0 + 0.3 * len(rows)).flat[0]
-    for (row, column), site in cells.items():
-        rank = plan[site.name]
-        y, x = rows.index(row), columns.index(column)
-        image[y, x] = 1.0 if isinstance(rank, str) else rank / site.full_rank
-        axes.text(x, y, rank, ha="center", va="center", fontsize=7,
-                  color="white" if image[y, x] > 0.6 else "black")
-    axes.imshow(image, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=8)
-    axes.set_yticks(range(len(rows)), rows, fontsize=8)
-    return _png(axes)
+def add_to_page(folder: str | Path, name: str, content: Mapping[str, Any]) -> None:
+    """Write one of a run's files, and its page anew where it has one."""
+    record(folder, name, content)
+    if (Path(folder) / PAGE).is_file():
+        write_page([folder])
 
 
-def _position(name: str) -> tuple[str, str]:
-    """'blocks.3.mlp.fc1' → ('blocks.3', 'mlp.fc1')."""
-    parts = name.split(".")
-    last = max((i for i, part in enumerate(parts) if part.isdecimal()), default=-1)
-    return ".".join(parts[:last + 1]) or "model", ".".join(parts[last + 1:])
-
-
-def _curves(history: Sequence[Mapping[str, float]]) -> str:
-    """The PNG of one curve for each measure, over epochs."""
-    from matplotlib.ticker import MaxNLocator
-    names = [name for name in LABELS if any(name in row for row in history)]
-    axes = _axes(7, 2.2 * len(names), count=len(names))
-    for name, axis in zip(names, axes.flat, strict=True):
-        points = [(row.get("epoch", at), row[name]) for at, row in enumerate(history)
-                  if name in row]
-        axis.plot(*zip(*points, strict=True), marker=".")
-        axis.set(ylabel=LABELS[name][0], xlabel="epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _png(axes.flat[0])
-
-
-def _axes(width: float, height: float, count: int = 1) -> Any:
-    """``count`` axes one below the other, as an array (count, 1); sizes in inches."""
-    from matplotlib.figure import Figure
-    return Figure(figsize=(width, height), layout="constrained").subplots(count, squeeze=False)
-
-
-def _png(axes: Any) -> str:
-    """The figure of ``axes`` in base64."""
-    buffer = io.BytesIO()
-    axes.figure.savefig(buffer, format="png", dpi=110)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem }
-table { border-collapse: collapse } th, td { padding: .2rem .8rem; text-align: right }
-th:first-child, td:first-child { text-align: left } tr { border-bottom: 1px solid #ddd }
-img { max-width: 100% }
-</style></head><body>
-<h1>{{ title }}</h1>
-<table><tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table>
-{% for name, picture in pictures.items() %}<h2>{{ name }}</h2>
-<img alt="{{ name }}" src="data:image/png;base64,{{ picture }}">
-{% endfor %}
-<details><summary>Ranks</summary><table><tr><th>site</th><th>rank</th><th>full rank</th></tr>
-{% for row in ranks %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table></details>
-</body></html>
-"""
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True,
+                                     lstrip_blocks=True)
+    environment.globals["charts"] = charts
+    return environment.get_template("page.html.j2")

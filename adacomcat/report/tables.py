@@ -64,6 +64,35 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     print(text.get(), end="")
 
 
+def bar(value: float, most: float, width: int = 16) -> str:
+    """A bar of blocks whose length is ``value`` as a part of ``most``."""
+    eighths = round(8 * width * value / most) if most > 0 else 0
+    whole, rest = divmod(eighths, 8)
+    return "█" * whole + (" ▏▎▍▌▋▊▉"[rest] if rest else "")
+
+
+def plot(points: Sequence[tuple[float, float, str]], x: str, y: str, width: int = 60,
+         height: int = 12) -> str:
+    """Points (x, y, letter) on a grid of characters, with the ends of both axes in numbers."""
+    ends = [(min(values), max(values)) for values in zip(*((p[0], p[1]) for p in points),
+                                                          strict=True)]
+    rows = [[" "] * width for _ in range(height)]
+    for a, b, letter in points:
+        across, up = ((value - low) / ((high - low) or 1.0)
+                      for value, (low, high) in zip((a, b), ends, strict=True))
+        rows[height - 1 - round(up * (height - 1))][round(across * (width - 1))] = letter
+    names = [f"{ends[1][1]:.4g}", *[""] * (height - 2), f"{ends[1][0]:.4g}"]
+    lines = [f"{name:>8} |{''.join(row).rstrip()}" for name, row in zip(names, rows, strict=True)]
+    low, high = (f"{end:.4g}" for end in ends[0])
+    return "\n".join([f"{y}", *lines, " " * 9 + "+" + "-" * width,
+                      " " * 10 + low + f"{x}".center(width - len(low) - len(high)) + high])
+
+
+def print_facts(title: str, facts: Mapping[str, str]) -> None:
+    """Print name and value of each fact, one a line, under a title."""
+    print_table(title, ["", ""], list(facts.items()))
+
+
 def print_comparison(title: str, comparison: Comparison) -> None:
     """Print the models' measures as a table."""
     print_table(title, comparison.columns(), comparison.cells())

@@ -111,6 +111,14 @@ class RankGates(nn.Module):
         return (mixture * self.costs).sum()
 
     @torch.no_grad()
+    def entropy(self) -> float:
+        """The mean over sites of the entropy of softmax(α), as a part of the uniform one's."""
+        logs = self._masked().double().log_softmax(-1)
+        entropies = -(logs.exp() * logs.masked_fill(~self.valid, 0.0)).sum(-1)
+        most = self.valid.sum(-1).double().log()
+        return (entropies / most.clamp_min(1e-30)).mean().item()
+
+    @torch.no_grad()
     def plan(self, budget: float) -> RankPlan:
         """The most likely plan of at most ``budget`` parameters in all sites together.
 

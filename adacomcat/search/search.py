@@ -194,7 +194,8 @@ class RankSearch:
         self.seconds += seconds
         return {"epoch": epoch, "temperature": temperature, "seconds": seconds,
                 "loss": sum(losses) / max(1, len(losses)),
-                "rejected": rejected,
+                "rejected": rejected, "entropy": self.gates.entropy(),
+                "frequency": getattr(self.policy, "frequency", 1),
                 "changed": sum(a != b for a, b in zip(before, ranks, strict=True)),
                 "params": int(self.fixed) + self.plan.params(self.sites),
                 "ranks": dict(self.plan.ranks)}

@@ -144,6 +144,20 @@ def exclusive(path: str | Path, what: str) -> Iterator[None]:
         yield
 
 
+def is_locked(path: str | Path) -> bool:
+    """Whether another process is inside ``exclusive`` with this path."""
+    if fcntl is None or not Path(path).is_file():
+        return False
+    with _opened(Path(path)) as descriptor:
+        try:
+            _lock(descriptor)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            pass
+    return False
+
+
 @contextmanager
 def _scratch(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     """A temporary file or folder beside ``path``, or inside it where it is a folder.

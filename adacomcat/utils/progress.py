@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -15,12 +16,19 @@ def progress(items: Iterable[Item], label: str, total: int | None = None) -> Ite
     return _track(items, label, total)
 
 
+@contextmanager
+def one_bar(label: str) -> Iterator[None]:
+    """Inside, only the caller's own bar is on the screen."""
+    _shown.append(label)
+    try:
+        yield
+    finally:
+        _shown.remove(label)
+
+
 def _track(items: Iterable[Item], label: str, total: int | None) -> Iterator[Item]:
     from rich.console import Console
     from rich.progress import track
-    _shown.append(label)
-    try:
+    with one_bar(label):
         yield from track(items, description=label, total=total, console=Console(stderr=True),
                          transient=True)
-    finally:
-        _shown.remove(label)

@@ -11,6 +11,7 @@ import timm
 import torch
 from helpers import comcat
 from helpers.command_line import ARCHITECTURE, MODEL, SMALL, shell
+from helpers.pictures import write_pictures
 from safetensors.torch import save_file
 
 import adacomcat
@@ -41,7 +42,7 @@ def test_compress_evaluate_and_profile(tmp_path, weights, run_json):
     assert done["calibration_images"] == 40
     model = adacomcat.load(folder)
     assert model.rank_plan.ranks.items() <= done["ranks"].items()
-    assert "<img" in (folder / "report.html").read_text()
+    assert "Where the ranks went" in (folder / "report.html").read_text()
     assert "http" not in (folder / "report.html").read_text()
 
     found = run_json("evaluate", "-m", folder, "--data", "digits")
@@ -68,7 +69,7 @@ def test_tables_show_the_same_numbers(tmp_path, weights, run):
     assert code == 0, err
     assert f"{sum(p.numel() for p in build().parameters()):,}" in out
     assert str(tmp_path / "small") in out
-    assert not (tmp_path / "small" / "report.html").exists()
+    assert not {"report.html", "run.json"} & {p.name for p in (tmp_path / "small").iterdir()}
     code, out, _ = run("evaluate", "-m", tmp_path / "small", "--data", "digits")
     assert code == 0 and "top-1" in out
 
@@ -324,3 +325,20 @@ def test_import_comcat_then_evaluate(tmp_path, run, run_json):
     (tmp_path / "ranks.txt").write_text("1,2")
     code, _, err = run(*flags, "--output", tmp_path / "other")
     assert code == 2 and "holds 2 ranks" in err and not (tmp_path / "other").exists()
+
+
+def test_inspect_measures_what_each_site_hurts(tmp_path, weights, run, run_json):
+    argv = ["inspect", *MODEL, "--in-chans", "3", "--checkpoint", weights, "--sensitivity"]
+    write_pictures(tmp_path / "photos", 6, seed=2)
+    code, out, err = run(*argv)
+    assert (code, out) == (2, "") and "pass --images FOLDER" in err
+    assert "pass both" in run("inspect", *MODEL, "--record", tmp_path)[2]
+    argv += ["--images", tmp_path / "photos", "--ranks", "2", "--record", tmp_path]
+    found = run_json(*argv)["sensitivity"]
+    assert {row["site"] for row in found["sites"]} >= {"blocks.0.attn.qk", "blocks.1.mlp.hidden"}
+    written = json.loads((tmp_path / "sensitivity.json").read_text())
+    assert written["order"] == found["order"] and written["judging"] == 3
+    code, out, _ = run(*argv)
+    assert code == 0 and "blocks, the most sensitive first" in out
+    damage = found["sites"][0]["damage"]
+    assert all(f"{rank}: {value:.4f}" in out for rank, value in damage.items())

@@ -29,7 +29,11 @@ def test_train_dense_then_search_and_evaluate(tmp_path, run_json):
     measured = run_json("evaluate", "-m", tmp_path / "small", "--data", "digits")
     assert measured["top1"] == pytest.approx(found["top1"])
     assert measured["loss"] == pytest.approx(found["loss"], rel=1e-3)
-    assert (tmp_path / "small" / "report.html").read_text().count("<img") == 2
+    written = json.loads((tmp_path / "small" / "run.json").read_text())
+    assert written["history"] == found["history"] and written["searches"] == found["searches"]
+    assert written["models"]["compressed"]["top1"] == found["top1"]
+    page = (tmp_path / "small" / "report.html").read_text()
+    assert "Search history" in page and "Training" in page
     assert not list(tmp_path.glob("*.state"))
     tuned = run_json("train", "-m", tmp_path / "small", "--dense", "--teacher", tmp_path / "dense",
                      "--data", "digits", "--epochs", 1, "--output", tmp_path / "tuned")
@@ -138,7 +142,7 @@ def test_a_run_that_died_behind_its_checkpoint_is_completed(place, tmp_path, run
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         if place != "done":
-            owner, name = {"report": (command, "write_report"),
+            owner, name = {"report": (command, "write_page"),
                            "state": (command.shutil, "rmtree")}[place]
             patch.setattr(owner, name, dies)
         assert run(*flags, "--output", output)[0] == (0 if place == "done" else 130)
@@ -149,7 +153,7 @@ def test_a_run_that_died_behind_its_checkpoint_is_completed(place, tmp_path, run
         assert found["history"][0]["loss"] == whole["history"][0]["loss"]
     assert not (tmp_path / "cut.state").exists()
     assert sorted(path.name for path in output.iterdir()) == [
-        "config.json", "model.safetensors", "report.html"]
+        "config.json", "model.safetensors", "report.html", "run.json"]
 
 
 def test_damaged_results_of_a_finished_run_are_named(tmp_path, run):

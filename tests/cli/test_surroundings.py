@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 import adacomcat
 from adacomcat.cli import download
 from adacomcat.latency import cache
-from adacomcat.report.page import write_report
-from adacomcat.report.tables import Comparison
+from adacomcat.report.files import record
+from adacomcat.report.page import write_page
 from adacomcat.utils.machine import cache_folder
 
 DIGITS = ["--data", "digits"]
@@ -127,9 +127,8 @@ def test_names_of_files_that_are_no_text(tmp_path, digits, run):
     digits.rename(tmp_path / "caf\udce9")
     code, _, err = run("evaluate", "-m", tmp_path / "caf\udce9", *DIGITS)
     assert code == 2 and "not valid UTF-8" in err and err.count("\n") == 1
-    comparison = Comparison({"given": {"params": 1}})
-    page = write_report(tmp_path, "trained on caf\udce9", comparison, [], adacomcat.RankPlan())
-    assert "trained on caf?" in page.read_text(encoding="utf-8")
+    record(tmp_path, "evaluation", {"model": "caf\udce9", "images": 1})
+    assert "caf?" in write_page([tmp_path]).read_text(encoding="utf-8")
 
 
 def test_an_error_in_a_worker_process_is_the_line_alone(tmp_path, run):

@@ -65,6 +65,19 @@ def test_table_has_every_model_and_measure(demo, table):
     assert str(demo[1]) in demo[0].splitlines()[-1]
 
 
+def test_last_line_names_a_page_with_a_curve(demo, table):
+    page = demo[1] / "report.html"
+    assert demo[0].splitlines()[-1].endswith(str(page))
+    assert "Size against quality" in page.read_text()
+    points = {row["name"]: row for row in
+              json.loads((demo[1] / "pareto.json").read_text())["points"]}
+    assert {"dense", "keep 0.5", f"keep {KEEP:g}", "searched + distilled"} <= set(points)
+    for row, name in (("dense", "dense"), ("training-free", f"keep {KEEP:g}"),
+                      ("searched + distilled", "searched + distilled")):
+        assert points[name]["top1"] == pytest.approx(table[row]["top-1 %"], abs=0.01)
+        assert points[name]["params"] == table[row]["parameters"]
+
+
 def test_budget_is_kept_and_used(table):
     dense = table["dense"]
     assert dense["parameters kept"] == 1

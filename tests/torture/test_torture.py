@@ -76,7 +76,8 @@ class Run:
         left = sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*")
                       if not (path.name.endswith(".partial") and path.is_dir()
                               and not list(path.iterdir())))
-        assert left == ["out", "out/config.json", "out/model.safetensors", "out/report.html"]
+        assert left == ["out", "out/config.json", "out/model.safetensors", "out/report.html",
+                        "out/run.json"]
         return {name: (self.folder / "out" / name).read_bytes()
                 for name in ("config.json", "model.safetensors")}
 
@@ -164,7 +165,7 @@ def test_two_processes_killed_at_random_times(name: str, tmp_path: Path) -> None
         assert launcher.wait(timeout=120) in (0, 1, -9, -2, -15, 130, 143)
     assert two(command, folders[1]).wait() == 0
     one, other = ({path.name: path.read_bytes() for path in folder.iterdir()
-                   if path.name != "report.html"} for folder in folders)
+                   if path.name not in ("report.html", "run.json")} for folder in folders)
     assert one == other
 
 

@@ -15,7 +15,10 @@ from adacomcat.elastic import save_elastic
 from adacomcat.errors import UserError
 from adacomcat.latency.timing import model_latencies
 from adacomcat.plan import RankPlan
-from adacomcat.report.page import write_report
+from adacomcat.report.files import record as record_file
+from adacomcat.report.page import write_page
+from adacomcat.report.provenance import run_content
+from adacomcat.report.summary import print_summary
 from adacomcat.report.tables import Comparison, print_comparison, print_refinement
 
 
@@ -39,8 +42,13 @@ def run(args: argparse.Namespace) -> Outcome:
             comparison.rows[name]["latency_ms"] = milliseconds
     checkpoint.save(small, args.output, gauge=args.gauge)
     if not args.no_report:
-        write_report(args.output, f"{args.model} compressed", comparison,
-                     plan.sites(model), plan)
+        timed = {name: {"latency_ms": row["latency_ms"]} for name, row in comparison.rows.items()
+                 if "latency_ms" in row}
+        record_file(args.output, "run", run_content(
+            args.invocation, model, small, args.output, measured=timed, include=args.include,
+            exclude=args.exclude, latency_batch=args.latency_batch,
+            calibration_images=_image_count(seen)))
+        write_page([args.output])
     data = {"output": args.output, "models": comparison.rows, "ranks": plan.ranks,
             "calibration_images": _image_count(seen),
             "refitted": args.refit is not False and _image_count(seen) > 0}
@@ -53,6 +61,8 @@ def run(args: argparse.Namespace) -> Outcome:
         if seen is not None and not data["refitted"]:
             print("factors cut from the calibration; blocks fitted in sequence to images lose less")
         print(f"written to {args.output}")
+        if not args.no_report:
+            print_summary(args.output, cards=False)
     return Outcome(data, show)
 
 

@@ -203,6 +203,14 @@ def calibration(args: argparse.Namespace, images: Tensor | None) -> Tensor | Non
     return None if images is None else data.with_collages(images, args.collages, args.seed)
 
 
+def some(images: Any, count: int | None, seed: int) -> Any:
+    """``count`` random images of a dataset; all of them where it has no more."""
+    if count is None or count >= len(images):
+        return images
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return images.subset(order[:count])
+
+
 def has_budget(args: argparse.Namespace) -> bool:
     """Whether one of the budget's flags is given."""
     return any(getattr(args, name) is not None for name in EXCLUSIVE)

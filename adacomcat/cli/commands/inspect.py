@@ -8,20 +8,24 @@ from torch import Tensor, nn
 from adacomcat import cost
 from adacomcat.allocation.deployment import WIDTHS, fuses
 from adacomcat.cli.commands import Outcome, inputs
-from adacomcat.convert.calibrate import calibrate
+from adacomcat.convert.calibrate import calibrate, calibration_batches
 from adacomcat.convert.factors import error_curves, require_finite_model
+from adacomcat.errors import UserError
+from adacomcat.evaluation.sensitivity import sensitivity
 from adacomcat.layers.attention import LowRankAttention
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.registry import attention_parts, attention_tier
 from adacomcat.layers.stock import PlainAttention
-from adacomcat.report.tables import print_table
-from adacomcat.sites import Site, find_sites
+from adacomcat.report.page import add_to_page
+from adacomcat.report.tables import bar, print_table
+from adacomcat.sites import Site, find_sites, prunable_mlps
 
 # Errors are shown at these shares of the break-even rank, at which factors save nothing.
 PARTS = (0.125, 0.25, 0.5, 0.75)
 
 
 def run(args: argparse.Namespace) -> Outcome:
+    _require_images(args)
     model = inputs.model(args).to(inputs.device(args))
     sites = find_sites(model, include=args.include, exclude=args.exclude)
     require_finite_model(model)
@@ -32,7 +36,35 @@ def run(args: argparse.Namespace) -> Outcome:
         "model": args.model, "params": cost.model_params(model), "macs": cost.model_macs(model),
         "low_rank_modules": _low_rank(model), "sites": rows, "attentions": _attentions(model),
     }
+    if args.sensitivity:
+        assert images is not None  # _require_images
+        found = sensitivity(model, calibration_batches(images, model), _decisions(args, model),
+                            args.ranks)
+        data["sensitivity"] = found
+        if args.record is not None:
+            add_to_page(args.record, "sensitivity", {
+                "model": args.model, "params": data["params"],
+                "command": args.invocation} | found)
     return Outcome(data, lambda: _show(data))
+
+
+def _require_images(args: argparse.Namespace) -> None:
+    """--images is another name of --calibration-dir here."""
+    args.calibration_dir = args.calibration_dir or args.images
+    if args.record is not None and not args.sensitivity:
+        raise UserError("inspect --record writes what --sensitivity measures; pass both")
+    if args.sensitivity and args.calibration_dir is None and not (
+            args.data is not None and args.calibration_images):
+        raise UserError("--sensitivity judges by images: pass --images FOLDER, or --data with "
+                        "--calibration-images")
+
+
+def _decisions(args: argparse.Namespace, model: nn.Module) -> list[Site]:
+    """The sites of ``compress`` with images: MLPs lose neurons where they can."""
+    sites = find_sites(model, prunable_mlps(model), args.include, args.exclude)
+    if not sites:
+        raise UserError("no site: nothing in this model can be made low-rank")
+    return sites
 
 
 def _row(site: Site, errors: Tensor) -> dict[str, Any]:
@@ -67,6 +99,9 @@ def _attentions(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _show(data: dict[str, Any]) -> None:
+    if "sensitivity" in data:
+        _show_sensitivity(data)
+        return
     columns = ["site", "tier", "in → out", "full rank", "break-even", "parameters",
                *(f"error at {part:g}" for part in PARTS)]
     rows = []
@@ -89,3 +124,21 @@ def _show(data: dict[str, Any]) -> None:
         print(f"{data['low_rank_modules']} modules are low-rank already")
     if not data["sites"] and not data["low_rank_modules"]:
         print("no site: nothing in this model can be made low-rank")
+
+
+def _show_sensitivity(data: dict[str, Any]) -> None:
+    found = data["sensitivity"]
+    most = max(max(row["damage"].values(), default=0.0) for row in found["sites"])
+    rows = [[row["site"], f"{row['full_rank']}",
+             "  ".join(f"{rank}: {damage:.4f}" for rank, damage in row["damage"].items()),
+             bar(max(row["damage"].values(), default=0.0), most),
+             "–" if row["first_cut"] is None else f"{row['first_cut']:.2f}"]
+            for row in found["sites"]]
+    print_table(f"{data['model']}: damage of each rank alone, on {found['judging']} images",
+                ["site", "full rank", "rank: damage", "", "cut below"], rows)
+    blocks = sorted(found["blocks"].items(), key=lambda entry: -entry[1])
+    worst = max(found["blocks"].values(), default=0.0)
+    print_table("blocks, the most sensitive first", ["block", "damage", ""],
+                [[name, f"{damage:.4f}", bar(damage, worst)] for name, damage in blocks])
+    print("damage: relative squared change of final tokens and outputs, the other sites dense; "
+          "cut below: the share of parameters kept at which the allocation begins with a site")

@@ -1,6 +1,7 @@
 """adacomcat profile: parameters, multiply-accumulates and latency, dense against compressed."""
 
 import argparse
+from typing import Any
 
 import timm
 import torch
@@ -11,26 +12,56 @@ from adacomcat.cli.commands import Outcome, inputs
 from adacomcat.convert.record import compression_of
 from adacomcat.fuse import optimize
 from adacomcat.latency.timing import latency
-from adacomcat.report.tables import Comparison, print_comparison
+from adacomcat.report.page import add_to_page
+from adacomcat.report.provenance import machine
+from adacomcat.report.tables import Comparison, print_comparison, print_table
+from adacomcat.utils.model import copied
 
 
 def run(args: argparse.Namespace) -> Outcome:
     device = inputs.device(args)
     counted = {name: model.to(device).eval() for name, model in _models(args).items()}
-    timed = dict(counted)
     if "compressed" in counted:  # parameters and MACs are counted before layers are fused
         counted["optimized"] = counted["compressed"]
-        timed["optimized"] = optimize(counted["compressed"])
-    milliseconds = latency(timed, args.batch_size, args.repeats)
+    own = machine(counted["dense"])
+    cells = [_cell(counted, batch, dtype, args.repeats)
+             for dtype in args.dtypes or [own["dtype"]]
+             for batch in args.batches or [args.batch_size]]
+    first = cells[0]
     comparison = Comparison({name: {
         "params": cost.model_params(model), "macs": cost.model_macs(model),
-        "latency_ms": milliseconds[name],
-        "images_per_second": 1e3 * args.batch_size / milliseconds[name],
+        "latency_ms": first[name], "images_per_second": 1e3 * first["batch"] / first[name],
     } for name, model in counted.items()})
-    data = {"model": args.model, "batch_size": args.batch_size, "device": str(device),
-            "threads": torch.get_num_threads(), "models": comparison.rows}
-    title = f"{args.model}, batch {args.batch_size}, {device}, {data['threads']} threads"
-    return Outcome(data, lambda: print_comparison(title, comparison))
+    data = {"model": args.model, "batch_size": first["batch"], "device": str(device),
+            "name": own["name"], "threads": torch.get_num_threads(), "models": comparison.rows,
+            "cells": cells, "command": args.invocation}
+    if args.record is not None:
+        add_to_page(args.record, "latency", data)
+    return Outcome(data, lambda: _show(data, comparison))
+
+
+def _cell(models: dict[str, nn.Module], batch: int, dtype: str,
+          repeats: int) -> dict[str, Any]:
+    """Milliseconds of each model, and how many times as fast the last one is as the dense one."""
+    timed = {name: copied(model).to(getattr(torch, dtype)) for name, model in models.items()}
+    if "optimized" in timed:
+        timed["optimized"] = optimize(timed["compressed"])
+    found: dict[str, Any] = {"batch": batch, "dtype": dtype} | latency(timed, batch, repeats)
+    if "optimized" in found:
+        found["speedup"] = found["dense"] / found["optimized"]
+    return found
+
+
+def _show(data: dict[str, Any], comparison: Comparison) -> None:
+    where = f"{data['device']}, {data['threads']} threads"
+    print_comparison(f"{data['model']}, batch {data['batch_size']}, {where}", comparison)
+    if len(data["cells"]) < 2:
+        return
+    names = [name for name in data["models"]]
+    print_table(f"milliseconds, {where}", ["batch", "dtype", *names, "speed"],
+                [[cell["batch"], cell["dtype"], *(f"{cell[name]:.2f}" for name in names),
+                  f"{cell['speedup']:.2f}×" if "speedup" in cell else ""]
+                 for cell in data["cells"]])
 
 
 def _models(args: argparse.Namespace) -> dict[str, nn.Module]:

@@ -10,6 +10,9 @@ from adacomcat import checkpoint, data
 from adacomcat.cli.commands import Outcome, inputs
 from adacomcat.distill.recovery import RecoveryConfig, feature_error, recover
 from adacomcat.errors import UserError
+from adacomcat.report.files import record
+from adacomcat.report.page import write_page
+from adacomcat.report.provenance import run_content
 
 MEASURED = 64  # images on which the features' error is measured before and after
 
@@ -29,8 +32,13 @@ def run(args: argparse.Namespace) -> Outcome:
     seconds = time.perf_counter() - start
     after = feature_error(student, teacher, sample)
     checkpoint.save(student.cpu(), args.output, gauge=args.gauge)
-    return Outcome({"output": args.output, "images": len(images), "error_before": before,
-                    "error_after": after, "seconds": seconds},
+    found = {"images": len(images), "error_before": before, "error_after": after,
+             "seconds": seconds}
+    if not args.no_report:
+        record(args.output, "run", run_content(args.invocation, teacher.cpu(), student, args.output,
+                                               recovery=found))
+        write_page([args.output])
+    return Outcome({"output": args.output} | found,
                    lambda: print(f"error of the features on {len(sample)} of these images: "
                                  f"{before:.3f} → {after:.3f}, {seconds:.0f} s; "
                                  f"written to {args.output}"))

@@ -16,14 +16,18 @@ from adacomcat import checkpoint, cost, data, train
 from adacomcat.cli import training_flags
 from adacomcat.cli.commands import Outcome, inputs
 from adacomcat.cli.config_file import flag
-from adacomcat.convert.record import compression_of
 from adacomcat.data import PictureAugmentation
 from adacomcat.distill.config import TrainConfig
+from adacomcat.distill.metrics import JsonLines, Observer, TensorBoard, together
 from adacomcat.distill.state import FILE, has_state
 from adacomcat.distill.teacher import require_teacher
 from adacomcat.errors import UserError, reason
 from adacomcat.plan import RankPlan
-from adacomcat.report.page import write_report
+from adacomcat.report.files import record
+from adacomcat.report.live import live_view
+from adacomcat.report.page import write_page
+from adacomcat.report.provenance import run_content
+from adacomcat.report.summary import print_summary
 from adacomcat.report.tables import Comparison, print_comparison, print_refinement
 from adacomcat.utils.distributed import stop_processes
 from adacomcat.utils.files import (
@@ -40,7 +44,9 @@ from adacomcat.utils.text import parse_json, read_text, to_json
 FLAGS = {field.name: field.name for field in fields(TrainConfig)} | {
     flag: name for flag, name in training_flags.RENAMED.items()}
 PICTURES = tuple(field.name for field in fields(PictureAugmentation))
-RESULTS, LOCK, BEST = "results.json", "lock", "best"  # in the folder of the training state
+# In the folder of the training state.
+RESULTS, LOCK, BEST, METRICS = "results.json", "lock", "best", "metrics.jsonl"
+STATUS_SECONDS = 2.0  # between two steps in METRICS
 EMA_DECAY = 0.9998  # of --model-ema without --model-ema-decay
 
 
@@ -73,8 +79,9 @@ def _trained(args: argparse.Namespace, config: TrainConfig, state: Path) -> Outc
     if plan is not None:
         plan.validate(model)
     keep = partial(_keep, state / BEST) if args.keep_best else None
-    trained, results = train.run(model, config, train_set, test_set, teacher=teacher, plan=plan,
-                                 on_best=keep)
+    with _observed(args, state) as observer:
+        trained, results = train.run(model, config, train_set, test_set, teacher=teacher,
+                                     plan=plan, on_best=keep, observer=observer)
     if is_first():
         atomic_write_text(state / RESULTS, to_json(results), durable=True)
         checkpoint.save(trained.cpu(), args.output, gauge=args.gauge)
@@ -88,6 +95,22 @@ def _keep(folder: Path, model: nn.Module) -> None:
     checkpoint.save(model.cpu(), folder)
 
 
+@contextmanager
+def _observed(args: argparse.Namespace, state: Path) -> Iterator[Observer]:
+    """Who is told what happens: `status`, the terminal, --metrics and --tensorboard."""
+    with live_view() as view:
+        observers: list[Observer] = [] if view is None else [view]
+        if is_first():
+            observers.append(JsonLines(state / METRICS, STATUS_SECONDS))
+            if args.metrics is not None:
+                require_writable(args.metrics)
+                make_folder(Path(args.metrics).resolve().parent)
+                observers.append(JsonLines(args.metrics))
+            if args.tensorboard is not None:
+                observers.append(TensorBoard(args.tensorboard))
+        yield together(observers)
+
+
 def _reported(args: argparse.Namespace, state: Path, model: nn.Module, trained: nn.Module,
               results: dict[str, Any]) -> Outcome:
     comparison = _comparison(model, trained, results)
@@ -95,9 +118,11 @@ def _reported(args: argparse.Namespace, state: Path, model: nn.Module, trained: 
         if (state / BEST).is_dir():
             shutil.move(state / BEST, Path(args.output) / BEST)
         if not args.no_report:
-            found = compression_of(trained).plan or RankPlan()
-            write_report(args.output, f"{args.model} trained on {args.data}", comparison,
-                         found.sites(model), found, results["history"])
+            record(args.output, "run", run_content(
+                args.invocation, model, trained, args.output, measured=_measured(results),
+                data=args.data, **{name: results[name] for name in ("history", "searches",
+                                                                    "seconds")}))
+            write_page([args.output])
         shutil.rmtree(state, ignore_errors=True)
     return Outcome({"output": args.output, "models": comparison.rows} | results,
                    lambda: _show(args, comparison, results))
@@ -129,7 +154,7 @@ def _alone(state: Path, output: str) -> Iterator[None]:
             yield
         finally:
             with suppress(OSError):
-                if os.listdir(state) == [LOCK]:  # there is nothing to resume
+                if set(os.listdir(state)) <= {LOCK, METRICS}:  # there is nothing to resume
                     shutil.rmtree(state)
 
 
@@ -182,6 +207,14 @@ def _comparison(model: nn.Module, trained: nn.Module, results: dict[str, Any]) -
     return Comparison(rows)
 
 
+def _measured(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Measures of the test images, as run.json has them."""
+    known = {"dense": {"top1": results.get("dense_top1")},
+             "compressed": {"top1": results.get("top1"), "loss": results.get("loss")}}
+    return {name: {key: value for key, value in row.items() if value is not None}
+            for name, row in known.items()}
+
+
 def _show(args: argparse.Namespace, comparison: Comparison, results: dict[str, Any]) -> None:
     print_comparison(f"{args.model} on {args.data}", comparison)
     print_refinement(results.get("refinement"))
@@ -190,3 +223,5 @@ def _show(args: argparse.Namespace, comparison: Comparison, results: dict[str, A
     if args.keep_best and results.get("best"):
         print(f"best on the test images after epoch {results['best']['epoch']}: top-1 "
               f"{results['best']['top1']:.2f} %; written to {Path(args.output) / BEST}")
+    if not args.no_report:
+        print_summary(args.output, cards=False)
