@@ -17,8 +17,8 @@ from pathlib import Path
 DIRECTION = (
     "errors", "moved", "__init__", "utils", "entrypoint", "kernels", "data", "ops", "factorize",
     "layers", "families", "sites", "plan", "convert", "fuse", "cost", "latency", "checkpoint",
-    "allocation", "compression", "search", "distill", "train", "deploy", "report", "cli",
-    "__main__",
+    "allocation", "compression", "search", "distill", "train", "deploy", "customize", "report",
+    "cli", "__main__",
 )
 # Only these may import modules of the package inside a function.
 LATE = ("__init__", "entrypoint", "cli")
