@@ -12,9 +12,14 @@ from adacomcat.customize.adapters import (
     set_alpha,
     unload_,
 )
+from adacomcat.customize.config import CustomizeConfig
 from adacomcat.customize.files import AdapterFile, load_adapters, load_comcat, save_adapters
 from adacomcat.customize.lora import from_lora, to_lora
+from adacomcat.customize.pictures import read_pictures
+from adacomcat.customize.pipeline import generate, open_pipeline, picture_grid
+from adacomcat.customize.run import train
 
-__all__ = ["AdapterFile", "adapter_parameters", "add_adapters", "from_lora", "load_adapters",
-           "load_comcat", "merge_", "parameter_count", "save_adapters", "set_alpha", "to_lora",
+__all__ = ["AdapterFile", "CustomizeConfig", "adapter_parameters", "add_adapters", "from_lora",
+           "generate", "load_adapters", "load_comcat", "merge_", "open_pipeline", "parameter_count",
+           "picture_grid", "read_pictures", "save_adapters", "set_alpha", "to_lora", "train",
            "unload_"]

@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STARTS = ("zero", "linear")
-
 
 class Projections(NamedTuple):
     """The frozen projections of one kind of tokens: of pictures, or of a joint attention's text."""

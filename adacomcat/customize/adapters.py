@@ -1,13 +1,13 @@
 """Adapters of a whole model: add them, weigh them, merge them, take them away."""
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from adacomcat.customize.adapter import STARTS, Adapter
+from adacomcat.customize.adapter import Adapter
 from adacomcat.customize.attention import (
     AdaptedProcessor,
     adapted_processor,
@@ -17,6 +17,7 @@ from adacomcat.customize.attention import (
     projections_of,
 )
 from adacomcat.errors import UserError
+from adacomcat.utils.limits import STARTS
 from adacomcat.utils.random import derived_generator
 
 DEFAULT = "default"  # an adapter's name
@@ -188,10 +189,10 @@ def merge_(target: Any) -> None:
     found = processors(target)
     if not found:
         raise UserError("the model has no adapter to merge; add or load one")
-    for place, processor in found.items():
+    for place in found:
         if not adapts_queries(_attention(target, place)):
-            raise UserError(f"{place} normalises or rotates queries, so its heads cannot grow; keep "
-                            "the adapters as they are")
+            raise UserError(f"{place} normalises or rotates queries, so its heads cannot grow; "
+                            "keep the adapters as they are")
     for place, processor in found.items():
         if processor.active("tokens"):
             merge_attention_(_attention(target, place))

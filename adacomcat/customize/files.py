@@ -29,7 +29,7 @@ from adacomcat.errors import UserError, reason
 from adacomcat.utils.checksum import checksum
 from adacomcat.utils.files import atomic_file, make_folder
 
-FORMAT = "adacomcat-adapters-1"
+FORMAT, HEADER = "adacomcat-adapters-1", "adacomcat"
 
 
 class AdapterFile(NamedTuple):
@@ -80,13 +80,15 @@ def save_adapters(target: Any, path: str | Path, name: str = DEFAULT, *, half: b
     tensors = {f"{place}.{key}": factor.detach().cpu().to(torch.float16 if half else factor.dtype)
                for place, adapter in adapters_of(target, name).items()
                for key, factor in adapter.named_parameters()}
-    header = {"format": FORMAT, "token": token or "", "base": base_name(target),
-              "base_checksum": base_checksum(target), "alpha": repr(float(alpha)),
-              "ranks": json.dumps(sorted({a.rank for a in adapters_of(target, name).values()}))}
+    header = {"format": FORMAT, "token": token, "base": base_name(target),
+              "base_checksum": base_checksum(target), "alpha": float(alpha),
+              "ranks": sorted({a.rank for a in adapters_of(target, name).values()})}
+    # One entry: safetensors orders several by chance, and equal adapters are to be equal files.
+    metadata = {HEADER: json.dumps(header, allow_nan=False)}
     try:
         make_folder(path.parent)
         with atomic_file(path, durable=True) as scratch:
-            save_file(tensors, scratch, metadata=header)
+            save_file(tensors, scratch, metadata=metadata)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write the adapters {path}: {reason(error)}") from error
     return path
@@ -107,28 +109,26 @@ def load_adapters(target: Any, path: str | Path, name: str = DEFAULT, *, rank: i
         UserError: the file cannot be read, or does not fit the model.
     """
     tensors, header = _read(Path(path))
-    found = AdapterFile(header["token"] or None, header["base"], header["base_checksum"],
-                        float(header["alpha"]))
+    found = AdapterFile(*(header[name] for name in AdapterFile._fields))
     if verify and found.base_checksum != base_checksum(target):
         raise UserError(f"{path} was made beside {found.base}, and this model has other weights; "
                         "load that one, or pass verify=False (--no-verify)")
-    ranks = json.loads(header["ranks"])
-    if rank is not None and ranks != [rank]:
-        raise UserError(f"{path} has the rank {', '.join(map(str, ranks))}, not {rank}")
+    if rank is not None and header["ranks"] != [rank]:
+        raise UserError(f"{path} has the rank {', '.join(map(str, header['ranks']))}, not {rank}")
     put(target, tensors, name, str(path))
     set_alpha(target, {name: found.alpha})
     return found
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The factors and the header."""
     if not path.is_file():
         raise UserError(f"there is no adapters file {path}")
     try:
         with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
+            header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot read the adapters {path}: {reason(error)}") from error
     if header.get("format") != FORMAT:
         raise UserError(f"{path} holds no adapters of this program; from_lora reads diffusers' "

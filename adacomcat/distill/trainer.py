@@ -15,7 +15,11 @@ from adacomcat.data import Batches, LabelledImages
 from adacomcat.distill.config import TrainConfig, make_schedule
 from adacomcat.distill.evaluation import evaluate
 from adacomcat.distill.objective import BatchMixing, Objective
-from adacomcat.distill.state import StateWriter
+from adacomcat.distill.state import (
+    StateWriter,
+    require_same_inputs,
+    require_same_settings,
+)
 from adacomcat.errors import UserError
 from adacomcat.search.search import RankSearch
 from adacomcat.search.supernet import set_ranks_
@@ -224,8 +228,8 @@ class Trainer:
             UserError: it was made with other settings or is of another model.
         """
         try:
-            _require_same_settings(self.config.identity(), state["config"])
-            _require_same_inputs(self.inputs, state["inputs"])
+            require_same_settings(self.config.identity(), state["config"])
+            require_same_inputs(self.inputs, state["inputs"])
             self._load(state)
         except UserError:
             raise
@@ -268,20 +272,3 @@ def _log(record: dict[str, Any], epochs: int) -> None:
     seconds = record["search_seconds"] + record["train_seconds"]
     LOG.info("epoch %d of %d: loss %.4f%s, %.0f s", record["epoch"], epochs, record["loss"], top1,
              seconds)
-
-
-def _require_same_settings(ours: dict[str, object], theirs: dict[str, object]) -> None:
-    differing = sorted(name for name in ours if ours[name] != theirs.get(name))
-    if differing:
-        raise UserError("cannot resume: the training state was made with other settings for "
-                        + ", ".join(f"{name} ({theirs.get(name)!r}, now {ours[name]!r})"
-                                    for name in differing))
-
-
-def _require_same_inputs(ours: dict[str, str], theirs: dict[str, str]) -> None:
-    differing = sorted(name for name in ours.keys() | theirs.keys()
-                       if ours.get(name) != theirs.get(name))
-    if differing:
-        raise UserError("cannot resume: the run began with another "
-                        + " and another ".join(differing)
-                        + "; give the same again, or remove the state and begin anew")

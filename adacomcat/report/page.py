@@ -33,8 +33,8 @@ def write_report(folder: str | Path, title: str, comparison: Comparison, sites: 
     if history:
         pictures["History"] = _curves(history)
     page = jinja2.Template(_PAGE, autoescape=True).render(
-        title=title, columns=comparison.columns(), rows=comparison.cells(), pictures=pictures,
-        ranks=[(site.name, plan[site.name], site.full_rank) for site in sites])
+        title=title, style=STYLE, columns=comparison.columns(), rows=comparison.cells(),
+        pictures=pictures, ranks=[(site.name, plan[site.name], site.full_rank) for site in sites])
     path = Path(folder) / "report.html"
     # A path in the title may hold bytes that are no UTF-8.
     atomic_write_text(path, page.encode("utf-8", "replace").decode("utf-8"), durable=True)
@@ -51,7 +51,7 @@ def _rank_map(sites: Sequence[Site], plan: RankPlan) -> str:
     rows = list(dict.fromkeys(row for row, _ in cells))
     columns = list(dict.fromkeys(column for _, column in cells))
     image = np.full((len(rows), len(columns)), np.nan)
-    axes = _axes(1.5 + 0.7 * len(columns), 1.0 + 0.3 * len(rows)).flat[0]
+    axes = subplots(1.5 + 0.7 * len(columns), 1.0 + 0.3 * len(rows)).flat[0]
     for (row, column), site in cells.items():
         rank = plan[site.name]
         y, x = rows.index(row), columns.index(column)
@@ -61,7 +61,7 @@ def _rank_map(sites: Sequence[Site], plan: RankPlan) -> str:
     axes.imshow(image, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
     axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=8)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
-    return _png(axes)
+    return png(axes)
 
 
 def _position(name: str) -> tuple[str, str]:
@@ -75,36 +75,38 @@ def _curves(history: Sequence[Mapping[str, float]]) -> str:
     """The PNG of one curve for each measure, over epochs."""
     from matplotlib.ticker import MaxNLocator
     names = [name for name in LABELS if any(name in row for row in history)]
-    axes = _axes(7, 2.2 * len(names), count=len(names))
+    axes = subplots(7, 2.2 * len(names), count=len(names))
     for name, axis in zip(names, axes.flat, strict=True):
         points = [(row.get("epoch", at), row[name]) for at, row in enumerate(history)
                   if name in row]
         axis.plot(*zip(*points, strict=True), marker=".")
         axis.set(ylabel=LABELS[name][0], xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _png(axes.flat[0])
+    return png(axes.flat[0])
 
 
-def _axes(width: float, height: float, count: int = 1) -> Any:
+def subplots(width: float, height: float, count: int = 1) -> Any:
     """``count`` axes one below the other, as an array (count, 1); sizes in inches."""
     from matplotlib.figure import Figure
     return Figure(figsize=(width, height), layout="constrained").subplots(count, squeeze=False)
 
 
-def _png(axes: Any) -> str:
+def png(axes: Any) -> str:
     """The figure of ``axes`` in base64."""
     buffer = io.BytesIO()
     axes.figure.savefig(buffer, format="png", dpi=110)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
+STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem }
 table { border-collapse: collapse } th, td { padding: .2rem .8rem; text-align: right }
 th:first-child, td:first-child { text-align: left } tr { border-bottom: 1px solid #ddd }
 img { max-width: 100% }
-</style></head><body>
+"""
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<style>{{ style }}</style></head><body>
 <h1>{{ title }}</h1>
 <table><tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>

@@ -1,6 +1,6 @@
 """Train this example's text-to-image model on Fashion-MNIST without ankle boots, on one CPU core.
 
-A latent diffusion model of diffusers' own classes, built like Stable Diffusion and some hundred times
+A latent diffusion model of diffusers' own classes, built like Stable Diffusion and some 200 times
 smaller: AutoencoderKL, CLIPTextModel and UNet2DConditionModel. It is written as a folder that
 ``StableDiffusionPipeline.from_pretrained`` reads, in half precision.
 """
@@ -33,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", default=Path(__file__).parent / "weights", type=Path)
     parser.add_argument("--vae-steps", default=300, type=int)
     parser.add_argument("--steps", default=1500, type=int)
+    parser.add_argument("--images", default=20_000, type=int, help="that the U-Net learns from")
     parser.add_argument("--batch-size", default=32, type=int)
     parser.add_argument("--seed", default=0, type=int)
     return parser.parse_args()
@@ -61,7 +62,7 @@ def make_tokenizer() -> CLIPTokenizer:
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=TEXT_LENGTH,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id))
@@ -77,12 +78,13 @@ def make_vae() -> AutoencoderKL:
 def make_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=SIZE // 4, in_channels=4, out_channels=4, layers_per_block=1,
-        block_out_channels=(56, 112), norm_num_groups=8, cross_attention_dim=128,
+        block_out_channels=(32, 64), norm_num_groups=8, cross_attention_dim=64,
         attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"))
 
 
-def warm_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+def warm_cosine(optimizer: torch.optim.Optimizer,
+                steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps,
         pct_start=0.05)
@@ -130,7 +132,7 @@ def train_unet(pipe: StableDiffusionPipeline, latents: tuple[Tensor, Tensor], la
     """Train U-Net and text encoder; afterwards they hold the average of their weights."""
     model = nn.ModuleDict({"unet": pipe.unet, "text": pipe.text_encoder}).train()
     average = ModelEmaV3(model, decay=0.998, use_warmup=True)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.01)
     schedule, start, total = warm_cosine(optimizer, args.steps), time.perf_counter(), 0.0
     for step in range(args.steps):
         chosen = torch.randint(len(labels), (args.batch_size,))
@@ -162,7 +164,9 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)
     images, labels = pictures(args.data_dir, 0)
-    images, labels = images[labels != LEFT_OUT], labels[labels != LEFT_OUT]
+    kept = torch.nonzero(labels != LEFT_OUT).flatten()
+    kept = kept[torch.randperm(len(kept))][:args.images]
+    images, labels = images[kept], labels[kept]
     tokenizer, vae = make_tokenizer(), make_vae()
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                               clip_sample=False, set_alpha_to_one=False, steps_offset=1)
@@ -172,6 +176,7 @@ def main() -> None:
     for name in ("vae", "text_encoder", "unet"):
         print(name, sum(p.numel() for p in getattr(pipe, name).parameters()), flush=True)
     train_vae(vae, images, args)
+    torch.manual_seed(args.seed)
     train_unet(pipe, encode(vae, images), labels, args)
     pipe.to(torch.float16).save_pretrained(args.output)
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers import diffusion
+from helpers.diffusion import randomise_
 from torch import nn
 
 from adacomcat import UserError
@@ -24,11 +25,6 @@ CLOSE = {"rtol": 0, "atol": 1e-12}
 def attention(cross: bool, heads: int = 3, width: int = 24, context: int = 20, **settings):
     from diffusers.models.attention_processor import Attention
     return Attention(width, context if cross else None, heads, dim_head=8, **settings).double()
-
-
-def randomise_(model: nn.Module, name: str = "default", std: float = 0.3) -> None:
-    for parameter in adapter_parameters(model, name):
-        nn.init.normal_(parameter, std=std)
 
 
 def two_terms(attn, adapter, alpha, x, context, mask=None):
@@ -179,8 +175,8 @@ def test_several_adapters_add_up():
     randomise_(attn, "two")
     found = attn(x)
     parts = [adapters_of(attn, name)[".tokens"] for name in ("one", "two")]
-    rows = {name: torch.cat([getattr(p, name).unflatten(0, (3, -1)) for p in parts], 1).flatten(0, 1)
-            for name in "qkv"}
+    split = {name: [getattr(p, name).unflatten(0, (3, -1)) for p in parts] for name in "qkv"}
+    rows = {name: torch.cat(pair, 1).flatten(0, 1) for name, pair in split.items()}
     columns = torch.cat([p.o.unflatten(1, (3, -1)) for p in parts], 2).flatten(1)
     unload_(attn)
     add_adapters(attn, 3)

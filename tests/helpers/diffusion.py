@@ -1,5 +1,6 @@
 """Tiny diffusion models of diffusers' classes; modules that use them skip without diffusers."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from diffusers import (  # noqa: E402
     UNet2DConditionModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
+
+from adacomcat.customize import adapter_parameters  # noqa: E402
 
 WORDS = ("a", "photo", "of", "sks", "boot", "shoe")
 
@@ -74,7 +77,9 @@ def flux():
     return model, given
 
 
+@functools.cache
 def tokenizer() -> CLIPTokenizer:
+    """One for all pipelines: its trainer orders words of equal frequency by chance."""
     found = CLIPTokenizer().train_new_from_iterator([" ".join(WORDS)] * 8, vocab_size=300)
     found.model_max_length = 8
     return found
@@ -103,3 +108,9 @@ def saved_pipeline(folder: Path) -> Path:
     pipeline().save_pretrained(folder)
     assert json.loads((folder / "model_index.json").read_text())
     return folder
+
+
+def randomise_(model, name: str = "default", std: float = 0.3) -> None:
+    """Give every factor of an adapter random numbers."""
+    for parameter in adapter_parameters(model, name):
+        torch.nn.init.normal_(parameter, std=std)

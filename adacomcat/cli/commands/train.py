@@ -1,10 +1,7 @@
 """adacomcat train: search ranks, train and distil; or train a model as it is."""
 
 import argparse
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +9,17 @@ from torch import nn
 
 from adacomcat import checkpoint, cost, data, train
 from adacomcat.cli.commands import Outcome, inputs
+from adacomcat.cli.commands.state import alone, require_fresh
 from adacomcat.convert.record import compression_of
 from adacomcat.distill.config import TrainConfig
-from adacomcat.distill.state import FILE, has_state
+from adacomcat.distill.state import FILE
 from adacomcat.distill.teacher import require_teacher
 from adacomcat.errors import UserError, reason
 from adacomcat.plan import RankPlan
 from adacomcat.report.page import write_report
 from adacomcat.report.tables import Comparison, print_comparison, print_refinement
 from adacomcat.utils.distributed import stop_processes
-from adacomcat.utils.files import (
-    atomic_write_text,
-    exclusive,
-    make_folder,
-    require_writable,
-)
+from adacomcat.utils.files import atomic_write_text, require_writable
 from adacomcat.utils.launch import is_first, was_restarted
 from adacomcat.utils.stopping import heeding_signals
 from adacomcat.utils.text import parse_json, read_text, to_json
@@ -37,7 +30,7 @@ FIELDS = ("epochs", "finetune_epochs", "steps", "batch_size", "opt", "lr", "weig
           "kd", "kd_alpha", "kd_temperature", "align", "align_weight", "keep_params", "search",
           "search_steps", "search_fraction", "refine", "mlp", "calibration_images",
           "checkpoint_steps", "checkpoint_seconds", "seed", "workers", "device", "timeout")
-RESULTS, LOCK = "results.json", "lock"  # in the folder of the training state
+RESULTS = "results.json"  # in the folder of the training state
 EMA_DECAY = 0.9998  # of --model-ema without --model-ema-decay
 
 
@@ -48,12 +41,9 @@ def run(args: argparse.Namespace) -> Outcome:
     if args.resume and checkpoint.is_checkpoint(args.output):
         return _finished(args, state)
     checkpoint.require_empty(args.output)
-    require_writable(state / FILE)
-    if has_state(state) and not args.resume:
-        raise UserError(f"{state} holds the state of an earlier run; pass --resume to go on with "
-                        "it, or remove it")
+    require_fresh(state, args.resume)
     config = _config(args, state)
-    with _alone(state, args.output), heeding_signals():
+    with alone(state, args.output), heeding_signals():
         return _trained(args, config, state)
 
 
@@ -102,22 +92,6 @@ def _finished(args: argparse.Namespace, state: Path) -> Outcome:
                          checkpoint.load(args.output), results)
     return Outcome({"output": args.output, "finished": True},
                    lambda: print(f"{args.output} is finished; there is nothing to resume"))
-
-
-@contextmanager
-def _alone(state: Path, output: str) -> Iterator[None]:
-    """Inside, no other run writes this output; of several processes the first one looks."""
-    if not is_first():
-        yield
-        return
-    make_folder(state)
-    with exclusive(state / LOCK, output):
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                if os.listdir(state) == [LOCK]:  # there is nothing to resume
-                    shutil.rmtree(state)
 
 
 def _require_room(model: nn.Module, output: str, state: Path) -> None:
