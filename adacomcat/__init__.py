@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         compression,
         convert,
         cost,
+        customize,
         data,
         deploy,
         distill,
@@ -74,10 +75,10 @@ _HOME = {
 }
 __all__ = ["LowRankAttention", "LowRankLinear", "LowRankMlp", "RankPlan", "RecoveryConfig", "Site",
            "UserError", "allocation", "checkpoint", "collages", "compress", "compress_",
-           "compression", "convert", "cost", "data", "deploy", "distill", "errors", "export",
-           "factorize", "families", "find_sites", "from_plain", "fuse", "latency", "layers", "load",
-           "ops", "optimize", "plan", "recover", "register_attention", "report", "save", "search",
-           "sites", "to_dense", "to_plain", "train", "with_collages"]
+           "compression", "convert", "cost", "customize", "data", "deploy", "distill", "errors",
+           "export", "factorize", "families", "find_sites", "from_plain", "fuse", "latency",
+           "layers", "load", "ops", "optimize", "plan", "recover", "register_attention", "report",
+           "save", "search", "sites", "to_dense", "to_plain", "train", "with_collages"]
 
 # Public modules.
 _MODULES = frozenset(__all__) - frozenset(_HOME)

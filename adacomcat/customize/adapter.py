@@ -136,6 +136,7 @@ def project(attended: Tensor, out: nn.Linear, active: Active) -> Tensor:
     frozen, *added = (part.transpose(1, 2).flatten(2) for part in parts)
     found = out(frozen)
     for (adapter, _), part in zip(active, added, strict=True):
+        assert adapter.o is not None  # ``out`` is there
         found = found + _product(part, adapter.o)
     return found
 
@@ -163,7 +164,8 @@ def merged(frozen: Projections, heads: int, scale: float, active: Active) -> Pro
                                [alpha**power * getattr(adapter, name) for adapter, alpha in active])
             for name, (linear, factor, power) in rows.items()}
     return Projections(**wide, out=None if frozen.out is None else
-                       _merged_columns(frozen.out, heads, [a.o for a, _ in active]))
+                       _merged_columns(frozen.out, heads, [adapter.o for adapter, _ in active
+                                                    if adapter.o is not None]))
 
 
 def _merged_rows(linear: nn.Linear, heads: int, factor: float,

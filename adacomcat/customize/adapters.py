@@ -57,8 +57,10 @@ def attentions(target: Any, targets: Sequence[str] = ("*",)) -> dict[str, Any]:
 
 def processors(target: Any) -> dict[str, AdaptedProcessor]:
     """Name of an attention → its processor, where it has adapters."""
-    return {name: module.processor for name, module in denoiser(target).named_modules()
-            if isinstance(getattr(module, "processor", None), AdaptedProcessor)}
+    found = ((name, getattr(module, "processor", None))
+             for name, module in denoiser(target).named_modules())
+    return {name: processor for name, processor in found
+            if isinstance(processor, AdaptedProcessor)}
 
 
 def adapters_of(target: Any, name: str = DEFAULT) -> dict[str, Adapter]:

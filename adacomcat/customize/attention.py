@@ -41,7 +41,8 @@ def attention_kind(module: nn.Module) -> str | None:
         return processor.kind
     kind = _KINDS.get(type(processor).__name__)
     names = ("to_q", "to_k", "to_v", "to_out")
-    q, k, v, out = (getattr(module, name, None) for name in names)
+    projections: list[Any] = [getattr(module, name, None) for name in names]
+    q, k, v, out = projections
     if kind is None or out is None or getattr(module, "fused_projections", False):
         return None
     linear = all(isinstance(projection, nn.Linear) for projection in (q, k, v, out[0]))
@@ -186,7 +187,8 @@ class _JointProcessor(AdaptedProcessor):
         if text is None:
             return self._out(attn, attend(*self._pictures(attn, x), attn.scale))
         both = zip(self._pictures(attn, x), self._text(attn, text), strict=True)
-        attended = attend(*(torch.cat(pair, 2) for pair in both), attn.scale)
+        q, k, v = (torch.cat(pair, 2) for pair in both)
+        attended = attend(q, k, v, attn.scale)
         pictures, words = attended.split([x.shape[1], text.shape[1]], 2)
         if attn.context_pre_only:  # nothing reads what becomes of the text
             return self._out(attn, pictures), text
@@ -207,7 +209,8 @@ class _FluxProcessor(AdaptedProcessor):
         both = zip(self._text(attn, text), self._pictures(attn, x), strict=True)
         q, k, v = (torch.cat(pair, 2) for pair in both)
         if image_rotary_emb is not None:
-            q, k = (torch.cat([apply_rotary_emb(part[..., :attn.head_dim], image_rotary_emb),
+            rotate: Any = apply_rotary_emb
+            q, k = (torch.cat([rotate(part[..., :attn.head_dim], image_rotary_emb),
                                part[..., attn.head_dim:]], -1) for part in (q, k))
         attended = attend(q, k, v, attn.head_dim**-0.5, attention_mask)
         words, pictures = attended.split([text.shape[1], x.shape[1]], 2)

@@ -246,10 +246,11 @@ def table(results: dict[str, dict[str, float]], args: argparse.Namespace) -> str
         "other noise.", "",
         f"Judged: {args.judged} pictures of the new prompt and {args.judged} of the nine old "
         f"classes, {args.denoising} DDIM steps, guidance {args.guidance:g}. 'hit' is the "
-        "percentage that the classifier of examples/fashion_mnist takes for what was asked. 'distance' is the "
-        "kernel inception distance's estimator on that classifier's features, to the test images "
-        "of the same classes: as FID, less is better, but without bias for few pictures. A cell is "
-        f"the mean of {len(args.seeds)} seeds, with the least and the largest.", "",
+        "percentage that the classifier of examples/fashion_mnist takes for what was asked. "
+        "'distance' is the kernel inception distance's estimator on that classifier's features, "
+        "to the test images of the same classes: as FID, less is better, but without bias for few "
+        f"pictures. A cell is the mean of {len(args.seeds)} seeds, with the least and the "
+        "largest.", "",
         "| method | lr | numbers | kB, float32 | seconds | new: hit % | new: distance | old: hit % "
         "| old: distance |", "| --- |" + " --- |" * 8,
         f"| the model itself | | | | | {cells([results['base']])} |"]

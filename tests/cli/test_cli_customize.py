@@ -3,7 +3,9 @@
 import pytest
 import torch
 from helpers import diffusion
+from helpers.command_line import shell
 from PIL import Image
+from safetensors.torch import load_file
 
 from adacomcat.cli.commands import customize as command
 from adacomcat.utils import stopping
@@ -121,3 +123,16 @@ def test_every_setting_has_its_flag(flags):
     from adacomcat.cli.main import parse
     args = parse([str(word) for word in flags])
     assert all(hasattr(args, name) for name in command.FIELDS)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(flags, tmp_path, run):
+    """Every step has the same global batch; sums over processes differ by rounding."""
+    assert run(*flags, "-b", "2", "--lr", "1e-4", "--start", "linear")[0] == 0
+    words = [*flags[:-1], tmp_path / "both", "-b", "2", "--lr", "1e-4", "--start", "linear"]
+    done = shell("adacomcat.cli.torchrun", "--standalone", "--nproc-per-node=2", *words,
+                 "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / "adapters.safetensors") for name in ("out", "both"))
+    for name, factor in one.items():
+        torch.testing.assert_close(factor, two[name], rtol=0, atol=2e-5)
