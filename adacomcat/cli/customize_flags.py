@@ -6,7 +6,7 @@ This module imports neither torch nor diffusers, so that --help answers at once.
 import argparse
 
 from adacomcat.cli.values import number, path
-from adacomcat.utils.limits import CUSTOMIZATION, NOT_NEGATIVE, NUMBER, STARTS, Limit
+from adacomcat.utils.limits import CUSTOMIZATION, INITS, NOT_NEGATIVE, NUMBER, Limit
 
 
 def _numbers(group: argparse._ArgumentGroup, flags: dict[str, tuple[str, str]]) -> None:
@@ -46,7 +46,7 @@ def adapter_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("adapters and training")
     group.add_argument("--targets", nargs="*", metavar="GLOB",
                        help="only attentions with such names, like '*.attn2' (default: all)")
-    group.add_argument("--start", choices=STARTS,
+    group.add_argument("--init", choices=INITS,
                        help="zero begins at what the model computes; linear is the published "
                             "start (default: zero)")
     _numbers(group, {

@@ -54,19 +54,19 @@ class Adapter(nn.Module):
         self.k = factor(rows, frozen.k.in_features) if queries else None
         self.v = factor(rows, frozen.v.in_features)
         self.o = None if frozen.out is None else factor(frozen.out.out_features, rows)
-        self._looked: tuple[object, bool] = (None, False)  # what was looked at, and the answer
+        self._changing: object = None  # versions of k and o that were not all zero
 
     @torch.no_grad()
-    def start_(self, start: str, generator: torch.Generator | None = None) -> None:
+    def init_(self, init: str, generator: torch.Generator | None = None) -> None:
         """Draw the factors.
 
         Args:
-            start: 'linear', the published start, draws each like the weight of an nn.Linear, which
+            init: 'linear', the published start, draws each like the weight of an nn.Linear, which
                 moves the output. 'zero' then clears k and o, which keeps it.
             generator: of the random numbers, on the CPU.
         """
         for name, factor in self.named_parameters():
-            if start == "zero" and name in ("k", "o"):
+            if init == "zero" and name in ("k", "o"):
                 factor.zero_()
             else:
                 bound = 1 / math.sqrt(factor.shape[1])
@@ -74,14 +74,21 @@ class Adapter(nn.Module):
                 factor.copy_(drawn)
 
     def changes_nothing(self) -> bool:
-        """Whether k and o are all zero; the answer is kept until they are written again."""
+        """Whether k and o are all zero.
+
+        Only the answer no is kept until they are written again: writes through ``.data`` leave a
+        version as it is, and a yes that is out of date would switch the adapter off.
+        """
         if torch.compiler.is_compiling():
             return False
         factors = [factor for factor in (self.k, self.o) if factor is not None]
-        seen = [(factor.data_ptr(), factor._version) for factor in factors]
-        if self._looked[0] != seen:
-            self._looked = seen, not any(bool(factor.any()) for factor in factors)
-        return self._looked[1]
+        versions = [(factor.data_ptr(), factor._version) for factor in factors]
+        if self._changing == versions:
+            return False
+        if any(bool(factor.any()) for factor in factors):
+            self._changing = versions
+            return False
+        return True
 
 
 Active = Sequence[tuple[Adapter, float]]  # adapters with their α

@@ -17,7 +17,7 @@ from adacomcat.customize.attention import (
     projections_of,
 )
 from adacomcat.errors import UserError
-from adacomcat.utils.limits import STARTS
+from adacomcat.utils.limits import INITS
 from adacomcat.utils.random import derived_generator
 
 DEFAULT = "default"  # an adapter's name
@@ -85,7 +85,7 @@ def adapter_parameters(target: Any, name: str = DEFAULT) -> list[nn.Parameter]:
 
 
 def add_adapters(target: Any, rank: int = 2, targets: Sequence[str] = ("*",), *,
-                 name: str = DEFAULT, start: str = "zero", seed: int = 0) -> list[str]:
+                 name: str = DEFAULT, init: str = "zero", seed: int = 0) -> list[str]:
     """Put an adapter beside the attentions of a model, and freeze the model itself.
 
     Args:
@@ -93,7 +93,7 @@ def add_adapters(target: Any, rank: int = 2, targets: Sequence[str] = ("*",), *,
         rank: the columns that each head gets.
         targets: globs that name attentions, like '*.attn2' for those that see the prompt.
         name: of the adapter; a model can have several.
-        start: 'zero' computes what the model computes; 'linear' is the published start, where all
+        init: 'zero' computes what the model computes; 'linear' is the published start, where all
             factors are drawn like weights of nn.Linear.
         seed: of the factors.
 
@@ -104,11 +104,11 @@ def add_adapters(target: Any, rank: int = 2, targets: Sequence[str] = ("*",), *,
         UserError: no attention is supported, or the adapter is there already.
     """
     require_rank(rank)
-    if start not in STARTS:
-        raise UserError(f"unknown start {start!r:.40}; choose one of {', '.join(STARTS)}")
+    if init not in INITS:
+        raise UserError(f"unknown init {init!r:.40}; choose one of {', '.join(INITS)}")
     places = attentions(target, targets)
     denoiser(target).requires_grad_(False)
-    return install(target, {place: rank for place in places}, name, start=start, seed=seed)
+    return install(target, {place: rank for place in places}, name, init=init, seed=seed)
 
 
 def require_rank(rank: int) -> None:
@@ -117,7 +117,7 @@ def require_rank(rank: int) -> None:
         raise UserError(f"rank must be a whole number from 1 to 1024; got {rank!r:.40}")
 
 
-def install(target: Any, ranks: Mapping[str, int], name: str, *, start: str = "zero",
+def install(target: Any, ranks: Mapping[str, int], name: str, *, init: str = "zero",
             seed: int = 0) -> list[str]:
     """Put an adapter of a rank beside each attention that ``ranks`` names; see ``add_adapters``."""
     if not name or "." in name:
@@ -134,7 +134,7 @@ def install(target: Any, ranks: Mapping[str, int], name: str, *, start: str = "z
             generator = derived_generator(seed, at)
             for adapter in parts.values():
                 assert isinstance(adapter, Adapter)
-                adapter.start_(start, generator)
+                adapter.init_(init, generator)
         if not isinstance(attention.processor, AdaptedProcessor):
             attention.set_processor(adapted_processor(attention))
         attention.processor.adapters[name] = parts

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from adacomcat.errors import UserError
-from adacomcat.utils.limits import CUSTOMIZATION, STARTS, require, require_kinds
+from adacomcat.utils.limits import CUSTOMIZATION, INITS, require, require_kinds
 
 # Settings that do not decide what is learnt.
 _APART = ("checkpoint_steps", "checkpoint_seconds", "state_dir", "resume", "sample_steps", "alpha")
@@ -22,7 +22,7 @@ class CustomizeConfig:
         prior_weight: w in loss = loss of the given pictures + w · loss of the class.
         num_class_images: pictures of the class that the model makes before it is trained.
         rank: the columns that each head gets.
-        start: 'zero' begins at what the model computes, 'linear' is the published start.
+        init: 'zero' begins at what the model computes, 'linear' is the published start.
         steps: updates of the adapters.
         batch_size: given pictures in a step over all processes, and as many of the class.
         lr: the learning rate at the start; it falls linearly to 0.
@@ -46,7 +46,7 @@ class CustomizeConfig:
     prior_weight: float = 1.0
     num_class_images: int = 100
     rank: int = 2
-    start: str = "zero"
+    init: str = "zero"
     steps: int = 500
     batch_size: int = 1
     lr: float = 2.5e-3
@@ -72,9 +72,9 @@ class CustomizeConfig:
         require(self, CUSTOMIZATION, optional=("resolution",))
         require_kinds(self, instance_prompt=str, token=str, amp=bool, gradient_checkpointing=bool,
                       resume=bool)
-        if self.start not in STARTS:
-            raise UserError(f"unknown start {self.start!r:.40}; choose one of "
-                            f"{', '.join(STARTS)}")
+        if self.init not in INITS:
+            raise UserError(f"unknown init {self.init!r:.40}; choose one of "
+                            f"{', '.join(INITS)}")
         if not self.token.strip() or len(self.token.split()) > 1:
             raise UserError(f"token must be one word; got {self.token!r:.40}")
         require_token(self.instance_prompt, self.token)

@@ -50,7 +50,7 @@ def train(pipe: Any, pictures: Tensor, config: CustomizeConfig, *,
     if config.class_prompt is not None:
         known = _class_pictures(pipe, class_folder, config, processes)
         inputs["class pictures"] = checksum(known)
-    places = add_adapters(pipe, config.rank, targets, start=config.start, seed=config.seed)
+    places = add_adapters(pipe, config.rank, targets, init=config.init, seed=config.seed)
     factors = {f"{place}.{name}": factor for place, adapter in adapters_of(pipe).items()
                for name, factor in adapter.named_parameters()}
     trainer = CustomizeTrainer(pipe, config, pictures, factors, class_pictures=known,

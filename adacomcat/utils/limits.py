@@ -114,7 +114,7 @@ CUSTOMIZATION: Mapping[str, Limit] = {
     "num_class_images": NUMBER, "alpha": Limit(0, 10), "resolution": at_least(8, 8192),
     "sample_steps": COUNT, "seed": SEED, "checkpoint_steps": COUNT, "checkpoint_seconds": POSITIVE,
 }
-STARTS = ("zero", "linear")  # of adapters
+INITS = ("zero", "linear")  # of adapters
 # Setting of training → the words that it may be.
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "preset": ("adacomcat", "comcat"), "search": ("adaptive", "every", "graded", "off"),

@@ -63,9 +63,9 @@ def arguments() -> argparse.Namespace:
 Parameters = dict[str, nn.Parameter]
 
 
-def with_adapters(start: str) -> Callable[[Any, int], Parameters]:
+def with_adapters(init: str) -> Callable[[Any, int], Parameters]:
     def prepare(pipe: Any, seed: int) -> Parameters:
-        add_adapters(pipe, RANK, start=start, seed=seed)
+        add_adapters(pipe, RANK, init=init, seed=seed)
         return dict(enumerate_names(adapter_parameters(pipe)))
     return prepare
 

@@ -128,8 +128,8 @@ def test_every_setting_has_its_flag(flags):
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(flags, tmp_path, run):
     """Every step has the same global batch; sums over processes differ by rounding."""
-    assert run(*flags, "-b", "2", "--lr", "1e-4", "--start", "linear")[0] == 0
-    words = [*flags[:-1], tmp_path / "both", "-b", "2", "--lr", "1e-4", "--start", "linear"]
+    assert run(*flags, "-b", "2", "--lr", "1e-4", "--init", "linear")[0] == 0
+    words = [*flags[:-1], tmp_path / "both", "-b", "2", "--lr", "1e-4", "--init", "linear"]
     done = shell("adacomcat.cli.torchrun", "--standalone", "--nproc-per-node=2", *words,
                  "--device", "cpu")
     assert done.returncode == 0, done.stderr

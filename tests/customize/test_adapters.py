@@ -126,8 +126,22 @@ def test_models_begin_where_they_were(kind):
         assert torch.equal(model(**given)[0], base)
         unload_(model)
         assert torch.equal(model(**given)[0], base)
-        add_adapters(model, 3, start="linear")
+        add_adapters(model, 3, init="linear")
         assert not torch.allclose(model(**given)[0], base, atol=1e-5)
+
+
+@pytest.mark.parametrize("write", [lambda p: nn.init.normal_(p), lambda p: p.data.normal_()])
+@torch.no_grad()
+def test_factors_written_later_count(write):
+    """However they are written, after the model has run with zeros; and zeroed again."""
+    attn, x = attention(cross=False), torch.randn(2, 7, 24).double()
+    base = attn(x)
+    add_adapters(attn, 2)
+    assert torch.equal(attn(x), base)
+    write(adapters_of(attn)[".tokens"].o)
+    assert not torch.allclose(attn(x), base)
+    adapters_of(attn)[".tokens"].o.zero_()
+    assert torch.equal(attn(x), base)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -215,7 +229,7 @@ def test_targets_choose_attentions():
 @pytest.mark.parametrize(("call", "message"), [
     (lambda m: add_adapters(m, 0), "rank must be a whole number"),
     (lambda m: add_adapters(m, 2, ["blocks.*"]), "no attention of UNet2DConditionModel"),
-    (lambda m: add_adapters(m, 2, start="random"), "unknown start 'random'"),
+    (lambda m: add_adapters(m, 2, init="random"), "unknown init 'random'"),
     (lambda m: add_adapters(m, 2, name="a.b"), "letters and no dot"),
     (lambda m: (add_adapters(m), add_adapters(m)), "an adapter 'default' already"),
     (lambda m: (add_adapters(m), set_alpha(m, -1)), "alpha must be"),

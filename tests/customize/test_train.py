@@ -147,10 +147,10 @@ def test_pictures_depend_on_seed_and_place_alone():
     ({"class_prompt": "a sks shoe"}, "without the token"),
     ({"token": "two words"}, "token must be one word"),
     ({"rank": 0}, "rank must be a whole number"),
-    ({"start": "random"}, "unknown start"),
+    ({"init": "random"}, "unknown init"),
     ({"class_prompt": "a shoe"}, "needs a folder"),
     ({"resume": True}, "resume needs the folder"),
-    ({"lr": 1e30, "start": "linear", "clip_grad": 0}, "a lower lr may mend it"),
+    ({"lr": 1e30, "init": "linear", "clip_grad": 0}, "a lower lr may mend it"),
 ])
 def test_wrong_settings_are_refused(settings, message, pictures):
     with pytest.raises(UserError, match=message):

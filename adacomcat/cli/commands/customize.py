@@ -28,7 +28,7 @@ from adacomcat.utils.stopping import heeding_signals
 FILE = "adapters.safetensors"  # in the output
 CLASS, SAMPLES = "class", "samples"  # folders beside the training state
 SAMPLED = 4  # pictures in a row of samples
-FIELDS = ("instance_prompt", "token", "class_prompt", "start", *CUSTOMIZATION)
+FIELDS = ("instance_prompt", "token", "class_prompt", "init", *CUSTOMIZATION)
 
 
 def run(args: argparse.Namespace) -> Outcome:
