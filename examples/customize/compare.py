@@ -265,11 +265,15 @@ def table(results: dict[str, dict[str, float]], args: argparse.Namespace) -> str
 
 
 def footer(args: argparse.Namespace) -> str:
+    flags = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in
+                     ("pictures", "class_pictures", "steps", "batch_size", "judged", "denoising"))
+    seeds = " ".join(map(str, args.seeds))
     return (f"`grid.png`: in the first row the boots of seed {args.seeds[0]}, then a row for each "
-            f"method, in the order of the table.\n\n`python examples/customize/compare.py`, "
-            f"{date.today()}, torch {torch.__version__}, diffusers {diffusers.__version__}, "
-            f"{platform.machine()}, {torch.get_num_threads()} thread of a shared machine: seconds "
-            "of training vary with what else runs there.")
+            f"method, in the order of the table.\n\n`python examples/customize/compare.py {flags} "
+            f"--seeds {seeds}`, {date.today()}, torch {torch.__version__}, "
+            f"diffusers {diffusers.__version__}, {platform.machine()}, "
+            f"{torch.get_num_threads()} thread of a shared machine: seconds of training vary "
+            "with what else runs there.")
 
 
 def draw_grid(args: argparse.Namespace) -> None:
