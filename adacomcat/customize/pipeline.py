@@ -35,7 +35,8 @@ def open_pipeline(name: str, device: torch.device) -> Any:
     except Exception as error:  # of the file system, the hub, or a class that is not there
         raise UserError(f"cannot open the pipeline {name}: {reason(error)}") from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    # diffusers reads half precision as single by itself, transformers does not.
+    return pipe.to(device, torch.float32)
 
 
 @contextlib.contextmanager

@@ -142,6 +142,14 @@ def test_pictures_depend_on_seed_and_place_alone():
     assert picture_grid(together, 2, scale=2).size == (64, 64)
 
 
+def test_pipelines_in_half_precision_are_opened_in_single(tmp_path):
+    diffusion.pipeline().to(torch.float16).save_pretrained(tmp_path)
+    pipe = open_pipeline(str(tmp_path), torch.device("cpu"))
+    parts = (pipe.unet, pipe.vae, pipe.text_encoder)
+    assert {p.dtype for part in parts for p in part.parameters()} == {torch.float32}
+    assert len(generate(pipe, ["a shoe"], steps=1)) == 1
+
+
 @pytest.mark.parametrize(("settings", "message"), [
     ({"instance_prompt": "a photo of a shoe"}, "lacks the token 'sks'"),
     ({"class_prompt": "a sks shoe"}, "without the token"),
