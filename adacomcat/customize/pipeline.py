@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from adacomcat.errors import UserError, reason
 from adacomcat.utils.random import derived_generator
@@ -36,7 +36,10 @@ def open_pipeline(name: str, device: torch.device) -> Any:
         raise UserError(f"cannot open the pipeline {name}: {reason(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     # diffusers reads half precision as single by itself, transformers does not.
-    return pipe.to(device, torch.float32)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module) and any(p.dtype != torch.float32 for p in part.parameters()):
+            part.float()
+    return pipe.to(device)
 
 
 @contextlib.contextmanager
