@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         compression,
         convert,
         cost,
+        customize,
         data,
         deploy,
         distill,
@@ -83,10 +84,10 @@ _HOME = {
 __all__ = ["Calibration", "LowRankAttention", "LowRankLinear", "LowRankMlp", "RankPlan",
            "RecoveryConfig", "Site", "UserError", "allocation", "calibrate", "calibration",
            "checkpoint", "collages", "compress", "compress_", "compression", "convert", "cost",
-           "data", "deploy", "distill", "elastic", "errors", "evaluation", "export", "factorize",
-           "families", "find_sites", "from_plain", "fuse", "latency", "layers", "load", "ops",
-           "optimize", "plan", "recover", "register_attention", "report", "save", "save_elastic",
-           "search", "sites", "to_dense", "to_plain", "train", "with_collages"]
+           "customize", "data", "deploy", "distill", "elastic", "errors", "evaluation", "export",
+           "factorize", "families", "find_sites", "from_plain", "fuse", "latency", "layers", "load",
+           "ops", "optimize", "plan", "recover", "register_attention", "report", "save",
+           "save_elastic", "search", "sites", "to_dense", "to_plain", "train", "with_collages"]
 
 # Public modules.
 _MODULES = frozenset(__all__) - frozenset(_HOME)

@@ -10,6 +10,12 @@ from typing import Any, NoReturn
 
 from adacomcat.cli import training_flags
 from adacomcat.cli.calibration_flags import calibration, elastic, keeping, kept
+from adacomcat.cli.customize_flags import (
+    adapter_flags,
+    concept_flags,
+    picture_flags,
+    pipeline_flags,
+)
 from adacomcat.cli.values import keeps, key_value, number, path, pattern
 from adacomcat.errors import UserError
 from adacomcat.utils.limits import (
@@ -353,6 +359,11 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
                (_model, _export, _batch(1))),
     "import-comcat": ("Make a checkpoint folder from ComCAT's released files.",
                       (_comcat, _output)),
+    "customize": ("Teach a text-to-image model a concept by low-rank adapters, from a handful of "
+                  "pictures.",
+                  (pipeline_flags, concept_flags, adapter_flags, _seed, _device, _timeout)),
+    "generate": ("Make a grid of pictures with a text-to-image model and adapters.",
+                 (pipeline_flags, picture_flags, _seed, _device)),
 }
 
 # command → destinations of the flags that it needs, from the command line or the YAML file
@@ -363,6 +374,8 @@ REQUIRED = {
     "recover": ("model", "teacher", "output"), "export": ("model", "format"),
     "report": (), "status": (), "pareto": ("model", "output"),
     "import-comcat": ("checkpoint", "model", "output"),
+    "customize": ("model", "instance_images", "instance_prompt", "output"),
+    "generate": ("model", "prompt", "output"),
 }
 # Destinations of the budget's flags; at most one of them is given.
 EXCLUSIVE = ("keep_params", "keep_macs", "max_latency_ms", "plan")

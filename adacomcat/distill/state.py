@@ -108,3 +108,22 @@ def load_state(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"the training state {path} is damaged: its checksum differs; remove it "
                         "and begin anew")
     return state
+
+
+def require_same_settings(ours: dict[str, object], theirs: dict[str, object]) -> None:
+    """Raise a ``UserError`` that names the settings in which a run differs from its state."""
+    differing = sorted(name for name in ours if ours[name] != theirs.get(name))
+    if differing:
+        raise UserError("cannot resume: the training state was made with other settings for "
+                        + ", ".join(f"{name} ({theirs.get(name)!r}, now {ours[name]!r})"
+                                    for name in differing))
+
+
+def require_same_inputs(ours: dict[str, str], theirs: dict[str, str]) -> None:
+    """Raise a ``UserError`` that names the inputs, by checksums, that a run began without."""
+    differing = sorted(name for name in ours.keys() | theirs.keys()
+                       if ours.get(name) != theirs.get(name))
+    if differing:
+        raise UserError("cannot resume: the run began with another "
+                        + " and another ".join(differing)
+                        + "; give the same again, or remove the state and begin anew")

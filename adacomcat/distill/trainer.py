@@ -18,7 +18,11 @@ from adacomcat.distill.metrics import Event, Observer, Pace
 from adacomcat.distill.objective import BatchMixing, Objective
 from adacomcat.distill.optimizer import make_schedule, move
 from adacomcat.distill.parallel import load_model_, load_optimizer_, share, whole
-from adacomcat.distill.state import StateWriter
+from adacomcat.distill.state import (
+    StateWriter,
+    require_same_inputs,
+    require_same_settings,
+)
 from adacomcat.errors import UserError
 from adacomcat.search.published import free_attention_biases_
 from adacomcat.search.search import RankSearch
@@ -312,8 +316,8 @@ class Trainer:
             UserError: it was made with other settings or is of another model.
         """
         try:
-            _require_same_settings(self.config.identity(), state["config"])
-            _require_same_inputs(self.inputs, state["inputs"])
+            require_same_settings(self.config.identity(), state["config"])
+            require_same_inputs(self.inputs, state["inputs"])
             self._load(state)
         except UserError:
             raise
@@ -375,20 +379,3 @@ def _log_search(record: dict[str, Any]) -> None:
              record["epoch"], record["temperature"], record["frequency"], record["changed"],
              f"{record['params']:,}", "; the old plan is better" if record["rejected"] else "",
              record["seconds"])
-
-
-def _require_same_settings(ours: dict[str, object], theirs: dict[str, object]) -> None:
-    differing = sorted(name for name in ours if ours[name] != theirs.get(name))
-    if differing:
-        raise UserError("cannot resume: the training state was made with other settings for "
-                        + ", ".join(f"{name} ({theirs.get(name)!r}, now {ours[name]!r})"
-                                    for name in differing))
-
-
-def _require_same_inputs(ours: dict[str, str], theirs: dict[str, str]) -> None:
-    differing = sorted(name for name in ours.keys() | theirs.keys()
-                       if ours.get(name) != theirs.get(name))
-    if differing:
-        raise UserError("cannot resume: the run began with another "
-                        + " and another ".join(differing)
-                        + "; give the same again, or remove the state and begin anew")

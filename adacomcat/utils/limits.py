@@ -113,6 +113,14 @@ RECOVERY: Mapping[str, Limit] = {
     "warmup": Limit(0, 1), "block_weight": NOT_NEGATIVE, "clip_grad": NOT_NEGATIVE,
     "ema_decay": DECAY, "seed": SEED,
 }
+# The same for ``CustomizeConfig`` and the flags of ``customize``.
+CUSTOMIZATION: Mapping[str, Limit] = {
+    "rank": at_least(1, 1024), "steps": NUMBER, "batch_size": NUMBER, "lr": POSITIVE,
+    "weight_decay": NOT_NEGATIVE, "clip_grad": NOT_NEGATIVE, "prior_weight": NOT_NEGATIVE,
+    "num_class_images": NUMBER, "alpha": Limit(0, 10), "resolution": at_least(8, 8192),
+    "sample_steps": COUNT, "seed": SEED, "checkpoint_steps": COUNT, "checkpoint_seconds": POSITIVE,
+}
+INITS = ("zero", "linear")  # of adapters
 # Setting of training → the words that it may be.
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "preset": tuple(PRESETS),

@@ -49,6 +49,14 @@ def test_import_is_light() -> None:
     assert run_python(program).strip() == "[]"
 
 
+def test_adapters_are_imported_without_diffusers() -> None:
+    program = (
+        "import sys, adacomcat.customize; "
+        "print([m for m in ('diffusers', 'transformers', 'peft') if m in sys.modules])"
+    )
+    assert run_python(program).strip() == "[]"
+
+
 def test_kernels_import_neither_adacomcat_ops_nor_timm() -> None:
     program = (
         "import sys, adacomcat.kernels; "

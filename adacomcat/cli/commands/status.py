@@ -8,7 +8,7 @@ from typing import Any
 
 from adacomcat import checkpoint
 from adacomcat.cli.commands import Outcome
-from adacomcat.cli.commands.train import LOCK, METRICS
+from adacomcat.cli.commands.state import LOCK, METRICS
 from adacomcat.distill.metrics import read_events
 from adacomcat.errors import UserError
 from adacomcat.report.files import recorded

@@ -1,10 +1,9 @@
 """adacomcat train: search ranks, train and distil; or train a model as it is."""
 
 import argparse
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -15,11 +14,12 @@ from torch import nn
 from adacomcat import checkpoint, cost, data, train
 from adacomcat.cli import training_flags
 from adacomcat.cli.commands import Outcome, inputs
+from adacomcat.cli.commands.state import METRICS, alone, require_fresh
 from adacomcat.cli.config_file import flag
 from adacomcat.data import PictureAugmentation
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.metrics import JsonLines, Observer, TensorBoard, together
-from adacomcat.distill.state import FILE, has_state
+from adacomcat.distill.state import FILE
 from adacomcat.distill.teacher import require_teacher
 from adacomcat.errors import UserError, reason
 from adacomcat.plan import RankPlan
@@ -30,12 +30,7 @@ from adacomcat.report.provenance import run_content
 from adacomcat.report.summary import print_summary
 from adacomcat.report.tables import Comparison, print_comparison, print_refinement
 from adacomcat.utils.distributed import stop_processes
-from adacomcat.utils.files import (
-    atomic_write_text,
-    exclusive,
-    make_folder,
-    require_writable,
-)
+from adacomcat.utils.files import atomic_write_text, make_folder, require_writable
 from adacomcat.utils.launch import is_first, was_restarted
 from adacomcat.utils.stopping import heeding_signals
 from adacomcat.utils.text import parse_json, read_text, to_json
@@ -45,7 +40,7 @@ FLAGS = {field.name: field.name for field in fields(TrainConfig)} | {
     flag: name for flag, name in training_flags.RENAMED.items()}
 PICTURES = tuple(field.name for field in fields(PictureAugmentation))
 # In the folder of the training state.
-RESULTS, LOCK, BEST, METRICS = "results.json", "lock", "best", "metrics.jsonl"
+RESULTS, BEST = "results.json", "best"
 STATUS_SECONDS = 2.0  # between two steps in METRICS
 EMA_DECAY = 0.9998  # of --model-ema without --model-ema-decay
 
@@ -57,12 +52,9 @@ def run(args: argparse.Namespace) -> Outcome:
     if args.resume and checkpoint.is_checkpoint(args.output):
         return _finished(args, state)
     checkpoint.require_empty(args.output)
-    require_writable(state / FILE)
-    if has_state(state) and not args.resume:
-        raise UserError(f"{state} holds the state of an earlier run; pass --resume to go on with "
-                        "it, or remove it")
+    require_fresh(state, args.resume)
     config = _config(args, state)
-    with _alone(state, args.output), heeding_signals():
+    with alone(state, args.output), heeding_signals():
         return _trained(args, config, state)
 
 
@@ -140,22 +132,6 @@ def _finished(args: argparse.Namespace, state: Path) -> Outcome:
                          checkpoint.load(args.output), results)
     return Outcome({"output": args.output, "finished": True},
                    lambda: print(f"{args.output} is finished; there is nothing to resume"))
-
-
-@contextmanager
-def _alone(state: Path, output: str) -> Iterator[None]:
-    """Inside, no other run writes this output; of several processes the first one looks."""
-    if not is_first():
-        yield
-        return
-    make_folder(state)
-    with exclusive(state / LOCK, output):
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                if set(os.listdir(state)) <= {LOCK, METRICS}:  # there is nothing to resume
-                    shutil.rmtree(state)
 
 
 def _require_room(model: nn.Module, output: str, state: Path, copies: int) -> None:

@@ -1,0 +1,129 @@
+"""diffusers' pipelines: opened, checked for what training needs, and asked for pictures."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from adacomcat.errors import UserError, reason
+from adacomcat.utils.random import derived_generator
+
+NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+def open_pipeline(name: str, device: torch.device) -> Any:
+    """The diffusion pipeline of a folder, or of a name on the hub, in single precision.
+
+    Raises:
+        UserError: diffusers is not installed, or there is no such pipeline.
+    """
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError as error:
+        raise UserError(f"customising needs diffusers ({reason(error)}); "
+                        "pip install 'adacomcat[customize]'") from error
+    if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
+        raise UserError(f"the folder {name} holds no diffusers pipeline: it has no "
+                        "model_index.json")
+    try:
+        with _silent():
+            pipe = DiffusionPipeline.from_pretrained(name)
+    except Exception as error:  # of the file system, the hub, or a class that is not there
+        raise UserError(f"cannot open the pipeline {name}: {reason(error)}") from error
+    pipe.set_progress_bar_config(disable=True)
+    # diffusers reads half precision as single by itself, transformers does not.
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module) and any(p.dtype != torch.float32 for p in part.parameters()):
+            part.float()
+    return pipe.to(device)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Inside, diffusers and transformers draw no progress bars of their own."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+    drawing = [logging for logging in (diffusers_logging, transformers_logging)
+               if logging.is_progress_bar_enabled()]
+    for logging in drawing:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logging in drawing:
+            logging.enable_progress_bar()
+
+
+def require_trainable(pipe: Any) -> None:
+    """Raise a ``UserError`` unless ``pipe`` is like Stable Diffusion 1 and 2."""
+    lacking = [name for name in NEEDED if getattr(pipe, name, None) is None]
+    if lacking or getattr(pipe, "text_encoder_2", None) is not None:
+        why = f": it has no {', '.join(lacking)}" if lacking else ""
+        raise UserError(f"{type(pipe).__name__} cannot be trained here{why}; give a pipeline with "
+                        "one text encoder, an autoencoder and a U-Net, like Stable Diffusion 1 or "
+                        "2")
+
+
+@torch.no_grad()
+def generate(pipe: Any, prompts: Sequence[str], *, seed: int = 0, steps: int = 25,
+             guidance: float = 7.5, batch: int = 4) -> list[Image.Image]:
+    """A picture for each prompt; its noise depends on the seed and its place in the list alone.
+
+    Args:
+        pipe: the pipeline, with or without adapters.
+        prompts: the words.
+        seed: of the noise.
+        steps: of denoising.
+        guidance: the scale of classifier-free guidance; 1 is none.
+        batch: pictures that are made together.
+    """
+    pictures: list[Image.Image] = []
+    for start in range(0, len(prompts), batch):
+        words = list(prompts[start:start + batch])
+        noise = [derived_generator(seed, start + at) for at in range(len(words))]
+        pictures += pipe(words, num_inference_steps=steps, guidance_scale=guidance,
+                         generator=noise).images
+    return pictures
+
+
+def picture_grid(pictures: Sequence[Image.Image], columns: int, scale: int = 1) -> Image.Image:
+    """The pictures side by side in rows, each ``scale`` times as large; white where none is."""
+    width, height = pictures[0].width * scale, pictures[0].height * scale
+    grid = Image.new(pictures[0].mode, (columns * width, -(-len(pictures) // columns) * height),
+                     "white")
+    for at, picture in enumerate(pictures):
+        large = picture.resize((width, height), Image.Resampling.NEAREST)
+        grid.paste(large, (at % columns * width, at // columns * height))
+    return grid
+
+
+def resolution_of(pipe: Any) -> int:
+    """The side of the pictures that a pipeline makes, in pixels."""
+    return pipe.unet.config.sample_size * pipe.vae_scale_factor
+
+
+@torch.no_grad()
+def encode_prompt(pipe: Any, prompt: str) -> Tensor:
+    """What the U-Net reads of a prompt: (1, L, width)."""
+    words = pipe.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt",
+                           max_length=pipe.tokenizer.model_max_length)
+    return pipe.text_encoder(words.input_ids.to(pipe.device))[0]
+
+
+@torch.no_grad()
+def encode_pictures(pipe: Any, pictures: Tensor, batch: int = 4) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents (N, C, H, W), as the U-Net sees them.
+
+    Args:
+        pipe: whose autoencoder encodes.
+        pictures: (N, channels, H, W) from -1 to 1.
+        batch: pictures that are encoded together.
+    """
+    found = [pipe.vae.encode(part.to(pipe.device)).latent_dist for part in pictures.split(batch)]
+    scale = pipe.vae.config.scaling_factor
+    return (scale * torch.cat([part.mean for part in found]),
+            scale * torch.cat([part.std for part in found]))
