@@ -72,8 +72,9 @@ class _Stderr(logging.Handler):
     """Prints to what stderr is at that moment: a live view puts lines above its bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError):
-            print(self.format(record), file=sys.stderr, flush=True)
+        if sys.stderr is not None:
+            with contextlib.suppress(OSError):
+                print(self.format(record), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 # measure → (how tables and pages call it, format of its values)
 LABELS = {
@@ -51,8 +52,7 @@ class Comparison:
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table; outside a terminal its lines are not folded, however many columns it has."""
     width = None if sys.stdout.isatty() else 240
-    table = Table(title=title, title_justify="left", box=SIMPLE,
-                  show_header=any(columns), pad_edge=False)
+    table = Table(box=SIMPLE, show_header=any(columns), pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 or not column else "right",
                          no_wrap=True)
@@ -60,6 +60,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
         table.add_row(*(str(cell).replace("[", r"\[") for cell in row))
     console = Console(width=width, highlight=False)
     with console.capture() as text:
+        if title:  # of its own: a narrow table would fold it
+            console.print(Text(title, style="italic"))
         console.print(table)
     print(text.get(), end="")
 
