@@ -235,7 +235,8 @@ class _Chosen(NamedTuple):
 
 
 def _given(model: nn.Module, plan: RankPlan, sites: list[Site], seen: _Seen) -> _Chosen:
-    return _Chosen(plan, _factors(model, sites, seen))
+    shrinking = [site for site in sites if plan[site.name] != DENSE]
+    return _Chosen(plan, _factors(model, shrinking, seen))
 
 
 def _allocated(model: nn.Module, sites: list[Site], budget: Budget, seen: _Seen) -> _Chosen:
