@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a bug or a failure of the machine, 2 wrong use or bad inpu
 
 import argparse
 import contextlib
+import errno
 import importlib
 import logging
 import os
@@ -25,6 +26,7 @@ from adacomcat.utils.text import to_json
 from adacomcat.utils.watch import Lost, say, tell
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tolerate_encodings()
     try:
         args = parse(sys.argv[1:] if argv is None else list(argv))
-        with _told_on_stderr():
+        with _told_on_stderr(), _full_disks_named():
             return _run(args)
     except UserError as error:
         message = " ".join(str(error).split())
@@ -59,6 +61,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         tell(traceback.format_exc().rstrip())
         return FAILED
+
+
+@contextlib.contextmanager
+def _full_disks_named() -> Iterator[None]:
+    """Inside, a disk without room is a UserError, whatever was being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        place = f" at {error.filename}" if error.filename else ""
+        raise UserError(f"{error.strerror}{place}; make room and run the same again, training "
+                        "with --resume") from error
 
 
 def _resuming(words: Sequence[str]) -> str:

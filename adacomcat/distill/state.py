@@ -79,8 +79,10 @@ def save_state(folder: str | Path, state: dict[str, Any]) -> None:
         make_folder(path.parent)
         with atomic_file(path, durable=True) as scratch, scratch.open("wb") as file:
             torch.save(whole | {"checksum": checksum(whole)}, file)
-    except (OSError, RuntimeError) as error:  # the latter from torch, where the disk is full
-        raise UserError(f"cannot write the training state {path}: {reason(error)}; the state "
+    except (OSError, RuntimeError) as error:
+        # Where a disk is full torch stumbles once more while it closes the file.
+        first = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UserError(f"cannot write the training state {path}: {reason(first)}; the state "
                         "before it stays, and --resume goes on from there") from error
 
 

@@ -47,7 +47,7 @@ def test_an_all_reduce_has_the_gradients_and_a_few_numbers(monkeypatch: pytest.M
     """A process that believes to be one of eight; the all-reduce is counted, and not made."""
     sent: Counter[str] = Counter()
     found = trainer(Processes())
-    found.processes = found.mixing.processes = Processes(0, 8)
+    found.processes = found.mixing.processes = found.sharing.processes = Processes(0, 8)
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: sent.update(bytes=size([tensor])))
     images, labels = next(iter(found._batches(1)))
     found._train_step(images, labels)
