@@ -199,7 +199,7 @@ class _PrunedNeurons:
     def __init__(self, found: NestedNeurons, mlp: nn.Module) -> None:
         parts = mlp_parts(mlp)
         assert parts is not None, "find_sites admits known MLPs only"
-        self.found, self.fc2 = found, parts.linears[1]
+        self.found, self.fc2, self.errors = found, parts.linears[1], found.errors
 
     def pruned(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
         bias = None if self.fc2.bias is None else self.fc2.bias.detach()

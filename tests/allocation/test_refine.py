@@ -28,6 +28,7 @@ from adacomcat.convert.factors import factorize_model
 from adacomcat.convert.install import install_
 from adacomcat.cost import plan_macs, plan_params
 from adacomcat.data import datasets
+from adacomcat.distill import start
 from adacomcat.distill import TrainConfig
 from adacomcat.distill.start import judging_images
 from adacomcat.utils.progress import progress
@@ -245,7 +246,7 @@ def test_training_starts_from_the_refined_plan() -> None:
 
 def test_resuming_refines_no_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = trained(state_dir=str(tmp_path))
-    monkeypatch.setattr(train, "refined_allocation", None)
+    monkeypatch.setattr(start, "refined_allocation", None)
     again = trained(state_dir=str(tmp_path), resume=True)
     assert (again["plan"], again["refinement"]) == (first["plan"], first["refinement"])
 

@@ -53,6 +53,7 @@ def test_a_backbone_without_a_head_has_an_accuracy(folders, run_json, tmp_path):
         found["methods"]["knn"]["top1"] - found["dense"]["methods"]["knn"]["top1"])
     assert changed["flips"] >= changed["lost"] + changed["won"] > 0
     written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert written.pop("command").startswith("adacomcat evaluate -m ")
     assert written == {"format": 1} | found
 
 
