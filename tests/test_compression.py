@@ -15,7 +15,7 @@ from adacomcat.allocation.budget import Budget
 from adacomcat.allocation.knapsack import Choice, fill, knapsack
 from adacomcat.convert.record import Compression, compression_of
 from adacomcat.data import datasets
-from adacomcat.distill import TrainConfig
+from adacomcat.distill import TrainConfig, start
 
 TINY = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
 
@@ -142,13 +142,13 @@ def test_without_epochs_training_calibrates_and_factorises_once(
     calls = []
 
     def count(name: str) -> None:
-        real = getattr(train, name)
+        real = getattr(start, name)
 
         def counted(*args: Any, **settings: Any) -> Any:
             calls.append(name)
             return real(*args, **settings)
 
-        monkeypatch.setattr(train, name, counted)
+        monkeypatch.setattr(start, name, counted)
 
     for name in ("collect_statistics", "factorize_model"):
         count(name)

@@ -28,8 +28,7 @@ from adacomcat.convert.factors import factorize_model
 from adacomcat.convert.install import install_
 from adacomcat.cost import plan_macs, plan_params
 from adacomcat.data import datasets
-from adacomcat.distill import start
-from adacomcat.distill import TrainConfig
+from adacomcat.distill import TrainConfig, start
 from adacomcat.distill.start import judging_images
 from adacomcat.utils.progress import progress
 

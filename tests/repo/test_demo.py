@@ -106,7 +106,8 @@ def test_folder_gives_back_what_was_measured(demo, table, load):
 def test_folder_holds_weights_and_plan(demo):
     config = json.loads((demo[1] / "config.json").read_text())
     assert config["model_args"]["plan"]
-    assert sorted(path.name for path in demo[1].iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in demo[1].iterdir()) == [
+        "config.json", "model.safetensors", "pareto.json", "report.html", "run.json"]
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):
