@@ -17,6 +17,7 @@ from adacomcat.deploy.formats import FORMATS, Format, Request, Run, require_pack
 from adacomcat.errors import UserError, reason
 from adacomcat.fuse import optimize
 from adacomcat.latency.timing import interleaved
+from adacomcat.layers.packed import unpacked
 from adacomcat.utils.model import copied, input_size, unwrapped
 
 # The largest difference from eager that a check lets pass, as a share of the largest output.
@@ -76,7 +77,7 @@ def export(model: nn.Module, path: str | Path, *, format: str, images: Tensor | 
     size = input_size(model) if images is None else tuple(images.shape[1:])
     _require_tensor(model, size)
     own = next(model.parameters()).dtype
-    made = copied(model).to(dtype or own)
+    made = unpacked(copied(model)).to(dtype or own)
     example = _images(made, max(2, batch_size) if dynamic_batch else batch_size, size)
     request = Request(made, example, dynamic_batch, opset)
     several = dynamic_batch or chosen.folder

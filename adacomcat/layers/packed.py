@@ -167,3 +167,14 @@ class PackedModule(nn.Module):
         super().__setstate__(state)
         if packs:
             self.pack_()
+
+
+def unpacked(model: nn.Module) -> nn.Module:
+    """``model``, changed in place: its packed weights are parameters again.
+
+    Exporters need them: what reads packed bytes is no operator of other runtimes.
+    """
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            module.unpack_()
+    return model

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> Outcome:
     several = len(args.folders) > 1
     page = write_page(args.folders, args.output or first / (COMPARISON if several else PAGE))
     if args.open:
-        webbrowser.open(page.resolve().as_uri())
+        webbrowser.open_new_tab(page.resolve().as_uri())
     return Outcome({"page": str(page), "bytes": page.stat().st_size},
                    lambda: print(f"written to {page}"))
 
