@@ -29,7 +29,7 @@ def trainer(processes: Processes) -> Trainer:
     model = make_model()
     config = small_config(mixup=0.0, ema_decay=None)
     train_set, _ = make_sets(model)
-    return train._search_trainer(model, config, train_set, processes, None, None, {})
+    return train._search_trainer(model, config, train_set, None, processes, None, None, {})
 
 
 def test_sizes_are_those_of_a_run() -> None:
