@@ -233,16 +233,14 @@ def test_all_methods_side_by_side() -> None:
     subject = digits_subject()
     found = run.compare_methods(subject, methods.methods_for(subject), KEEP, repeats=1)
     quick = [name for name, method in methods.METHODS.items() if not method.named]
-    assert list(found) == ["dense", *quick] and len(quick) == len(methods.METHODS) - 1
-    whole, macs = found["dense"]["params"], found["dense"]["macs"]
+    assert list(found) == ["dense", *quick] and len(quick) + 1 == len(methods.METHODS)
+    whole, macs = (found["dense"][name] for name in ("params", "macs"))
     for name, record in found.items():
         assert set(record) == {"params", "macs", "latency_ms", "top1", "seconds"}, name
-        assert record["latency_ms"] > 0
+        assert min(record["latency_ms"], record["seconds"]) > 0 or name == "dense", name
         if name != "dense":
-            # ComCAT takes the most likely ranks, whatever the budget.
-            bound = 1.0 if "ComCAT's search" in name else KEEP
-            assert 0.9 * KEEP * whole < record["params"] <= bound * whole, name
-            assert record["macs"] < macs and record["seconds"] > 0
+            bound = whole if "ComCAT's search" in name else KEEP * whole  # theirs has no budget
+            assert 0.9 * KEEP * whole < record["params"] <= bound and record["macs"] < macs, name
 
 
 def test_statistics_are_made_once_and_their_seconds_count_for_every_keep() -> None:
