@@ -181,8 +181,8 @@ class CustomizeTrainer:
             if self.writer is not None:
                 self.writer.finish()
             raise Stopped(asked or signal.SIGTERM, f"step {self.step}")
-        waited = time.monotonic() - self.writer.written if self.writer is not None else 0.0
-        if (every and self.step % every == 0) or waited > self.config.checkpoint_seconds:
+        due = self.writer is not None and self.writer.is_due(self.config.checkpoint_seconds)
+        if due or (every and self.step % every == 0):
             self.save()
 
     def save(self) -> None:

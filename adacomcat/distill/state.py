@@ -45,6 +45,10 @@ class StateWriter:
         self._latest = self._thread.submit(save_state, self.folder, _snapshot(state))
         self.written = time.monotonic()
 
+    def is_due(self, seconds: float) -> bool:
+        """Whether the latest state was handed over more than ``seconds`` ago."""
+        return time.monotonic() - self.written > seconds
+
     def finish(self) -> None:
         """Wait until the latest state is on the disk.
 

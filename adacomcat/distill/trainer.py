@@ -284,8 +284,7 @@ class Trainer:
             if self.writer is not None:
                 self.writer.finish()
             raise Stopped(asked or signal.SIGTERM, self._where())
-        waited = time.monotonic() - self.writer.written if self.writer is not None else 0.0
-        due = waited > self.config.checkpoint_seconds
+        due = self.writer is not None and self.writer.is_due(self.config.checkpoint_seconds)
         if self._unsharded is not None:  # all take part in saving
             due = self.processes.any(due)
         if due or (every and self.step and self.step % every == 0):
