@@ -71,11 +71,12 @@ class Form:
     def _integers(self, panels: Tensor) -> Tensor:
         """(rows without scales, count · width), of panels of bytes (count, rows, width)."""
         count, _, width = panels.shape
-        scales = panels[:, -self.scale_rows:].reshape(count, -1).view(torch.float32)
-        groups = panels[:, :-self.scale_rows].reshape(count, -1, width, self.group)
+        rows = self.rows - self.scale_rows
+        scales = panels[:, rows:].reshape(count, self.scale_rows * width).view(torch.float32)
+        groups = panels[:, :rows].reshape(count, rows // self.group, width, self.group)
         stored = groups.to(torch.int32) if self.zero else groups.view(torch.int8)
         values = (stored - self.zero).float() * scales.view(count, 1, width, 1)
-        return values.permute(1, 3, 0, 2).reshape(-1, count * width)
+        return values.permute(1, 3, 0, 2).reshape(rows, count * width)
 
 
 def pack(weight: Tensor, transposed: bool,

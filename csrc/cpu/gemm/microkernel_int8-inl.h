@@ -176,5 +176,5 @@ inline Vector value_of(Sum sum, const Lhs& lhs, int r, PackedRhs rhs, int p) {
 #else
   const Vector value = __builtin_convertvector(whole, Vector);
 #endif
-  return value * lhs.scales[r] * load(rhs.scales + p * kLanes);
+  return value * load(rhs.scales + p * kLanes) * lhs.scales[r];
 }
