@@ -5,6 +5,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #define ADACOMCAT_AVX2
 #define ADACOMCAT_INT8_PRODUCTS
+#define ADACOMCAT_16_BIT_ACTIVATIONS
 
 namespace adacomcat::avx2_int8 {
 constexpr int kLanes = 8, kTileRows = 6, kRowStep = kTileRows;

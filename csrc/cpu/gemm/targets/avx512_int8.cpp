@@ -5,6 +5,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")
 #define ADACOMCAT_AVX512
 #define ADACOMCAT_INT8_PRODUCTS
+#define ADACOMCAT_16_BIT_ACTIVATIONS
 
 namespace adacomcat::avx512_int8 {
 constexpr int kLanes = 16, kTileRows = 12, kRowStep = kTileRows;

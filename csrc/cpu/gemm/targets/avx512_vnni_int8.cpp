@@ -5,6 +5,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c,prefer-vector-width=512")
 #define ADACOMCAT_AVX512
 #define ADACOMCAT_INT8_PRODUCTS
+#define ADACOMCAT_16_BIT_ACTIVATIONS
 #define ADACOMCAT_BYTE_DOT
 
 namespace adacomcat::avx512_vnni_int8 {

@@ -5,6 +5,7 @@
 #pragma GCC target("avx2,avxvnni,fma,f16c")
 #define ADACOMCAT_AVX2
 #define ADACOMCAT_INT8_PRODUCTS
+#define ADACOMCAT_16_BIT_ACTIVATIONS
 #define ADACOMCAT_BYTE_DOT
 
 namespace adacomcat::avx_vnni_int8 {

@@ -2,6 +2,7 @@
 #include "cpu/gemm/targets/prelude.h"
 
 #define ADACOMCAT_INT8_PRODUCTS
+#define ADACOMCAT_16_BIT_ACTIVATIONS
 
 namespace adacomcat::generic_int8 {
 constexpr int kLanes = 4, kTileRows = 6, kRowStep = kTileRows;
