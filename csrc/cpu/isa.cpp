@@ -36,7 +36,16 @@ bool amx_allowed() {
 }
 #endif
 
-// The fastest first. Each row: name, present, linalg; engines: full, reduced, bf16, bf16_activations.
+#ifdef ADACOMCAT_X86
+// Whether this CPU has VNNI for vectors of 256 bits.
+bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+}
+#endif
+
+// The fastest first. Each row: name, present, linalg; engines: full, reduced, bf16, bf16_activations,
+// int8.
 std::vector<InstructionSet> detect() {
   std::vector<InstructionSet> sets;
 #ifdef ADACOMCAT_X86
@@ -48,20 +57,24 @@ std::vector<InstructionSet> detect() {
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   const Engine* const reduced = vnni ? &kAvx512VnniFloat : &kAvx512;
+  const Engine* const int8 = vnni ? &kAvx512VnniInt8 : &kAvx512Int8;
   const auto* const linalg = &kAvx512Linalg;
   const InstructionSet with_bf16{"avx512_bf16", bf16,         linalg,      &kAvx512,
-                                 reduced,       &kAvx512Bf16, &kAvx512Bf16};
+                                 reduced,       &kAvx512Bf16, &kAvx512Bf16, int8};
   const InstructionSet with_vnni{"avx512_vnni", vnni,         linalg,  &kAvx512,
-                                 reduced,       &kAvx512Vnni, &kAvx512};
+                                 reduced,       &kAvx512Vnni, &kAvx512, int8};
   // Outside AMX, Intel's CPUs multiply bfloat16 at half the rate of float32, AMD's at twice the rate.
   const bool slow_bf16 = __builtin_cpu_is("intel");
-  sets.push_back({"amx", bf16 && amx_allowed(), linalg, &kAmxBf16x3, &kAmxBf16x3, &kAmx, &kAmx});
+  sets.push_back({"amx", bf16 && amx_allowed(), linalg, &kAmxBf16x3, &kAmxBf16x3, &kAmx, &kAmx, int8});
   sets.push_back(slow_bf16 ? with_vnni : with_bf16);
   sets.push_back(slow_bf16 ? with_bf16 : with_vnni);
-  sets.push_back({"avx512", avx512, linalg, &kAvx512, &kAvx512, &kAvx512, &kAvx512});
-  sets.push_back({"avx2", avx2, &kAvx2Linalg, &kAvx2, &kAvx2, &kAvx2, &kAvx2});
+  sets.push_back({"avx512", avx512, linalg, &kAvx512, &kAvx512, &kAvx512, &kAvx512, &kAvx512Int8});
+  const auto* const avx2_linalg = &kAvx2Linalg;
+  sets.push_back({"avx_vnni", avx2 && has_avx_vnni(), avx2_linalg, &kAvx2, &kAvx2, &kAvx2, &kAvx2, &kAvxVnniInt8});
+  sets.push_back({"avx2", avx2, avx2_linalg, &kAvx2, &kAvx2, &kAvx2, &kAvx2, &kAvx2Int8});
 #endif
-  sets.push_back({"generic", true, &kGenericLinalg, &kGeneric, &kGeneric, &kGeneric, &kGeneric});
+  sets.push_back({"generic", true, &kGenericLinalg, &kGeneric, &kGeneric, &kGeneric, &kGeneric,
+                  &kGenericInt8});
   return sets;
 }
 
@@ -81,7 +94,7 @@ std::atomic<const InstructionSet*>& chosen() {
     const InstructionSet* found = find(wish && *wish ? wish : nullptr);
     TORCH_CHECK(found, "ADACOMCAT_CPU=", wish,
                 " is not an instruction set of this CPU; its best is ", find(nullptr)->name,
-                " of amx, avx512_vnni, avx512_bf16, avx512, avx2, generic");
+                " of amx, avx512_vnni, avx512_bf16, avx512, avx_vnni, avx2, generic");
     return found;
   }();
   return set;
@@ -90,9 +103,10 @@ std::atomic<const InstructionSet*>& chosen() {
 // Every engine of this build, in an order that stays: packed weights name theirs by its place.
 const std::vector<const Engine*>& engines() {
   static const std::vector<const Engine*> all = {
-      &kGeneric,
+      &kGeneric, &kGenericInt8,
 #ifdef ADACOMCAT_X86
       &kAvx2, &kAvx512, &kAvx512Bf16, &kAvx512Vnni, &kAvx512VnniFloat, &kAmx, &kAmxBf16x3,
+      &kAvx2Int8, &kAvxVnniInt8, &kAvx512Int8, &kAvx512VnniInt8,
 #endif
   };
   return all;
@@ -104,7 +118,8 @@ const Engine* engine_at(int64_t index) {
   if (index < 0 || index >= static_cast<int64_t>(engines().size())) return nullptr;
   const Engine* const engine = engines()[index];
   const InstructionSet& set = instruction_set();
-  const bool runs = engine == set.full || engine == set.reduced || engine == set.bf16;
+  const bool runs = engine == set.full || engine == set.reduced || engine == set.bf16 ||
+                    engine == set.int8;
   return runs ? engine : nullptr;
 }
 

@@ -16,7 +16,8 @@ struct LinalgKernels;  // linalg/kernels.h
 
 // What gemm/targets and linalg/targets define, each in the file of its name.
 extern const Engine kGeneric, kAvx2, kAvx512, kAvx512Bf16, kAvx512Vnni, kAvx512VnniFloat, kAmx,
-    kAmxBf16x3;
+    kAmxBf16x3,
+    kGenericInt8, kAvx2Int8, kAvxVnniInt8, kAvx512Int8, kAvx512VnniInt8;
 extern const LinalgKernels kGenericLinalg, kAvx2Linalg, kAvx512Linalg;
 
 struct InstructionSet {
@@ -27,10 +28,11 @@ struct InstructionSet {
   const Engine* reduced;           // for float32 if torch.set_float32_matmul_precision allows less
   const Engine* bf16;              // for products of bfloat16 with weights
   const Engine* bf16_activations;  // for products of bfloat16 activations with each other
+  const Engine* int8;              // for products with weights of 8 bits
 };
 
 // The fastest one of this CPU, unless ADACOMCAT_CPU or use_instruction_set() names another: "generic",
-// "avx2", "avx512", "avx512_bf16", "avx512_vnni" or "amx".
+// "avx2", "avx_vnni", "avx512", "avx512_bf16", "avx512_vnni" or "amx".
 const InstructionSet& instruction_set();
 
 // The engine with this number among those of the instruction set that is chosen; null if it has none such.

@@ -13,7 +13,7 @@ import pytest
 
 from adacomcat.ops import backends
 
-NAMES = ("generic", "avx2", "avx512", "avx512_bf16", "avx512_vnni", "amx")
+NAMES = ("generic", "avx2", "avx_vnni", "avx512", "avx512_bf16", "avx512_vnni", "amx")
 
 
 @functools.cache

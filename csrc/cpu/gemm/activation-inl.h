@@ -85,9 +85,14 @@ constexpr float kTail[] = {0.499329448f,   -0.385195136f, -0.0521836765f,  0.147
                            -0.0604671128f, 0.0104904855f, -0.000686554878f};
 
 inline Vector gelu(Vector x) {
+#ifdef ADACOMCAT_AVX512
   const Vector t = (Vector)_mm512_range_ps((__m512)x, (__m512)broadcast(kTailLimit), 10);
   const __mmask16 inside = _mm512_cmp_ps_mask((__m512)t, (__m512)broadcast(kTailLimit), _CMP_NEQ_UQ);
   const auto tail = _mm512_maskz_mul_ps(inside, (__m512)t, (__m512)horner(kTail, t));
+#else
+  const Vector t = minimum(broadcast(kTailLimit), (Vector)((Integers)x & 0x7fffffff));
+  const Vector tail = select(t < kTailLimit, t * horner(kTail, t), Vector{});
+#endif
   return maximum(Vector{}, x) - (Vector)tail;
 }
 #else

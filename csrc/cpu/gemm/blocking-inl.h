@@ -19,14 +19,29 @@ constexpr int kScaleRows = 0;
 #elif defined(ADACOMCAT_INT16_PRODUCTS)
 constexpr int kPackedSize = 2;
 constexpr int kScaleRows = 2;  // of 16 bits each: one float for each column
+#elif defined(ADACOMCAT_INT8_PRODUCTS)
+constexpr int kPackedSize = 1;
+constexpr int kScaleRows = 4;  // of 8 bits each
 #else
 constexpr int kPackedSize = kOperandSize;
 constexpr int kScaleRows = 0;
 #endif
+// Rows of the packed rhs that a lane holds, what is added to its integers, and bytes of an element of the
+// lhs in a tile.
+#if defined(ADACOMCAT_BYTE_DOT)
+constexpr int kPackedGroup = 4, kPackedZero = 128, kLhsSize = 1;
+#elif defined(ADACOMCAT_INT8_PRODUCTS)
+constexpr int kPackedGroup = 2, kPackedZero = 0, kLhsSize = 2;
+#elif defined(ADACOMCAT_INT16_PRODUCTS)
+constexpr int kPackedGroup = 2, kPackedZero = 0, kLhsSize = 2;
+#else
+constexpr int kPackedGroup = kGroup, kPackedZero = 0, kLhsSize = kPackedSize;
+#endif
+constexpr int kLhsLaneBytes = kLhsSize * kPackedGroup;
 #if defined(ADACOMCAT_AMX)
 constexpr int kKMultiple = 32;  // rows that a tile register holds
-#elif defined(ADACOMCAT_INT16_PRODUCTS)
-constexpr int kKMultiple = 2;
+#elif defined(ADACOMCAT_INTEGER_PRODUCTS)
+constexpr int kKMultiple = kPackedGroup;
 #else
 constexpr int kKMultiple = kGroup;
 #endif
@@ -51,14 +66,20 @@ constexpr int64_t kBlockRows =
 // first cache allows beside a panel; the tiles of an nc then wait in memory between two kc.
 struct Blocking {
   static constexpr int64_t kMostPanels = 8;  // of an nc whose tiles wait
+#ifdef ADACOMCAT_INT8_PRODUCTS
+  // Rounding the lhs anew for every nc would take longer than reading it from the second cache.
+  static constexpr int64_t kMostDepth = 4096, kMostLhsBytes = kTileRows * kMostDepth * kLhsSize;
+  static constexpr int64_t kLhsBytes = kMostLhsBytes;
+#else
   static constexpr int64_t kLhsBytes = 16 << 10, kMostLhsBytes = 24 << 10;  // of mr rows
+#endif
 
   int64_t k_blocks = 1, kc, nc;
   int64_t mr;
 
   explicit Blocking(const Gemm& p)
       : kc(greatest(p.k, 1)), mr(even_share(p.m, kTileRows, kRowStep)) {
-    const int64_t row_bytes = kTileRows * p.k * kPackedSize, columns = kPanelVectors * kLanes;
+    const int64_t row_bytes = kTileRows * p.k * kLhsSize, columns = kPanelVectors * kLanes;
     const int64_t panel_bytes = p.k * columns * kPackedSize + 1;
     int64_t panels = greatest(kRhsBytes / panel_bytes, 1);
     if (row_bytes > kMostLhsBytes) {

@@ -7,8 +7,13 @@
 //   kTileRows, kRowStep  rows of a full tile of C, and rows that cost as much as fewer,
 // and macros for what it has: ADACOMCAT_AVX2, ADACOMCAT_AVX512 (some compilers do not define
 // __AVX512F__ after a pragma), ADACOMCAT_AMX; for its products: ADACOMCAT_BF16_OPERANDS,
-// ADACOMCAT_INT16_PRODUCTS, ADACOMCAT_BF16X3_PRODUCTS, by default float32; and
-// ADACOMCAT_16_BIT_ACTIVATIONS if GELU and softmax need no more accuracy than bfloat16 has.
+// ADACOMCAT_INT16_PRODUCTS, ADACOMCAT_INT8_PRODUCTS (with ADACOMCAT_BYTE_DOT where one instruction sums
+// up four products), ADACOMCAT_BF16X3_PRODUCTS, by default float32; and ADACOMCAT_16_BIT_ACTIVATIONS if
+// GELU and softmax need no more accuracy than bfloat16 has.
+
+#if defined(ADACOMCAT_INT16_PRODUCTS) || defined(ADACOMCAT_INT8_PRODUCTS)
+#define ADACOMCAT_INTEGER_PRODUCTS
+#endif
 
 namespace {
 
@@ -29,6 +34,8 @@ namespace {
 #include "cpu/gemm/gemm-inl.h"
 #if defined(ADACOMCAT_BF16X3_PRODUCTS)
 #include "cpu/gemm/pack_bf16x3-inl.h"
+#elif defined(ADACOMCAT_INT8_PRODUCTS)
+#include "cpu/gemm/pack_int8-inl.h"
 #elif defined(ADACOMCAT_INT16_PRODUCTS)
 #include "cpu/gemm/pack_int16-inl.h"
 #else
@@ -48,6 +55,8 @@ constexpr Engine make_engine(const char* name) {
       .k_group = kGroup,
       .k_multiple = kKMultiple,
       .packed_size = kPackedSize,
+      .packed_group = kPackedGroup,
+      .packed_zero = kPackedZero,
       .scale_rows = kScaleRows,
       .pack = pack,
       .multiply = multiply,

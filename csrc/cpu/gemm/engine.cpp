@@ -32,4 +32,10 @@ const Engine& activation_engine(Dtype dtype) {
   return dtype == Dtype::bf16 ? *set.bf16_activations : *set.full;
 }
 
+const Engine& activation_engine(Dtype dtype, const Engine& weights) {
+  return activation_engine(&weights == &int8_engine() ? weights.operand : dtype);
+}
+
+const Engine& int8_engine() { return *instruction_set().int8; }
+
 }  // namespace adacomcat

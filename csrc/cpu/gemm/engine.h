@@ -82,11 +82,14 @@ struct Engine {
   int64_t k_group;      // columns of the lhs are padded with zeros to a multiple of this
   int64_t k_multiple;   // rows of the packed rhs are padded with zeros to a multiple of this
   int64_t packed_size;  // bytes of an element of the packed rhs
+  int64_t packed_group;  // rows of the packed rhs that are adjacent in each column
+  int64_t packed_zero;  // what is added to the integers of the packed rhs
   int64_t scale_rows;   // rows of the packed rhs that hold the scales of its columns
 
-  // Packs the rhs B (k, n), whose element (i, j) stands at b + i * row + j * column.
+  // Packs the rhs B (k, n), whose element (i, j) stands at b + i * row + j * column. Engines of int8 read
+  // the scales (n) of its columns.
   void (*pack)(int64_t k, int64_t n, const void* b, int64_t row, int64_t column, Dtype dtype,
-               void* packed);
+               void* packed, const float* scales);
   void (*multiply)(const Gemm&, const Epilogue&);
   // sum (m, stride) = C, or += C. Columns up to the padded n are written.
   void (*accumulate)(const Gemm&, float* sum, int64_t stride, bool add);
@@ -129,5 +132,9 @@ constexpr int64_t kKStep = 32;
 const Engine& engine(Dtype dtype);
 // The one for products of activations with activations. It has the same operand format.
 const Engine& activation_engine(Dtype dtype);
+// The one whose operands are those of `weights`, which multiplied x of this dtype.
+const Engine& activation_engine(Dtype dtype, const Engine& weights);
+// The engine for weights of 8 bits, whatever the dtype of x.
+const Engine& int8_engine();
 
 }  // namespace adacomcat

@@ -59,7 +59,7 @@ class PrefetchSchedule {
     const int64_t panels = (least(together, p.n - first) + columns - 1) / columns;
     const int64_t tiles = (p.m + blocking.mr - 1) / blocking.mr * panels;
     share_ = (hint_.bytes + tiles * k_blocks - 1) / (tiles * k_blocks);
-    const int64_t steps = greatest(steps_of(p.k) / k_blocks, 1);
+    const int64_t steps = greatest(p.k / kPackedGroup / k_blocks, 1);
     step_ = (share_ + steps - 1) / steps;
     if (!hint_.piece) hint_.piece = hint_.bytes;
   }

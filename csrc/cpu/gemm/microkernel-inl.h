@@ -1,15 +1,18 @@
 // The micro-kernel in vector registers: a tile of C of any size up to kTileRows by kPanelVectors
-// vectors, one function for each size. It multiplies float32, pairs of bfloat16 or pairs of int16.
+// vectors, one function for each size. It multiplies float32, or groups of bfloat16, int16 or int8.
 
-// The lhs of a tile: `steps` lanes of each row, and the rows' scales if they are integers.
+// The lhs of a tile: `steps` lanes of each row, and if they are integers the rows' scales and sums.
 struct Lhs {
   int64_t rows, steps;
   const char* data;
   int64_t stride;  // bytes
-  const float* scales;
+  const float* scales = nullptr;
+  const int32_t* sums = nullptr;
 };
 
-#if defined(ADACOMCAT_INT16_PRODUCTS)
+#if defined(ADACOMCAT_INT8_PRODUCTS)
+#include "cpu/gemm/microkernel_int8-inl.h"
+#elif defined(ADACOMCAT_INT16_PRODUCTS)
 #include "cpu/gemm/microkernel_int16-inl.h"
 #elif defined(ADACOMCAT_BF16_OPERANDS)
 typedef uint32_t Lane;  // two consecutive k
@@ -22,9 +25,14 @@ typedef float Lane;
 typedef Vector Sum;
 inline Sum multiply_add(Sum sum, Lane a, Vector b) { return sum + a * b; }
 #endif
-#ifndef ADACOMCAT_INT16_PRODUCTS
-inline Vector value_of(Sum sum, const float*, int, const float*, int) { return sum; }
+#ifndef ADACOMCAT_INTEGER_PRODUCTS
+inline Vector value_of(Sum sum, const Lhs&, int, PackedRhs, int) { return sum; }
 #endif
+#ifndef ADACOMCAT_INT8_PRODUCTS
+typedef Vector RhsLanes;
+inline RhsLanes load_rhs(const char* p) { return load(reinterpret_cast<const float*>(p)); }
+#endif
+constexpr int kRhsLaneBytes = kPackedSize * kPackedGroup;
 
 inline Lane read_lane(const void* a) {
   Lane lane;
@@ -55,14 +63,14 @@ template <int R, int P, typename Store>
   for (int r = 0; r < R; r += kRowsPerAddress) {
     left[r / kRowsPerAddress] = row_address(lhs.data, stride, r);
   }
-  const float* rows = rhs.rows;
+  const char* rows = reinterpret_cast<const char*>(rhs.rows);
   Sum sum[R][P] = {};
   for (int64_t i = 0; i < lhs.steps; ++i) {
     __builtin_prefetch(prefetch.from, 0, 2);
     prefetch.from += prefetch.step;
-    Vector right[P];
+    RhsLanes right[P];
 #pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) right[p] = load(rows + p * kLanes);
+    for (int p = 0; p < P; ++p) right[p] = load_rhs(rows + p * kLanes * kRhsLaneBytes);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Lane lane = read_lane(left[r / kRowsPerAddress] + r % kRowsPerAddress * stride);
@@ -70,14 +78,14 @@ template <int R, int P, typename Store>
       for (int p = 0; p < P; ++p) sum[r][p] = multiply_add(sum[r][p], lane, right[p]);
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r += kRowsPerAddress) left[r / kRowsPerAddress] += kLaneBytes;
-    rows += P * kLanes;
+    for (int r = 0; r < R; r += kRowsPerAddress) left[r / kRowsPerAddress] += kLhsLaneBytes;
+    rows += P * kLanes * kRhsLaneBytes;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      store_sum(r, p, value_of(sum[r][p], lhs.scales, r, rhs.scales, p));
+      store_sum(r, p, value_of(sum[r][p], lhs, r, rhs, p));
     }
   }
 }
@@ -128,10 +136,10 @@ class MicroKernel {
 
   // The lhs of the tiles that follow.
   void set_lhs(int64_t rows, int64_t steps, const char* a, int64_t a_stride) {
-#ifdef ADACOMCAT_INT16_PRODUCTS
+#ifdef ADACOMCAT_INTEGER_PRODUCTS
     lhs_ = integers_.convert(rows, steps, a, a_stride);
 #else
-    lhs_ = {rows, steps, a, a_stride, nullptr};
+    lhs_ = {rows, steps, a, a_stride};
 #endif
   }
 
@@ -157,7 +165,7 @@ class MicroKernel {
 
  private:
   Lhs lhs_;
-#ifdef ADACOMCAT_INT16_PRODUCTS
+#ifdef ADACOMCAT_INTEGER_PRODUCTS
   IntegerLhs integers_;
 #endif
 };

@@ -16,10 +16,10 @@ inline Sum multiply_add(Sum sum, Lane a, Vector b) {
 
 // The value of an integer sum. It is multiplied by one norm after the other, since the product of both
 // could overflow or vanish.
-inline Vector value_of(Sum sum, const float* row_norms, int r, const float* column_norms, int p) {
+inline Vector value_of(Sum sum, const Lhs& lhs, int r, PackedRhs rhs, int p) {
   constexpr float kUnit = 1 / (kMostInteger * kMostInteger);
   const Vector cosine = (Vector)_mm512_cvtepi32_ps((__m512i)sum) * kUnit;
-  return cosine * load(column_norms + p * kLanes) * row_norms[r];
+  return cosine * load(rhs.scales + p * kLanes) * lhs.scales[r];
 }
 
 // Squares of very small or very large numbers are no floats. If a norm's square leaves these bounds, the

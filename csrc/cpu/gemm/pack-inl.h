@@ -109,7 +109,7 @@ inline void pack_any_rows(int64_t k, int64_t i, const PanelSource& b, char* out)
 }
 
 void pack(int64_t k, int64_t n, const void* b, int64_t row, int64_t column, Dtype dtype,
-          void* packed) {
+          void* packed, const float*) {
   const int64_t padded = (k + kKMultiple - 1) / kKMultiple * kKMultiple;
   const bool copies = dtype == kOperand;
   char* out = static_cast<char*>(packed);

@@ -4,7 +4,7 @@
 #include "cpu/gemm/pack_block-inl.h"
 
 void pack(int64_t k, int64_t n, const void* b, int64_t row, int64_t column, Dtype dtype,
-          void* packed) {
+          void* packed, const float*) {
   const int64_t size = dtype_size(dtype), bytes = kRegisterFloats * 4;
   char* out = static_cast<char*>(packed);
   for_each_panel(0, n, [&](int64_t first, int64_t vectors) {

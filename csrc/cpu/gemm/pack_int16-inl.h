@@ -28,7 +28,7 @@ inline Columns measure_columns(int64_t k, Read read) {
 }
 
 void pack(int64_t k, int64_t n, const void* b, int64_t row, int64_t column, Dtype dtype,
-          void* packed) {
+          void* packed, const float*) {
   const int64_t size = dtype_size(dtype), pairs = (k + 1) / 2;
   auto* out = static_cast<Words*>(packed);
   for_each_panel(0, n, [&](int64_t first, int64_t vectors) {

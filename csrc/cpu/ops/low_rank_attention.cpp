@@ -171,7 +171,7 @@ class LowRankAttention {
 
   // Every head of every image. If there are fewer of them than threads, the rows of a head are shared.
   void attend(const Sweep& sweep) const {
-    const Engine& activations = activation_engine(result.dtype);
+    const Engine& activations = activation_engine(result.dtype, e);
     const int64_t heads = sweep.images * options.num_heads;
     const int64_t shares = ceil_div(thread_count(), heads), step = activations.tile_rows;
     const int64_t rows = ceil_div(ceil_div(tokens, shares), step) * step;
@@ -202,8 +202,8 @@ class LowRankAttention {
     float* inverse_sum = scratch.next<float>();
 
     const Activations &q = sweep.q, &k = sweep.k, &v = sweep.v;
-    e.pack(rank_qk, n, k.at_row(first, head * rank_qk), 1, k.columns, e.operand, keys);
-    e.pack(n, rank_vo, v.at_row(first, head * rank_vo), v.columns, 1, e.operand, values);
+    e.pack(rank_qk, n, k.at_row(first, head * rank_qk), 1, k.columns, e.operand, keys, nullptr);
+    e.pack(n, rank_vo, v.at_row(first, head * rank_vo), v.columns, 1, e.operand, values, nullptr);
     for (int64_t row = begin; row < end; row += block) {
       const int64_t m = std::min(block, end - row);
       const Rows rows{q.at_row(first + row, head * rank_qk), q.columns, e.operand};

@@ -76,7 +76,7 @@ at::Tensor product_over_rows(const at::Tensor& small, const at::Tensor& large) {
       for (int64_t row = 0; row == 0 || row < rows; row += kPackedRows) {
         const int64_t k = std::min(kPackedRows, rows - row);
         const Rows from = rows_from(large_rows.rows, row, first);
-        e.pack(k, columns, from.data, from.stride, 1, from.dtype, packed);
+        e.pack(k, columns, from.data, from.stride, 1, from.dtype, packed, nullptr);
         const Gemm gemm{n, columns, k, lhs.data() + row * size, stride, packed, e.packed_k(k), 0};
         if (row + k < rows) {
           e.accumulate(gemm, sum, step, row > 0);

@@ -25,11 +25,12 @@ struct Header {
 };
 static_assert(sizeof(Header) == 64, "panels stay aligned to cache lines");
 
-// B (k, n) with its strides, in the memory of a weight.
+// B (k, n) with its strides, in the memory of a weight, and the scales (n) of its columns for 8 bits.
 struct Source {
   int64_t k, n, row, column;
   const void* data;
   Dtype dtype;
+  const float* scales = nullptr;
 
   Source(const at::Tensor& weight, bool transposed)
       : k(weight.size(transposed)), n(weight.size(!transposed)), row(weight.stride(transposed)),
@@ -71,7 +72,8 @@ void pack_panels(const Engine& engine, const Source& b, char* to) {
   parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * width, columns = std::min(end * width, b.n) - first;
     const char* from = static_cast<const char*>(b.data) + first * b.column * dtype_size(b.dtype);
-    engine.pack(b.k, columns, from, b.row, b.column, b.dtype, to + begin * bytes);
+    engine.pack(b.k, columns, from, b.row, b.column, b.dtype, to + begin * bytes,
+                b.scales ? b.scales + first : nullptr);
   });
 }
 
@@ -85,7 +87,7 @@ PackedWeight pack(const Engine& engine, const Source& b, int64_t before) {
   char* data = static_cast<char*>(packed.memory.mutable_data_ptr()) + before;
   packed.data = data;
   pack_panels(engine, b, data);
-  if (b.dtype == Dtype::f32) find_identities(packed, b);
+  if (b.dtype == Dtype::f32 && !b.scales) find_identities(packed, b);
   return packed;
 }
 
@@ -137,26 +139,42 @@ PrefetchHint successor(const void* weight, int64_t bytes) {
   return next ? PrefetchHint{next, own.bytes.load(relaxed)} : PrefetchHint{};
 }
 
-at::Tensor pack_weight(const at::Tensor& weight, bool transposed) {
-  TORCH_CHECK(weight.dim() == 2, "a matrix expected, got ", weight.sizes());
-  const Engine& e = engine(dtype_of(weight));
-  const PackedWeight packed = pack(e, Source(weight, transposed), sizeof(Header));
+// The packed weight with its header.
+at::Tensor pack_with_header(const Engine& e, const Source& source, bool transposed) {
+  const PackedWeight packed = pack(e, source, sizeof(Header));
   Header header{{},         index_of(e),     packed.k,
-                packed.n,   transposed,      static_cast<int64_t>(dtype_of(weight)),
+                packed.n,   transposed,      static_cast<int64_t>(source.dtype),
                 packed.identity_rows,        packed.identity_columns};
   std::memcpy(header.magic, Header::kMagic, sizeof header.magic);
   std::memcpy(packed.memory.mutable_data_ptr(), &header, sizeof header);
   return packed.memory;
 }
 
-// Of a packed weight: bytes of the header, panel columns, packed rows, k_group, bytes of an element, and
-// whether the packing loses digits. ops/packing.py reads weights back by them.
+at::Tensor pack_weight(const at::Tensor& weight, bool transposed) {
+  TORCH_CHECK(weight.dim() == 2, "a matrix expected, got ", weight.sizes());
+  return pack_with_header(engine(dtype_of(weight)), Source(weight, transposed), transposed);
+}
+
+at::Tensor pack_int8_weight(const at::Tensor& weight, const at::Tensor& scale, bool transposed) {
+  TORCH_CHECK(weight.dim() == 2, "a matrix expected, got ", weight.sizes());
+  TORCH_CHECK(scale.dim() == 1 && scale.size(0) == weight.size(!transposed) &&
+                  scale.scalar_type() == at::kFloat && scale.is_contiguous(),
+              "a float32 scale for each of the ", weight.size(!transposed),
+              " outputs expected, got ", scale.scalar_type(), " of ", scale.sizes());
+  Source source(weight, transposed);
+  source.scales = scale.const_data_ptr<float>();
+  return pack_with_header(int8_engine(), source, transposed);
+}
+
+// Of a packed weight: bytes of the header, panel columns, packed rows, rows that are adjacent in a column,
+// bytes of an element, rows of scales, and what is added to integers. ops/packing.py reads weights back by
+// them.
 std::vector<int64_t> packed_layout(const at::Tensor& packed) {
   check_packed(packed);
   const Header& h = header_of(packed);
   const Engine& e = *engine_at(h.engine);
-  return {static_cast<int64_t>(sizeof(Header)), e.panel_columns(), e.packed_k(h.k), e.k_group,
-          e.packed_size, e.scale_rows > 0};
+  return {static_cast<int64_t>(sizeof(Header)), e.panel_columns(), e.packed_k(h.k), e.packed_group,
+          e.packed_size, e.scale_rows, e.packed_zero};
 }
 
 }  // namespace
@@ -208,10 +226,12 @@ PackedWeight read_weight(const Engine& engine, const at::Tensor& weight, bool tr
 
 TORCH_LIBRARY_FRAGMENT(adacomcat, m) {
   m.def("pack_weight_cpu(Tensor weight, bool transposed) -> Tensor");
+  m.def("pack_int8_weight_cpu(Tensor weight, Tensor scale, bool transposed) -> Tensor");
   m.def("packed_layout_cpu(Tensor packed) -> int[]");
 }
 
 TORCH_LIBRARY_IMPL(adacomcat, CPU, m) {
   m.impl("pack_weight_cpu", &adacomcat::pack_weight);
+  m.impl("pack_int8_weight_cpu", &adacomcat::pack_int8_weight);
   m.impl("packed_layout_cpu", &adacomcat::packed_layout);
 }
