@@ -14,7 +14,9 @@ from adacomcat.layers.fused import (
     FusedPatches,
     Sublayer,
     is_layer_norm,
+    is_trivial,
 )
+from adacomcat.layers.int8 import Int8Linear
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.mlp import LowRankMlp, activation_name
 from adacomcat.layers.packed import PackedModule
@@ -29,6 +31,7 @@ from adacomcat.layers.registry import (
     mlp_parts,
     patch_projection,
 )
+from adacomcat.layers.stock import LinearPair, PlainAttention
 from adacomcat.moved import forward
 from adacomcat.utils.memory import return_freed_memory
 from adacomcat.utils.model import copied, unwrapped
@@ -106,8 +109,26 @@ def fused_attention(block: BlockParts) -> nn.Module:
     """x + scale(attn(norm(x))), as one op where there is one."""
     part = block.attn
     fits = is_layer_norm(part.norm) and (
-        _is_whole(part.inner, LowRankAttention) or _fuses_dense(part.inner))
+        _is_whole(part.inner, LowRankAttention) or _fuses_dense(part.inner)
+        or (_fuses_int8_attention(part.inner) and is_trivial(part.norm)))
     return FusedAttention(part) if fits else Sublayer(part)
+
+
+def _fuses_int8_attention(attn: nn.Module) -> bool:
+    """Whether ``attn`` is quantised as a whole, and the op computes it."""
+    if altered_inside(attn):
+        return False
+    if type(attn) is PlainAttention:
+        return attn.made_from is LowRankAttention and all(
+            type(layer) is Int8Linear for layer in (attn.q, attn.k, attn.v, attn.proj))
+    family = attention_family(attn)
+    if family is None or family.low_rank.get("A") is not LowRankAttention:
+        return False
+    if family.tier(attn, None) != "A":
+        return False
+    parts = family.read(attn)
+    return all(projection.scale is not None
+               for projection in (parts.q, parts.k, parts.v, parts.out))
 
 
 def _is_whole(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -140,9 +161,17 @@ def fused_mlp(block: BlockParts) -> nn.Module:
                  and activation_name(mlp.act) is not None)
         return FusedMlp(part) if whole else Sublayer(part)
     parts = mlp_parts(mlp)
-    if parts is None or not parts.dense or activation_name(parts.act) is None:
+    if parts is None or activation_name(parts.act) is None:
         return Sublayer(part)
-    return FusedDenseMlp(part, parts)
+    if parts.dense:
+        return FusedDenseMlp(part, parts)
+    if not (parts.plain and is_trivial(part.norm)) or altered_inside(mlp):
+        return Sublayer(part)
+    if type(parts.fc1) is type(parts.fc2) is Int8Linear:
+        return FusedDenseMlp(part, parts)
+    pairs = all(type(fc) is LinearPair and all(type(layer) is Int8Linear for layer in fc)
+                for fc in (parts.fc1, parts.fc2))
+    return FusedMlp(part) if pairs else Sublayer(part)
 
 
 def _takes_patches(proj: nn.Module) -> bool:

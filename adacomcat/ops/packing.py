@@ -65,7 +65,8 @@ class Form:
         return panels.permute(1, 3, 0, 2).reshape(self.rows, count * width)
 
 
-def pack(weight: Tensor, transposed: bool) -> tuple[Tensor, Form | None] | None:
+def pack(weight: Tensor, transposed: bool, scale: Tensor | None = None
+         ) -> tuple[Tensor, Form | None] | None:
     """A matrix packed for products with it, or with its transpose.
 
     The engine is that of the weight's dtype, of the CPU, and of the precision that
@@ -75,6 +76,8 @@ def pack(weight: Tensor, transposed: bool) -> tuple[Tensor, Form | None] | None:
         What ops take in the place of the weight, and the form to read it back by: None where
         digits are lost. None where no kernel takes the weight.
     """
+    if scale is not None:
+        return None
     supported = weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if not (backends.build_info() and weight.is_cpu and supported and weight.numel()):
         return None
