@@ -23,6 +23,8 @@ from adacomcat.layers.packed import PackedModule
 from adacomcat.layers.plain import altered_inside, is_plain
 from adacomcat.layers.registry import (
     BlockParts,
+    MlpParts,
+    Residual,
     attention_family,
     attention_parts,
     attention_tier,
@@ -119,16 +121,20 @@ def _fuses_int8_attention(attn: nn.Module) -> bool:
     if altered_inside(attn):
         return False
     if type(attn) is PlainAttention:
-        return attn.made_from is LowRankAttention and all(
-            type(layer) is Int8Linear for layer in (attn.q, attn.k, attn.v, attn.proj))
+        return (attn.made_from is LowRankAttention
+                and _are_int8(attn.q, attn.k, attn.v, attn.proj))
     family = attention_family(attn)
     if family is None or family.low_rank.get("A") is not LowRankAttention:
         return False
     if family.tier(attn, None) != "A":
         return False
     parts = family.read(attn)
-    return all(projection.scale is not None
-               for projection in (parts.q, parts.k, parts.v, parts.out))
+    return _are_int8(parts.q.origin, parts.k.origin, parts.v.origin, parts.out.origin)
+
+
+def _are_int8(*layers: nn.Module | None) -> bool:
+    """Whether the layers are int8 and on a CPU, where the ops multiply int8."""
+    return all(type(layer) is Int8Linear and layer.weight.is_cpu for layer in layers)
 
 
 def _is_whole(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -165,12 +171,16 @@ def fused_mlp(block: BlockParts) -> nn.Module:
         return Sublayer(part)
     if parts.dense:
         return FusedDenseMlp(part, parts)
-    if not (parts.plain and is_trivial(part.norm)) or altered_inside(mlp):
+    return _fused_int8_mlp(part, parts)
+
+
+def _fused_int8_mlp(part: Residual, mlp: MlpParts) -> nn.Module:
+    if not (mlp.plain and is_trivial(part.norm)) or altered_inside(part.inner):
         return Sublayer(part)
-    if type(parts.fc1) is type(parts.fc2) is Int8Linear:
-        return FusedDenseMlp(part, parts)
-    pairs = all(type(fc) is LinearPair and all(type(layer) is Int8Linear for layer in fc)
-                for fc in (parts.fc1, parts.fc2))
+    fc1, fc2 = mlp.fc1, mlp.fc2
+    if _are_int8(fc1, fc2):
+        return FusedDenseMlp(part, mlp)
+    pairs = type(fc1) is type(fc2) is LinearPair and _are_int8(*fc1, *fc2)
     return FusedMlp(part) if pairs else Sublayer(part)
 
 

@@ -33,10 +33,8 @@ class Int8Linear(nn.Module):
                                                    dtype=torch.int8))
         self.register_buffer("weight_scale", torch.ones(out_features, device=device,
                                                         dtype=torch.float32))
-        self.bias = None
-        if bias:
-            zeros = torch.zeros(out_features, device=device, dtype=dtype)
-            self.bias = nn.Parameter(zeros, requires_grad=False)
+        zeros = torch.zeros(out_features, device=device, dtype=dtype)
+        self.bias = nn.Parameter(zeros, requires_grad=False) if bias else None
 
     @classmethod
     def like(cls, linear: nn.Linear) -> "Int8Linear":

@@ -164,6 +164,10 @@ class PackedModule(nn.Module):
             weight = plain[name]
             if weight is not None:
                 destination[prefix + name] = weight if keep_vars else weight.detach()
+        for name in self.weights:
+            scale = self.scale_of(name)
+            if scale is not None:
+                destination[f"{prefix}{name}_scale"] = scale
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         packed = bool(self.forms)

@@ -16,18 +16,15 @@ import paths  # noqa: F401  (makes the examples importable)
 import timm
 import torch
 from records import Record, Records, command, markdown, provenance
-from subjects import WEIGHTS, TrainConfig, evaluate
+from subjects import add_training_arguments, fashion_mnist
 from torch import Tensor, nn
 
 import adacomcat
-from adacomcat import data
 from adacomcat.checkpoint import folder
 from adacomcat.cli.arguments import Parser, number
 from adacomcat.convert.calibrate import calibration_batches
 from adacomcat.quantization.model import quantize_
 from adacomcat.report.tables import print_table
-from adacomcat.train import calibration_images
-from adacomcat.utils.distributed import Processes
 from adacomcat.utils.files import atomic_write_text
 from adacomcat.utils.limits import FRACTION, at_least
 
@@ -45,13 +42,9 @@ def arguments() -> argparse.Namespace:
                         help="dinov2: crops that compress and correct")
     parser.add_argument("--test-crops", type=number(at_least(1)), default=48,
                         help="dinov2: crops of other photographs that judge")
-    parser.add_argument("--images", type=number(at_least(1)), default=256,
-                        help="fashion-mnist: images that compress and correct")
-    parser.add_argument("--test-images", type=number(at_least(1)), help="fashion-mnist: the first N")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--data-dir", help="folder with Fashion-MNIST's four .gz files")
-    parser.add_argument("--output", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0],
+                        help="of the images that compress and correct")
+    add_training_arguments(parser)
     return parser.parse_args()
 
 
@@ -99,20 +92,14 @@ def dinov2(args: argparse.Namespace) -> dict[str, Record]:
     return compare_sizes(sizes(dense, args.keeps, images), images, measure)
 
 
-def fashion_mnist(args: argparse.Namespace, seed: int) -> dict[str, Record]:
-    dense = folder.load(args.weights)
-    train_set, test_set = data.train_and_test("fashion-mnist", args.data_dir,
-                                              data.model_data_config(dense))
-    if args.test_images is not None:
-        test_set = test_set.subset(torch.arange(args.test_images))
-    images = calibration_images(train_set, args.images, seed, Processes())
-    assert images is not None, "at least one image calibrates"
-    batch = TrainConfig().batch_size
+def accuracy(args: argparse.Namespace, seed: int) -> dict[str, Record]:
+    subject = fashion_mnist(args, seed)
+    images = subject.calibration
 
     def measure(model: nn.Module, made: nn.Module) -> Record:
-        return {"top1": evaluate(made, test_set, batch, Processes())["top1"]}
+        return subject.measure(made)
 
-    return compare_sizes(sizes(dense, args.keeps, images), images, measure)
+    return compare_sizes(sizes(subject.model, args.keeps, images), images, measure)
 
 
 def file_sizes(args: argparse.Namespace) -> dict[str, Record]:
@@ -143,9 +130,8 @@ def main() -> None:
                           partial(dinov2, args))
         table = errors(found)
     elif args.data == "fashion-mnist":
-        runs = [store.get(f"fashion-mnist, keeps {keeps}, {args.images} images, seed {seed}, "
-                          f"test {args.test_images}", partial(fashion_mnist, args, seed))
-                for seed in args.seeds]
+        runs = [store.get(f"fashion-mnist, keeps {keeps}, seed {seed}",
+                          partial(accuracy, args, seed)) for seed in args.seeds]
         table = accuracies(runs)
     else:
         table = megabytes(store.get(f"files, keeps {keeps}", partial(file_sizes, args)))
