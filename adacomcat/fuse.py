@@ -180,7 +180,7 @@ def _fused_int8_mlp(part: Residual, mlp: MlpParts) -> nn.Module:
     fc1, fc2 = mlp.fc1, mlp.fc2
     if _are_int8(fc1, fc2):
         return FusedDenseMlp(part, mlp)
-    pairs = type(fc1) is type(fc2) is LinearPair and _are_int8(*fc1, *fc2)
+    pairs = type(fc1) is type(fc2) is LinearPair and _are_int8(*fc1.children(), *fc2.children())
     return FusedMlp(part) if pairs else Sublayer(part)
 
 

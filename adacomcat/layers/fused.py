@@ -26,7 +26,7 @@ from adacomcat.layers.registry import (
     attention_parts,
     attention_weights,
 )
-from adacomcat.layers.stock import LinearPair, PlainAttention, causal_mask
+from adacomcat.layers.stock import PlainAttention, causal_mask
 from adacomcat.ops import inference
 
 
@@ -317,7 +317,7 @@ def _factors(linear: nn.Module) -> Factors:
     if isinstance(linear, LowRankLinear):
         return Factors(linear.v.detach().double(), linear.u.detach().double(),
                        _bias(Projection(linear.u, linear.bias)), {})
-    first, second = (Projection.of(layer) for layer in cast(LinearPair, linear))
+    first, second = (Projection.of(cast(nn.Linear, layer)) for layer in linear.children())
     assert first.scale is not None and second.scale is not None, "fused_mlp admits int8 pairs"
     return Factors(first.weight.double().T, second.weight.double(), _bias(second),
                    {"v": first.scale, "u": second.scale})

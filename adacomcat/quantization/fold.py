@@ -1,4 +1,4 @@
-"""Exact changes of a plain model before its weights are rounded: the same function in other numbers.
+"""Exact changes of a plain model before its weights are rounded: the same function, other numbers.
 
 ``optimize`` folds the affine part of a layer norm and the bias of the values into weights, too. It
 must find nothing left to fold, since that would move weights off their grid.

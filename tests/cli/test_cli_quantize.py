@@ -31,7 +31,7 @@ def test_at_once_and_in_two_steps_are_the_same(small, tmp_path, run_json, run):
     assert rows["compressed"]["params"] == twice["models"]["int8"]["params"] == (
         adacomcat.cost.model_params(found)) == twice["models"]["before"]["params"]
     assert rows["compressed"]["bytes"] == adacomcat.cost.model_bytes(found)
-    assert twice["models"]["int8"]["bytes"] < 0.5 * twice["models"]["before"]["bytes"]
+    assert twice["models"]["int8"]["bytes"] < 0.8 * twice["models"]["before"]["bytes"]
     content = json.loads((tmp_path / "once" / "run.json").read_text())
     assert content["int8_layers"] == twice["int8_layers"]
     assert "multiply int8 numbers" in (tmp_path / "once" / "report.html").read_text()

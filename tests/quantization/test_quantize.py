@@ -1,4 +1,4 @@
-"""A quantised model computes nearly what it was made of, runs where models run, and never trains."""
+"""A quantised model computes nearly what it was made of, runs where models run, never trains."""
 
 import copy
 import io
@@ -47,14 +47,10 @@ def test_outputs_are_near(make, architecture):
     assert not [name for name in int8_layers(made) if "head" in name or "cpb" in name]
 
 
-def test_weights_that_an_attention_reads_for_itself_stay_float():
-    model = dense_model("beit_base_patch16_224")
-    names = int8_layers(adacomcat.quantize(model))
-    assert "blocks.0.mlp.fc1" in names
-    called = [name for name in names if name.endswith("attn.qkv")]
-    model.blocks[0].attn.qkv.register_forward_hook(lambda *_: pytest.fail("called after all"))
-    if not called:
-        model(images(model))
+def test_a_weight_that_an_attention_reads_for_itself_stays_float():
+    made = adacomcat.quantize(dense_model("beit_base_patch16_224"))  # timm calls no qkv there
+    attn = made.blocks[0].attn
+    assert type(attn.qkv) is nn.Linear and type(attn.proj) is Int8Linear
 
 
 @pytest.mark.parametrize("make", [*MODELS.values(), neurons], ids=[*MODELS, "neurons"])
@@ -109,10 +105,10 @@ def test_optimize_runs_the_same_numbers(make, pool):
     kinds = {type(m) for m in fused}
     assert kinds == {FusedAttention, FusedMlp if make is compressed else FusedDenseMlp}
     with torch.inference_mode():
-        exact, found, float_one = made(x), fast(x), adacomcat.optimize(model)(x)
-    # A number near a half may round the other way, and one block attends in float.
-    assert relative_error(found, exact) < (2e-3 if pool == "avg" else 0.05)
-    assert relative_error(float_one, exact) > 4e-3
+        exact, found, float_one = made(x), fast(x), model(x)
+    # The last attention for the class token alone rounds no activation.
+    allowed = 0.1 if pool == "avg" else 1
+    assert relative_error(found, exact) < allowed * relative_error(float_one, exact)
 
 
 def test_a_fused_module_rounds_activations():

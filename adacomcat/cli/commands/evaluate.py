@@ -154,7 +154,8 @@ def _show(args: argparse.Namespace, found: dict[str, Any]) -> None:
 
 
 def _row(of: dict[str, Any], values: dict[str, Any]) -> dict[str, float]:
-    row = {"params": of["params"], "bytes": of["bytes"], "top1": values["top1"], "top5": values["top5"]}
+    row = {"params": of["params"], "bytes": of["bytes"],
+           "top1": values["top1"], "top5": values["top5"]}
     return row | ({"loss": of["loss"]} if "loss" in of else {})
 
 
