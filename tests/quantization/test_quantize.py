@@ -16,7 +16,7 @@ from adacomcat.convert.quantized import int8_layers, is_quantized
 from adacomcat.convert.record import ranks_as_they_are
 from adacomcat.layers.fused import FusedAttention, FusedDenseMlp, FusedMlp
 from adacomcat.layers.int8 import Int8Linear
-from adacomcat.layers.packed import PackedModule
+from adacomcat.layers.packed import PackedModule, unpacked
 from adacomcat.utils.model import tokens_and_outputs
 
 MODELS = {"dense": dense_model, "low-rank": compressed}
@@ -97,18 +97,21 @@ def test_the_ranks_stay_known():
 def test_optimize_runs_the_same_numbers(make, pool):
     model = make(architecture="vit_tiny_patch16_224", img_size=32, **SMALL, global_pool=pool,
                  init_values=0.5)
-    x = images(model, 4)
+    x = images(model, 16)
     made = adacomcat.quantize(model, images(model, 8))
     fast = adacomcat.optimize(made)
     fused = [m for m in fast.modules() if isinstance(m, PackedModule)]
     assert len(fused) == 4 and all(module.is_int8 for module in fused)
     kinds = {type(m) for m in fused}
     assert kinds == {FusedAttention, FusedMlp if make is compressed else FusedDenseMlp}
+    formula = unpacked(copy.deepcopy(fast))
     with torch.inference_mode():
-        exact, found, float_one = made(x), fast(x), model(x)
-    # The last attention for the class token alone rounds no activation.
-    allowed = 0.1 if pool == "avg" else 1
-    assert relative_error(found, exact) < allowed * relative_error(float_one, exact)
+        exact, found, unfused, float_one = made(x), fast(x), formula(x), model(x)
+    rounding = relative_error(exact, float_one)
+    # The last attention for the class token alone rounds no activation; kernels may round finer.
+    assert relative_error(unfused, exact) < (0.1 if pool == "avg" else 1) * rounding
+    assert relative_error(found, exact) < 1.5 * rounding
+    assert 0.3 * rounding < relative_error(found, float_one) < 2 * rounding
 
 
 def test_a_fused_module_rounds_activations():
