@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         layers,
         ops,
         plan,
+        quantization,
         report,
         search,
         sites,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from adacomcat.fuse import optimize
     from adacomcat.layers import LowRankAttention, LowRankLinear, LowRankMlp
     from adacomcat.plan import RankPlan
+    from adacomcat.quantization import quantize
     from adacomcat.sites import Site, find_sites
 
 # Public name → the module that defines it.
@@ -73,6 +75,7 @@ _HOME = {
     "from_plain": "convert.plain",
     "load": "elastic",
     "optimize": "fuse",
+    "quantize": "quantization",
     "recover": "distill.recovery",
     "register_attention": "families",
     "save": "checkpoint",
@@ -86,8 +89,9 @@ __all__ = ["Calibration", "LowRankAttention", "LowRankLinear", "LowRankMlp", "Ra
            "checkpoint", "collages", "compress", "compress_", "compression", "convert", "cost",
            "customize", "data", "deploy", "distill", "elastic", "errors", "evaluation", "export",
            "factorize", "families", "find_sites", "from_plain", "fuse", "latency", "layers", "load",
-           "ops", "optimize", "plan", "recover", "register_attention", "report", "save",
-           "save_elastic", "search", "sites", "to_dense", "to_plain", "train", "with_collages"]
+           "ops", "optimize", "plan", "quantization", "quantize", "recover", "register_attention",
+           "report", "save", "save_elastic", "search", "sites", "to_dense", "to_plain", "train",
+           "with_collages"]
 
 # Public modules.
 _MODULES = frozenset(__all__) - frozenset(_HOME)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from adacomcat.allocation.survey import Survey, survey
 from adacomcat.convert.calibrate import calibration_batches
 from adacomcat.convert.factors import SiteFactors, require_finite_model
+from adacomcat.convert.quantized import require_not_quantized
 from adacomcat.errors import UserError
 from adacomcat.factorize.factors import (
     LinearFactors,
@@ -149,6 +150,7 @@ def calibrate(model: nn.Module, images: Tensor | Iterable, *, keep_images: bool 
             have.
     """
     model = unwrapped(model)
+    require_not_quantized(model, "calibrate")
     require_finite_model(model)
     batches = calibration_batches(images, model, "images")
     sites = find_sites(model, prunable_mlps(model), include, exclude)

@@ -20,6 +20,7 @@ from adacomcat.calibration import Calibration, calibrate
 from adacomcat.convert.calibrate import calibration_batches
 from adacomcat.convert.factors import Factors, factorize_model, require_finite_model
 from adacomcat.convert.model import BLOCKS, convert_, model_statistics
+from adacomcat.convert.quantized import require_not_quantized
 from adacomcat.convert.record import Refined, compression_of, record_
 from adacomcat.convert.sequential import sequential_blocks
 from adacomcat.errors import UserError
@@ -106,6 +107,7 @@ def compress_(model: nn.Module, *, keep_params: float | None = None,
               refine_images: Tensor | Iterable | None = None) -> nn.Module:
     """``compress`` in place, with its arguments and errors; returns ``model``, unwrapped."""
     model = unwrapped(model)
+    require_not_quantized(model, "compress")
     goal = _goal(keep_params, keep_macs, max_latency_ms, plan, multiple, latency_batch, deploy)
     goal = goal.resolved(model) if isinstance(goal, RankPlan) else goal
     _require_agreement(goal, calibration, refit, include, exclude, refine)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from adacomcat.layers.int8 import Int8Linear
 from adacomcat.moved import forward
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Rank, Site
@@ -34,7 +35,15 @@ class Work(NamedTuple):
 
 
 def model_params(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Weights and biases, int8 weights among them; their scales do not count."""
+    return (sum(parameter.numel() for parameter in model.parameters())
+            + sum(module.weight.numel() for module in model.modules()
+                  if isinstance(module, Int8Linear)))
+
+
+def model_bytes(model: nn.Module) -> int:
+    """What a state dict holds, scales of int8 weights among it."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
 def plan_params(model: nn.Module, plan: RankPlan) -> int:

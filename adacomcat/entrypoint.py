@@ -6,6 +6,7 @@ no other module of this package; the functions import what they need.
 
 import inspect
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -21,12 +22,13 @@ def register(timm: ModuleType) -> None:
 
 
 def adacomcat_vit(pretrained: bool = False, **kwargs: Any) -> Any:
-    """The architecture ``base`` of timm with the low-rank modules of ``plan``.
+    """The architecture ``base`` of timm with the low-rank modules of ``plan``, or int8 layers.
 
     Args:
         pretrained: load the weights of the checkpoint folder.
         kwargs: the ``model_args`` of config.json: ``base``, ``plan`` (site name → rank),
-            ``plain`` (whether ``to_plain`` follows) and the keyword arguments of ``base``.
+            ``plain`` (whether ``to_plain`` follows), ``int8`` (names of int8 layers) and the
+            keyword arguments of ``base``.
 
     Raises:
         UserError: ``base`` is missing, as when the model is created by its name.
@@ -63,7 +65,7 @@ def _feature_cfg(kwargs: dict[str, Any]) -> dict[str, Any] | None:
     module.build_model_with_cfg = listen
     try:
         construct(**{name: value for name, value in kwargs.items()
-                     if name not in ("base", "plan", "plain")})
+                     if name not in ("base", "plan", "plain", "int8")})
     finally:
         module.build_model_with_cfg = builder
     for name in told:
@@ -71,11 +73,13 @@ def _feature_cfg(kwargs: dict[str, Any]) -> dict[str, Any] | None:
     return told or None
 
 
-def _build(base: str, plan: dict[str, Any], plain: bool = False, **model_args: Any) -> Any:
+def _build(base: str, plan: dict[str, Any], plain: bool = False, int8: Sequence[str] = (),
+           **model_args: Any) -> Any:
     import timm
 
     from adacomcat.convert.install import build_skeleton
     from adacomcat.convert.plain import to_plain
+    from adacomcat.convert.quantized import int8_skeleton_
     from adacomcat.convert.record import record_
     from adacomcat.plan import RankPlan
 
@@ -84,7 +88,8 @@ def _build(base: str, plan: dict[str, Any], plain: bool = False, **model_args: A
     record_(model, source={
         "architecture": base,
         "model_args": {k: v for k, v in model_args.items() if k not in runtime}})
-    return to_plain(model) if plain else model
+    model = to_plain(model) if plain else model
+    return int8_skeleton_(model, int8) if int8 else model
 
 
 def classifiers(pretrained_cfg: dict[str, Any]) -> tuple[str, ...]:

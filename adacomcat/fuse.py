@@ -14,13 +14,17 @@ from adacomcat.layers.fused import (
     FusedPatches,
     Sublayer,
     is_layer_norm,
+    is_trivial,
 )
+from adacomcat.layers.int8 import Int8Linear
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.mlp import LowRankMlp, activation_name
 from adacomcat.layers.packed import PackedModule
 from adacomcat.layers.plain import altered_inside, is_plain
 from adacomcat.layers.registry import (
     BlockParts,
+    MlpParts,
+    Residual,
     attention_family,
     attention_parts,
     attention_tier,
@@ -29,6 +33,7 @@ from adacomcat.layers.registry import (
     mlp_parts,
     patch_projection,
 )
+from adacomcat.layers.stock import LinearPair, PlainAttention
 from adacomcat.moved import forward
 from adacomcat.utils.memory import return_freed_memory
 from adacomcat.utils.model import copied, unwrapped
@@ -106,8 +111,30 @@ def fused_attention(block: BlockParts) -> nn.Module:
     """x + scale(attn(norm(x))), as one op where there is one."""
     part = block.attn
     fits = is_layer_norm(part.norm) and (
-        _is_whole(part.inner, LowRankAttention) or _fuses_dense(part.inner))
+        _is_whole(part.inner, LowRankAttention) or _fuses_dense(part.inner)
+        or (_fuses_int8_attention(part.inner) and is_trivial(part.norm)))
     return FusedAttention(part) if fits else Sublayer(part)
+
+
+def _fuses_int8_attention(attn: nn.Module) -> bool:
+    """Whether ``attn`` is quantised as a whole, and the op computes it."""
+    if altered_inside(attn):
+        return False
+    if type(attn) is PlainAttention:
+        return (attn.made_from is LowRankAttention
+                and _are_int8(attn.q, attn.k, attn.v, attn.proj))
+    family = attention_family(attn)
+    if family is None or family.low_rank.get("A") is not LowRankAttention:
+        return False
+    if family.tier(attn, None) != "A":
+        return False
+    parts = family.read(attn)
+    return _are_int8(parts.q.origin, parts.k.origin, parts.v.origin, parts.out.origin)
+
+
+def _are_int8(*layers: nn.Module | None) -> bool:
+    """Whether the layers are int8 and on a CPU, where the ops multiply int8."""
+    return all(type(layer) is Int8Linear and layer.weight.is_cpu for layer in layers)
 
 
 def _is_whole(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -140,9 +167,21 @@ def fused_mlp(block: BlockParts) -> nn.Module:
                  and activation_name(mlp.act) is not None)
         return FusedMlp(part) if whole else Sublayer(part)
     parts = mlp_parts(mlp)
-    if parts is None or not parts.dense or activation_name(parts.act) is None:
+    if parts is None or activation_name(parts.act) is None:
         return Sublayer(part)
-    return FusedDenseMlp(part, parts)
+    if parts.dense:
+        return FusedDenseMlp(part, parts)
+    return _fused_int8_mlp(part, parts)
+
+
+def _fused_int8_mlp(part: Residual, mlp: MlpParts) -> nn.Module:
+    if not (mlp.plain and is_trivial(part.norm)) or altered_inside(part.inner):
+        return Sublayer(part)
+    fc1, fc2 = mlp.fc1, mlp.fc2
+    if _are_int8(fc1, fc2):
+        return FusedDenseMlp(part, mlp)
+    pairs = type(fc1) is type(fc2) is LinearPair and _are_int8(*fc1.children(), *fc2.children())
+    return FusedMlp(part) if pairs else Sublayer(part)
 
 
 def _takes_patches(proj: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from torch import nn
 from adacomcat import data
 from adacomcat.convert.factors import require_finite_model
 from adacomcat.convert.model import convert_
+from adacomcat.convert.quantized import require_not_quantized
 from adacomcat.convert.record import compression_of
 from adacomcat.cost import model_params
 from adacomcat.distill.config import TrainConfig
@@ -84,6 +85,7 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
         torch.set_num_threads(config.threads)
     if plan is not None and config.refine:
         raise UserError("a plan fixes the ranks and leaves nothing to refine: give one of them")
+    require_not_quantized(model, "train")
     require_finite_model(model)
     plan = None if plan is None else plan.resolved(model)
     processes = start_processes(config.device, config.timeout)

@@ -17,8 +17,8 @@ from pathlib import Path
 DIRECTION = (
     "errors", "moved", "__init__", "utils", "entrypoint", "kernels", "data", "ops", "factorize",
     "layers", "families", "sites", "plan", "convert", "fuse", "cost", "latency", "checkpoint",
-    "allocation", "calibration", "compression", "elastic", "search", "distill", "train", "deploy",
-    "evaluation", "customize", "report", "cli", "__main__",
+    "allocation", "calibration", "compression", "quantization", "elastic", "search", "distill",
+    "train", "deploy", "evaluation", "customize", "report", "cli", "__main__",
 )
 # Only these may import modules of the package inside a function.
 LATE = ("__init__", "entrypoint", "cli")

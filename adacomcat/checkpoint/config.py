@@ -89,9 +89,12 @@ def _is_interpolation(value: Any) -> bool:
         return False
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 def _names(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list)
-                                      and all(isinstance(name, str) for name in value))
+    return isinstance(value, str) or _are_names(value)
 
 
 _SIZE = (_is_size, "a size [channels, height, width]")
@@ -108,7 +111,7 @@ _TOP: Mapping[str, tuple[Check, str]] = {
 }
 _MODEL_ARGS: Mapping[str, tuple[Check, str]] = {
     "base": _WORD, "plan": (_is_plan, 'an object of ranks, like {"blocks.0.attn.qk": 32}'),
-    "plain": _FLAG, "num_classes": _CLASSES,
+    "plain": _FLAG, "int8": (_are_names, "a list of names of layers"), "num_classes": _CLASSES,
     "in_chans": (_whole, "a whole number of at least 1"),
 }
 _PRETRAINED: Mapping[str, tuple[Check, str]] = {

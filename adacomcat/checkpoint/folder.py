@@ -1,7 +1,8 @@
 """Checkpoint folders: model.safetensors, and a config.json in timm's layout that has the plan.
 
     config.json   architecture   'adacomcat_vit'; where nothing was compressed timm's own name
-                  model_args     base (timm's name), plan (site → rank), and base's arguments
+                  model_args     base (timm's name), plan (site → rank), int8 (names of layers
+                                 whose weights are int8, with scales), and base's arguments
                   num_classes, num_features, pretrained_cfg   as timm writes them
                   checksums      of the files beside it: name → XXH3 with 128 bits
 
@@ -27,6 +28,7 @@ from adacomcat.checkpoint.config import CONFIG, NO_MODEL_ARGS, read_config
 from adacomcat.checkpoint.gauge import with_gauge, without_gauge
 from adacomcat.checkpoint.weights import load_weights_, read_weights
 from adacomcat.convert.plain import is_plain_form, require_not_optimized
+from adacomcat.convert.quantized import int8_layers, require_not_quantized
 from adacomcat.convert.record import compression_of, ranks_as_they_are
 from adacomcat.errors import UserError
 from adacomcat.utils.checksum import file_checksum
@@ -41,7 +43,7 @@ WEIGHTS = "model.safetensors"
 _SOURCE_KEYS = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source",
                 "architecture", "tag", "custom_load", "label_offset"}
 # Arguments of a timm model that a folder leaves to whoever loads it, or writes in its own way.
-_RUNTIME_ARGS = {"base", "plan", "plain", "device", "dtype", "drop_rate", "drop_path_rate",
+_RUNTIME_ARGS = {"base", "plan", "plain", "int8", "device", "dtype", "drop_rate", "drop_path_rate",
                  "proj_drop_rate", "attn_drop_rate", "pos_drop_rate", "patch_drop_rate"}
 
 
@@ -71,6 +73,7 @@ def save(model: nn.Module, folder: str | Path, *, architecture: str | None = Non
     weights = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
                for name, tensor in model.state_dict().items()}
     if gauge:
+        require_not_quantized(model, "gauge")
         weights = without_gauge(model, weights)
     _require_same(model, _rebuilt(config, with_gauge(weights)), config)
     try:
@@ -166,15 +169,18 @@ def describe(model: nn.Module, architecture: str | None = None,
     current = _current_args(model)
     args = {k: v for k, v in model_args.items() if k not in _RUNTIME_ARGS | NO_MODEL_ARGS} | current
     ranks = ranks_as_they_are(model)
+    int8 = int8_layers(model)
     compressed = {"base": architecture, "plan": ranks, **args}
+    if int8:
+        compressed["int8"] = int8
     if is_plain_form(model):
         compressed["plain"] = True
     config = {
-        "architecture": ENTRYPOINT if ranks else architecture,
+        "architecture": ENTRYPOINT if ranks or int8 else architecture,
         "num_classes": class_count(model),
         "num_features": model.num_features,
         "pretrained_cfg": _pretrained_cfg(model, source),
-        "model_args": compressed if ranks else args,
+        "model_args": compressed if ranks or int8 else args,
     }
     return _plain(config)
 

@@ -165,6 +165,8 @@ def require_fit(model: nn.Module, weights: Mapping[str, Tensor], source: str) ->
 
 def _kind(tensor: Tensor) -> str:
     """The kind of its numbers; between kinds a copy would round or lose a part."""
+    if tensor.dtype == torch.int8:
+        return "int8"
     if tensor.is_complex():
         return "complex"
     return "real" if tensor.is_floating_point() else "whole"

@@ -30,6 +30,7 @@ from adacomcat.utils.limits import (
     PERCENT,
     POSITIVE,
     PROCESSES,
+    QUANTIZATIONS,
     SEED,
     WAITING,
 )
@@ -139,9 +140,13 @@ def _seed(parser: Parser) -> None:
                         help="seed of all random choices (default: %(default)s)")
 
 
-def _output(parser: Parser) -> None:
+def _folder(parser: Parser) -> None:
     parser.add_argument("-o", "--output", type=path, metavar="DIR",
                         help="checkpoint folder to write, absent or empty")
+
+
+def _output(parser: Parser) -> None:
+    _folder(parser)
     parser.add_argument("--gauge", action="store_true",
                         help="leave redundant numbers out of the file: r² for each "
                              "factorisation of rank r")
@@ -294,9 +299,19 @@ def _status(parser: Parser) -> None:
                         help="where train keeps its state (default: DIR.state)")
 
 
-def _export(parser: Parser) -> None:
+def _named_folder(parser: Parser) -> None:
     parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="DIR",
                         help="the same as --model DIR")
+
+
+def _quantize(parser: Parser) -> None:
+    parser.add_argument("--quantize", choices=QUANTIZATIONS,
+                        help="round weights and activations of the result, as the command "
+                             "quantize does, with the images that calibrate")
+
+
+def _export(parser: Parser) -> None:
+    _named_folder(parser)
     group = parser.add_argument_group("export")
     group.add_argument("--format", choices=EXPORT_FORMATS, help="what is written")
     group.add_argument("-o", "--output", type=path, metavar="PATH",
@@ -336,8 +351,10 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
     "calibrate": ("Keep what images tell of a model, for any number of budgets.",
                   (_model, _filters, _data, calibration(256), keeping, _seed, _device)),
     "compress": ("Compress a model without training.",
-                 (_model, _budget, elastic, _filters, _refine, kept, _data, calibration(256),
-                  _output, _report, _seed, _device)),
+                 (_model, _budget, elastic, _filters, _refine, _quantize, kept, _data,
+                  calibration(256), _output, _report, _seed, _device)),
+    "quantize": ("Round weights and activations to int8, the last step before a model runs.",
+                 (_model, _named_folder, _data, calibration(64), _folder, _seed, _device)),
     "train": ("Search ranks, train and distil; or train a model as it is.",
               (_model, _data, training_flags.train, training_flags.optimizer,
                training_flags.augmentation, training_flags.search, _refine, _output, _report,
@@ -369,7 +386,7 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
 # command → destinations of the flags that it needs, from the command line or the YAML file
 REQUIRED = {
     "doctor": (), "inspect": ("model",), "calibrate": ("model", "output"),
-    "compress": ("model", "output"),
+    "compress": ("model", "output"), "quantize": ("model", "output"),
     "train": ("model", "data", "output"), "evaluate": ("model",), "profile": ("model",),
     "recover": ("model", "teacher", "output"), "export": ("model", "format"),
     "report": (), "status": (), "pareto": ("model", "output"),

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from adacomcat.convert.install import join_mlps_
+from adacomcat.convert.quantized import require_not_quantized
 from adacomcat.errors import UserError
 from adacomcat.layers.attention import LowRankAttention
 from adacomcat.layers.fused import FusedAttention, FusedDenseMlp, FusedMlp, FusedPatches
@@ -50,6 +51,7 @@ def from_plain(model: nn.Module) -> nn.Module:
     Raises:
         UserError: A linear layer is quantised or carries an adapter.
     """
+    require_not_quantized(model, "from_plain")
     made = _replaced(copied(unwrapped(model)), LinearPair | PlainAttention, _unplain)
     join_mlps_(made)
     return made

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypedDict
 from torch import Tensor, nn
 
 from adacomcat.layers.attention import LowRankAttention
+from adacomcat.layers.int8 import Int8Linear
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.registry import mlp_parts
 from adacomcat.layers.stock import LinearPair, PlainAttention
@@ -97,7 +98,8 @@ def ranks_as_they_are(model: nn.Module) -> dict[str, Rank]:
     pruned = {name.removesuffix(HIDDEN) for name, rank in recorded.items()
               if name.endswith(HIDDEN) and rank != DENSE}
     for name, module in model.named_modules():
-        if name in pruned and (parts := mlp_parts(module)) is not None and parts.dense:
+        if name in pruned and (parts := mlp_parts(module)) is not None and (
+                parts.dense or isinstance(parts.fc1, Int8Linear)):
             found[name + HIDDEN] = parts.linears[0].out_features
     return found
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from adacomcat.checkpoint.build import build
 from adacomcat.checkpoint.folder import describe
 from adacomcat.convert.plain import from_plain, is_plain_form, require_not_optimized
+from adacomcat.convert.quantized import require_not_quantized
 from adacomcat.errors import UserError
 from adacomcat.layers.attention import LowRankAttention
 from adacomcat.layers.linear import LowRankLinear
@@ -30,6 +31,7 @@ def to_dense(model: nn.Module) -> nn.Module:
             its dense architecture lacks a bias that the compressed one has.
     """
     require_not_optimized(model, "to_dense")
+    require_not_quantized(model, "to_dense")
     model = unwrapped(model)
     model = from_plain(model) if is_plain_form(model) else copied(model)
     config = describe(model)

@@ -21,6 +21,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from adacomcat.convert.calibrate import BATCH
+from adacomcat.convert.quantized import require_not_quantized
 from adacomcat.distill.losses import BlockFeatures, aligned_blocks, mse_loss, relative_error
 from adacomcat.distill.optimizer import require_optimizer
 from adacomcat.distill.teacher import require_teacher
@@ -101,6 +102,7 @@ def recover(student: nn.Module, teacher: nn.Module, batches: Iterable,
             gradient is not finite.
     """
     config = (RecoveryConfig() if config is None else config).checked()
+    require_not_quantized(student, "recover")
     require_teacher(student, teacher, tokens_and_outputs)
     blocks = [len(getattr(model, "blocks", ())) for model in (teacher, student)]
     if blocks[0] != blocks[1]:

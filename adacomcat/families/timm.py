@@ -199,12 +199,10 @@ def _attention_parts(attn: Any) -> AttentionParts:
 
 def _split_qkv(attn: Any) -> list[Projection]:
     """One fused linear layer; its bias is its own, or parameters beside it, none for the keys."""
-    whole = Projection.of(attn.qkv)
-    biases = [None] * 3 if whole.bias is None else list(whole.bias.chunk(3))
+    q, k, v = Projection.of(attn.qkv).split(3)
     if getattr(attn, "q_bias", None) is not None:
-        biases = [attn.q_bias.detach(), None, attn.v_bias.detach()]
-    return [whole._replace(weight=weight, bias=bias)
-            for weight, bias in zip(whole.weight.chunk(3), biases, strict=True)]
+        q, v = q._replace(bias=attn.q_bias.detach()), v._replace(bias=attn.v_bias.detach())
+    return [q, k, v]
 
 
 def _plain_attention(attn: Any) -> bool:

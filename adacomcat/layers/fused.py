@@ -19,8 +19,14 @@ from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.mlp import LowRankMlp, activation_name
 from adacomcat.layers.packed import PackedModule
 from adacomcat.layers.plain import is_plain, is_plain_linear
-from adacomcat.layers.registry import MlpParts, Residual, attention_weights
-from adacomcat.layers.stock import causal_mask
+from adacomcat.layers.registry import (
+    MlpParts,
+    Projection,
+    Residual,
+    attention_parts,
+    attention_weights,
+)
+from adacomcat.layers.stock import PlainAttention, causal_mask
 from adacomcat.ops import inference
 
 
@@ -43,8 +49,13 @@ class Projections(NamedTuple):
     bo: Tensor
 
 
+Scales = dict[str, Tensor]  # weight of a quantised sublayer → (out,); empty in others
+
+
 class FusedAttention(PackedModule):
     """x + ls · attention(norm(x)), for a ``LowRankAttention`` or a dense attention of tier A.
+
+    Both may be quantised; then the norm is trivial.
 
     Args:
         part: The attention's half of a block; its norm satisfies ``is_layer_norm``.
@@ -63,9 +74,10 @@ class FusedAttention(PackedModule):
 
     def __init__(self, part: Residual) -> None:
         super().__init__()
-        attn, like = part.inner, next(part.inner.parameters())
+        attn, like = part.inner, _first_float(part.inner)
         affine = _affine(part.norm, like)
         p, self.num_heads, self.scale = _projections(attn)
+        scales = _attention_scales(attn)
         gamma = _gamma(part, p.wo)
         self.epsilon = affine.epsilon
         # The norm's bias cancels in the softmax where every key has it, and passes through the
@@ -74,7 +86,9 @@ class FusedAttention(PackedModule):
         _set_weights(self, like, wq=p.wq * affine.weight, wk=p.wk * affine.weight,
                      wv=p.wv * affine.weight, bq=p.bq + p.wq @ affine.bias,
                      wo=gamma.unsqueeze(1) * p.wo, bo=gamma * bo)
-        if like.is_cuda:
+        if scales:
+            self.quantize_(**scales | {"wo": _times(scales["wo"], gamma)})
+        elif like.is_cuda:
             _join_(self.wq, self.wk, self.wv)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None,
@@ -89,7 +103,7 @@ class FusedAttention(PackedModule):
 
 
 class FusedMlp(PackedModule):
-    """x + ls · mlp(norm(x)), for a ``LowRankMlp``."""
+    """x + ls · mlp(norm(x)), for a ``LowRankMlp``, or timm's of two pairs of int8 layers."""
 
     op = "low_rank_mlp"
     operands = ("v1", "u1", "b1", "v2", "u2", "b2")
@@ -97,19 +111,21 @@ class FusedMlp(PackedModule):
 
     def __init__(self, part: Residual) -> None:
         super().__init__()
-        mlp = cast(LowRankMlp, part.inner)
-        affine = _affine(part.norm, mlp.fc1.v)
-        gamma = _gamma(part, mlp.fc2.u)
-        v1, u1, u2 = (w.detach().double() for w in (mlp.fc1.v, mlp.fc1.u, mlp.fc2.u))
-        self.activation, self.epsilon = mlp.activation, affine.epsilon
-        factors = MlpFactors(affine.weight.unsqueeze(1) * v1, u1,
-                             _bias(mlp.fc1) + u1 @ (affine.bias @ v1),
-                             mlp.fc2.v.detach().double(), gamma.unsqueeze(1) * u2)
-        like = mlp.fc1.v
+        mlp, like = cast(LowRankMlp, part.inner), _first_float(part.inner)
+        affine = _affine(part.norm, like)
+        fc1, fc2 = _factors(mlp.fc1), _factors(mlp.fc2)
+        gamma = _gamma(part, fc2.u)
+        self.activation, self.epsilon = activation_name(mlp.act), affine.epsilon
+        factors = MlpFactors(affine.weight.unsqueeze(1) * fc1.v, fc1.u,
+                             fc1.bias + fc1.u @ (affine.bias @ fc1.v),
+                             fc2.v, gamma.unsqueeze(1) * fc2.u)
         # The identities save products; in bfloat16 and float16 they would cost one more rounding.
-        if like.is_cpu and like.dtype == torch.float32:
+        if like.is_cpu and like.dtype == torch.float32 and not fc1.scales:
             factors = identity_gauge(factors)
-        _set_weights(self, like, **factors._asdict(), b2=gamma * _bias(mlp.fc2))
+        _set_weights(self, like, **factors._asdict(), b2=gamma * fc2.bias)
+        if fc1.scales:
+            self.quantize_(v1=fc1.scales["v"], u1=fc1.scales["u"], v2=fc2.scales["v"],
+                           u2=_times(fc2.scales["u"], gamma))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fused(x, self.activation)
@@ -124,13 +140,16 @@ class FusedDenseMlp(PackedModule):
 
     def __init__(self, part: Residual, mlp: MlpParts) -> None:
         super().__init__()
-        fc1, fc2 = mlp.linears
-        affine = _affine(part.norm, fc1.weight)
+        fc1, fc2 = (Projection.of(cast(nn.Linear, linear)) for linear in (mlp.fc1, mlp.fc2))
+        like = _first_float(part.inner)
+        affine = _affine(part.norm, like)
         gamma = _gamma(part, fc2.weight)
-        w1, w2 = (linear.weight.detach().double() for linear in (fc1, fc2))
+        w1, w2 = fc1.weight.double(), fc2.weight.double()
         self.activation, self.epsilon = activation_name(mlp.act), affine.epsilon
-        _set_weights(self, fc1.weight, w1=w1 * affine.weight, b1=_bias(fc1) + w1 @ affine.bias,
+        _set_weights(self, like, w1=w1 * affine.weight, b1=_bias(fc1) + w1 @ affine.bias,
                      w2=gamma.unsqueeze(1) * w2, b2=gamma * _bias(fc2))
+        if fc1.scale is not None and fc2.scale is not None:
+            self.quantize_(w1=fc1.scale, w2=_times(fc2.scale, gamma))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fused(x, self.activation)
@@ -235,6 +254,13 @@ def is_layer_norm(norm: nn.Module) -> bool:
     return known and len(cast(nn.LayerNorm, norm).normalized_shape) == 1
 
 
+def is_trivial(module: nn.Module) -> bool:
+    """Whether a layer norm multiplies by nothing and adds nothing: weights keep their grid."""
+    norm = cast(nn.LayerNorm, module)
+    return ((norm.weight is None or bool((norm.weight == 1).all()))
+            and (norm.bias is None or not norm.bias.any()))
+
+
 def _affine(module: nn.Module, like: Tensor) -> Norm:
     """``like``: on the device of the projections, for a norm that has no weight."""
     norm = cast(nn.LayerNorm, module)
@@ -249,10 +275,64 @@ def _projections(attn: nn.Module) -> tuple[Projections, int, float]:
     if isinstance(attn, LowRankAttention):
         weights = (attn.wq, attn.bq, attn.wk, attn.wv, attn.wo, attn.bo)
         return (Projections(*(w.detach().double() for w in weights)), attn.num_heads, attn.scale)
+    if isinstance(attn, PlainAttention):
+        q, k, v, out = _plain_projections(attn)
+        bias = _bias(out) if v.bias is None else _bias(out) + out.weight.double() @ _bias(v)
+        return (Projections(q.weight.double(), _bias(q), k.weight.double(), v.weight.double(),
+                            out.weight.double(), bias), attn.num_heads, attn.scale)
     w = attention_weights(attn)
     wq, bq, wk, wv, bv = (t.double().flatten(0, 1) for t in (w.wq, w.bq, w.wk, w.wv, w.bv))
     wo = w.wo.double().transpose(0, 1).flatten(1)
     return Projections(wq, bq, wk, wv, wo, w.bo.double() + wo @ bv), len(w.wq), w.scale
+
+
+def _plain_projections(attn: PlainAttention) -> list[Projection]:
+    return [Projection.of(cast(nn.Linear, linear))
+            for linear in (attn.q, attn.k, attn.v, attn.proj)]
+
+
+def _attention_scales(attn: nn.Module) -> Scales:
+    if isinstance(attn, LowRankAttention):
+        return {}
+    if isinstance(attn, PlainAttention):
+        projections = _plain_projections(attn)
+    else:
+        parts = attention_parts(attn)
+        projections = [parts.q, parts.k, parts.v, parts.out]
+    return {name: projection.scale for name, projection
+            in zip(("wq", "wk", "wv", "wo"), projections, strict=True)
+            if projection.scale is not None}
+
+
+class Factors(NamedTuple):
+    """Of one projection, in float64."""
+
+    v: Tensor  # (in, r)
+    u: Tensor  # (out, r)
+    bias: Tensor  # (out,)
+    scales: Scales
+
+
+def _factors(linear: nn.Module) -> Factors:
+    if isinstance(linear, LowRankLinear):
+        return Factors(linear.v.detach().double(), linear.u.detach().double(),
+                       _bias(Projection(linear.u, linear.bias)), {})
+    first, second = (Projection.of(cast(nn.Linear, layer)) for layer in linear.children())
+    assert first.scale is not None and second.scale is not None, "fused_mlp admits int8 pairs"
+    return Factors(first.weight.double().T, second.weight.double(), _bias(second),
+                   {"v": first.scale, "u": second.scale})
+
+
+def _times(scale: Tensor, gamma: Tensor) -> Tensor:
+    """The scales of rows that a layer scale multiplies; positive where it is zero, too."""
+    scaled = scale * gamma.abs()
+    return scaled.where(scaled > 0, 1)
+
+
+def _first_float(module: nn.Module) -> Tensor:
+    """Whose device and dtype the fused weights get."""
+    return next(tensor for tensor in (*module.parameters(), *module.buffers())
+                if tensor.is_floating_point())
 
 
 def _gamma(part: Residual, like: Tensor) -> Tensor:
@@ -261,11 +341,10 @@ def _gamma(part: Residual, like: Tensor) -> Tensor:
     return like.new_ones(like.shape[0], dtype=torch.float64)
 
 
-def _bias(linear: LowRankLinear | nn.Linear) -> Tensor:
-    if linear.bias is None:
-        device = next(linear.parameters()).device
-        return torch.zeros(linear.out_features, dtype=torch.float64, device=device)
-    return linear.bias.detach().double()
+def _bias(projection: Projection) -> Tensor:
+    if projection.bias is None:
+        return projection.weight.new_zeros(len(projection.weight), dtype=torch.float64)
+    return projection.bias.detach().double()
 
 
 def _set_weights(module: nn.Module, like: Tensor, **weights: Tensor) -> None:

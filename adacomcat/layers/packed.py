@@ -2,6 +2,9 @@
 
 A weight is held once: packed. It is read back whenever it is asked for: by its name, in
 ``state_dict``, when the module moves, is copied or pickled, and where a formula computes it.
+
+Weights of a quantised model lie on a grid, whole numbers times a scale for each output channel. The
+scales are buffers beside them, ``wq_scale`` of ``wq``; products then round activations, too.
 """
 
 from contextlib import suppress
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 
 from adacomcat import ops
 from adacomcat.layers.stock import refuse_scripting
-from adacomcat.ops import backends, packing
+from adacomcat.ops import backends, int8, packing
 
 
 class PackedModule(nn.Module):
@@ -47,7 +50,8 @@ class PackedModule(nn.Module):
         found = {name: getattr(self, name) for name in self.weights}
         if self.forms or any(w.is_shared() or w.requires_grad for w in found.values()):
             return
-        packed = {name: packing.pack(w, self.weights[name]) for name, w in found.items()}
+        packed = {name: packing.pack(w, self.weights[name], self.scale_of(name))
+                  for name, w in found.items()}
         forms: dict[str, packing.Form | None] = {}
         for name, one in packed.items():
             if one is None:
@@ -60,6 +64,25 @@ class PackedModule(nn.Module):
                 self.register_buffer(f"{name}_kept", found[name].detach(), persistent=False)
             self._parameters[name] = None
         self.forms = forms
+
+    def quantize_(self, **scales: Tensor) -> None:
+        """Say that the weights are whole numbers times these scales; rounding is taken away."""
+        for name, scale in scales.items():
+            scale = scale.float().contiguous()
+            weight, transposed = self._parameters[name], self.weights[name]
+            assert weight is not None
+            grid = int8.Int8Weight.on_grid(weight.data if transposed else weight.data.T, scale)
+            weight.data.copy_(grid.dense if transposed else grid.dense.T)
+            self.register_buffer(f"{name}_scale", scale)
+
+    def scale_of(self, name: str) -> Tensor | None:
+        """The scales of a weight's output channels; None in a model that is not quantised."""
+        return self._buffers.get(f"{name}_scale")
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether products are those of int8 numbers."""
+        return self.scale_of(next(iter(self.weights))) is not None
 
     def unpack_(self) -> None:
         """Make the packed weights parameters again."""
@@ -86,8 +109,18 @@ class PackedModule(nn.Module):
                 results = kernel(x, *operands, *options, epsilon=self.epsilon, residual=x)
                 return results if isinstance(results, Tensor) else results[0]
         plain = self.plain_weights()
+        if self.is_int8:
+            operands = [self._on_grid(name, plain[name]) for name in self.operands]
+            return int8.sublayer(self.op, x, *operands, *options, epsilon=self.epsilon, residual=x)
         return getattr(ops, self.op)(x, *(plain[name] for name in self.operands), *options,
                                      epsilon=self.epsilon, residual=x)
+
+    def _on_grid(self, name: str, operand: Tensor | None) -> Any:
+        """A weight as whole numbers and scales, rows by output channel; a bias as it is."""
+        scale = self.scale_of(name)
+        if operand is None or scale is None:
+            return operand
+        return int8.Int8Weight.on_grid(operand if self.weights[name] else operand.T, scale)
 
     def _packed_kernel(self, x: Tensor) -> backends.Kernel | None:
         """The kernel that takes the packed weights and x; None where a formula has to serve."""
@@ -131,6 +164,10 @@ class PackedModule(nn.Module):
             weight = plain[name]
             if weight is not None:
                 destination[prefix + name] = weight if keep_vars else weight.detach()
+        for name in self.weights:
+            scale = self.scale_of(name)
+            if scale is not None:
+                destination[f"{prefix}{name}_scale"] = scale
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         packed = bool(self.forms)
@@ -142,7 +179,14 @@ class PackedModule(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         packed = bool(self.forms)
         self.unpack_()
+        scales = {name: scale for name in self.weights
+                  if (scale := self.scale_of(name)) is not None}
         result = super()._apply(fn, recurse)
+        for name, scale in scales.items():  # float32 whatever the weights become
+            moved = self.scale_of(name)
+            assert moved is not None
+            self._buffers[f"{name}_scale"] = moved if moved.dtype == scale.dtype else scale.to(
+                moved.device)
         if packed:
             self.pack_()
         return result

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, cast
 from torch import Tensor, nn
 
 from adacomcat.errors import UserError
+from adacomcat.layers.int8 import Int8Linear
 from adacomcat.layers.plain import altered, altered_inside, is_plain, is_plain_linear
 
 # A: queries with keys and values with outputs fold head by head. B: only values with outputs do.
@@ -26,9 +27,10 @@ class Projection(NamedTuple):
     bias: Tensor | None = None  # (out,)
     plain: bool = True  # whether these numbers are all that decides: see ``layers/plain.py``
     origin: nn.Module | None = None  # the layer that they were read from
+    scale: Tensor | None = None  # (out,), of an int8 layer; ``weight`` is then q · scale
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> "Projection":
+    def of(cls, linear: nn.Linear | Int8Linear) -> "Projection":
         """The whole of ``linear``.
 
         Raises:
@@ -38,7 +40,16 @@ class Projection(NamedTuple):
             raise UserError(f"{type(linear).__name__} has no weight that can be read; only linear "
                             "layers are projections")
         bias = None if linear.bias is None else linear.bias.detach()
+        if isinstance(linear, Int8Linear):
+            return cls(linear.quantized_weight.dense, bias, False, linear, linear.weight_scale)
         return cls(linear.weight.detach(), bias, is_plain_linear(linear), linear)
+
+    def split(self, parts: int) -> "list[Projection]":
+        """The rows of several projections that one layer computes, those of each one together."""
+        biases = [None] * parts if self.bias is None else self.bias.chunk(parts)
+        scales = [None] * parts if self.scale is None else self.scale.chunk(parts)
+        return [self._replace(weight=weight, bias=bias, scale=scale) for weight, bias, scale
+                in zip(self.weight.chunk(parts), biases, scales, strict=True)]
 
 
 class AttentionWeights(NamedTuple):

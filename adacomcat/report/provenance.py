@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from adacomcat.checkpoint.folder import WEIGHTS
+from adacomcat.convert.quantized import int8_layers
 from adacomcat.convert.record import compression_of, ranks_as_they_are
-from adacomcat.cost import model_macs, model_params
+from adacomcat.cost import model_bytes, model_macs, model_params
 from adacomcat.plan import HIDDEN
 from adacomcat.sites import DENSE, Filters, Site, altered_layers, find_sites
 
@@ -85,12 +86,12 @@ def run_content(command: str, dense: nn.Module, small: nn.Module, folder: str | 
             "versions": versions(), "machine": machine(small), "models": models, "kept": kept,
             "sites": [_site(site, ranks.get(site.name, DENSE)) for site in sites],
             "left": _left(dense, sites, ranks, include, exclude),
-            "curves": _curves(small, sites, ranks)} | more
+            "curves": _curves(small, sites, ranks), "int8_layers": len(int8_layers(small))} | more
 
 
 def _counted(model: nn.Module) -> dict[str, float]:
     return {"params": model_params(model), "macs": model_macs(model),
-            "bytes": sum(t.numel() * t.element_size() for t in model.state_dict().values())}
+            "bytes": model_bytes(model)}
 
 
 def _site(site: Site, rank: int | str) -> dict[str, Any]:

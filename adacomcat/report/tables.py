@@ -15,6 +15,7 @@ LABELS = {
     "params": ("parameters", "{:,.0f}"), "macs": ("MACs per image", "{:,.0f}"),
     "top1": ("top-1 %", "{:.2f}"), "top5": ("top-5 %", "{:.2f}"), "loss": ("loss", "{:.4f}"),
     "test_loss": ("test loss", "{:.4f}"),
+    "bytes": ("bytes", "{:,.0f}"),
     "latency_ms": ("latency, ms", "{:.2f}"), "images_per_second": ("images/s", "{:,.1f}"),
 }
 

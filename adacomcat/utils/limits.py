@@ -138,6 +138,8 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 # Runtimes whose fused attention bounds the ranks.
 DEPLOYMENTS = ("any", "flash", "tensorrt")
+# What weights and activations are rounded to.
+QUANTIZATIONS = ("int8",)
 # What ``export`` writes, and in which dtypes.
 EXPORT_FORMATS = ("onnx", "openvino", "torch", "aoti", "executorch", "plain", "dense")
 EXPORT_DTYPES = ("float32", "float16", "bfloat16")

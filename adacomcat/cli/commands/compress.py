@@ -15,6 +15,7 @@ from adacomcat.elastic import save_elastic
 from adacomcat.errors import UserError
 from adacomcat.latency.timing import model_latencies
 from adacomcat.plan import RankPlan
+from adacomcat.quantization import quantize
 from adacomcat.report.files import record as record_file
 from adacomcat.report.page import write_page
 from adacomcat.report.provenance import run_content
@@ -23,6 +24,8 @@ from adacomcat.report.tables import Comparison, print_comparison, print_refineme
 
 
 def run(args: argparse.Namespace) -> Outcome:
+    if args.quantize and args.gauge:
+        raise UserError("--gauge is for factors in float: leave it out, or --quantize")
     checkpoint.require_empty(args.output)
     if args.elastic:
         return _elastic(args)
@@ -30,12 +33,14 @@ def run(args: argparse.Namespace) -> Outcome:
     seen, pictures = _seen(args, model)
     small = inputs.compressed(args, model, seen, refine=args.refine, refine_images=pictures,
                               refit=args.refit)
+    if args.quantize:
+        small = _quantized(args, small, seen)
     record = compression_of(small)
     plan = record.plan or RankPlan()
     comparison = Comparison({
-        "dense": {"params": cost.model_params(model), "macs": cost.model_macs(model)},
-        "compressed": {"params": cost.model_params(small), "macs": cost.model_macs(small)},
-    })
+        name: {"params": cost.model_params(one), "macs": cost.model_macs(one),
+               "bytes": cost.model_bytes(one)}
+        for name, one in (("dense", model), ("compressed", small))})
     if args.max_latency_ms is not None:
         found = model_latencies({"dense": model, "compressed": small}, args.latency_batch)
         for name, milliseconds in found.items():
@@ -68,7 +73,8 @@ def run(args: argparse.Namespace) -> Outcome:
 
 def _elastic(args: argparse.Namespace) -> Outcome:
     """--elastic: a folder of every size."""
-    unfit = [flag(name) for name in (*EXCLUSIVE, "refine", "gauge") if getattr(args, name, None)]
+    unfit = [flag(name) for name in (*EXCLUSIVE, "refine", "gauge", "quantize")
+             if getattr(args, name, None)]
     if unfit:
         raise UserError(f"--elastic names sizes: leave out {' and '.join(unfit)}")
     model = inputs.model(args).to(inputs.device(args))
@@ -100,6 +106,13 @@ def _seen(args: argparse.Namespace, model: nn.Module) -> tuple[Tensor | Calibrat
         raise UserError("--calibration stands for the images: leave out --calibration-dir and "
                         "--data, or --calibration")
     return Calibration.load(args.calibration), None
+
+
+def _quantized(args: argparse.Namespace, small: nn.Module,
+               seen: Tensor | Calibration | None) -> nn.Module:
+    """``small`` on int8; a calibration without images corrects nothing."""
+    images = seen.images_for(small) if isinstance(seen, Calibration) else seen
+    return quantize(small, images, args.quantize)
 
 
 def _image_count(seen: Tensor | Calibration | None) -> int:

@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> Outcome:
         found = _accuracy(args, model, dense)
     else:
         found = {"pictures": args.images} | _agreement(args, model, dense)
-    found = {"model": args.model, "params": cost.model_params(model)} | found
+    found = {"model": args.model, "params": cost.model_params(model),
+             "bytes": cost.model_bytes(model)} | found
     gate = args.min_accuracy is not None and found["top1"] < args.min_accuracy
     found["passed"] = not gate
     if args.record is not None and is_first():
@@ -96,7 +97,8 @@ def _accuracy(args: argparse.Namespace, model: nn.Module,
     if methods:
         result["train_images"] = len(train)
     if dense is not None and before is not None:
-        result["dense"] = {"params": cost.model_params(dense), "methods": {
+        result["dense"] = {"params": cost.model_params(dense),
+                           "bytes": cost.model_bytes(dense), "methods": {
             name: measures(classes, labels) for name, classes in before[0].items()}} | before[1]
         result["flips"] = {name: flips(best[name], before[0][name], labels) for name in best}
     return result
@@ -152,7 +154,8 @@ def _show(args: argparse.Namespace, found: dict[str, Any]) -> None:
 
 
 def _row(of: dict[str, Any], values: dict[str, Any]) -> dict[str, float]:
-    row = {"params": of["params"], "top1": values["top1"], "top5": values["top5"]}
+    row = {"params": of["params"], "bytes": of["bytes"],
+           "top1": values["top1"], "top5": values["top5"]}
     return row | ({"loss": of["loss"]} if "loss" in of else {})
 
 

@@ -10,12 +10,13 @@ from adacomcat.allocation.deployment import WIDTHS, fuses
 from adacomcat.cli.commands import Outcome, inputs
 from adacomcat.convert.calibrate import calibrate, calibration_batches
 from adacomcat.convert.factors import error_curves, require_finite_model
+from adacomcat.convert.quantized import int8_layers
 from adacomcat.errors import UserError
 from adacomcat.evaluation.sensitivity import sensitivity
 from adacomcat.layers.attention import LowRankAttention
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.registry import attention_parts, attention_tier
-from adacomcat.layers.stock import PlainAttention
+from adacomcat.layers.stock import LinearPair, PlainAttention
 from adacomcat.report.page import add_to_page
 from adacomcat.report.tables import bar, print_table
 from adacomcat.sites import Site, find_sites, prunable_mlps
@@ -34,7 +35,8 @@ def run(args: argparse.Namespace) -> Outcome:
     rows = [_row(site, curves[site.name]) for site in sites]
     data = {
         "model": args.model, "params": cost.model_params(model), "macs": cost.model_macs(model),
-        "low_rank_modules": _low_rank(model), "sites": rows, "attentions": _attentions(model),
+        "bytes": cost.model_bytes(model), "low_rank_modules": _low_rank(model),
+        "int8_layers": len(int8_layers(model)), "sites": rows, "attentions": _attentions(model),
     }
     if args.sensitivity:
         assert images is not None  # _require_images
@@ -79,7 +81,7 @@ def _row(site: Site, errors: Tensor) -> dict[str, Any]:
 
 
 def _low_rank(model: nn.Module) -> int:
-    return sum(isinstance(module, LowRankLinear) or hasattr(module, "rank_vo")
+    return sum(isinstance(module, LowRankLinear | LinearPair) or hasattr(module, "rank_vo")
                for module in model.modules())
 
 
@@ -122,6 +124,8 @@ def _show(data: dict[str, Any]) -> None:
                       *("yes" if row[runtime] else "no" for runtime in WIDTHS)]
                      for row in data["attentions"]])
         print(f"{data['low_rank_modules']} modules are low-rank already")
+    if data["int8_layers"]:
+        print(f"{data['int8_layers']} layers are on int8: {data['bytes']:,} bytes of weights")
     if not data["sites"] and not data["low_rank_modules"]:
         print("no site: nothing in this model can be made low-rank")
 

@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> Outcome:
     first = cells[0]
     comparison = Comparison({name: {
         "params": cost.model_params(model), "macs": cost.model_macs(model),
+        "bytes": cost.model_bytes(model),
         "latency_ms": first[name], "images_per_second": 1e3 * first["batch"] / first[name],
     } for name, model in counted.items()})
     data = {"model": args.model, "batch_size": first["batch"], "device": str(device),
