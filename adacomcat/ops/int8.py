@@ -18,7 +18,7 @@ from torch import Tensor
 from adacomcat.ops.reference import activate, attend, merge_heads, split_heads
 
 LEVELS = 127  # the largest whole number; -128 is left out, so that the grid is symmetric
-LEAST = 1e-35
+LEAST = 1e-35  # of a row whose scale has an inverse
 
 
 class Int8Weight(NamedTuple):
