@@ -73,7 +73,8 @@ def with_adapters(init: str) -> Callable[[Any, int], Parameters]:
 def with_lora(pipe: Any, seed: int) -> Parameters:
     torch.manual_seed(seed)
     pipe.unet.requires_grad_(False)
-    pipe.unet.add_adapter(LoraConfig(LORA_RANK, lora_alpha=LORA_RANK, target_modules=PROJECTIONS))
+    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=PROJECTIONS)
+    pipe.unet.add_adapter(config)
     return {name: p for name, p in pipe.unet.named_parameters() if p.requires_grad}
 
 

@@ -26,7 +26,7 @@ def quantized(weight: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
 
 
 def rounded_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Integers (m, k) of each row, and its scale (m, 1): float32's steps, whole numbers in int64."""
+    """Integers (m, k) of each row in int64, and its scale (m, 1), by float32's steps."""
     most = np.abs(x).max(1, keepdims=True, initial=0).astype(np.float32)
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.where(most >= np.float32(1e-35), np.float32(127) / most, np.float32(0))
