@@ -5,7 +5,9 @@ error where the runtime is not installed or does not take the dtype.
 """
 
 import io
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,30 +94,54 @@ def compiled(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Peer:
     """torch.compile with frozen weights, already compiled for the example's shape."""
     inductor.freezing = True
     torch.compiler.reset()
-    compiled_model = torch.compile(model.to(dtype))
+    floats = torch.float32 if dtype == torch.int8 else dtype
+    if dtype == torch.int8:
+        quantize_by_torchao(model)
+    compiled_model = torch.compile(model.to(floats))
 
     def run(x: Tensor) -> object:
-        return compiled_model(x.to(dtype))
+        return compiled_model(x.to(floats))
 
     run(example)
     return run
+
+
+def quantize_by_torchao(model: nn.Module) -> None:
+    """int8 weights by channel and activations by token, in place."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
 
 
 def onnxruntime(model: nn.Module, dtype: torch.dtype, example: Tensor, threads: int) -> Peer:
     """ONNX Runtime on the CPU, for the example's shape."""
     import onnxruntime as ort
 
-    if dtype != torch.float32:
-        raise NotImplementedError("its CPU kernels for this model are float32")
+    if dtype == torch.bfloat16:
+        raise NotImplementedError("its CPU kernels for this model are float32 and int8")
     buffer = io.BytesIO()
     program: Any = torch.onnx.export(model, (example,), dynamo=True, verbose=False)
     program.save(buffer)
+    content = buffer.getvalue()
+    if dtype == torch.int8:
+        content = quantized_onnx(content)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    session = ort.InferenceSession(buffer.getvalue(), options,
+    session = ort.InferenceSession(content, options,
                                    providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x.numpy()})
+
+
+def quantized_onnx(content: bytes) -> bytes:
+    """The model with int8 weights, and activations that are rounded as they come."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        given, made = Path(folder) / "given.onnx", Path(folder) / "made.onnx"
+        given.write_bytes(content)
+        quantize_dynamic(given, made, weight_type=QuantType.QInt8, per_channel=True)
+        return made.read_bytes()
 
 
 def openvino(model: nn.Module, dtype: torch.dtype, example: Tensor, threads: int) -> Peer:
@@ -123,8 +149,20 @@ def openvino(model: nn.Module, dtype: torch.dtype, example: Tensor, threads: int
     import openvino as ov
 
     converted = ov.convert_model(model, example_input=example, input=list(example.shape))
-    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+    if dtype == torch.int8:
+        converted = quantized_openvino(converted, example)
+    # int8 is in the model; what is left is float32.
+    precision = "bf16" if dtype == torch.bfloat16 else "f32"
     request = ov.Core().compile_model(converted, "CPU", {
         "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY"}).create_infer_request()
     return lambda x: request.infer([x.numpy()])
+
+
+def quantized_openvino(model: Any, example: Tensor) -> Any:
+    """The model with NNCF's int8, calibrated on random images."""
+    import nncf
+
+    images = [torch.randn(1, *example.shape[1:]).expand_as(example).numpy() for _ in range(16)]
+    return nncf.quantize(model, nncf.Dataset(images), model_type=nncf.ModelType.TRANSFORMER,
+                         subset_size=len(images))

@@ -31,7 +31,7 @@ REPEATS = 11
 # Half the head dimension for QK and VO, a third of the width in the MLP: 0.465 of DeiT-S.
 MODELS = {"deit_small": ("deit_small_patch16_224", 32, 128),
           "deit_base": ("deit_base_patch16_224", 32, 256)}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 def low_rank(dense: nn.Module, rank: int, rank_mlp: int) -> nn.Module:
@@ -62,12 +62,21 @@ def make_peers(name: str, dtype: torch.dtype, batch: int, threads: int,
             made.pop(peer, None)
             missing[peer] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
 
-    add("ours", lambda: peers.eager(adacomcat.optimize(ours), dtype))
-    add("ours, not fused", lambda: peers.eager(copy.deepcopy(ours), dtype))
+    floats = torch.float32 if dtype == torch.int8 else dtype
+
+    def served(model: nn.Module) -> peers.Peer:
+        chosen = adacomcat.quantize(model) if dtype == torch.int8 else model
+        return peers.eager(adacomcat.optimize(chosen), floats)
+
+    add("ours", lambda: served(ours))
+    add("ours, dense", lambda: served(dense))
+    if dtype == torch.int8:
+        add("ours, float32", lambda: peers.eager(adacomcat.optimize(ours), floats))
+    add("ours, not fused", lambda: peers.eager(copy.deepcopy(ours), floats))
     for label, model in (("dense", dense), ("low-rank", peers.plain(copy.deepcopy(ours)))):
         def fresh(model: nn.Module = model) -> nn.Module:
             return copy.deepcopy(model)
-        add(f"{label}, eager", lambda: peers.eager(fresh(), dtype))
+        add(f"{label}, eager", lambda: peers.eager(fresh(), floats))
         add(f"{label}, compiled", lambda: peers.compiled(fresh(), dtype, example))
         add(f"{label}, onnxruntime", lambda: peers.onnxruntime(fresh(), dtype, example, threads))
         add(f"{label}, openvino", lambda: peers.openvino(fresh(), dtype, example, threads))
@@ -102,7 +111,7 @@ def compare(name: str, dtype: str, batch: int, threads: int, repeats: int = REPE
         with torch.inference_mode(False), torch.no_grad():
             made, missing = make_peers(name, DTYPES[dtype], batch, threads, wanted)
         times = measure(made, torch.randn(batch, 3, 224, 224), repeats)
-        peak = gemm_peak(DTYPES[dtype])
+        peak = gemm_peak(torch.float32 if dtype == "int8" else DTYPES[dtype])
     finally:
         torch.set_num_threads(before)
     ours = times["ours"]
@@ -135,7 +144,8 @@ def activation_bytes(run: peers.Peer, x: Tensor) -> int:
 def compare_memory(name: str, dtype: str, batch: int) -> dict[str, object]:
     """Megabytes of activations, and their ratio to those of the dense model in PyTorch."""
     wanted = ["ours", "ours, not fused", "dense, eager"]
-    x = torch.randn(batch, 3, 224, 224).to(DTYPES[dtype])
+    x = torch.randn(batch, 3, 224, 224)
+    x = x if dtype == "int8" else x.to(DTYPES[dtype])
     # In a thread of its own no scratch is there yet; the first pass of a peer packs its weights.
     with torch.no_grad():
         made, _ = make_peers(name, DTYPES[dtype], 1, 1, wanted)

@@ -123,13 +123,18 @@ struct IntegerRow {
   int32_t sum;  // of the integers
 };
 
-// Rounds a row to integers, padded with zeros to four vectors.
+// A row of integers is padded with zeros to four vectors.
+inline int64_t padded_integers(int64_t k) { return (k + 4 * kLanes - 1) / (4 * kLanes) * 4 * kLanes; }
+
 inline IntegerRow to_integers(const float* row, int64_t k, LhsInteger* out) {
   const float most = magnitude(row, k), infinite = most - most;  // 0, or NaN
-  const bool normal = most >= kLeastMagnitude && infinite == 0;
-  const Vector inverse = broadcast(normal ? kMostInteger / most : 0.0f);
+  const int64_t whole = k / kLanes * kLanes, padded = padded_integers(k);
+  if (!(most >= kLeastMagnitude && infinite == 0)) {
+    __builtin_memset(out, 0, padded * kLhsSize);
+    return {infinite, 0};
+  }
+  const Vector inverse = broadcast(kMostInteger / most);
   Integers sum{};
-  const int64_t whole = k / kLanes * kLanes, padded = (k + 4 * kLanes - 1) / (4 * kLanes) * 4 * kLanes;
   const auto put = [&](int64_t j, Vector x) {
     const Integers integers = rounded(x * inverse);
     sum += integers;
@@ -144,14 +149,14 @@ inline IntegerRow to_integers(const float* row, int64_t k, LhsInteger* out) {
 #ifdef ADACOMCAT_BYTE_DOT
   for (int i = 0; i < kLanes; ++i) total += sum[i];
 #endif
-  return {most / kMostInteger + infinite, total};
+  return {most / kMostInteger, total};
 }
 
 // The lhs of a tile as integers.
 class IntegerLhs {
  public:
   Lhs convert(int64_t rows, int64_t k, const char* a, int64_t a_stride) {
-    const int64_t stride = (k + 4 * kLanes - 1) / (4 * kLanes) * 4 * kLanes;
+    const int64_t stride = padded_integers(k);
     for (int64_t i = 0; i < rows; ++i, a += a_stride) {
       const auto* row = reinterpret_cast<const float*>(a);
       const IntegerRow integers = to_integers(row, k, integers_ + i * stride);
