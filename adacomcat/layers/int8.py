@@ -1,12 +1,11 @@
 """A linear layer on int8: what ``adacomcat.quantize`` puts in the place of ``nn.Linear``."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from adacomcat.errors import UserError
-from adacomcat.layers.stock import refuse_scripting
 from adacomcat.ops import int8
 
 
@@ -48,7 +47,14 @@ class Int8Linear(nn.Module):
         """q and s."""
         return int8.Int8Weight(self.weight, self.weight_scale)
 
-    __prepare_scriptable__ = refuse_scripting
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What ``torch.jit.script`` calls first.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("torch.jit.script does not take int8 layers; torch.jit.trace, "
+                        "torch.export and torch.compile do")
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) → (..., out)."""

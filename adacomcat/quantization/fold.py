@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from adacomcat.layers.fused import is_layer_norm, is_trivial
 from adacomcat.layers.plain import is_plain_linear
 from adacomcat.layers.registry import (
-    AttentionParts,
     Residual,
     attention_parts,
     attention_tier,
@@ -103,32 +102,27 @@ def move_value_bias_(attn: nn.Module) -> None:
         parts.v.bias.zero_()
 
 
-def rotate_middles_(model: nn.Module, attentions: list[nn.Module]) -> None:
-    """U Rᵀ and R Vᵀ with an orthogonal R, in every low-rank pair and in the values of every head.
+def rotate_middles_(model: nn.Module) -> None:
+    """U R and V R with an orthogonal R, in low-rank pairs and in the values of low-rank heads.
 
-    It spreads what a few directions of the middle hold over all, so that rounding loses less.
+    A decomposition sorts the middle by size; R spreads what the first columns hold over all, so
+    that rounding loses less. Heads of a dense attention are not sorted, and lose nothing less.
     """
-    for pair in model.modules():
-        if isinstance(pair, LinearPair):
-            first, second = (cast(nn.Linear, layer) for layer in pair)
-            _rotate_(first.weight, second.weight, None, 1)
-    for attn in attentions:
-        if isinstance(attn, PlainAttention):
-            v, out = cast(nn.Linear, attn.v), cast(nn.Linear, attn.proj)
-            _rotate_(v.weight, out.weight, v.bias, attn.num_heads)
-        else:
-            parts: AttentionParts = attention_parts(attn)
-            _rotate_(parts.v.weight, parts.out.weight, parts.v.bias, parts.num_heads)
+    for module in model.modules():
+        if isinstance(module, LinearPair):
+            first, second = (cast(nn.Linear, layer) for layer in module)
+            _rotate_(first.weight, second.weight, 1)
+        elif isinstance(module, PlainAttention):
+            v, out = cast(nn.Linear, module.v), cast(nn.Linear, module.proj)
+            _rotate_(v.weight, out.weight, module.num_heads)
 
 
-def _rotate_(rows: Tensor, columns: Tensor, bias: Tensor | None, heads: int) -> None:
+def _rotate_(rows: Tensor, columns: Tensor, heads: int) -> None:
     """``rows`` (H·r, d) and ``columns`` (out, H·r), in place."""
     rotation = orthogonal(len(rows) // heads).to(rows.device)
     turned = rotation @ rows.double().unflatten(0, (heads, -1))
     rows.copy_(turned.flatten(0, 1))
     columns.copy_((columns.double().unflatten(1, (heads, -1)) @ rotation.T).flatten(1))
-    if bias is not None:
-        bias.copy_((bias.double().unflatten(0, (heads, -1)) @ rotation.T).flatten())
 
 
 def orthogonal(size: int) -> Tensor:

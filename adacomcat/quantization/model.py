@@ -75,7 +75,7 @@ def quantize_(model: nn.Module, batches: list[Tensor] | None, rotate: bool = Tru
     for attn in attentions:
         move_value_bias_(attn)
     if rotate:
-        rotate_middles_(model, attentions)
+        rotate_middles_(model)
     _round_(model, groups, batches)
     for attn in attentions:  # what rounding gave the values
         move_value_bias_(attn)

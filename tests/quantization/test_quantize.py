@@ -159,6 +159,9 @@ def test_it_compiles_exports_copies_and_pickles():
         torch.testing.assert_close(compiled(x), expected)
         program = torch.export.export(made, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         torch.testing.assert_close(program.module()(x), expected)
+        torch.testing.assert_close(torch.jit.trace(made, x)(x), expected)
+        with pytest.raises(UserError, match="torch.jit.trace"):
+            torch.jit.script(made)
         file = io.BytesIO()
         torch.save(made, file)
         file.seek(0)

@@ -85,8 +85,12 @@ def test_folding_and_rotating_keep_the_function(make, architecture):
     attentions = folding_attentions(model)
     for attn in attentions:
         move_value_bias_(attn)
-    rotate_middles_(model, attentions)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rotate_middles_(model)
     torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+    moved = [name for name, value in model.state_dict().items()
+             if not torch.equal(value, before[name])]
+    assert bool(moved) == (make is compressed)
     for block in filter(None, map(block_parts, model.modules())):
         for part in block:
             assert (part.norm.weight == 1).all() and not part.norm.bias.any()
