@@ -96,8 +96,8 @@ def enumerate_names(parameters: list[nn.Parameter]) -> list[tuple[str, nn.Parame
     return [(str(at), parameter) for at, parameter in enumerate(parameters)]
 
 
-# Name → what is trained, and the learning rate: of two, half or twice as large, the one that gave the
-# larger sum of both hit rates on another seed.
+# Name → what is trained, and the learning rate: of two, half or twice as large, the one that gave
+# the larger sum of both hit rates on another seed.
 METHODS: dict[str, tuple[Callable[[Any, int], Parameters], float]] = {
     "adapters, zero start": (with_adapters("zero"), 5e-3),
     "adapters, published start": (with_adapters("linear"), 5e-3),
