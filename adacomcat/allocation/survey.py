@@ -8,6 +8,7 @@ keeps them. So this takes one dense pass, and the probes begin where the site li
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from adacomcat.convert.factors import ErrorCurve, Factors, SiteFactors, factoriz
 from adacomcat.convert.model import ALLOCATION_IMAGES, model_statistics
 from adacomcat.convert.sequential import sequential_blocks, sequential_encoder
 from adacomcat.sites import Site
+from adacomcat.utils.inputs import Inputs
 from adacomcat.utils.model import evaluating, tokens_and_outputs
 from adacomcat.utils.progress import progress
 
@@ -68,7 +70,7 @@ def errors_alone(factors: SiteFactors) -> SiteFactors:
     return ErrorCurve(factors.errors)
 
 
-def survey(model: nn.Module, sites: list[Site], batches: list[Tensor] | None,
+def survey(model: nn.Module, sites: list[Site], batches: list[Inputs] | None,
            keep: Keep = errors_alone) -> Survey:
     """Error curves and sensitivities of ``sites``; data-free without images.
 
@@ -93,7 +95,7 @@ def survey(model: nn.Module, sites: list[Site], batches: list[Tensor] | None,
 class _BlockSurvey:
     """``survey`` of a model with an encoder, the first 64 images long."""
 
-    def __init__(self, model: nn.Module, sites: list[Site], batches: list[Tensor],
+    def __init__(self, model: nn.Module, sites: list[Site], batches: Any,
                  keep: Keep) -> None:
         encoder = sequential_encoder(model)
         assert encoder is not None, "survey asks first"

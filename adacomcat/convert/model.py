@@ -1,6 +1,9 @@
 """The last step of every compression: at a given plan, factors and weights into the model."""
 
-from torch import Tensor, nn
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
 
 from adacomcat.convert.calibrate import BATCH, Statistics, collect_statistics
 from adacomcat.convert.factors import SHRINKAGE, Factors
@@ -9,6 +12,7 @@ from adacomcat.convert.record import compression_of, merged, record_
 from adacomcat.convert.sequential import compress_blocks_, sequential_blocks
 from adacomcat.plan import RankPlan
 from adacomcat.sites import Site
+from adacomcat.utils.inputs import Inputs
 
 # Images that measure the error curves of a model whose blocks are then fitted to all images.
 ALLOCATION_IMAGES = 64
@@ -16,7 +20,7 @@ ALLOCATION_IMAGES = 64
 BLOCKS = "blocks."  # how the names of all sites that are fitted in sequence begin
 
 
-def model_statistics(model: nn.Module, batches: list[Tensor] | None,
+def model_statistics(model: nn.Module, batches: Sequence[Inputs] | None,
                      sites: list[Site] | None = None) -> Statistics:
     """Statistics of the dense model for ``sites``, or for every rank; none without images.
 
@@ -30,7 +34,7 @@ def model_statistics(model: nn.Module, batches: list[Tensor] | None,
 
 
 def convert_(model: nn.Module, plan: RankPlan, factors: Factors,
-             batches: list[Tensor] | None = None) -> nn.Module:
+             batches: Any = None) -> nn.Module:
     """In place: ``model`` compressed to ``plan``.
 
     With images the blocks are fitted one after the other where the model allows it; the factors
