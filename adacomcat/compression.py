@@ -91,17 +91,12 @@ def compress(model: nn.Module, *, keep_params: float | None = None,
             finite, a filter or the plan names what the model does not have, or the budget cannot
             be reached; the message names the least that can.
     """
+    settings = dict(keep_params=keep_params, keep_macs=keep_macs, max_latency_ms=max_latency_ms,
+                    plan=plan, calibration=calibration, refit=refit, include=include,
+                    exclude=exclude, multiple=multiple, deploy=deploy,
+                    latency_batch=latency_batch, refine=refine, refine_images=refine_images)
     made, names = copied(unwrapped(model)), _names_when_held(unwrapped(model))
-    if names:
-        plan, calibration, refine_images = _for_holder(
-            made, names, plan, calibration, refine_images)
-        made = _Holder(made)
-    made = compress_(made, keep_params=keep_params, keep_macs=keep_macs,
-                     max_latency_ms=max_latency_ms, plan=plan, calibration=calibration,
-                     refit=refit, include=include, exclude=exclude, multiple=multiple,
-                     deploy=deploy, latency_batch=latency_batch, refine=refine,
-                     refine_images=refine_images)
-    return _held(made, names) if names else made
+    return _compress_alone(made, names, settings) if names else compress_(made, **settings)
 
 
 def compress_(model: nn.Module, *, keep_params: float | None = None,
@@ -158,21 +153,21 @@ def _names_when_held(layer: nn.Module) -> dict[str, str]:
             for site in sites}
 
 
-def _for_holder(layer: nn.Module, names: Mapping[str, str], plan: RankPlan | None, *images: Any
-                ) -> tuple[Any, ...]:
-    """The plan by the names that the holder's sites have, and images as arguments of ``layer``."""
-    if plan is not None:
-        ranks = plan.resolved(layer).ranks
-        plan = RankPlan({names.get(name, name): rank for name, rank in ranks.items()})
-    return plan, *(given if given is None or isinstance(given, Calibration) else
-                   calibration_batches(given, layer) for given in images)
-
-
-def _held(holder: nn.Module, names: Mapping[str, str]) -> nn.Module:
-    layer, found = holder.get_submodule("held"), compression_of(holder).ranks
-    record_(layer, plan=RankPlan({name: found[held] for name, held in names.items()
-                                  if held in found}))
-    return layer
+def _compress_alone(layer: nn.Module, names: Mapping[str, str], settings: dict[str, Any]
+                    ) -> nn.Module:
+    """``compress_`` in a holder. The plan's names become those of the holder's sites, and back;
+    images become arguments of ``layer``."""
+    for name in ("calibration", "refine_images"):
+        if not (settings[name] is None or isinstance(settings[name], Calibration)):
+            settings[name] = calibration_batches(settings[name], layer)
+    if isinstance(plan := settings["plan"], RankPlan):
+        settings["plan"] = RankPlan({names.get(name, name): rank
+                                     for name, rank in plan.resolved(layer).ranks.items()})
+    holder = compress_(_Holder(layer), **settings)
+    made, found = holder.get_submodule("held"), compression_of(holder).ranks
+    record_(made, plan=RankPlan({name: found[held] for name, held in names.items()
+                                 if held in found}))
+    return made
 
 
 class _Seen(NamedTuple):

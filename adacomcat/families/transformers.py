@@ -318,7 +318,8 @@ for _kind in (vit.ViTMLP, deit.DeiTMLP, dinov2.Dinov2MLP, registers.Dinov2WithRe
               clip.CLIPMLP, siglip.SiglipMLP, siglip2.Siglip2MLP, swin.SwinMLP):
     add_mlp(_kind, _mlp_parts)
 add_mlp(dinov3.DINOv3ViTMLP, _projection_mlp_parts)
-for _kind, _name in ((vit.ViTPatchEmbeddings, "projection"), (deit.DeiTPatchEmbeddings, "projection"),
+for _kind, _name in ((vit.ViTPatchEmbeddings, "projection"),
+                     (deit.DeiTPatchEmbeddings, "projection"),
                      (dinov2.Dinov2PatchEmbeddings, "projection"),
                      (registers.Dinov2WithRegistersPatchEmbeddings, "projection"),
                      (dinov3.DINOv3ViTEmbeddings, "patch_embeddings"),
