@@ -91,10 +91,10 @@ def compress(model: nn.Module, *, keep_params: float | None = None,
             finite, a filter or the plan names what the model does not have, or the budget cannot
             be reached; the message names the least that can.
     """
-    settings = dict(keep_params=keep_params, keep_macs=keep_macs, max_latency_ms=max_latency_ms,
-                    plan=plan, calibration=calibration, refit=refit, include=include,
-                    exclude=exclude, multiple=multiple, deploy=deploy,
-                    latency_batch=latency_batch, refine=refine, refine_images=refine_images)
+    settings: dict[str, Any] = dict(
+        keep_params=keep_params, keep_macs=keep_macs, max_latency_ms=max_latency_ms, plan=plan,
+        calibration=calibration, refit=refit, include=include, exclude=exclude, multiple=multiple,
+        deploy=deploy, latency_batch=latency_batch, refine=refine, refine_images=refine_images)
     made, names = copied(unwrapped(model)), _names_when_held(unwrapped(model))
     return _compress_alone(made, names, settings) if names else compress_(made, **settings)
 

@@ -105,9 +105,9 @@ def _hf(name: str, config: str, **values: Any) -> Door:
 
 DOORS: Mapping[str, Door] = {
     "ViT": Door("timm", _timm("vit_tiny_patch16_224", **TINY), pictures, _TIMM),
-    "ViT, features_only": Door("timm", _timm("vit_tiny_patch16_224", features_only=True, out_indices=(0, 1),
-                                             **{k: v for k, v in TINY.items()
-                                                if k != "num_classes"}), pictures),
+    "ViT, features_only": Door("timm", _timm(
+        "vit_tiny_patch16_224", features_only=True, out_indices=(0, 1),
+        **{name: value for name, value in TINY.items() if name != "num_classes"}), pictures),
     "EVA-02": Door("timm", _timm("eva02_tiny_patch14_224", **TINY), pictures, _TIMM),
     "DINOv3": Door("timm", _timm("vit_small_patch16_dinov3", **(TINY | {"num_classes": 0})),
                    pictures, _TIMM),

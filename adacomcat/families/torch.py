@@ -151,10 +151,10 @@ def self_attention(inner: nn.Module, x: Tensor, attn_mask: Tensor | None = None,
 def _parts(attn: nn.MultiheadAttention) -> AttentionParts:
     weights = attn.in_proj_weight.detach().chunk(3)
     biases = [None] * 3 if attn.in_proj_bias is None else attn.in_proj_bias.detach().chunk(3)
-    inner = [Projection(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    q, k, v = (Projection(weight, bias) for weight, bias in zip(weights, biases, strict=True))
     out = attn.out_proj
     bias = None if out.bias is None else out.bias.detach()
-    return AttentionParts(*inner, Projection(out.weight.detach(), bias), attn.num_heads,
+    return AttentionParts(q, k, v, Projection(out.weight.detach(), bias), attn.num_heads,
                           attn.head_dim ** -0.5, attn.dropout)
 
 

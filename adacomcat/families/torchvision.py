@@ -124,10 +124,10 @@ class LowRankShiftedWindowAttention(_ShiftedWindows, LowRankAttention):
 def _window_parts(attn: Any) -> AttentionParts:
     whole = Projection.of(attn.qkv)
     biases = [None] * 3 if whole.bias is None else whole.bias.chunk(3)
-    inner = [whole._replace(weight=weight, bias=bias)
-             for weight, bias in zip(whole.weight.chunk(3), biases, strict=True)]
+    q, k, v = (whole._replace(weight=weight, bias=bias)
+               for weight, bias in zip(whole.weight.chunk(3), biases, strict=True))
     head_dim = whole.weight.shape[1] // attn.num_heads
-    return AttentionParts(*inner, Projection.of(attn.proj), attn.num_heads, head_dim ** -0.5,
+    return AttentionParts(q, k, v, Projection.of(attn.proj), attn.num_heads, head_dim ** -0.5,
                           attn.attention_dropout, attn.dropout)
 
 

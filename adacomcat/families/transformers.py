@@ -224,8 +224,8 @@ def _either(module: nn.Module, *names: str) -> Any:
 
 def _attention_parts(attn: Any) -> AttentionParts:
     out = _either(attn, "o_proj", "out_proj")
-    inner = (Projection.of(part) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
-    return AttentionParts(*inner, Projection.of(out),
+    q, k, v = (Projection.of(part) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
+    return AttentionParts(q, k, v, Projection.of(out),
                           _either(attn, "num_attention_heads", "num_heads"),
                           _either(attn, "scaling", "scale"),
                           _either(attn, "attention_dropout", "dropout"))

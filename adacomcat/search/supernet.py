@@ -140,11 +140,6 @@ class GatedAttention(nn.Module):
         """(H, R): what every value direction carries on average."""
         return torch.einsum("hrd,hd->hr", self._per_head(self.full.wv), self.mean)
 
-    @property
-    def projections(self) -> tuple[nn.Linear, nn.Linear]:
-        first, second = (self.full.get_submodule(name) for name in self.names)
-        return cast(nn.Linear, first), cast(nn.Linear, second)
-
     def factors_(self) -> dict[str, Tensor]:
         """The tensors that stand in for those of ``full``."""
         return (self._scores() if self.folds_scores else {}) | self._values()
