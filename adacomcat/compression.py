@@ -19,9 +19,9 @@ from adacomcat.allocation.survey import survey
 from adacomcat.calibration import Calibration, calibrate
 from adacomcat.convert.calibrate import calibration_batches
 from adacomcat.convert.factors import Factors, factorize_model, require_finite_model
-from adacomcat.convert.model import BLOCKS, convert_, model_statistics
+from adacomcat.convert.model import convert_, model_statistics
 from adacomcat.convert.record import Refined, compression_of, record_
-from adacomcat.convert.sequential import sequential_blocks
+from adacomcat.convert.sequential import in_sequence, sequential_blocks
 from adacomcat.errors import UserError
 from adacomcat.plan import HIDDEN, RankPlan
 from adacomcat.sites import (
@@ -315,4 +315,5 @@ def _outside_sequence(model: nn.Module, sites: list[Site],
     """The sites that ``convert_`` takes factors for: it fits blocks in sequence by itself."""
     if batches is None or not sequential_blocks(model):
         return sites
-    return [site for site in sites if not site.name.startswith(BLOCKS)]
+    inside = in_sequence(model)
+    return [site for site in sites if not site.name.startswith(inside)]

@@ -9,15 +9,13 @@ from adacomcat.convert.calibrate import BATCH, Statistics, collect_statistics
 from adacomcat.convert.factors import SHRINKAGE, Factors
 from adacomcat.convert.install import install_
 from adacomcat.convert.record import compression_of, merged, record_
-from adacomcat.convert.sequential import compress_blocks_, sequential_blocks
+from adacomcat.convert.sequential import compress_blocks_, in_sequence, sequential_blocks
 from adacomcat.plan import RankPlan
 from adacomcat.sites import Site
 from adacomcat.utils.inputs import Inputs
 
 # Images that measure the error curves of a model whose blocks are then fitted to all images.
 ALLOCATION_IMAGES = 64
-
-BLOCKS = "blocks."  # how the names of all sites that are fitted in sequence begin
 
 
 def model_statistics(model: nn.Module, batches: Sequence[Inputs] | None,
@@ -43,10 +41,10 @@ def convert_(model: nn.Module, plan: RankPlan, factors: Factors,
     """
     if batches is None or not sequential_blocks(model):
         return install_(model, plan, factors)
-    earlier = compression_of(model).ranks
+    earlier, inside = compression_of(model).ranks, in_sequence(model)
     compress_blocks_(model, plan, batches, SHRINKAGE)
     outside = RankPlan({name: rank for name, rank in plan.ranks.items()
-                        if not name.startswith(BLOCKS)})
+                        if not name.startswith(inside)})
     install_(model, outside, factors)
     record_(model, plan=merged(earlier, plan))
     return model

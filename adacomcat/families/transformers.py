@@ -50,19 +50,21 @@ from adacomcat.layers.registry import (
     AttentionFamily,
     AttentionParts,
     BlockParts,
+    EncoderParts,
     MlpParts,
     Projection,
     Residual,
     Tier,
     add_attention,
     add_block,
+    add_encoder,
     add_example,
     add_holder,
     add_mlp,
     add_patch_projection,
 )
 from adacomcat.layers.stock import PlainAttention, softmax_weights
-from adacomcat.utils.inputs import Batch
+from adacomcat.utils.inputs import Batch, Inputs, call
 from adacomcat.utils.model import input_size
 
 Result = tuple[Tensor, Tensor | None]
@@ -218,6 +220,45 @@ def _first(inner: Any, x: Tensor, **kwargs: Any) -> Tensor:
     return inner(x, **kwargs)[0]
 
 
+class _Entered(Exception):
+    """Ends a forward pass where the first layer begins."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+
+def _entering(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    hidden_states, *masks = (*args, kwargs.get("attention_mask"))
+    if any(mask is not None for mask in masks):
+        raise UserError("calibration shows this model whole images: leave out attention_mask")
+    raise _Entered(hidden_states)
+
+
+def _tokens(model: nn.Module, layers: str, inputs: Inputs) -> Tensor:
+    """What enters the first layer."""
+    first = cast(nn.ModuleList, model.get_submodule(layers))[0]
+    handle = first.register_forward_pre_hook(_entering, with_kwargs=True)
+    try:
+        call(model, inputs)
+    except _Entered as entered:
+        return entered.tokens
+    finally:
+        handle.remove()
+    raise UserError(f"{type(model).__name__} does not run its layers")
+
+
+def _step(layer: nn.Module, tokens: Tensor) -> Tensor:
+    return layer(tokens, None)
+
+
+def _encoder_parts(model: nn.Module, layers: str) -> EncoderParts | None:
+    blocks = cast(nn.ModuleList, model.get_submodule(layers))
+    if not len(blocks):
+        return None
+    return EncoderParts(layers, blocks, partial(_tokens, model, layers), None, _step)
+
+
 def _either(module: nn.Module, *names: str) -> Any:
     return next(getattr(module, name) for name in names if hasattr(module, name))
 
@@ -330,5 +371,19 @@ for _kind, _name in ((GELUActivation, "gelu"), (GELUTanh, "gelu_tanh"), (SiLUAct
                      (NewGELUActivation, None), (QuickGELUActivation, None),
                      (ClippedGELUActivation, None)):
     add_activation(_kind, _name)
+for _kind, _name in (
+        (vit.ViTModel, "layers"), (vit.ViTForImageClassification, "vit.layers"),
+        (deit.DeiTModel, "layers"), (deit.DeiTForImageClassification, "deit.layers"),
+        (dinov2.Dinov2Model, "encoder.layer"),
+        (dinov2.Dinov2ForImageClassification, "dinov2.encoder.layer"),
+        (registers.Dinov2WithRegistersModel, "encoder.layer"),
+        (registers.Dinov2WithRegistersForImageClassification,
+         "dinov2_with_registers.encoder.layer"),
+        (clip.CLIPVisionModel, "encoder.layers"),
+        (clip.CLIPVisionModelWithProjection, "vision_model.encoder.layers"),
+        (clip.CLIPForImageClassification, "vision_model.encoder.layers"),
+        (siglip.SiglipVisionModel, "encoder.layers"),
+        (siglip.SiglipForImageClassification, "vision_model.encoder.layers")):
+    add_encoder(_kind, partial(_encoder_parts, layers=_name))
 add_holder(PreTrainedModel, keep_plan)
 add_example(PreTrainedModel, _example)

@@ -197,11 +197,12 @@ class EncoderParts:
     """A model that is known as a whole: tokens, blocks one after the other, a head."""
 
     name: str  # of ``blocks`` in the model
-    blocks: nn.Sequential
-    tokens: Callable[[Tensor], Tensor]  # images → what enters the first block, (B, N, d)
+    blocks: nn.Sequential | nn.ModuleList
+    tokens: Callable[[Any], Tensor]  # images → what enters the first block, (B, N, d)
     # Makes the model that computes only the class token in its last block; None where the head
     # reads more than that token.
     class_token_only: Callable[[], nn.Module] | None
+    step: Callable[..., Tensor] = called  # how a block is called with tokens
 
 
 # Package of a class → the file that knows its classes. Each one is imported, and taken out here,
@@ -215,7 +216,7 @@ Changed = Callable[[Any, Mapping[str, Any]], None]
 _attentions: dict[type[nn.Module], AttentionFamily] = {}
 _mlps: dict[type[nn.Module], Callable[[Any], MlpParts | None]] = {}
 _blocks: dict[type[nn.Module], Callable[[Any], BlockParts | None]] = {}
-_encoders: dict[type[nn.Module], Callable[[Any], EncoderParts]] = {}
+_encoders: dict[type[nn.Module], Callable[[Any], EncoderParts | None]] = {}
 _patch_projections: dict[type[nn.Module], str] = {}
 _position_networks: set[str] = set()
 _holders: dict[type[nn.Module], Changed] = {}
@@ -250,7 +251,7 @@ def add_block(kind: type[nn.Module], read: Callable[[Any], BlockParts | None]) -
     _blocks[kind] = read
 
 
-def add_encoder(kind: type[nn.Module], read: Callable[[Any], EncoderParts]) -> None:
+def add_encoder(kind: type[nn.Module], read: Callable[[Any], EncoderParts | None]) -> None:
     _encoders[kind] = read
 
 
@@ -356,7 +357,8 @@ def encoder_parts(model: nn.Module) -> EncoderParts | None:
     load_family(type(model))
     read = _encoders.get(type(model))
     parts = None if read is None or altered(model) else read(model)
-    return None if parts is None or not is_plain(parts.blocks, nn.Sequential) else parts
+    plain = parts is not None and is_plain(parts.blocks, nn.Sequential, nn.ModuleList)
+    return parts if plain else None
 
 
 def patch_projection(module: nn.Module) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import dense_model
 from torch import Tensor, nn
 
 import adacomcat
@@ -295,3 +296,58 @@ def test_layers_that_a_user_changed_stay_dense() -> None:
         small: Any = compress(dense, keep_params=0.9)
     assert type(small.layers[0].attention) is type(dense.layers[0].attention)
     assert type(small.layers[1].attention) is not type(dense.layers[1].attention)
+
+
+# Fitted in sequence, as timm's models are
+
+
+def twins() -> tuple[Any, Any]:
+    """A ViT of timm and one of transformers with the same weights."""
+    ours = dense_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2,
+                       num_heads=3, mlp_ratio=2, num_classes=5).double()
+    theirs = transformers.ViTForImageClassification(config(
+        "ViT", **SIZES, **HIDDEN, num_labels=5, layer_norm_eps=1e-6)).double().eval()
+    known, found = ours.state_dict(), {}
+    q, k, v = "q_proj", "k_proj", "v_proj"
+    for name in theirs.state_dict():
+        here = theirs_to_timm(name)
+        part = next((place for place, part in enumerate((q, k, v)) if part in name), None)
+        found[name] = known[here] if part is None else known[here].chunk(3)[part]
+    theirs.load_state_dict(found)
+    return ours, theirs
+
+
+def theirs_to_timm(name: str) -> str:
+    for there, here in (("vit.embeddings.cls_token", "cls_token"),
+                        ("vit.embeddings.position_embeddings", "pos_embed"),
+                        ("vit.embeddings.patch_embeddings.projection", "patch_embed.proj"),
+                        ("vit.layernorm.", "norm."), ("vit.layers.", "blocks."),
+                        ("attention.o_proj", "attn.proj"), ("attention.q_proj", "attn.qkv"),
+                        ("attention.k_proj", "attn.qkv"), ("attention.v_proj", "attn.qkv"),
+                        ("attention.", "attn."), ("layernorm_before", "norm1"),
+                        ("layernorm_after", "norm2"), ("classifier", "head")):
+        name = name.replace(there, here)
+    return name
+
+
+def test_the_same_weights_are_fitted_to_images_as_in_timm() -> None:
+    ours, theirs = twins()
+    x = images(40).double()
+    assert relative(output(theirs, x), ours(x)) < 1e-12
+    plan = {site.name: site.full_rank // 2 for site in find_sites(theirs, prunable_mlps(theirs))}
+    timms = RankPlan({theirs_to_timm(name): rank for name, rank in plan.items()})
+    expected = compress(ours, plan=timms, calibration=x)
+    found = compress(theirs, plan=RankPlan(plan), calibration={"pixel_values": x})
+    assert relative(output(found, x), expected(x)) < 1e-8
+    cut = compress(theirs, plan=RankPlan(plan), calibration=adacomcat.calibrate(
+        theirs, x, keep_images=False))
+    assert relative(output(found, x), output(theirs, x)) < relative(output(cut, x),
+                                                                    output(theirs, x))
+
+
+def test_images_under_a_mask_do_not_calibrate() -> None:
+    mask = torch.ones(4, 17, dtype=torch.bool)
+    mask[0, 9:] = False
+    given = {"pixel_values": images(4), "attention_mask": mask}
+    with pytest.raises(UserError, match="leave out attention_mask"):
+        compress(build("ViTModel"), keep_params=0.8, calibration=given)
