@@ -25,12 +25,12 @@ def is_pretrained(model: nn.Module) -> bool:
 
 
 def is_pretrained_folder(folder: Path) -> bool:
-    """Whether transformers wrote ``folder``: its config.json names its type of model."""
+    """Whether transformers wrote ``folder``: its config.json names the class of its model."""
     try:
         config = parse_json(read_text(folder / CONFIG))
     except (OSError, ValueError, UserError):
         return False
-    return isinstance(config, dict) and "model_type" in config and "architecture" not in config
+    return isinstance(config, dict) and {"model_type", "architectures"} <= config.keys()
 
 
 def save_pretrained(model: Any, folder: Path) -> None:
@@ -60,8 +60,11 @@ def load_pretrained(folder: Path) -> nn.Module:
                         "'adacomcat[transformers]'") from error
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        names = config.get("architectures") or ["AutoModel"]
-        kind = getattr(transformers, names[0], transformers.AutoModel)
-        return kind.from_pretrained(folder, local_files_only=True).eval()
+        kind = getattr(transformers, config["architectures"][0])
+        model, found = kind.from_pretrained(folder, local_files_only=True,
+                                            output_loading_info=True)
     except Exception as error:  # whatever transformers stumbles over
         raise UserError(f"transformers cannot load {folder}: {reason(error)}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"{folder} lacks {len(missing)} weights of its model, like {missing[0]}")
+    return model.eval()

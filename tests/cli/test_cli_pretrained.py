@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.pictures import write_pictures
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adacomcat
@@ -63,6 +64,11 @@ def test_wrong_folders_are_one_line(folder: Any, tmp_path: Any, run: Any) -> Non
             (["-m", f"hf:{folder}", "--num-classes", "3"], "leave out --num-classes")):
         code, _, err = run("inspect", *argv)
         assert code == 2 and says in err and "Traceback" not in err
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: value for name, value in weights.items() if name != "classifier.bias"},
+              folder / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = run("inspect", "-m", f"hf:{folder}")
+    assert code == 2 and "lacks 1 weights of its model, like classifier.bias" in err
     (folder / "model.safetensors").write_bytes(b"nothing")
     code, _, err = run("inspect", "-m", f"hf:{folder}")
     assert code == 2 and "transformers cannot load" in err and "Traceback" not in err
