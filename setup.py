@@ -1,10 +1,13 @@
 """Builds adacomcat._C against the torch that is already installed in this environment.
 
-Without torch, or with ADACOMCAT_NO_EXT=1, adacomcat installs without the extension.
+Without torch, without a C++ compiler, on other systems than Linux, or with ADACOMCAT_NO_EXT=1,
+adacomcat installs without the extension and says so.
 """
 
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -79,16 +82,31 @@ def use_cuda(sources: list[str]) -> bool:
     return True
 
 
+def find_compiler() -> bool:
+    """Whether there is a C++ compiler: that of CXX, or the usual names."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    return any(shutil.which(name) for name in (named[:1] or ["c++", "g++", "clang++"]))
+
+
+def why_without_extension() -> str | None:
+    """What keeps the extension from being built, and the mend; None where nothing does."""
+    if os.environ.get("ADACOMCAT_NO_EXT", "0") not in ("", "0"):
+        return "ADACOMCAT_NO_EXT is set"
+    if sys.platform != "linux":
+        return "its CPU kernels are built on Linux only; Triton and PyTorch compute in their place"
+    if not find_compiler():
+        return ("there is no C++ compiler; Triton and PyTorch compute in the place of the CPU "
+                "kernels. To get them, install g++ 11 or later, then adacomcat again")
+    if not find_torch():
+        return ("no torch in this environment. To get it, install torch first, then adacomcat "
+                "again")
+    return None
+
+
 def extension_arguments() -> dict[str, Any]:
     """What setup() needs to build the extension; nothing where there is none to build."""
-    if os.environ.get("ADACOMCAT_NO_EXT", "0") not in ("", "0"):
-        print("adacomcat: ADACOMCAT_NO_EXT is set, installing without the C++ extension")
-        return {}
-    if not find_torch():
-        print(
-            "adacomcat: no torch in this environment, installing without the C++ extension. "
-            "To get it, install torch first, then adacomcat again."
-        )
+    if (reason := why_without_extension()) is not None:
+        print(f"adacomcat: installing without the C++ extension: {reason}.")
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 

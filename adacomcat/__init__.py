@@ -116,3 +116,5 @@ def __dir__() -> list[str]:
 
 moved.install()
 wrapt.register_post_import_hook("adacomcat.entrypoint:register", "timm")
+wrapt.register_post_import_hook("adacomcat.entrypoint.transformers:register",
+                                "transformers.quantizers.auto")

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ from adacomcat.plan import HIDDEN
 from adacomcat.sites import Filters, Site, find_sites, prunable_mlps
 from adacomcat.utils.checksum import checksum
 from adacomcat.utils.files import atomic_file, require_writable
+from adacomcat.utils.inputs import Batch, Inputs, joined
 from adacomcat.utils.model import unwrapped
 
 FORMAT = "1"
@@ -54,7 +56,7 @@ class Calibration:
 
     weights: str
     known: Survey
-    batches: list[Tensor] | None = None
+    batches: list[Inputs] | None = None
 
     def save(self, path: str | Path) -> None:
         """Write it as one safetensors file, whole or not at all.
@@ -71,7 +73,14 @@ class Calibration:
                  "changes": self.known.changes, "in_sequence": self.known.in_sequence,
                  "batches": [len(batch) for batch in self.batches or ()]}
         if self.batches:
-            tensors["images"] = torch.cat(self.batches).cpu()
+            images = joined(self.batches)
+            kept = {"": images} if isinstance(images, Tensor) else images.tensors
+            tensors |= {f"images{name}": tensor.detach().cpu().contiguous()
+                        for name, tensor in kept.items()}
+            if isinstance(images, Batch):
+                about["arguments"] = {"places": len(images.args), "values": {
+                    name: None if isinstance(value, Tensor) else value
+                    for name, value in images.named.items()}}
         try:
             with atomic_file(path, durable=True) as scratch:
                 save_file(tensors, scratch, metadata={"adacomcat": json.dumps(about)})
@@ -94,8 +103,7 @@ class Calibration:
             factors = {name: _made(_KINDS[kind], name, tensors)
                        for name, kind in about["kinds"].items()}
             known = Survey(factors, about["changes"], about["in_sequence"])
-            images = tensors.get("images")
-            batches = None if images is None else list(images.split(about["batches"]))
+            batches = _images(about, tensors)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read the calibration {path}: {error}") from error
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -122,7 +130,7 @@ class Calibration:
                 raise UserError(f"this calibration does not know {site.name}; calibrate with the "
                                 "include and exclude of this compression")
 
-    def images_for(self, model: nn.Module) -> list[Tensor] | None:
+    def images_for(self, model: nn.Module) -> list[Inputs] | None:
         """The kept images on the device of ``model``."""
         return None if self.batches is None else [
             batch.to(next(model.parameters()).device) for batch in self.batches]
@@ -132,13 +140,27 @@ class Calibration:
         return _Factors(self.known.factors, model)
 
 
+def _images(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[Inputs] | None:
+    """The batches that ``Calibration.save`` was given."""
+    if not about["batches"]:
+        return None
+    if "arguments" not in about:
+        return list(tensors["images"].split(about["batches"]))
+    places = about["arguments"]["places"]
+    values = {name: tensors.get(f"images{name}", value)
+              for name, value in about["arguments"]["values"].items()}
+    whole = Batch(tuple(values.pop(str(place)) for place in range(places)), values)
+    ends = list(accumulate(about["batches"]))
+    return [whole[end - count:end] for end, count in zip(ends, about["batches"], strict=True)]
+
+
 def calibrate(model: nn.Module, images: Tensor | Iterable, *, keep_images: bool = True,
               include: Filters | None = None, exclude: Filters | None = None) -> Calibration:
     """What ``images`` tell of ``model``, to compress it to any number of budgets.
 
     Args:
         model: the dense model; it stays as it is.
-        images: (N, C, H, W) as the model sees them, or an iterable of batches.
+        images: as the ``calibration`` of ``compress``.
         keep_images: keep the images, so that ``compress`` fits blocks in sequence. Its result is
             then that of ``compress(model, calibration=images)``, bit for bit. Without them it cuts
             the nested factors, which takes seconds and loses more.

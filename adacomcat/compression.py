@@ -8,8 +8,8 @@
 """
 
 import warnings
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -19,10 +19,10 @@ from adacomcat.allocation.survey import survey
 from adacomcat.calibration import Calibration, calibrate
 from adacomcat.convert.calibrate import calibration_batches
 from adacomcat.convert.factors import Factors, factorize_model, require_finite_model
-from adacomcat.convert.model import BLOCKS, convert_, model_statistics
+from adacomcat.convert.model import convert_, model_statistics
 from adacomcat.convert.quantized import require_not_quantized
 from adacomcat.convert.record import Refined, compression_of, record_
-from adacomcat.convert.sequential import sequential_blocks
+from adacomcat.convert.sequential import in_sequence, sequential_blocks
 from adacomcat.errors import UserError
 from adacomcat.plan import HIDDEN, RankPlan
 from adacomcat.sites import (
@@ -34,6 +34,7 @@ from adacomcat.sites import (
     find_sites,
     prunable_mlps,
 )
+from adacomcat.utils.inputs import Inputs
 from adacomcat.utils.model import copied, unwrapped
 
 
@@ -58,9 +59,10 @@ def compress(model: nn.Module, *, keep_params: float | None = None,
         max_latency_ms: milliseconds of one forward pass, measured on this machine with its threads
             as they are set. On a CPU with our kernels ``adacomcat.optimize`` of the result counts.
         plan: ranks of your own, by names of sites or globs over them.
-        calibration: images (N, C, H, W) as the model sees them, or an iterable of batches; or what
-            ``calibrate`` made of them, for one budget after another. With them MLPs lose neurons;
-            without them the decomposition is data-free, and MLPs get ranks.
+        calibration: what the model takes: images (N, C, H, W) as it sees them, a mapping of its
+            arguments ({"pixel_values": …}), or an iterable of such batches with or without labels;
+            or what ``calibrate`` made of them, for one budget after another. With them MLPs lose
+            neurons; without them the decomposition is data-free, and MLPs get ranks.
         refit: whether the blocks of a plain ViT are fitted one after the other to the images,
             which takes most of the time and loses the least. False cuts the factors of the
             calibration, in seconds. Where not given they are fitted where there are images.
@@ -90,11 +92,12 @@ def compress(model: nn.Module, *, keep_params: float | None = None,
             finite, a filter or the plan names what the model does not have, or the budget cannot
             be reached; the message names the least that can.
     """
-    return compress_(copied(unwrapped(model)), keep_params=keep_params, keep_macs=keep_macs,
-                     max_latency_ms=max_latency_ms, plan=plan, calibration=calibration,
-                     refit=refit, include=include, exclude=exclude, multiple=multiple,
-                     deploy=deploy, latency_batch=latency_batch, refine=refine,
-                     refine_images=refine_images)
+    settings: dict[str, Any] = dict(
+        keep_params=keep_params, keep_macs=keep_macs, max_latency_ms=max_latency_ms, plan=plan,
+        calibration=calibration, refit=refit, include=include, exclude=exclude, multiple=multiple,
+        deploy=deploy, latency_batch=latency_batch, refine=refine, refine_images=refine_images)
+    made, names = copied(unwrapped(model)), _names_when_held(unwrapped(model))
+    return _compress_alone(made, names, settings) if names else compress_(made, **settings)
 
 
 def compress_(model: nn.Module, *, keep_params: float | None = None,
@@ -114,6 +117,9 @@ def compress_(model: nn.Module, *, keep_params: float | None = None,
     require_finite_model(model)
     seen = _seen(model, calibration, refit, include, exclude)
     sites = _sites(model, goal, seen, include, exclude)
+    if any(not site.module for site in sites):
+        raise UserError(f"nothing holds this {type(model).__name__}, so that it cannot be replaced "
+                        "in place; use compress, which returns another")
     _tell_altered(model)
     if isinstance(goal, RankPlan):
         chosen = _given(model, goal, sites, seen)
@@ -128,11 +134,49 @@ def compress_(model: nn.Module, *, keep_params: float | None = None,
     return model
 
 
+class _Holder(nn.Module):
+    """Holds a layer that is compressed alone, under the name 'held'."""
+
+    def __init__(self, held: nn.Module) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.held(*args, **kwargs)
+
+
+def _names_when_held(layer: nn.Module) -> dict[str, str]:
+    """Name of each site of ``layer`` → its name in a holder; nothing where ``layer`` is a model,
+    and no site is all of it."""
+    sites = [site for pruned in ((), prunable_mlps(layer)) for site in find_sites(layer, pruned)]
+    if all(site.module for site in sites):
+        return {}
+    return {site.name: f"held.{site.name}" if site.module else f"held{site.name}"
+            for site in sites}
+
+
+def _compress_alone(layer: nn.Module, names: Mapping[str, str], settings: dict[str, Any]
+                    ) -> nn.Module:
+    """``compress_`` in a holder. The plan's names become those of the holder's sites, and back;
+    images become arguments of ``layer``."""
+    for name in ("calibration", "refine_images"):
+        if not (settings[name] is None or isinstance(settings[name], Calibration)):
+            settings[name] = calibration_batches(settings[name], layer)
+    if isinstance(plan := settings["plan"], RankPlan):
+        settings["plan"] = RankPlan({names.get(name, name): rank
+                                     for name, rank in plan.resolved(layer).ranks.items()})
+    holder = compress_(_Holder(layer), **settings)
+    made, found = holder.get_submodule("held"), compression_of(holder).ranks
+    record_(made, plan=RankPlan({name: found[held] for name, held in names.items()
+                                 if held in found}))
+    return made
+
+
 class _Seen(NamedTuple):
     """What there is beside weights: a calibration, images to fit to, or neither."""
 
     kept: Calibration | None
-    batches: list[Tensor] | None
+    batches: list[Inputs] | None
 
     @property
     def any(self) -> bool:
@@ -191,7 +235,7 @@ def _require_agreement(goal: Budget | RankPlan, calibration: object, refit: bool
         raise UserError("a plan names its own sites: leave out include and exclude, or the plan")
 
 
-def _batches(images: Tensor | Iterable | None, model: nn.Module, name: str) -> list[Tensor] | None:
+def _batches(images: Tensor | Iterable | None, model: nn.Module, name: str) -> list[Inputs] | None:
     return None if images is None else calibration_batches(images, model, name)
 
 
@@ -251,7 +295,7 @@ def _allocated(model: nn.Module, sites: list[Site], budget: Budget, seen: _Seen)
 
 
 def _refined(model: nn.Module, sites: list[Site], budget: Budget, seen: _Seen,
-             trial_batches: list[Tensor], candidates: int) -> _Chosen:
+             trial_batches: list[Inputs], candidates: int) -> _Chosen:
     """The refinement makes factors of its own images, the conversion of all calibration images."""
     refined = refined_on_images(model, sites, budget, trial_batches, candidates)
     return _Chosen(refined.plan, _factors(model, sites, seen), refined)
@@ -269,8 +313,9 @@ def _factors(model: nn.Module, sites: list[Site], seen: _Seen) -> Factors:
 
 
 def _outside_sequence(model: nn.Module, sites: list[Site],
-                      batches: list[Tensor] | None) -> list[Site]:
+                      batches: list[Inputs] | None) -> list[Site]:
     """The sites that ``convert_`` takes factors for: it fits blocks in sequence by itself."""
     if batches is None or not sequential_blocks(model):
         return sites
-    return [site for site in sites if not site.name.startswith(BLOCKS)]
+    inside = in_sequence(model)
+    return [site for site in sites if not site.name.startswith(inside)]

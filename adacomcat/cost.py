@@ -15,10 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from adacomcat.layers.int8 import Int8Linear
+from adacomcat.layers.registry import example
 from adacomcat.moved import forward
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Rank, Site
-from adacomcat.utils.model import evaluating, input_size
+from adacomcat.utils.inputs import call
+from adacomcat.utils.model import evaluating
 
 Tokens = dict[str, tuple[int, int]]
 
@@ -72,12 +74,10 @@ def work(model: nn.Module, names: Iterable[str] = ()) -> Work:
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name), with_kwargs=True)
              for name in set(names)]
-    parameter = next(model.parameters())
     counter = _Counter()
     try:
         with evaluating(model), _visible_products(model), counter:
-            model(torch.zeros(1, *input_size(model), device=parameter.device,
-                              dtype=parameter.dtype))
+            call(model, example(model))
     finally:
         for hook in hooks:
             hook.remove()

@@ -3,6 +3,9 @@
 ``layers/fused.py`` has the modules that take the place of sublayers; here is decided which do.
 """
 
+from dataclasses import replace
+from typing import cast
+
 from torch import nn
 
 from adacomcat.layers.attention import LowRankAttention
@@ -95,9 +98,9 @@ def _take_weights_(optimized: nn.Module, model: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def fused_block(block: BlockParts) -> FusedBlock:
+def fused_block(block: BlockParts) -> nn.Module:
     """What runs in the place of a block."""
-    return FusedBlock(fused_attention(block), fused_mlp(block)).eval()
+    return (block.build or FusedBlock)(fused_attention(block), fused_mlp(block)).eval()
 
 
 def sublayer(block: nn.Module, name: str) -> nn.Module:
@@ -111,7 +114,7 @@ def fused_attention(block: BlockParts) -> nn.Module:
     """x + scale(attn(norm(x))), as one op where there is one."""
     part = block.attn
     fits = is_layer_norm(part.norm) and (
-        _is_whole(part.inner, LowRankAttention) or _fuses_dense(part.inner)
+        _is_whole_attention(part.inner) or _fuses_dense(part.inner)
         or (_fuses_int8_attention(part.inner) and is_trivial(part.norm)))
     return FusedAttention(part) if fits else Sublayer(part)
 
@@ -142,14 +145,23 @@ def _is_whole(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not altered_inside(module)
 
 
+def _is_whole_attention(attn: nn.Module) -> bool:
+    return (isinstance(attn, LowRankAttention) and _takes_masks_alone(type(attn))
+            and not altered_inside(attn))
+
+
+def _takes_masks_alone(low_rank: type[nn.Module]) -> bool:
+    return vars(low_rank).get("only_masks", False)
+
+
 def _fuses_dense(attn: nn.Module) -> bool:
     """Whether the op computes this dense attention, faster than PyTorch does.
 
     Elsewhere than on a CPU a dense attention gains more from one library product for q, k and v.
     """
     family = attention_family(attn)
-    if family is None or family.low_rank.get("A") is not LowRankAttention:
-        return False  # its forward takes other arguments
+    if family is None or not _takes_masks_alone(family.low_rank.get("A", nn.Module)):
+        return False
     if attention_tier(attn) != "A":
         return False
     parts = attention_parts(attn)
@@ -167,15 +179,19 @@ def fused_mlp(block: BlockParts) -> nn.Module:
                  and activation_name(mlp.act) is not None)
         return FusedMlp(part) if whole else Sublayer(part)
     parts = mlp_parts(mlp)
-    if parts is None or activation_name(parts.act) is None:
+    if parts is None or not parts.plain or activation_name(parts.act) is None:
         return Sublayer(part)
     if parts.dense:
         return FusedDenseMlp(part, parts)
+    if _is_whole(parts.fc1, LowRankLinear) and _is_whole(parts.fc2, LowRankLinear):
+        whole = LowRankMlp(cast(LowRankLinear, parts.fc1), parts.act,
+                           cast(LowRankLinear, parts.fc2), parts.drop)
+        return FusedMlp(replace(part, inner=whole))
     return _fused_int8_mlp(part, parts)
 
 
 def _fused_int8_mlp(part: Residual, mlp: MlpParts) -> nn.Module:
-    if not (mlp.plain and is_trivial(part.norm)) or altered_inside(part.inner):
+    if not is_trivial(part.norm) or altered_inside(part.inner):
         return Sublayer(part)
     fc1, fc2 = mlp.fc1, mlp.fc2
     if _are_int8(fc1, fc2):
@@ -187,7 +203,7 @@ def _fused_int8_mlp(part: Residual, mlp: MlpParts) -> nn.Module:
 def _takes_patches(proj: nn.Module) -> bool:
     return (isinstance(proj, nn.Conv2d) and is_plain(proj, nn.Conv2d)
             and proj.stride == proj.kernel_size and proj.groups == 1
-            and proj.padding == (0, 0) and proj.dilation == (1, 1))
+            and proj.padding in ((0, 0), "valid") and proj.dilation == (1, 1))
 
 
 def _ends_fused(blocks: nn.Sequential) -> bool:

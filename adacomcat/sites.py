@@ -139,7 +139,8 @@ def prunable(module: nn.Module) -> bool:
 
 def prunable_mlps(model: nn.Module) -> list[str]:
     """The names of all MLPs of ``model`` whose hidden neurons can be left out."""
-    return [name for name, module in model.named_modules() if prunable(module)]
+    return [name for name, module in model.named_modules()
+            if prunable(module) and not is_position_network(name)]
 
 
 def altered_layers(model: nn.Module) -> list[str]:
@@ -232,7 +233,9 @@ class _Wanted:
 
     def pruned(self, name: str) -> bool:
         """Whether the neurons of the MLP ``name`` may be counted."""
-        hidden, *projections = (f"{name}.{part}" for part in ("hidden", "fc1", "fc2"))
+        parts = mlp_parts(self.modules[name])
+        inside = () if parts is None else parts.names
+        hidden, *projections = (f"{name}.{part}" for part in ("hidden", *inside))
         included = self._fits(self.include, hidden) or all(
             self._fits(self.include, part) for part in projections)
         excluded = any(self._fits(self.exclude, part) for part in (hidden, *projections))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = {"backends": "backends.md", "choices": "backends.md", "commands": "command-line.md",
-         "families": "families.md", "cost": "many-machines.md",
+         "families": "families.md", "doors": "families.md", "cost": "many-machines.md",
          "reference": "published-training.md", "presets": "published-training.md"}
 LEAST_SHARE = 0.5  # of the parameters, in sites: families below are not listed
 EXAMPLES = {"vision_transformer": "vit_base_patch16_224"}  # elsewhere the first by name
@@ -135,6 +135,16 @@ def _help(action: argparse.Action) -> str:
     return text.replace("|", "\\|") or "–"
 
 
+# Doors
+
+
+def doors() -> str:
+    """Models of every library, at every step."""
+    import doors
+
+    return markdown_table(doors.HEADER, doors.rows())
+
+
 # timm's families
 
 
@@ -220,7 +230,7 @@ def presets() -> str:
 
 
 TABLES = {"backends": backends, "choices": choices, "commands": commands, "families": families,
-          "cost": cost, "reference": reference, "presets": presets}
+          "doors": doors, "cost": cost, "reference": reference, "presets": presets}
 
 
 def write(name: str) -> None:

@@ -8,7 +8,7 @@ Random mutations of the same directions and of single sites came no further with
 """
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from adacomcat.convert.record import Refined
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.sites import Site
+from adacomcat.utils.inputs import Inputs, joined
 from adacomcat.utils.model import copied, evaluating, tokens_and_outputs
 from adacomcat.utils.progress import progress
 
@@ -120,7 +121,7 @@ def refined_allocation(plan_for: PlanFor, weights: ErrorWeights, sites: list[Sit
     return refine(plan_for(weights), proposals, loss_of, candidates)
 
 
-def refined_on_images(model: nn.Module, sites: list[Site], budget: Budget, batches: list[Tensor],
+def refined_on_images(model: nn.Module, sites: list[Site], budget: Budget, batches: list[Inputs],
                       candidates: int) -> Refined:
     """The plan at ``budget`` that keeps closest to the dense model, of those tried.
 
@@ -134,8 +135,8 @@ def refined_on_images(model: nn.Module, sites: list[Site], budget: Budget, batch
     return refined_allocation(plan_for, weights, sites, loss_of, candidates)
 
 
-def _halves(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    images = torch.cat(batches)
+def _halves(batches: list[Inputs]) -> tuple[list[Inputs], list[Inputs]]:
+    images = joined(batches)
     half = len(images) // 2
     if half < 2:
         raise UserError(f"refine needs at least 4 calibration images, half of them to judge; got "
@@ -144,7 +145,7 @@ def _halves(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 @torch.no_grad()
-def feature_distance(model: nn.Module, factors: Factors, batches: list[Tensor]) -> Loss:
+def feature_distance(model: nn.Module, factors: Factors, batches: Sequence[Inputs]) -> Loss:
     """plan → |f̂ - f|² / |f - mean|², summed over final tokens and outputs, f̂ with these factors.
 
     Blocks are not fitted in sequence here. There is time for few images only, and with few images

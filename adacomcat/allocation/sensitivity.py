@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from adacomcat.factorize.neurons import NeuronFactors
 from adacomcat.layers.mlp import prune_mlp
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Rank, Site
+from adacomcat.utils.inputs import Inputs
 from adacomcat.utils.model import evaluating, tokens_and_outputs
 from adacomcat.utils.progress import progress
 
@@ -30,7 +31,7 @@ PROBE_IMAGES = 4
 LEFT_IN_SEQUENCE = {"qk": 0.13, "vo": 0.28, "hidden": 0.57}
 
 
-def sensitivities(model: nn.Module, factors: Factors, images: Tensor,
+def sensitivities(model: nn.Module, factors: Factors, images: Inputs,
                   sites: list[Site]) -> ErrorWeights:
     """How much of each site's own error reaches the outputs, measured.
 
@@ -41,7 +42,7 @@ def sensitivities(model: nn.Module, factors: Factors, images: Tensor,
 
 
 @torch.no_grad()
-def probed_changes(model: nn.Module, factors: Factors, images: Tensor,
+def probed_changes(model: nn.Module, factors: Factors, images: Inputs,
                    sites: list[Site]) -> dict[str, float]:
     """Site → the relative change of tokens and outputs where this site alone is truncated."""
     changes = {}
@@ -102,7 +103,7 @@ def relative_sensitivities(sites: list[Site], factors: Factors) -> ErrorWeights:
     return {site.name: 1.0 / max(factors[site.name].errors[0].item(), 1e-30) for site in sites}
 
 
-def error_weights(model: nn.Module, factors: Factors, batches: list[Tensor] | None,
+def error_weights(model: nn.Module, factors: Factors, batches: Sequence[Inputs] | None,
                   sites: list[Site]) -> ErrorWeights:
     """The weights at which the knapsack starts: measured where there are images."""
     if batches is None:

@@ -8,6 +8,7 @@ keeps them. So this takes one dense pass, and the probes begin where the site li
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from adacomcat.convert.factors import ErrorCurve, Factors, SiteFactors, factoriz
 from adacomcat.convert.model import ALLOCATION_IMAGES, model_statistics
 from adacomcat.convert.sequential import sequential_blocks, sequential_encoder
 from adacomcat.sites import Site
+from adacomcat.utils.inputs import Inputs, call, joined
 from adacomcat.utils.model import evaluating, tokens_and_outputs
 from adacomcat.utils.progress import progress
 
@@ -68,7 +70,7 @@ def errors_alone(factors: SiteFactors) -> SiteFactors:
     return ErrorCurve(factors.errors)
 
 
-def survey(model: nn.Module, sites: list[Site], batches: list[Tensor] | None,
+def survey(model: nn.Module, sites: list[Site], batches: list[Inputs] | None,
            keep: Keep = errors_alone) -> Survey:
     """Error curves and sensitivities of ``sites``; data-free without images.
 
@@ -93,7 +95,7 @@ def survey(model: nn.Module, sites: list[Site], batches: list[Tensor] | None,
 class _BlockSurvey:
     """``survey`` of a model with an encoder, the first 64 images long."""
 
-    def __init__(self, model: nn.Module, sites: list[Site], batches: list[Tensor],
+    def __init__(self, model: nn.Module, sites: list[Site], batches: Any,
                  keep: Keep) -> None:
         encoder = sequential_encoder(model)
         assert encoder is not None, "survey asks first"
@@ -116,7 +118,7 @@ class _BlockSurvey:
         warn_of_thin(self.thin)
         return Survey(self.factors, self.changes, in_sequence=True)
 
-    def _tokens(self, images: Tensor) -> Tensor:
+    def _tokens(self, images: Inputs) -> Tensor:
         try:
             return self.encoder.tokens(images)
         except Exception:
@@ -129,7 +131,7 @@ class _BlockSurvey:
         sites = [site for site in self.sites if site.name.startswith(prefix)]
         start = streams[0][:PROBE_IMAGES]
         with watched(self.model, sites) as collectors:
-            streams[:] = [block(stream) for stream in streams]
+            streams[:] = [self.encoder.step(block, stream) for stream in streams]
         factors = self._factorized(sites, collected(collectors))
         probed = [self._probed(block, start, site, factors) for site in sites]
         for site, change in zip(sites, self._changes(index, probed), strict=True):
@@ -145,7 +147,7 @@ class _BlockSurvey:
         """What leaves ``block`` with this site truncated."""
         whole = self.model.get_submodule(site.module)
         self.model.set_submodule(site.module, probe_module(whole, site, factors))
-        found = block(start)
+        found = self.encoder.step(block, start)
         self.model.set_submodule(site.module, whole)
         return found
 
@@ -155,9 +157,9 @@ class _BlockSurvey:
             return []
         stream = torch.cat(probed)
         for block in list(self.encoder.blocks)[index + 1:]:
-            stream = block(stream)
+            stream = self.encoder.step(block, stream)
         with self._leaving_blocks(stream):
-            found = tokens_and_outputs(self.model, self.probes.repeat(len(probed), 1, 1, 1))
+            found = tokens_and_outputs(self.model, joined([self.probes] * len(probed)))
         size = len(self.probes)
         return [relative_change(self.dense, [tensor[at:at + size] for tensor in found])
                 for at in range(0, len(stream), size)]
@@ -170,7 +172,7 @@ class _BlockSurvey:
         with watched(self.model, sites) as collectors:
             for images, stream in zip(self.batches, streams, strict=True):
                 with self._leaving_blocks(stream):
-                    self.model(images)
+                    call(self.model, images)
         self.factors |= self._factorized(sites, collected(collectors))
         for site in sites:
             whole = self.model.get_submodule(site.module)
@@ -195,5 +197,5 @@ class _Given(nn.Module):
         super().__init__()
         self.tensor = tensor
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         return self.tensor

@@ -26,6 +26,12 @@ from torch import Tensor, nn
 from adacomcat.checkpoint.build import build
 from adacomcat.checkpoint.config import CONFIG, NO_MODEL_ARGS, read_config
 from adacomcat.checkpoint.gauge import with_gauge, without_gauge
+from adacomcat.checkpoint.pretrained import (
+    is_pretrained,
+    is_pretrained_folder,
+    load_pretrained,
+    save_pretrained,
+)
 from adacomcat.checkpoint.weights import load_weights_, read_weights
 from adacomcat.convert.plain import is_plain_form, require_not_optimized
 from adacomcat.convert.quantized import int8_layers, require_not_quantized
@@ -53,8 +59,10 @@ def save(model: nn.Module, folder: str | Path, *, architecture: str | None = Non
 
     The model is rebuilt from what is to be written and compared on a random image first.
 
+    A model of transformers is written by its own ``save_pretrained``.
+
     Args:
-        model: a timm model, compressed or not.
+        model: a model of timm or transformers, compressed or not.
         folder: absent or empty; it appears when all of it is written.
         architecture: timm's name of the dense model, where the model does not know it itself.
         model_args: the keyword arguments that built the dense model, likewise.
@@ -68,6 +76,12 @@ def save(model: nn.Module, folder: str | Path, *, architecture: str | None = Non
     folder = Path(folder)
     require_empty(folder)
     model = unwrap_model(model)
+    if is_pretrained(model):
+        if gauge:
+            raise UserError("folders of transformers keep all factors: save without gauge "
+                            "(--gauge)")
+        save_pretrained(model, folder)
+        return
     require_not_optimized(model, "save")
     config = describe(model, architecture, model_args)
     weights = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -92,17 +106,19 @@ def _write(folder: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> 
 
 
 def load(folder: str | Path, *, verify: bool = True) -> nn.Module:
-    """The model of a checkpoint folder that ``save`` or timm wrote, on the CPU, in eval mode.
+    """The model of a folder that ``save``, timm or transformers wrote, on the CPU, in eval mode.
 
     Args:
         folder: holds model.safetensors and config.json.
-        verify: compare the weights with the checksum that ``save`` wrote; a folder of timm's has
-            none.
+        verify: compare the weights with the checksum that ``save`` wrote; a folder of another
+            library has none.
 
     Raises:
         UserError: the folder is absent, damaged, or describes no model that can be built.
     """
     folder = Path(folder)
+    if is_pretrained_folder(folder):
+        return load_pretrained(folder)
     config = read_config(folder)
     if verify:
         _verify(folder, config.get("checksums"))
@@ -162,7 +178,8 @@ def describe(model: nn.Module, architecture: str | None = None,
     architecture = architecture or known.get("architecture") or source.get("architecture")
     if architecture is None:
         raise UserError("this model does not know its timm architecture; pass architecture= and "
-                        "model_args=")
+                        "model_args=. What no timm model is, keep as model.state_dict() and "
+                        "model.rank_plan; adacomcat.convert.build_skeleton(dense, plan) takes them")
     if model_args is None:
         # timm writes to _model_args what set_input_size and the like change.
         model_args = {**known.get("model_args", {}), **getattr(model, "_model_args", {})}

@@ -4,11 +4,13 @@
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from adacomcat.convert.moments import (
     AveragedTokens,
@@ -21,8 +23,9 @@ from adacomcat.errors import UserError, reason
 from adacomcat.factorize.factors import AttentionStatistics, LinearStatistics, factorize_scores
 from adacomcat.factorize.linalg import require_finite
 from adacomcat.layers.attention import LowRankAttention, low_rank_class
-from adacomcat.layers.registry import attention_weights
+from adacomcat.layers.registry import attention_weights, mlp_parts
 from adacomcat.sites import Site, find_sites
+from adacomcat.utils.inputs import Batch, Inputs, call, inputs_of, shapes
 from adacomcat.utils.model import evaluating
 from adacomcat.utils.progress import progress
 
@@ -30,38 +33,74 @@ BATCH = 16
 Statistics = dict[str, LinearStatistics | AttentionStatistics]
 
 
-def calibration_batches(images: Tensor | Iterable, model: nn.Module,
-                        name: str = "calibration") -> list[Tensor]:
+def calibration_batches(images: Tensor | Mapping | Iterable, model: nn.Module,
+                        name: str = "calibration") -> list[Inputs]:
     """Images as a user gives them → batches of at most ``BATCH``, on the model's device.
 
     Public functions that take images call this once; inside the package, images are such batches.
 
     Args:
-        images: one tensor (N, C, H, W), or an iterable of such tensors or of tuples that start
-            with one, as a DataLoader gives them.
+        images: what the model takes: a tensor (N, C, H, W), a mapping of its arguments, or an
+            iterable of either or of tuples that start with it, as a DataLoader gives them; or a
+            data set of Hugging Face. Labels are left out.
         model: whose device and dtype the batches get.
         name: what the user calls these images, for the errors.
 
     Raises:
         UserError: there is no image, or something else than finite images.
     """
-    if isinstance(images, Tensor) or not isinstance(images, Iterable):
-        images = [images]
     parameter = next(model.parameters())
-    batches: list[Tensor] = []
-    for given in images:
-        batch = given[0] if isinstance(given, list | tuple) else given
-        if not isinstance(batch, Tensor) or batch.layout != torch.strided or batch.ndim != 4:
-            raise UserError(f"{name} must be a tensor (N, C, H, W) or an iterable of such "
-                            f"batches; got {_described(batch)}")
-        if not batch.is_floating_point():
-            raise UserError(f"{name} must hold the images as the model sees them, normalised real "
-                            f"numbers; got {batch.dtype}")
-        require_finite(name, images=batch)
-        batches.extend(batch.to(parameter.device, parameter.dtype).split(BATCH))
+    pictures = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    batches: list[Inputs] = []
+    for given in _batched(images):
+        batch = inputs_of(given, model)
+        if isinstance(batch, Batch):
+            _require_arguments(batch, name)
+        elif not isinstance(batch, Tensor) or batch.layout != torch.strided or not (
+                batch.ndim == 4 or (batch.ndim > 1 and not pictures)):
+            raise UserError(f"{name} must be a tensor (N, C, H, W), a mapping of what the model "
+                            f"takes, or an iterable of such batches; got {_described(batch)}")
+        else:
+            _require_numbers(batch, name, pictures)
+        batches.extend(batch.to(parameter.device, _dtype(batch, parameter)).split(BATCH))
     if not sum(len(batch) for batch in batches):
         raise UserError(f"{name} holds no image; give at least one")
     return batches
+
+
+def _batched(images: Tensor | Mapping | Iterable) -> Iterable:
+    if isinstance(images, Tensor | Mapping) or not isinstance(images, Iterable):
+        return [images]
+    if not hasattr(images, "with_format"):
+        return images
+    rows: Any = images  # a data set of Hugging Face; a transform of the user's makes tensors
+    transformed = getattr(rows, "format", {}).get("type") == "custom"
+    return DataLoader(rows if transformed else rows.with_format("torch"), batch_size=BATCH)
+
+
+def _dtype(batch: Inputs, parameter: Tensor) -> torch.dtype | None:
+    """Whole numbers, such as words, keep their type."""
+    whole = isinstance(batch, Tensor) and not batch.is_floating_point()
+    return None if whole else parameter.dtype
+
+
+def _require_arguments(batch: Batch, name: str) -> None:
+    for key, value in batch.named.items():
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            _require_numbers(value, name, pictures=value.ndim == 4)
+        elif not (value is None or isinstance(value, bool | int | float)):
+            raise UserError(f"{name}: {key} must be a tensor; got {_described(value)}. Leave out "
+                            "what the model does not take")
+    if not batch.tensors:
+        raise UserError(f"{name} must map names of the model's arguments to tensors; got "
+                        f"{', '.join(batch.named) or 'nothing'}")
+
+
+def _require_numbers(batch: Tensor, name: str, pictures: bool) -> None:
+    if not batch.is_floating_point() and (pictures or batch.is_complex()):
+        raise UserError(f"{name} must hold the images as the model sees them, normalised real "
+                        f"numbers; got {batch.dtype}")
+    require_finite(name, images=batch)
 
 
 def _described(value: object) -> str:
@@ -82,7 +121,8 @@ class LinearCollector:
         return self.moments.count
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.moments.add(at_least_float32(args[0].detach().flatten(0, -2)))
+        x = args[0] if args else kwargs["input"]
+        self.moments.add(at_least_float32(x.detach().reshape(-1, x.shape[-1])))
 
     def result(self) -> LinearStatistics:
         m = self.moments
@@ -101,9 +141,10 @@ class AttentionCollector:
         return self.values.count
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        x, *rest = args
-        x = x.detach()
-        context = self.probe.score_context(x, *rest, **kwargs)
+        seen = self.probe.attended(*args, **kwargs)
+        if seen is None:  # queries and keys come from different tokens: weights alone decide
+            return
+        x, context = seen[0].detach(), seen[1]
         values = averaged_values(self.probe, x, self.wv, context)
         self.tokens.add(x)
         self.averaged.add(self.probe, x, context)
@@ -136,18 +177,25 @@ def collectors(model: nn.Module, sites: list[Site]) -> dict[str, Collector]:
         if site.kind == "linear":
             made[site.module] = LinearCollector()
         elif site.kind == "hidden":
-            made[f"{site.module}.fc2"] = LinearCollector()
+            made[second_projection(model, site)] = LinearCollector()
         elif site.module not in made:
             made[site.module] = AttentionCollector(model.get_submodule(site.module), site.tier)
     return made
 
 
-def calibrate(model: nn.Module, calibration: Tensor | Iterable) -> Statistics:
+def second_projection(model: nn.Module, site: Site) -> str:
+    """The name of the projection behind the hidden neurons of ``site``."""
+    parts = mlp_parts(model.get_submodule(site.module))
+    assert parts is not None, "find_sites admits known MLPs only"
+    return f"{site.module}.{parts.names[1]}"
+
+
+def calibrate(model: nn.Module, calibration: Tensor | Mapping | Iterable) -> Statistics:
     """Statistics of what flows into every module that holds a site, in one dense pass.
 
     Args:
         model: the dense model; its mode and its weights stay.
-        calibration: images (N, C, H, W) as the model sees them, or an iterable of batches.
+        calibration: images as ``calibration_batches`` takes them.
 
     Returns:
         Module name → ``LinearStatistics`` or ``AttentionStatistics``: means (d,) and centred
@@ -161,7 +209,7 @@ def calibrate(model: nn.Module, calibration: Tensor | Iterable) -> Statistics:
 
 
 @torch.no_grad()
-def collect_statistics(model: nn.Module, batches: list[Tensor], share: float = 1.0,
+def collect_statistics(model: nn.Module, batches: Sequence[Inputs], share: float = 1.0,
                        sites: list[Site] | None = None) -> Statistics:
     """``calibrate`` for batches that are checked.
 
@@ -174,7 +222,7 @@ def collect_statistics(model: nn.Module, batches: list[Tensor], share: float = 1
         with (watched(model, find_sites(model) if sites is None else sites) as watching,
               evaluating(model)):
             for batch in progress(batches, "calibrating"):
-                model(batch)
+                call(model, batch)
     except Exception:
         require_taken(model, batch)
         raise
@@ -212,14 +260,14 @@ def collected(watching: dict[str, Collector]) -> Statistics:
     return statistics
 
 
-def require_taken(model: nn.Module, batch: Tensor) -> None:
+def require_taken(model: nn.Module, batch: Inputs) -> None:
     """A ``UserError`` where the model itself cannot run on these images."""
     try:
         with evaluating(model):
-            model(batch)
+            call(model, batch)
     except Exception as error:  # whatever a model raises about images
         raise UserError("the model cannot run on calibration images of shape "
-                        f"{tuple(batch.shape[1:])}: {reason(error)}") from error
+                        f"{shapes(batch)}: {reason(error)}") from error
 
 
 def warn_of_thin(names: list[str]) -> None:

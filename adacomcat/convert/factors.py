@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adacomcat.convert.calibrate import Statistics
+from adacomcat.convert.calibrate import Statistics, second_projection
 from adacomcat.errors import UserError
 from adacomcat.factorize.factors import (
     AttentionStatistics,
@@ -106,7 +106,7 @@ def decompose_site(make: Decomposition, model: nn.Module, site: Site, statistics
         require_finite(site.module, **{name.replace(".", "_"): p for name, p in
                                        module.named_parameters()})
     if site.kind == "hidden":
-        return _neurons(make, module.fc2, site, statistics)
+        return _neurons(make, model, site, statistics)
     found = statistics.get(site.module)
     if site.kind == "linear":
         weight, bias = _weight_and_bias(module)
@@ -123,9 +123,11 @@ def decompose_site(make: Decomposition, model: nn.Module, site: Site, statistics
                        shrinkage=shrinkage)
 
 
-def _neurons(make: Decomposition, fc2: nn.Linear, site: Site,
+def _neurons(make: Decomposition, model: nn.Module, site: Site,
              statistics: Statistics) -> NeuronFactors:
-    found = statistics.get(f"{site.module}.fc2")
+    name = second_projection(model, site)
+    fc2: Any = model.get_submodule(name)
+    found = statistics.get(name)
     if not isinstance(found, LinearStatistics) and make is not BLANK:
         raise UserError(f"{site.name}: only activations tell which neurons can go; give "
                         "calibration images")

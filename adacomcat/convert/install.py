@@ -93,7 +93,7 @@ def join_mlps_(model: nn.Module) -> None:
     """An MLP whose two projections are low-rank runs as one op."""
     for name, module in list(model.named_modules()):
         parts = mlp_parts(module)
-        if parts is None or not parts.plain:
+        if parts is None or not parts.plain or parts.names != ("fc1", "fc2") or not name:
             continue
         fc1, fc2 = parts.fc1, parts.fc2
         if type(fc1) is LowRankLinear and type(fc2) is LowRankLinear:

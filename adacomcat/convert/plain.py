@@ -39,7 +39,12 @@ def to_plain(model: nn.Module) -> nn.Module:
             your own that names no plain form.
     """
     require_not_optimized(model, "to_plain")
-    return _replaced(copied(unwrapped(model)), _LOW_RANK, lambda module: module.to_plain())
+    return to_plain_(copied(unwrapped(model)))
+
+
+def to_plain_(model: nn.Module) -> nn.Module:
+    """``to_plain`` in place; returns the plain form of a low-rank layer itself."""
+    return _replaced(model, _LOW_RANK, lambda module: module.to_plain())
 
 
 def from_plain(model: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adacomcat.layers.attention import LowRankAttention
 from adacomcat.layers.int8 import Int8Linear
 from adacomcat.layers.linear import LowRankLinear
-from adacomcat.layers.registry import mlp_parts
+from adacomcat.layers.registry import mlp_parts, tell_holders
 from adacomcat.layers.stock import LinearPair, PlainAttention
 from adacomcat.plan import HIDDEN, RankPlan
 from adacomcat.sites import DENSE, Rank
@@ -125,3 +125,5 @@ def record_(model: nn.Module, **known: object) -> None:
     """Write these fields of ``Compression`` to the record of ``model``; the others stay."""
     for field, value in known.items():
         setattr(model, ATTRIBUTES[field], value)
+    if isinstance(plan := known.get("plan"), RankPlan):
+        tell_holders(model, plan.ranks)

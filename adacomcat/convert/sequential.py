@@ -52,6 +52,12 @@ def sequential_encoder(model: nn.Module) -> EncoderParts | None:
     return encoder if fits else None
 
 
+def in_sequence(model: nn.Module) -> tuple[str, ...]:
+    """How the names of all sites begin that are fitted in sequence."""
+    encoder = sequential_encoder(model)
+    return () if encoder is None else (f"{encoder.name}.",)
+
+
 def _sequential(block: nn.Module) -> bool:
     """A known block of a tier-A attention and a plain MLP."""
     parts = block_parts(block)
@@ -203,7 +209,7 @@ def _linears(part: Residual) -> tuple[nn.Linear, nn.Linear]:
 
 def _added(part: Residual, stream: Tensor) -> Tensor:
     """x + scale(inner(norm(x)))"""
-    return _mapped(lambda x: x + part.scale(part.inner(part.norm(x))), stream)
+    return _mapped(lambda x: x + part.scale(part.run(part.inner, part.norm(x))), stream)
 
 
 def _layer_scale(part: Residual, stream: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import resolve_model_data_config
+from timm.data import resolve_data_config, resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -24,7 +24,8 @@ from adacomcat.data.folder import (
 from adacomcat.data.named import NamedImages, Splits, is_named, named_images
 from adacomcat.errors import UserError
 from adacomcat.utils.checksum import checksum
-from adacomcat.utils.model import class_count
+from adacomcat.utils.model import class_count, input_size
+from adacomcat.utils.text import parse_json, read_text
 
 ARRAY_DATASETS = ("digits", "fashion-mnist")
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -93,6 +94,8 @@ def model_data_config(model: nn.Module) -> dict[str, Any]:
 
     Channels, size and classes are the model's own. Its pretrained weights may have had others.
     """
+    if getattr(model, "pretrained_cfg", None) is None:
+        return _foreign_config(model)
     model_cfg = resolve_model_data_config(model) | {"num_classes": class_count(model)}
     channels, height, width = model_cfg["input_size"]
     embedding = getattr(model, "patch_embed", None)
@@ -100,6 +103,19 @@ def model_data_config(model: nn.Module) -> dict[str, Any]:
         channels = getattr(getattr(embedding, "proj", None), "in_channels", channels)
         height, width = getattr(embedding, "img_size", None) or (height, width)
     return model_cfg | {"input_size": (channels, height, width)}
+
+
+def _foreign_config(model: nn.Module) -> dict[str, Any]:
+    """Of a model of another library: mean and std are those of the pre-processor beside its
+    weights, where transformers wrote one, else timm's."""
+    size = input_size(model)
+    model_cfg = resolve_data_config({"input_size": size}) | {"num_classes": class_count(model)}
+    file = Path(getattr(model, "name_or_path", "")) / "preprocessor_config.json"
+    if file.is_file():
+        known = parse_json(read_text(file))
+        model_cfg |= {name: tuple(known[f"image_{name}"]) for name in ("mean", "std")
+                      if f"image_{name}" in known}
+    return model_cfg
 
 
 def train_and_test(name: str, data_dir: str | Path | None, model_cfg: dict[str, Any],

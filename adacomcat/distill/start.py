@@ -28,6 +28,7 @@ from adacomcat.search.search import RankSearch
 from adacomcat.search.supernet import build_supernet, explicit_plan, set_ranks_
 from adacomcat.sites import DENSE, Site, find_sites, prunable_mlps
 from adacomcat.utils.distributed import Processes
+from adacomcat.utils.inputs import Inputs
 from adacomcat.utils.random import derived_generator
 
 CALIBRATION = 100  # the stream of random numbers that picks calibration images
@@ -64,7 +65,7 @@ class Ready(NamedTuple):
     """A dense model with what every plan for it is made of."""
 
     model: nn.Module  # its weights are decomposed
-    batches: list[Tensor] | None  # calibration images
+    batches: list[Inputs] | None  # calibration images
     sites: list[Site]
     factors: Factors
 

@@ -1,5 +1,6 @@
 """How far a compressed model agrees with the dense one, with labels and without."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from adacomcat.errors import UserError
 from adacomcat.evaluation.neighbours import nearest_others
 from adacomcat.evaluation.passes import embedding
 from adacomcat.evaluation.scores import bootstrap_interval
+from adacomcat.utils.inputs import Inputs
 from adacomcat.utils.model import evaluating, tokens_and_outputs
 from adacomcat.utils.progress import progress
 
@@ -79,7 +81,7 @@ class _Spread:
 
 
 @torch.inference_mode()
-def agreement(model: nn.Module, dense: nn.Module, batches: list[Tensor]) -> Agreement:
+def agreement(model: nn.Module, dense: nn.Module, batches: Sequence[Inputs]) -> Agreement:
     """``model`` beside the ``dense`` one on these images.
 
     Args:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adacomcat.data import Batches, LabelledImages
 from adacomcat.errors import UserError
 from adacomcat.utils.distributed import Processes
+from adacomcat.utils.inputs import Inputs
 from adacomcat.utils.model import evaluating, tokens_and_outputs
 from adacomcat.utils.progress import progress
 
@@ -65,9 +66,9 @@ def _everywhere(rows: Tensor, places: Tensor, count: int, processes: Processes) 
     return processes.sum(whole.to(processes.device)).cpu()
 
 
-def embedding(model: Any, images: Tensor) -> Tensor:
+def embedding(model: Any, images: Inputs) -> Tensor:
     """What a classifier reads of each image, (B, d) in float32; elsewhere the model's output."""
-    if hasattr(model, "forward_head"):
+    if hasattr(model, "forward_head") and isinstance(images, Tensor):
         found = model.forward_head(model.forward_features(images), pre_logits=True)
         found = found[0] if isinstance(found, tuple) else found
     else:

@@ -4,7 +4,7 @@ The damage of a rank is Σ |f̂ - f|² / |f - mean|², summed over final tokens 
 the dense model with this one site at this rank. The images that judge made no factors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from adacomcat.cost import model_params
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, MULTIPLE, Rank, Site
+from adacomcat.utils.inputs import Inputs, joined
 from adacomcat.utils.model import evaluating, tokens_and_outputs
 from adacomcat.utils.progress import progress
 
@@ -41,7 +42,7 @@ class Step(NamedTuple):
 
 
 @torch.no_grad()
-def measured_damage(model: nn.Module, factors: Factors, batches: list[Tensor],
+def measured_damage(model: nn.Module, factors: Factors, batches: Sequence[Inputs],
                     sites: list[Site], count: int = RANKS) -> dict[str, dict[int, float]]:
     """Site → rank → damage, of at most ``count`` candidate ranks of each site."""
     found: dict[str, dict[int, float]] = {site.name: {} for site in sites}
@@ -59,7 +60,7 @@ def measured_damage(model: nn.Module, factors: Factors, batches: list[Tensor],
     return found
 
 
-def _features(model: nn.Module, batches: list[Tensor]) -> list[Tensor]:
+def _features(model: nn.Module, batches: Sequence[Inputs]) -> list[Tensor]:
     parts = [tokens_and_outputs(model, images) for images in batches]
     return [torch.cat(rows) for rows in zip(*parts, strict=True)]
 
@@ -121,7 +122,7 @@ def _descent(choices: list[Choice]) -> Iterator[tuple[float, int, int]]:
         here = best
 
 
-def sensitivity(model: nn.Module, batches: list[Tensor], sites: list[Site],
+def sensitivity(model: nn.Module, batches: list[Inputs], sites: list[Site],
                 ranks: int = RANKS) -> dict[str, Any]:
     """What ``inspect --sensitivity`` shows, in plain numbers, lists and dicts.
 
@@ -140,7 +141,7 @@ def sensitivity(model: nn.Module, batches: list[Tensor], sites: list[Site],
     Raises:
         UserError: there is one image only.
     """
-    images = torch.cat(batches)
+    images = joined(batches)
     half = len(images) // 2
     if not half:
         raise UserError("sensitivity needs two images: one half calibrates, the other judges")

@@ -13,7 +13,7 @@ from adacomcat.layers.registry import (
     Tier,
     TierOf,
     add_attention,
-    load_families,
+    load_family,
 )
 
 
@@ -65,7 +65,7 @@ def register_attention(kind: type[nn.Module], read: Callable[[Any], AttentionPar
             raise UserError(f"{kind.__name__}: low_rank names {len(low_rank)} tiers; pass tier= to "
                             "say which one an instance has")
         tier = _always(*low_rank)
-    load_families()
+    load_family(kind)
     add_attention(kind, AttentionFamily(read, {**low_rank}, tier))
 
 

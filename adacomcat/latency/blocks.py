@@ -97,7 +97,7 @@ def _block(model: nn.Module, runs: nn.Module, site: Site) -> TimedBlock:
     parts = module.split(".")
     for depth in range(len(parts)):
         block, part = ".".join(parts[:depth]), parts[depth]
-        if type(runs.get_submodule(block)) is FusedBlock:
+        if isinstance(runs.get_submodule(block), FusedBlock):
             return _sublayer(runs, block, part, module, site)
     gemv = type(runs.get_submodule(module)) is GemvLinear
     return TimedBlock(module, "forward", module, module, (site,), gemv)

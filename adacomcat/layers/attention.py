@@ -95,6 +95,8 @@ class LowRankAttention(nn.Module):
     """
 
     folds_scores: ClassVar[bool] = True  # whether wq, bq and wk exist: tier A
+    # Whether a mask is all that this very class adds to its logits, so that ``optimize`` fuses it.
+    only_masks: ClassVar[bool] = True
     # What ``to_plain`` makes. A subclass with another forward names its own, or has none.
     plain: ClassVar[type[PlainAttention]] = PlainAttention
     attn_drop: nn.Dropout
@@ -104,7 +106,7 @@ class LowRankAttention(nn.Module):
                  scale: float, dim_out: int | None = None, attn_drop: float = 0.0,
                  proj_drop: float = 0.0, device: torch.device | None = None,
                  dtype: torch.dtype | None = None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # a drop-in may derive from the dense class, too
         self.num_heads, self.rank_qk, self.rank_vo = num_heads, rank_qk, rank_vo
         self.scale = scale
         dim_out = dim_out or dim
@@ -259,6 +261,13 @@ class LowRankAttention(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Tokens (B, N, d) → (B, N, out). The other arguments are those of ``score_context``."""
         return self.attend(x, *self.score_context(x, *args, **kwargs))
+
+    def attended(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Context] | None:
+        """The tokens (B, N, d) of a call of ``forward``, and what they attend under.
+
+        None where queries and keys come from different tokens.
+        """
+        return x, self.score_context(x, *args, **kwargs)
 
     def score_context(self, x: Tensor, *args: Any, **kwargs: Any) -> Context:
         """What a call of ``forward`` with these arguments attends under.

@@ -160,10 +160,10 @@ class Sublayer(nn.Module):
 
     def __init__(self, part: Residual) -> None:
         super().__init__()
-        self.norm, self.inner, self.scale = part.norm, part.inner, part.scale
+        self.norm, self.inner, self.scale, self.run = part.norm, part.inner, part.scale, part.run
 
     def forward(self, x: Tensor, **kwargs: object) -> Tensor:
-        return x + self.scale(self.inner(self.norm(x), **kwargs))
+        return x + self.scale(self.run(self.inner, self.norm(x), **kwargs))
 
 
 class FusedBlock(nn.Module):
@@ -248,9 +248,17 @@ def gemv_linear(head: nn.Module) -> nn.Module:
     return GemvLinear(cast(nn.Linear, head)) if is_plain_linear(head) else head
 
 
+_LAYER_NORMS: set[type[nn.Module]] = {nn.LayerNorm, LayerNorm}
+
+
+def add_layer_norm(kind: type[nn.LayerNorm]) -> None:
+    """Say that ``kind`` computes what ``nn.LayerNorm`` does."""
+    _LAYER_NORMS.add(kind)
+
+
 def is_layer_norm(norm: nn.Module) -> bool:
     """Whether the fused ops know this norm: a layer norm over the last dimension."""
-    known = is_plain(norm, nn.LayerNorm, LayerNorm)
+    known = is_plain(norm, *_LAYER_NORMS)
     return known and len(cast(nn.LayerNorm, norm).normalized_shape) == 1
 
 

@@ -1,5 +1,6 @@
 """MLPs with low-rank projections or with fewer hidden neurons, drop-in for timm's ``Mlp``."""
 
+import copy
 from typing import Any, cast
 
 import torch
@@ -13,36 +14,54 @@ from adacomcat.factorize.factors import LinearStatistics
 from adacomcat.layers.inherit import inherit_
 from adacomcat.layers.linear import LowRankLinear, plain_linear, require_rank
 from adacomcat.layers.plain import altered, is_plain, is_plain_linear
+from adacomcat.layers.registry import MlpParts, mlp_parts
 from adacomcat.layers.stock import refuse_scripting
 
-_ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", GELU: "gelu", GELUTanh: "gelu_tanh"}
+_ACTIVATIONS: dict[type[nn.Module], str | None] = {
+    nn.ReLU: "relu", nn.SiLU: "silu", GELU: "gelu", GELUTanh: "gelu_tanh"}
 
 
-def mlp_of_width(mlp: Mlp, width: int) -> Mlp:
-    """A timm MLP like ``mlp`` with this many hidden neurons; its weights are random."""
-    fc1, fc2 = _projections(mlp)
+def add_activation(kind: type[nn.Module], name: str | None = None) -> None:
+    """Say that ``kind`` works element by element, and by which name the ops know it."""
+    _ACTIVATIONS[kind] = name
+
+
+def is_elementwise(module: nn.Module) -> bool:
+    """Whether ``module`` is an activation that is known to mix no neurons."""
+    return type(module) is nn.GELU or type(module) in _ACTIVATIONS
+
+
+def mlp_of_width(mlp: nn.Module, width: int) -> nn.Module:
+    """A module like ``mlp`` with this many hidden neurons; its weights are random.
+
+    It is of the same class, and shares all but the projections with ``mlp``.
+    """
+    parts = _dense_parts(mlp)
+    fc1, fc2 = parts.linears
     device, dtype = fc1.weight.device, fc1.weight.dtype
-    made = Mlp(fc1.in_features, width, fc2.out_features, device=device, dtype=dtype)
-    made.drop1, made.drop2 = mlp.drop1, mlp.drop2
-    made.act = mlp.act
-    made.fc1 = nn.Linear(fc1.in_features, width, fc1.bias is not None, device, dtype)
-    made.fc2 = nn.Linear(width, fc2.out_features, fc2.bias is not None, device, dtype)
+    made = copy.copy(mlp)
+    vars(made).update({name: value.copy() for name, value in vars(mlp).items()
+                       if isinstance(value, dict)})
+    narrow = (nn.Linear(fc1.in_features, width, fc1.bias is not None, device, dtype),
+              nn.Linear(width, fc2.out_features, fc2.bias is not None, device, dtype))
+    for name, linear in zip(parts.names, narrow, strict=True):
+        setattr(made, name, linear.train(mlp.training))
     inherit_(made, mlp, dict(mlp.named_parameters()))
-    return made.train(mlp.training)
+    return made
 
 
 @torch.no_grad()
-def prune_mlp(mlp: Mlp, kept: Tensor, weight: Tensor, bias: Tensor) -> Mlp:
+def prune_mlp(mlp: nn.Module, kept: Tensor, weight: Tensor, bias: Tensor) -> nn.Module:
     """A copy of ``mlp`` with the ``kept`` hidden neurons only, and this second projection.
 
     Args:
-        mlp: The dense MLP.
+        mlp: The dense MLP, of a class that a family knows.
         kept: (width,), indices of the neurons.
         weight: (out, width), the refitted weight of ``fc2``.
         bias: (out,), its bias; left out where ``fc2`` has none.
     """
     made = mlp_of_width(mlp, len(kept))
-    (dense, _), (fc1, fc2) = _projections(mlp), _projections(made)
+    (dense, _), (fc1, fc2) = _dense_parts(mlp).linears, _dense_parts(made).linears
     fc1.weight.copy_(dense.weight[kept])
     if dense.bias is not None:
         fc1.bias.copy_(dense.bias[kept])
@@ -50,6 +69,12 @@ def prune_mlp(mlp: Mlp, kept: Tensor, weight: Tensor, bias: Tensor) -> Mlp:
     if fc2.bias is not None:
         fc2.bias.copy_(bias)
     return made
+
+
+def _dense_parts(mlp: nn.Module) -> MlpParts:
+    parts = mlp_parts(mlp)
+    assert parts is not None, "only known MLPs lose neurons"
+    return parts
 
 
 def _projections(mlp: Mlp) -> tuple[nn.Linear, nn.Linear]:

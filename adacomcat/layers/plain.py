@@ -13,6 +13,8 @@ from torch import nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Where the hooks come from that a library attaches to its own modules, to record outputs.
+_OBSERVERS = ("transformers.utils.output_capturing",)
 # Subclasses of nn.Linear that their libraries always use; nobody attached anything to them.
 _LIBRARIES = ("adacomcat.", "timm.", "torch.nn.modules.")
 
@@ -20,8 +22,12 @@ _LIBRARIES = ("adacomcat.", "timm.", "torch.nn.modules.")
 def altered(module: nn.Module) -> bool:
     """Whether something on the instance changes what its class computes: hooks, or methods."""
     own = vars(module)
-    return (any(own.get(hooks) for hooks in _HOOKS)
+    return (any(_changes(hook) for hooks in _HOOKS for hook in own.get(hooks, {}).values())
             or any(inspect.isfunction(getattr(type(module), name, None)) for name in own))
+
+
+def _changes(hook: object) -> bool:
+    return getattr(hook, "__module__", None) not in _OBSERVERS
 
 
 def altered_inside(module: nn.Module) -> bool:
@@ -37,7 +43,7 @@ def is_plain(module: object, *kinds: type[nn.Module]) -> bool:
 def is_plain_linear(module: object) -> bool:
     """Whether ``module`` computes x Wᵀ + b of its own floating-point parameters, and no more."""
     return (is_plain(module, nn.Linear) and isinstance(module, nn.Linear)
-            and all(parameter is None or _ordinary(parameter)
+            and all(parameter is None or is_ordinary(parameter)
                     for parameter in (module.weight, module.bias)))
 
 
@@ -50,6 +56,6 @@ def is_altered_linear(module: nn.Module) -> bool:
     return not from_library or altered(module) or type(module) is nn.Linear
 
 
-def _ordinary(parameter: object) -> bool:
+def is_ordinary(parameter: object) -> bool:
     """Not quantised, not made anew by a mask at every call: a plain floating-point parameter."""
     return type(parameter) is nn.Parameter and parameter.dtype in _FLOATS

@@ -6,15 +6,19 @@ subclass may compute something else.
 """
 
 import importlib
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from adacomcat.errors import UserError
 from adacomcat.layers.int8 import Int8Linear
 from adacomcat.layers.plain import altered, altered_inside, is_plain, is_plain_linear
+from adacomcat.utils.inputs import Inputs
+from adacomcat.utils.model import input_size
 
 # A: queries with keys and values with outputs fold head by head. B: only values with outputs do.
 Tier = Literal["A", "B"]
@@ -160,6 +164,7 @@ class MlpParts:
     fc2: nn.Module
     drop: float  # the probability behind ``act``
     plain: bool  # whether nothing else stands between; a norm behind ``act`` does
+    names: tuple[str, str] = ("fc1", "fc2")  # of the projections in the module
 
     @property
     def dense(self) -> bool:
@@ -172,6 +177,11 @@ class MlpParts:
         return cast(nn.Linear, self.fc1), cast(nn.Linear, self.fc2)
 
 
+def called(inner: Any, x: Tensor, **kwargs: Any) -> Tensor:
+    """``inner(x)``"""
+    return inner(x, **kwargs)
+
+
 @dataclass(frozen=True)
 class Residual:
     """One half of a block in eval mode: x + scale(inner(norm(x)))."""
@@ -181,6 +191,7 @@ class Residual:
     inner: Any  # a module of whatever class
     scale: nn.Module
     gamma: Tensor | None  # (d,): what ``scale`` multiplies by; None where it is the identity
+    run: Callable[..., Tensor] = called  # how ``inner`` is called, for classes with other arguments
 
 
 class BlockParts(NamedTuple):
@@ -188,6 +199,8 @@ class BlockParts(NamedTuple):
 
     attn: Residual
     mlp: Residual
+    # Makes of both fused halves what takes the block's place; None for the signature of timm.
+    build: Callable[[nn.Module, nn.Module], nn.Module] | None = None
 
 
 @dataclass(frozen=True)
@@ -195,34 +208,52 @@ class EncoderParts:
     """A model that is known as a whole: tokens, blocks one after the other, a head."""
 
     name: str  # of ``blocks`` in the model
-    blocks: nn.Sequential
-    tokens: Callable[[Tensor], Tensor]  # images → what enters the first block, (B, N, d)
+    blocks: nn.Sequential | nn.ModuleList
+    tokens: Callable[[Any], Tensor]  # images → what enters the first block, (B, N, d)
     # Makes the model that computes only the class token in its last block; None where the head
     # reads more than that token.
     class_token_only: Callable[[], nn.Module] | None
+    step: Callable[..., Tensor] = called  # how a block is called with tokens
 
 
-_FAMILIES = ["adacomcat.families.timm"]  # ``load_families`` empties this list
+# Package of a class → the file that knows its classes. Each one is imported, and taken out here,
+# when the first class of its package is looked up.
+_FAMILIES = {library: f"adacomcat.families.{library}"
+             for library in ("torch", "timm", "torchvision", "transformers", "open_clip")}
+
+# The holder of modules that were replaced, and the ranks of what is inside, by its own names.
+Changed = Callable[[Any, Mapping[str, Any]], None]
 
 _attentions: dict[type[nn.Module], AttentionFamily] = {}
-_mlps: dict[type[nn.Module], Callable[[Any], MlpParts]] = {}
+_mlps: dict[type[nn.Module], Callable[[Any], MlpParts | None]] = {}
 _blocks: dict[type[nn.Module], Callable[[Any], BlockParts | None]] = {}
-_encoders: dict[type[nn.Module], Callable[[Any], EncoderParts]] = {}
+_encoders: dict[type[nn.Module], Callable[[Any], EncoderParts | None]] = {}
 _patch_projections: dict[type[nn.Module], str] = {}
 _position_networks: set[str] = set()
+_holders: dict[type[nn.Module], Changed] = {}
+_examples: dict[type[nn.Module], Callable[[Any], Inputs]] = {}
 
 
-def load_families() -> None:
-    """Import the libraries' files, once. Registrations by users come later, and win."""
-    while _FAMILIES:
-        importlib.import_module(_FAMILIES.pop())
+def load_family(kind: type) -> None:
+    """Import the file for the library of ``kind``, once. Registrations by users come later."""
+    library = kind.__module__.partition(".")[0]
+    file = _FAMILIES.pop(library, None)
+    if file is None:
+        return
+    try:
+        importlib.import_module(file)
+    except ImportError as error:
+        warnings.warn(f"adacomcat does not know the classes of this version of {library} "
+                      f"({error}): its linear layers become low-rank one by one, and its "
+                      "attentions do not fold", stacklevel=2)
 
 
 def add_attention(kind: type[nn.Module], family: AttentionFamily) -> None:
     _attentions[kind] = family
 
 
-def add_mlp(kind: type[nn.Module], read: Callable[[Any], MlpParts]) -> None:
+def add_mlp(kind: type[nn.Module], read: Callable[[Any], MlpParts | None]) -> None:
+    """``read`` gives None for a module that is no MLP."""
     _mlps[kind] = read
 
 
@@ -231,7 +262,7 @@ def add_block(kind: type[nn.Module], read: Callable[[Any], BlockParts | None]) -
     _blocks[kind] = read
 
 
-def add_encoder(kind: type[nn.Module], read: Callable[[Any], EncoderParts]) -> None:
+def add_encoder(kind: type[nn.Module], read: Callable[[Any], EncoderParts | None]) -> None:
     _encoders[kind] = read
 
 
@@ -245,8 +276,41 @@ def add_position_network(name: str) -> None:
     _position_networks.add(name)
 
 
+def add_holder(kind: type[nn.Module], changed: Changed) -> None:
+    """``changed`` is called with a module of this class, or of one that derives from it, and with
+    the ranks of the plan inside of it, after modules were replaced."""
+    _holders[kind] = changed
+
+
+def tell_holders(model: nn.Module, ranks: Mapping[str, Any]) -> None:
+    """Tell ``model``, and modules inside that hold others, that modules were replaced."""
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        for kind in type(module).__mro__[:-1]:
+            load_family(kind)
+            if kind in _holders:
+                _holders[kind](module, {site.removeprefix(prefix): rank
+                                        for site, rank in ranks.items()
+                                        if site.startswith(prefix)})
+
+
+def add_example(kind: type[nn.Module], make: Callable[[Any], Inputs]) -> None:
+    """``make``: of a model of this class, or of one that derives from it, an input of zeros."""
+    _examples[kind] = make
+
+
+def example(model: nn.Module) -> Inputs:
+    """What one image is to ``model``: zeros where its parameters lie."""
+    parameter = next(model.parameters())
+    for kind in type(model).__mro__[:-1]:
+        load_family(kind)
+        if kind in _examples:
+            return _examples[kind](model).to(parameter.device, parameter.dtype)
+    return torch.zeros(1, *input_size(model), device=parameter.device, dtype=parameter.dtype)
+
+
 def attention_family(attn: nn.Module) -> AttentionFamily | None:
-    load_families()
+    load_family(type(attn))
     return _attentions.get(type(attn))
 
 
@@ -282,39 +346,38 @@ def attention_weights(attn: nn.Module) -> AttentionWeights:
 
 
 def mlp_parts(module: nn.Module) -> MlpParts | None:
-    load_families()
+    load_family(type(module))
     read = _mlps.get(type(module))
     return None if read is None else read(module)
 
 
 def mlp_is_altered(module: nn.Module) -> bool:
     """Whether ``module`` is of a known class of MLPs and someone changed it, as a whole."""
-    load_families()
-    return type(module) in _mlps and altered(module)
+    return altered(module) and mlp_parts(module) is not None
 
 
 def block_parts(module: nn.Module) -> BlockParts | None:
     """The halves of a known block; None where it is unknown or altered."""
-    load_families()
+    load_family(type(module))
     read = _blocks.get(type(module))
     return None if read is None or altered(module) else read(module)
 
 
 def encoder_parts(model: nn.Module) -> EncoderParts | None:
     """The parts of a known model; None where it is unknown or altered."""
-    load_families()
+    load_family(type(model))
     read = _encoders.get(type(model))
     parts = None if read is None or altered(model) else read(model)
-    return None if parts is None or not is_plain(parts.blocks, nn.Sequential) else parts
+    plain = parts is not None and is_plain(parts.blocks, nn.Sequential, nn.ModuleList)
+    return parts if plain else None
 
 
 def patch_projection(module: nn.Module) -> str | None:
     """The name of the convolution in a patch embedding; None where ``module`` is none."""
-    load_families()
+    load_family(type(module))
     return None if altered(module) else _patch_projections.get(type(module))
 
 
 def is_position_network(name: str) -> bool:
     """Whether the module of this qualified name maps coordinates to position biases."""
-    load_families()
     return name.rpartition(".")[2] in _position_networks

@@ -11,7 +11,6 @@ from itertools import groupby
 from typing import Any, cast
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from adacomcat import ops
@@ -24,6 +23,7 @@ from adacomcat.layers.attention import LowRankAttention, low_rank_class
 from adacomcat.layers.inherit import inherit_
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.mlp import mlp_of_width, prune_mlp
+from adacomcat.layers.registry import mlp_parts
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Rank, Site, find_sites
 from adacomcat.utils.model import copied
@@ -175,40 +175,49 @@ class GatedMlp(nn.Module):
     mean: Tensor  # (H,) of the hidden activations
     gate: Tensor | None  # (H,)
 
-    def __init__(self, mlp: Mlp, factors: NeuronFactors) -> None:
+    def __init__(self, mlp: nn.Module, factors: NeuronFactors) -> None:
         super().__init__()
         order = factors.order
         self.full = prune_mlp(mlp, order, factors.weight[:, order], factors.bias)
-        weight = self.full.fc2.weight
+        parts = mlp_parts(self.full)
+        assert parts is not None, "find_sites admits known MLPs only"
+        self.names = parts.names
+        weight = self.projections[1].weight
         self.register_buffer("triangle", factors.triangle.to(weight))
         self.register_buffer("mean", factors.mean[order].to(weight))
         self.rank = self.active = len(order)
         self.gate = None
 
+    @property
+    def projections(self) -> tuple[nn.Linear, nn.Linear]:
+        first, second = (self.full.get_submodule(name) for name in self.names)
+        return cast(nn.Linear, first), cast(nn.Linear, second)
+
     def factors_(self) -> dict[str, Tensor]:
         """The tensors that stand in for those of ``full``."""
         if self.gate is None and self.active == self.rank:
             return {}
-        fc1, fc2 = self.full.fc1, self.full.fc2
+        fc1, fc2 = self.projections
         with torch.autocast(fc2.weight.device.type, enabled=False):
             weight, shift = self._cut() if self.gate is None else self._mixed(self.gate)
         width = weight.shape[1]
-        found = {"fc1.weight": fc1.weight[:width], "fc2.weight": weight}
+        first, second = self.names
+        found = {f"{first}.weight": fc1.weight[:width], f"{second}.weight": weight}
         if fc1.bias is not None:
-            found["fc1.bias"] = fc1.bias[:width]
+            found[f"{first}.bias"] = fc1.bias[:width]
         if fc2.bias is not None:
-            found["fc2.bias"] = fc2.bias + shift
+            found[f"{second}.bias"] = fc2.bias + shift
         return found
 
     def _mixed(self, gate: Tensor) -> tuple[Tensor, Tensor]:
         """W L diag(g) L⁻¹ (out, H), and what W h has on average beyond it."""
-        weight = self.full.fc2.weight
+        weight = self.projections[1].weight
         mixed = _over(weight @ self.triangle * gate, self.triangle)
         return mixed, (weight - mixed) @ self.mean
 
     def _cut(self) -> tuple[Tensor, Tensor]:
         """The same for g = 1_{j ≤ n}, n columns: the neurons that go give theirs to the others."""
-        weight, width = self.full.fc2.weight, self.active
+        weight, width = self.projections[1].weight, self.active
         with torch.no_grad():
             gone, lower = weight[:, width:], self.triangle[:width, :width]
             passed = _over(gone @ self.triangle[width:, :width], lower)
@@ -219,7 +228,7 @@ class GatedMlp(nn.Module):
         return torch.func.functional_call(self.full, self.factors_(), x)
 
     @torch.no_grad()
-    def finalized(self) -> Mlp:
+    def finalized(self) -> nn.Module:
         """The MLP of the active width."""
         mlp = mlp_of_width(self.full, self.active)
         mlp.load_state_dict(self.full.state_dict() | self.factors_())

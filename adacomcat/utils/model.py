@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adacomcat.errors import UserError
+from adacomcat.utils.inputs import Inputs, call
 
 InputSize = tuple[int, int, int]
 
@@ -17,24 +18,37 @@ def input_size(model: nn.Module) -> InputSize:
     embed = getattr(model, "patch_embed", None)
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, height, width = config.get("input_size", (3, 224, 224))
-    size = getattr(embed, "img_size", None)
+    size = getattr(embed, "img_size", None) or _image_size(model)
     if size is not None:
-        height, width = size
+        height, width = (size, size) if isinstance(size, int) else size
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     return (first.in_channels if first is not None else channels, height, width)
+
+
+def _image_size(model: Any) -> Any:
+    """What models of transformers, torchvision and open_clip say themselves."""
+    config = getattr(model, "config", None)
+    for owner in (getattr(config, "vision_config", None), config, getattr(model, "visual", None),
+                  model):
+        size = getattr(owner, "image_size", None)
+        if size is not None:
+            return size if isinstance(size, int) else tuple(size)
+    return None
 
 
 def class_count(model: Any) -> int:
     """The number of outputs of the classifier that ``model`` has now; 0 where it has none.
 
-    What a timm model says of itself is out of date after ``model.head = nn.Linear(…)``.
+    What a timm model says of itself is out of date after ``model.head = nn.Linear(…)``. Models of
+    transformers have a number in their configuration, and may have no classifier.
     """
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     if isinstance(classifier, tuple):  # distilled models have two alike
         classifier = classifier[0]
     if type(classifier) is nn.Identity:
         return 0
-    return getattr(classifier, "out_features", model.num_classes)
+    known = getattr(classifier, "out_features", getattr(model, "num_classes", None))
+    return getattr(getattr(model, "config", None), "num_labels", 0) if known is None else known
 
 
 @contextmanager
@@ -99,7 +113,7 @@ def copied(model: nn.Module, views: bool = False) -> nn.Module:
     return made
 
 
-def tokens_and_outputs(model: Any, images: Tensor) -> list[Tensor]:
+def tokens_and_outputs(model: Any, images: Inputs) -> list[Tensor]:
     """The final tokens and the head's outputs; the outputs alone where the model has no head.
 
     Of tuples, dictionaries and objects with tensors in their attributes, such as the dataclasses
@@ -108,11 +122,11 @@ def tokens_and_outputs(model: Any, images: Tensor) -> list[Tensor]:
     Raises:
         UserError: There is no such tensor.
     """
-    if hasattr(model, "forward_head"):
+    if hasattr(model, "forward_head") and isinstance(images, Tensor):
         tokens = model.forward_features(images)
         results = [tokens, model.forward_head(tokens)]
     else:
-        results = [model(images)]
+        results = [call(model, images)]
     found = [tensor for tensor in _tensors(results) if tensor.is_floating_point()
              and tensor.ndim and len(tensor) == len(images)]
     if not found:

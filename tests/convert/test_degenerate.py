@@ -1,5 +1,6 @@
 """Models and images at the edge: half precision, layers that are zero, inputs that never change."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -153,13 +154,13 @@ DAMAGES = [dead_mlp, dead_fc2, constant_mlp, silent_neurons, half_silent, dead_q
 def test_a_layer_that_does_nothing_is_compressed(
         damage: Callable[[Any], None], calibration: int | None, more: dict[str, Any]) -> None:
     model = vit(**more)
+    intact = copy.deepcopy(model)
     damage(model.blocks[0])
-    x = None if calibration is None else images(calibration)
+    x, judges = None if calibration is None else images(calibration), images(32)
     small = compress(model, keep_params=0.6, calibration=x)
     assert all(parameter.isfinite().all() for parameter in small.parameters())
-    intact = vit(**more)
-    bound = relative(compress(intact, keep_params=0.6, calibration=x), intact, images(8))
-    assert relative(small, model, images(8)) < 2 * bound + 0.05
+    bound = relative(compress(intact, keep_params=0.6, calibration=x), intact, judges)
+    assert relative(small, model, judges) < 3 * bound + 0.05
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -300.0])

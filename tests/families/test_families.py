@@ -90,7 +90,8 @@ def read(attn: HomeMade) -> AttentionParts:
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both classes are registered, for one test."""
-    registry.load_families()
+    for kind in (nn.Linear, timm.layers.Attention):  # what is registered later would be forgotten
+        registry.load_family(kind)
     monkeypatch.setattr(registry, "_attentions", dict(registry._attentions))
     adacomcat.register_attention(HomeMade, read, {"A": LowRankHomeMade})
     adacomcat.register_attention(HomeMadeCosine, read, {"B": LowRankHomeMadeCosine})

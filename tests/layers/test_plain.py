@@ -243,7 +243,8 @@ def test_an_attention_of_ones_own_stays_dense_too(monkeypatch: pytest.MonkeyPatc
         return AttentionParts(*map(Projection.of, (attn.query, attn.key, attn.value, attn.out)),
                               num_heads=2, scale=1.0)
 
-    registry.load_families()
+    for kind in (nn.Linear, timm.layers.Attention):  # what is registered later would be forgotten
+        registry.load_family(kind)
     monkeypatch.setattr(registry, "_attentions", dict(registry._attentions))
     adacomcat.register_attention(Mine, read, {"A": adacomcat.LowRankAttention})
     assert [site.name for site in find_sites(nn.Sequential(Mine()))] == ["0.qk", "0.vo"]

@@ -97,5 +97,13 @@ def test_setup_builds_the_extension_unless_told_not_to() -> None:
     assert without.endswith("['adacomcat'] True []\n")
 
 
+@pytest.mark.parametrize("compiler", ["", "no-such-compiler -O2"])
+def test_setup_installs_without_a_compiler(compiler: str, tmp_path: Path) -> None:
+    told, packages = setup_arguments(CXX=compiler, PATH=str(tmp_path),
+                                     ADACOMCAT_NO_EXT="0").splitlines()
+    assert "there is no C++ compiler" in told and "install g++" in told
+    assert packages == "['adacomcat'] True []"
+
+
 def test_native_sources_do_not_depend_on_the_build_machine() -> None:
     assert "march=native" not in (ROOT / "setup.py").read_text()

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
 def _beside(model: str, format: str) -> Path:
     """DIR.onnx for the folder DIR; DIR-plain for a format that is a folder itself."""
-    folder = Path(model.removeprefix("local-dir:")).absolute()
+    folder = Path(inputs.folder_name(model)).absolute()
     ending = FORMATS[format].ending or f"-{format}"
     return folder.with_name(folder.name + ending)
 

@@ -21,6 +21,8 @@ from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.utils.distributed import usable_device
 
+HUGGING_FACE = "hf:"  # in front of a local folder that transformers wrote
+
 
 def device(args: argparse.Namespace) -> torch.device:
     """The device of --device, which works."""
@@ -56,12 +58,15 @@ def model(args: argparse.Namespace, weights_matter: bool = True, *,
     Raises:
         UserError: there is no such folder or architecture, or flags do not fit it.
     """
-    name, overrides = args.model.removeprefix("local-dir:"), model_args(args)
+    name, overrides = folder_name(args.model), model_args(args)
     if is_folder(args.model):
         if args.pretrained or args.checkpoint:
             raise UserError(f"the folder {name} has its own weights; leave out --pretrained and "
                             "--checkpoint")
         found = checkpoint.load(name, verify=not args.no_verify)
+        if overrides and args.model.startswith(HUGGING_FACE):
+            raise UserError(f"{args.model} is built as its config.json says; leave out "
+                            "--num-classes, --img-size, --in-chans and --model-kwargs")
         return found if not overrides else _overridden(name, overrides)
     checkpoint.require_architecture(name)
     torch.manual_seed(getattr(args, "seed", 0))  # random weights: the same on every process
@@ -77,13 +82,18 @@ def model(args: argparse.Namespace, weights_matter: bool = True, *,
     return found.eval()
 
 
+def folder_name(name: str) -> str:
+    """The folder that -m or --teacher means, without 'local-dir:' or 'hf:'."""
+    return name.removeprefix("local-dir:").removeprefix(HUGGING_FACE)
+
+
 def is_folder(name: str) -> bool:
     """Whether -m or --teacher means a checkpoint folder: it has a /, or is a folder here.
 
     Where a folder has the name of an architecture, it is the folder if it holds a model, and a
     warning says so.
     """
-    if name.startswith("local-dir:") or "/" in name:
+    if name.startswith(("local-dir:", HUGGING_FACE)) or "/" in name:
         return True
     if not os.path.isdir(name):
         return False
@@ -110,7 +120,7 @@ def teacher(args: argparse.Namespace) -> nn.Module:
         if args.teacher_checkpoint:
             raise UserError(f"the folder {args.teacher} has its own weights; leave out "
                             "--teacher-checkpoint")
-        return checkpoint.load(args.teacher.removeprefix("local-dir:"))
+        return checkpoint.load(folder_name(args.teacher))
     other = copy.copy(args)
     other.model, other.checkpoint = args.teacher, args.teacher_checkpoint
     other.pretrained = args.teacher_checkpoint is None

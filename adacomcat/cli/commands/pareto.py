@@ -113,7 +113,7 @@ def _models(args: argparse.Namespace, model: nn.Module, images: Tensor | None,
 
 def _landmark(args: argparse.Namespace, name: str) -> nn.Module:
     if inputs.is_folder(name):
-        return checkpoint.load(name.removeprefix("local-dir:"))
+        return checkpoint.load(inputs.folder_name(name))
     other = argparse.Namespace(**vars(args) | {"model": name, "checkpoint": None,
                                                "pretrained": True})
     return inputs.model(other)

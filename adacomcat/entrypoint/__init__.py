@@ -10,15 +10,13 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from timm.models import register_model
-
 from adacomcat.utils.names import ENTRYPOINT
 
 
 def register(timm: ModuleType) -> None:
     """Make ``adacomcat_vit`` known to timm."""
     if not timm.is_model(ENTRYPOINT):
-        register_model(adacomcat_vit)
+        timm.models.register_model(adacomcat_vit)
 
 
 def adacomcat_vit(pretrained: bool = False, **kwargs: Any) -> Any:
