@@ -31,6 +31,7 @@ from adacomcat.layers.registry import (
     encoder_parts,
     mlp_parts,
     patch_projection,
+    tell_holders,
 )
 from adacomcat.moved import forward
 from adacomcat.utils.memory import return_freed_memory
@@ -74,6 +75,7 @@ def optimize(model: nn.Module) -> nn.Module:
     else:
         _pack_(optimized)
     _take_weights_(optimized, model)
+    tell_holders(optimized, {})
     return_freed_memory()
     return optimized
 
