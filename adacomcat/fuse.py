@@ -35,6 +35,7 @@ from adacomcat.layers.registry import (
     encoder_parts,
     mlp_parts,
     patch_projection,
+    tell_holders,
 )
 from adacomcat.layers.stock import LinearPair, PlainAttention
 from adacomcat.moved import forward
@@ -79,6 +80,7 @@ def optimize(model: nn.Module) -> nn.Module:
     else:
         _pack_(optimized)
     _take_weights_(optimized, model)
+    tell_holders(optimized, {})
     return_freed_memory()
     return optimized
 

@@ -66,7 +66,8 @@ def build_parser() -> Parser:
 def _model(parser: Parser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("-m", "--model", metavar="NAME|DIR",
-                       help="timm architecture, or a checkpoint folder")
+                       help="timm architecture, a checkpoint folder, or hf:DIR, which "
+                            "transformers wrote")
     group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=False,
                        help="use timm's pretrained weights")
     group.add_argument("--checkpoint", type=path, metavar="FILE|URL",

@@ -60,8 +60,10 @@ class AdacomcatQuantizer(HfQuantizer):
         from adacomcat.convert.record import ranks_as_they_are
 
         require_not_optimized(model, "save_pretrained")
-        model.config.quantization_config = AdacomcatConfig(
-            ranks_as_they_are(model), is_plain_form(model))
+        if ranks := ranks_as_they_are(model):
+            model.config.quantization_config = AdacomcatConfig(ranks, is_plain_form(model))
+        elif isinstance(getattr(model.config, "quantization_config", None), AdacomcatConfig):
+            del model.config.quantization_config
         model._weight_conversions = []
         return None, {}
 
@@ -84,12 +86,12 @@ def _tell_made(model: Any, before: set[Any]) -> None:
 
 def keep_plan(model: Any, ranks: Mapping[str, Any]) -> None:
     """Let ``save_pretrained`` write what is low-rank in ``model``, also where another model holds
-    it; ``ranks``: by the names of ``model``."""
+    it, and refuse what is fused; ``ranks``: by the names of ``model``."""
     from adacomcat.plan import RankPlan
 
+    model.hf_quantizer = AdacomcatQuantizer(AdacomcatConfig())
     if ranks:
         model.rank_plan = RankPlan(dict(ranks))
-        model.hf_quantizer = AdacomcatQuantizer(AdacomcatConfig())
 
 
 def fitting(plan: Mapping[str, Any], model: Any) -> dict[str, Any]:

@@ -157,6 +157,15 @@ def test_a_new_head_is_saved_as_it_is(tmp_path: Any) -> None:
     assert torch.equal(output(loaded, x), output(small, x))
 
 
+def test_a_model_that_is_dense_again_needs_nothing_of_ours(tmp_path: Any) -> None:
+    small = compress(build("ViTForImageClassification"), plan=RankPlan({"classifier": 2}))
+    small.save_pretrained(tmp_path / "small")
+    small.classifier = nn.Linear(48, 5)
+    small.save_pretrained(tmp_path / "dense")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert "quantization_config" not in config
+
+
 def test_the_plain_form_is_kept(tmp_path: Any) -> None:
     plain = adacomcat.to_plain(compress(build("CLIPVisionModel"), keep_params=0.8))
     plain.save_pretrained(tmp_path / "plain")
@@ -282,8 +291,10 @@ def test_the_trainer_trains(tmp_path: Any) -> None:
     assert torch.equal(output(loaded, x), output(small.eval(), x))
 
 
-def test_an_optimized_model_is_not_saved(tmp_path: Any) -> None:
-    fused: Any = adacomcat.optimize(compress(build("ViTModel"), keep_params=0.8))
+@pytest.mark.parametrize("dense", [False, True])
+def test_an_optimized_model_is_not_saved(dense: bool, tmp_path: Any) -> None:
+    model = build("ViTModel")
+    fused: Any = adacomcat.optimize(model if dense else compress(model, keep_params=0.8))
     for save in (fused.save_pretrained, lambda folder: adacomcat.save(fused, folder)):
         with pytest.raises(UserError, match="not its optimized copy"):
             save(tmp_path / "fused")
