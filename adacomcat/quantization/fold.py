@@ -24,8 +24,10 @@ from adacomcat.layers.stock import LinearPair, PlainAttention
 def fold_norms_(model: nn.Module) -> None:
     """weight = 1 and bias = 0 for the layer norms of known blocks: projections take them over."""
     for module in model.modules():
-        for part in block_parts(module) or ():
-            _fold_norm_(part)
+        block = block_parts(module)
+        if block is not None:
+            _fold_norm_(block.attn)
+            _fold_norm_(block.mlp)
 
 
 class _Reader(NamedTuple):
