@@ -55,13 +55,13 @@ def test_a_weight_that_an_attention_reads_for_itself_stays_float():
 
 @pytest.mark.parametrize("make", [*MODELS.values(), neurons], ids=[*MODELS, "neurons"])
 def test_images_lower_the_error(make):
-    torch.manual_seed(0)
     model = make()
-    seen, other = images(model, 32), images(model, 16)
+    torch.manual_seed(0)
+    seen, other = images(model, 32), images(model, 64)
     exact = outputs(model, other)
     plain = relative_error(outputs(adacomcat.quantize(model), other), exact)
     fed = relative_error(outputs(adacomcat.quantize(model, seen), other), exact)
-    assert fed < 0.95 * plain
+    assert fed < 0.97 * plain
 
 
 def test_a_calibration_gives_its_images():
