@@ -208,7 +208,7 @@ def _takes_patches(proj: nn.Module) -> bool:
             and proj.padding in ((0, 0), "valid") and proj.dilation == (1, 1))
 
 
-def _ends_fused(blocks: nn.Sequential) -> bool:
+def _ends_fused(blocks: nn.Sequential | nn.ModuleList) -> bool:
     return (len(blocks) > 0 and type(blocks[-1]) is FusedBlock
             and type(blocks[-1].attn) is FusedAttention)
 

@@ -20,7 +20,7 @@ from adacomcat.errors import UserError
 from adacomcat.factorize.factors import LinearStatistics
 from adacomcat.layers.int8 import Int8Linear
 from adacomcat.layers.plain import is_plain_linear
-from adacomcat.layers.registry import is_position_network
+from adacomcat.layers.registry import example, is_position_network
 from adacomcat.quantization.fold import (
     fold_norms_,
     folding_attentions,
@@ -28,8 +28,8 @@ from adacomcat.quantization.fold import (
     rotate_middles_,
 )
 from adacomcat.quantization.rounding import round_linear
+from adacomcat.utils.inputs import Inputs, call
 from adacomcat.utils.limits import QUANTIZATIONS
-from adacomcat.utils.model import input_size
 from adacomcat.utils.progress import progress
 
 Groups = list[list[str]]  # names of layers, those together that read the same tensor
@@ -67,7 +67,7 @@ def quantize(model: nn.Module, calibration: Tensor | Iterable | Calibration | No
     return quantize_(made, _batches(calibration, made)).to(own)
 
 
-def quantize_(model: nn.Module, batches: list[Tensor] | None, rotate: bool = True) -> nn.Module:
+def quantize_(model: nn.Module, batches: list[Inputs] | None, rotate: bool = True) -> nn.Module:
     """``quantize`` in place, for a plain model in float32; rotate: also the middles of factors."""
     groups = _groups(model, batches)
     fold_norms_(model)
@@ -83,7 +83,7 @@ def quantize_(model: nn.Module, batches: list[Tensor] | None, rotate: bool = Tru
 
 
 def _batches(calibration: Tensor | Iterable | Calibration | None,
-             model: nn.Module) -> list[Tensor] | None:
+             model: nn.Module) -> list[Inputs] | None:
     if calibration is None:
         return None
     if not isinstance(calibration, Calibration):
@@ -94,7 +94,7 @@ def _batches(calibration: Tensor | Iterable | Calibration | None,
     return calibration_batches(calibration.batches, model)
 
 
-def _groups(model: nn.Module, batches: Sequence[Tensor] | None) -> Groups:
+def _groups(model: nn.Module, batches: Sequence[Inputs] | None) -> Groups:
     """The layers to quantise: plain linear layers that are called on tokens (…, N, d).
 
     A layer whose weight an attention reads for itself is not called, and stays float.
@@ -104,15 +104,15 @@ def _groups(model: nn.Module, batches: Sequence[Tensor] | None) -> Groups:
     seen: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple) -> None:
-            seen.setdefault(name, args[0])
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            seen.setdefault(name, args[0] if args else kwargs["input"])
         return hook
 
-    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in linears.items()]
-    image = (batches[0][:1] if batches else
-             torch.zeros(1, *input_size(model), device=next(model.parameters()).device))
+    hooks = [module.register_forward_pre_hook(watch(name), with_kwargs=True)
+             for name, module in linears.items()]
+    image = batches[0][:1] if batches else example(model)
     try:
-        model(image)
+        call(model, image)
     except Exception:
         require_taken(model, image)
         raise
@@ -134,7 +134,7 @@ def _path(name: str) -> list[str]:
     return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 
 
-def _round_(model: nn.Module, groups: Groups, batches: list[Tensor] | None) -> None:
+def _round_(model: nn.Module, groups: Groups, batches: list[Inputs] | None) -> None:
     """In place: int8 layers, with statistics of what they read where there are images."""
     known = {} if batches is None else _statistics(model, groups, batches)
     for group in groups:
@@ -155,14 +155,14 @@ def _int8(linear: nn.Linear, statistics: LinearStatistics | None) -> Int8Linear:
 
 
 def _statistics(model: nn.Module, groups: Groups,
-                batches: list[Tensor]) -> dict[str, LinearStatistics]:
+                batches: list[Inputs]) -> dict[str, LinearStatistics]:
     """First layer of a group → mean and covariance of what the group reads."""
     watching = {group[0]: LinearCollector() for group in groups}
     hooks = [model.get_submodule(name).register_forward_pre_hook(collect, with_kwargs=True)
              for name, collect in watching.items()]
     try:
         for batch in progress(batches, "calibrating"):
-            model(batch)
+            call(model, batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -226,3 +226,18 @@ def test_what_cannot_be_quantised():
     broken.blocks[0].mlp.fc1.weight.data[0, 0] = torch.nan
     with pytest.raises(UserError, match=r"blocks\.0\.mlp\.fc1: its weight holds NaN"):
         adacomcat.quantize(broken)
+
+
+@torch.no_grad()
+def test_a_model_of_transformers_with_named_inputs():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    dense = transformers.Dinov2Model(transformers.Dinov2Config(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=28)).eval()
+    seen, other = torch.randn(8, 3, 28, 28), torch.randn(4, 3, 28, 28)
+    exact = dense(other).last_hidden_state
+    made = adacomcat.quantize(dense, [{"pixel_values": seen}])
+    assert len(int8_layers(made)) == 12
+    assert 0 < relative_error(made(other).last_hidden_state, exact) < 0.02
+    fused = adacomcat.optimize(made)
+    assert 0 < relative_error(fused(other).last_hidden_state, exact) < 0.02
