@@ -270,7 +270,8 @@ def footer(args: argparse.Namespace) -> str:
     flags = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in
                      ("pictures", "class_pictures", "steps", "batch_size", "judged", "denoising"))
     seeds = " ".join(map(str, args.seeds))
-    return (f"`grid.png`: in the first row the boots of seed {args.seeds[0]}, then a row for each "
+    return ("`grid.png`, which the script writes beside this file: in the first row the boots of "
+            f"seed {args.seeds[0]}, then a row for each "
             f"method, in the order of the table.\n\n`python examples/customize/compare.py {flags} "
             f"--seeds {seeds}`, {date.today()}, torch {torch.__version__}, "
             f"diffusers {diffusers.__version__}, {platform.machine()}, "
