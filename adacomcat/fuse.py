@@ -115,6 +115,8 @@ def sublayer(block: nn.Module, name: str) -> nn.Module:
 def fused_attention(block: BlockParts) -> nn.Module:
     """x + scale(attn(norm(x))), as one op where there is one."""
     part = block.attn
+    if part.fuse and is_layer_norm(part.norm) and not altered_inside(part.inner):
+        return part.fuse(part)
     fits = is_layer_norm(part.norm) and (
         _is_whole_attention(part.inner) or _fuses_dense(part.inner)
         or (_fuses_int8_attention(part.inner) and is_trivial(part.norm)))

@@ -21,6 +21,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from adacomcat.errors import UserError
+from adacomcat.families import timm_blocks  # noqa: F401  registers them
 from adacomcat.families.timm_plain import (
     BeitWindow,
     CosineWindow,
@@ -82,7 +83,8 @@ class _PositionBias(LowRankAttention):
                                  persistent=False)
         vars(self).update({name: getattr(attn, name, None) for name in self.AREA})
 
-    def _bias(self) -> Tensor | None:
+    def position_bias(self) -> Tensor | None:
+        """(1, H, N, N)"""
         table = self.relative_position_bias_table
         return None if table is None else gathered(table, self.relative_position_index)
 
@@ -93,7 +95,7 @@ class LowRankWindowAttention(SwinWindow, _PositionBias):
     plain = PlainWindowAttention
 
     def score_context(self, x: Tensor, mask: Tensor | None = None) -> Context:
-        return window_mask(x, cast(Tensor, self._bias()), mask), None
+        return window_mask(x, cast(Tensor, self.position_bias()), mask), None
 
 
 class LowRankBeitAttention(BeitWindow, _PositionBias):
@@ -103,7 +105,7 @@ class LowRankBeitAttention(BeitWindow, _PositionBias):
 
     def score_context(self, x: Tensor,
                       shared_rel_pos_bias: Tensor | None = None) -> Context:
-        bias = self._bias()
+        bias = self.position_bias()
         if shared_rel_pos_bias is not None:
             bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
         return bias, None
