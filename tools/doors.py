@@ -176,7 +176,7 @@ def tried(name: str) -> Outcome:
          for site in plan},
         error(whole), {way: _size(model) / _size(dense) for way, model in made.items()},
         {way: error(model) for way, model in made.items()},
-        [part for part, names in (("attention", {"FusedAttention"}),
+        [part for part, names in (("attention", {"FusedAttention", "FusedBeitAttention", "FusedWindowAttention"}),
                                   ("MLP", {"FusedMlp", "FusedDenseMlp"})) if names & kinds],
         _difference(tokens_and_outputs(fused, inputs),
                     tokens_and_outputs(made["calibrated"], inputs)),

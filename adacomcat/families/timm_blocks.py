@@ -41,6 +41,11 @@ def _drops_nothing(block: Any) -> bool:
                for drop in (block.drop_path1, block.drop_path2))
 
 
+def _refuse_size() -> None:
+    raise UserError("an optimized model keeps its windows; call set_input_size on the model that "
+                    "adacomcat.optimize was given")
+
+
 class FusedEvaBlock(FusedBlock):
     """Takes a rotary embedding, for an attention that stays what it is."""
 
@@ -70,6 +75,13 @@ class FusedBiasedAttention(FusedAttention):
     def __init__(self, part: Residual) -> None:
         super().__init__(part)
         self.register_buffer("bias", part.inner.position_bias(), persistent=False)
+
+    def set_window_size(self, *args: object, **kwargs: object) -> None:
+        """
+        Raises:
+            UserError: Always: the bias was gathered for one size.
+        """
+        _refuse_size()
 
 
 class FusedBeitAttention(FusedBiasedAttention):
@@ -141,10 +153,9 @@ class FusedSwinBlock(FusedBlock):
     def set_input_size(self, *args: object, **kwargs: object) -> None:
         """
         Raises:
-            UserError: The position biases are gathered for one size.
+            UserError: Always: position biases were gathered for one size.
         """
-        raise UserError("an optimized model keeps its windows; call set_input_size on the model "
-                        "that adacomcat.optimize was given")
+        _refuse_size()
 
 
 def _swin_parts(block: Any) -> BlockParts | None:
