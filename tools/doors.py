@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import adacomcat
 from adacomcat.convert import build_skeleton
+from adacomcat.layers.fused import FusedAttention, FusedDenseMlp, FusedMlp
 from adacomcat.utils.inputs import Batch, Inputs
 from adacomcat.utils.model import tokens_and_outputs
 
@@ -169,15 +170,14 @@ def tried(name: str) -> Outcome:
         made = {"data-free": adacomcat.compress(dense, keep_params=KEEP),
                 "calibrated": adacomcat.compress(dense, keep_params=KEEP, calibration=given)}
     fused = adacomcat.optimize(made["calibrated"])
-    kinds = {type(module).__name__ for module in fused.modules()}
     return Outcome(
         {site.kind for plan in (adacomcat.find_sites(dense),
                                 adacomcat.find_sites(dense, adacomcat.sites.prunable_mlps(dense)))
          for site in plan},
         error(whole), {way: _size(model) / _size(dense) for way, model in made.items()},
         {way: error(model) for way, model in made.items()},
-        [part for part, names in (("attention", {"FusedAttention", "FusedBeitAttention", "FusedWindowAttention"}),
-                                  ("MLP", {"FusedMlp", "FusedDenseMlp"})) if names & kinds],
+        [part for part, kinds in (("attention", FusedAttention), ("MLP", FusedMlp | FusedDenseMlp))
+         if any(isinstance(module, kinds) for module in fused.modules())],
         _difference(tokens_and_outputs(fused, inputs),
                     tokens_and_outputs(made["calibrated"], inputs)),
         _same_when_loaded(name, made["calibrated"], inputs))
