@@ -10,21 +10,25 @@ heads side by side.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adacomcat.layers.linear import LowRankLinear
+
+Linear = nn.Linear | LowRankLinear  # dense, or compressed
+
 
 class Projections(NamedTuple):
     """The frozen projections of one kind of tokens: of pictures, or of a joint attention's text."""
 
-    q: nn.Linear
-    k: nn.Linear
-    v: nn.Linear
-    out: nn.Linear | None  # None: nothing reads what these tokens become
+    q: Linear
+    k: Linear
+    v: Linear
+    out: Linear | None  # None: nothing reads what these tokens become
 
 
 class Adapter(nn.Module):
@@ -136,7 +140,7 @@ def widen_values(heads: Tensor, context: Tensor, active: Active) -> Tensor:
     return _beside(heads, [alpha**2 * _product(context, adapter.v) for adapter, alpha in active])
 
 
-def project(attended: Tensor, out: nn.Linear, active: Active) -> Tensor:
+def project(attended: Tensor, out: Callable[[Tensor], Tensor], active: Active) -> Tensor:
     """What the heads (B, H, L, d + Σr) become by [Wo; So]: (B, L, output width)."""
     width = attended.shape[-1] - sum(adapter.rank for adapter, _ in active)
     parts = attended.split([width, *(adapter.rank for adapter, _ in active)], -1)
@@ -157,6 +161,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = 
 def merged(frozen: Projections, heads: int, scale: float, active: Active) -> Projections:
     """Dense projections of an attention with heads d + Σr wide that computes the same.
 
+    Compressed projections become dense ones, too.
+
     Args:
         frozen: the projections; without biases of queries and keys these columns are exact, with
             biases the new columns have none.
@@ -175,7 +181,7 @@ def merged(frozen: Projections, heads: int, scale: float, active: Active) -> Pro
                                                     if adapter.o is not None]))
 
 
-def _merged_rows(linear: nn.Linear, heads: int, factor: float,
+def _merged_rows(linear: Linear, heads: int, factor: float,
                  added: Sequence[Tensor]) -> nn.Linear:
     """factor · [W; A] with the rows of each head together."""
     parts = [part.unflatten(0, (heads, -1)) for part in (linear.weight, *added)]
@@ -187,7 +193,7 @@ def _merged_rows(linear: nn.Linear, heads: int, factor: float,
     return _linear(weight, bias)
 
 
-def _merged_columns(linear: nn.Linear, heads: int, added: Sequence[Tensor]) -> nn.Linear:
+def _merged_columns(linear: Linear, heads: int, added: Sequence[Tensor]) -> nn.Linear:
     """[W | S] with the columns of each head together."""
     parts = [part.unflatten(1, (heads, -1)).to(linear.weight) for part in (linear.weight, *added)]
     return _linear(torch.cat(parts, 2).flatten(1), linear.bias)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from adacomcat.customize.adapter import (
     Active,
     Adapter,
+    Linear,
     Projections,
     attend,
     merged,
@@ -45,7 +46,7 @@ def attention_kind(module: nn.Module) -> str | None:
     q, k, v, out = projections
     if kind is None or out is None or getattr(module, "fused_projections", False):
         return None
-    linear = all(isinstance(projection, nn.Linear) for projection in (q, k, v, out[0]))
+    linear = all(isinstance(projection, Linear) for projection in (q, k, v, out[0]))
     # Otherwise heads share keys.
     return kind if linear and q.out_features == k.out_features else None
 

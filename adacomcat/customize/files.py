@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adacomcat.customize.adapter import Linear
 from adacomcat.customize.adapters import (
     DEFAULT,
     adapters_of,
@@ -26,6 +27,7 @@ from adacomcat.customize.adapters import (
 )
 from adacomcat.customize.attention import adapts_queries, projections_of
 from adacomcat.errors import UserError, reason
+from adacomcat.layers.linear import LowRankLinear
 from adacomcat.utils.checksum import checksum
 from adacomcat.utils.files import atomic_file, make_folder
 
@@ -46,10 +48,18 @@ def base_checksum(target: Any) -> str:
 
     A model that was stored in half precision has the same one in single precision.
     """
-    return checksum({f"{place}.{tokens}.{name}": linear.weight.detach().half()
+    return checksum({f"{place}.{tokens}.{name}{factor}": weight.detach().half()
                      for place, attention in attentions(target).items()
                      for tokens, frozen in projections_of(attention).items()
-                     for name, linear in frozen._asdict().items() if linear is not None})
+                     for name, linear in frozen._asdict().items() if linear is not None
+                     for factor, weight in _weights(linear).items()})
+
+
+def _weights(linear: Linear) -> dict[str, Tensor]:
+    """What a projection holds: one weight, or two factors, whose product would be rounded."""
+    if isinstance(linear, LowRankLinear):
+        return {".v": linear.v, ".u": linear.u}
+    return {"": linear.weight}
 
 
 def base_name(target: Any) -> str:
