@@ -20,6 +20,7 @@ from adacomcat.convert.model import convert_
 from adacomcat.convert.quantized import require_not_quantized
 from adacomcat.convert.record import compression_of
 from adacomcat.cost import model_params
+from adacomcat.customize.adapters import add_adapters, parameter_count
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.evaluation import evaluate
 from adacomcat.distill.metrics import Observer
@@ -56,6 +57,8 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
         observer: Observer | None = None) -> TrainResult:
     """Compress and train a copy of ``model``; without keep_params and plan, train it as it is.
 
+    With ``config.adapters`` its weights stay, and adapters and the classifier are trained.
+
     Args:
         model: a dense model; one that is compressed already is only trained as it is.
         config: everything else that decides the run.
@@ -85,6 +88,8 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
         torch.set_num_threads(config.threads)
     if plan is not None and config.refine:
         raise UserError("a plan fixes the ranks and leaves nothing to refine: give one of them")
+    if plan is not None and config.adapters is not None:
+        raise UserError("adapters train beside a model that stays as it is: give no plan")
     require_not_quantized(model, "train")
     require_finite_model(model)
     plan = None if plan is None else plan.resolved(model)
@@ -116,6 +121,8 @@ def _dense_trainer(model: nn.Module, config: TrainConfig, train_set: Any, proces
                    teacher: nn.Module | None, began_with: dict[str, str]) -> Trainer:
     student = set_drop_path_(copy.deepcopy(model), config.drop_path)
     student.requires_grad_(True)
+    if config.adapters is not None:
+        add_adapters(student, config.adapters, seed=config.seed)
     if config.drop_attention_biases and not config.finetune_attention_biases:
         freeze_attention_biases_(student)
     processes.broadcast_(student)
@@ -227,6 +234,8 @@ def _results(dense: nn.Module, trained: nn.Module, trainer: Trainer, test_set: A
              seconds: float) -> dict[str, Any]:
     results = _summary(dense, trained, test_set, trainer.config, trainer.processes)
     results |= {"history": trainer.history, "searches": trainer.searches, "seconds": seconds}
+    if trainer.config.adapters is not None:
+        results["adapters"] = parameter_count(trained)
     if trainer.best:
         results["best"] = trainer.best
     if trainer.search is not None:

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from adacomcat.convert.record import compression_of, merged, record_
 from adacomcat.customize.adapter import Adapter, AdapterStack
 from adacomcat.customize.places import (
     adapt_,
     adapts_queries,
     can_merge,
     heads_of,
+    low_rank_sites,
     merge_at_,
     places_in,
     projections_of,
@@ -21,6 +23,7 @@ from adacomcat.customize.places import (
 )
 from adacomcat.customize.vit import classifier_of
 from adacomcat.errors import UserError
+from adacomcat.plan import RankPlan
 from adacomcat.utils.limits import INITS
 from adacomcat.utils.random import derived_generator
 
@@ -200,8 +203,13 @@ def merge_(target: Any) -> None:
         if not can_merge(denoiser(target).get_submodule(place)):
             raise UserError(f"{place} normalises or rotates queries, so its heads cannot grow; "
                             "keep the adapters as they are")
+    model = denoiser(target)
     for place in found:
-        merge_at_(denoiser(target), place)
+        merge_at_(model, place)
+    ranks = {site: rank for place in found
+             for site, rank in low_rank_sites(place, model.get_submodule(place)).items()}
+    if ranks:  # checkpoints build the model anew by its plan
+        record_(model, plan=merged(compression_of(model).ranks, RankPlan(ranks)))
 
 
 @torch.no_grad()

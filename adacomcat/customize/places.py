@@ -13,6 +13,8 @@ from adacomcat.customize.vit import (
     vit_adapts_queries,
     vit_projections,
 )
+from adacomcat.layers.attention import LowRankAttention
+from adacomcat.sites import Rank
 
 
 def places_in(model: nn.Module) -> dict[str, Any]:
@@ -93,6 +95,14 @@ def merge_at_(model: nn.Module, place: str) -> None:
         model.set_submodule(place, merged_attention(attention))
     else:
         diffusion.merge_attention_(attention)
+
+
+def low_rank_sites(place: str, attention: nn.Module) -> dict[str, Rank]:
+    """Site → rank of a low-rank attention; of another one nothing."""
+    if not isinstance(attention, LowRankAttention):
+        return {}
+    scores: dict[str, Rank] = {f"{place}.qk": attention.rank_qk} if attention.folds_scores else {}
+    return scores | {f"{place}.vo": attention.rank_vo}
 
 
 def can_merge(attention: Any) -> bool:
