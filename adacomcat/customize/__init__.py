@@ -1,6 +1,7 @@
 """Customising text-to-image models of diffusers by low-rank products beside their attentions.
 
-The functions here take a diffusers pipeline, or its U-Net or transformer. Nothing of this package
+The functions here take a diffusers pipeline, or its U-Net or transformer; those of adapters and
+their files take Vision Transformers, too. Nothing of this package
 imports diffusers before a pipeline is opened.
 """
 
@@ -21,5 +22,5 @@ from adacomcat.customize.run import train
 
 __all__ = ["AdapterFile", "CustomizeConfig", "adapter_parameters", "add_adapters", "from_lora",
            "generate", "load_adapters", "load_comcat", "merge_", "open_pipeline", "parameter_count",
-           "picture_grid", "read_pictures", "save_adapters", "save_pipeline", "set_alpha", "to_lora", "train",
-           "unload_"]
+           "picture_grid", "read_pictures", "save_adapters", "save_pipeline", "set_alpha",
+           "to_lora", "train", "unload_"]

@@ -24,6 +24,7 @@ from adacomcat.customize.places import (
 from adacomcat.customize.vit import classifier_of
 from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
+from adacomcat.sites import Rank
 from adacomcat.utils.limits import INITS
 from adacomcat.utils.random import derived_generator
 
@@ -112,8 +113,9 @@ def add_adapters(target: Any, rank: int = 2, targets: Sequence[str] = ("*",), *,
     if init not in INITS:
         raise UserError(f"unknown init {init!r:.40}; choose one of {', '.join(INITS)}")
     places = attentions(target, targets)
+    head = classifier_of(denoiser(target))
     denoiser(target).requires_grad_(False)
-    if (head := classifier_of(denoiser(target))) is not None:
+    if head is not None:
         head.requires_grad_(True)
     return install(target, {place: rank for place in places}, name, init=init, seed=seed)
 
@@ -206,8 +208,9 @@ def merge_(target: Any) -> None:
     model = denoiser(target)
     for place in found:
         merge_at_(model, place)
-    ranks = {site: rank for place in found
-             for site, rank in low_rank_sites(place, model.get_submodule(place)).items()}
+    ranks: dict[str, Rank] = {}
+    for place in found:
+        ranks |= low_rank_sites(place, model.get_submodule(place))
     if ranks:  # checkpoints build the model anew by its plan
         record_(model, plan=merged(compression_of(model).ranks, RankPlan(ranks)))
 

@@ -135,7 +135,7 @@ def load_adapters(target: Any, path: str | Path, name: str = DEFAULT, *, rank: i
             if key.startswith(CLASSIFIER)}
     put(target, tensors, name, str(path))
     if head:
-        _set_classifier_(target, head, str(path))
+        _set_classifier_(target, head, name, str(path))
     set_alpha(target, {name: found.alpha})
     return found
 
@@ -147,15 +147,17 @@ def _classifier(target: Any) -> dict[str, Tensor]:
                                     for key, value in head.state_dict().items()}
 
 
-def _set_classifier_(target: Any, weights: Mapping[str, Tensor], source: str) -> None:
-    """Give a ViT a classifier of these weights, with as many classes."""
+def _set_classifier_(target: Any, weights: Mapping[str, Tensor], name: str, source: str) -> None:
+    """Give a ViT a classifier of these weights, with as many classes; else no adapter ``name``."""
     model: Any = denoiser(target)
     try:
         if "weight" in weights and len(weights["weight"]) != class_count(model):
+            like = next(model.parameters())
             model.reset_classifier(len(weights["weight"]))
-            model.to(next(model.parameters()).device)
+            model.get_classifier().to(like.device, like.dtype)
         model.get_classifier().load_state_dict(dict(weights))
     except (AttributeError, RuntimeError) as error:
+        unload_(target, name)
         raise UserError(f"{source} has a classifier that does not fit this model: "
                         f"{reason(error)}") from error
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from adacomcat.customize.adapters import DEFAULT, adapters_of, attentions, denoiser, processors
 from adacomcat.customize.adapter import TOKENS, Projections
+from adacomcat.customize.adapters import DEFAULT, adapters_of, attentions, denoiser, processors
 from adacomcat.customize.files import put
 from adacomcat.customize.places import adapts_queries, is_diffusion, projections_of
 from adacomcat.errors import UserError, reason
@@ -57,8 +57,8 @@ def from_lora(target: Any, lora: str | Path | Mapping[str, Tensor], name: str = 
 
 def _only_projections(attention: Any, place: str) -> Projections:
     if not is_diffusion(attention):
-        raise UserError(f"{place} is an attention of a ViT, whose LoRA and adapters do not convert; "
-                        "keep what you have")
+        raise UserError(f"{place} is an attention of a ViT, between whose LoRA and adapters "
+                        "nothing converts; keep what you have")
     found = projections_of(attention)
     if len(found) > 1:
         raise UserError(f"{place} is a joint attention, between whose LoRA and adapters nothing "

@@ -53,7 +53,8 @@ def adapts_queries(attention: Any) -> bool:
 def heads_of(attention: Any) -> int:
     if is_diffusion(attention):
         return attention.heads
-    return (attention.base if isinstance(attention, AdaptedAttention) else attention).num_heads
+    found: Any = attention.base if isinstance(attention, AdaptedAttention) else attention
+    return found.num_heads
 
 
 def stack_of(attention: Any) -> AdapterStack | None:

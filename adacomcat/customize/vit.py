@@ -155,15 +155,17 @@ def merged_attention(adapted: AdaptedAttention) -> LowRankAttention:
         added = [alpha**power * getattr(adapter, name) for adapter, alpha in active]
         return merged_rows(getattr(frozen, name), heads, 1.0, added)
 
+    def fixed(numbers: Tensor) -> nn.Parameter:
+        return nn.Parameter(numbers.detach(), requires_grad=False)
+
     if made.folds_scores:
         q, k = rows("q", 1), rows("k", 1)
-        made.wq, made.wk = q.weight, k.weight
-        bias = q.weight.new_zeros(len(q.weight)) if q.bias is None else q.bias
-        made.bq = nn.Parameter(bias, requires_grad=False)
-    made.wv = rows("v", 2).weight
+        made.wq, made.wk = fixed(q.weight), fixed(k.weight)
+        made.bq = fixed(q.weight.new_zeros(len(q.weight)) if q.bias is None else q.bias)
     out = merged_columns(frozen.out, heads, [adapter.o for adapter, _ in active
                                              if adapter.o is not None])
-    made.wo, made.bo = out.weight, nn.Parameter(_output_bias(frozen), requires_grad=False)
+    made.wv, made.wo = fixed(rows("v", 2).weight), fixed(out.weight)
+    made.bo = fixed(_output_bias(frozen))
     return made.train(adapted.training)
 
 

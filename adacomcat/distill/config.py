@@ -76,8 +76,8 @@ class TrainConfig:
         align_blocks: indices of the blocks that are aligned; None: the first two and last two.
         keep_params: share of the model's parameters to keep, in (0, 1]; None trains the model as
             it is, without a search.
-        adapters: rank of adapters that are trained with the classifier beside the frozen model; None
-            trains the model itself.
+        adapters: rank of adapters that are trained with the classifier beside the frozen model;
+            None trains the model itself.
         rank_multiple: ranks per head are multiples of it, other ranks of twice that.
         mlp: what is chosen of MLPs: 'neurons' (how many hidden neurons stay), or 'ranks'.
         search: when ranks are searched: 'adaptive', 'every' epoch, 'graded', or 'off'.
