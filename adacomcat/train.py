@@ -86,10 +86,7 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
     config = config.checked()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if plan is not None and config.refine:
-        raise UserError("a plan fixes the ranks and leaves nothing to refine: give one of them")
-    if plan is not None and config.adapters is not None:
-        raise UserError("adapters train beside a model that stays as it is: give no plan")
+    _require_agreement(config, plan)
     require_not_quantized(model, "train")
     require_finite_model(model)
     plan = None if plan is None else plan.resolved(model)
@@ -115,6 +112,13 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
     trained = trainer.finished()
     seconds = time.perf_counter() - start
     return TrainResult(trained, _results(model, trained, trainer, test_set, seconds))
+
+
+def _require_agreement(config: TrainConfig, plan: RankPlan | None) -> None:
+    if plan is not None and config.refine:
+        raise UserError("a plan fixes the ranks and leaves nothing to refine: give one of them")
+    if plan is not None and config.adapters is not None:
+        raise UserError("adapters train beside a model that stays as it is: give no plan")
 
 
 def _dense_trainer(model: nn.Module, config: TrainConfig, train_set: Any, processes: Processes,

@@ -64,6 +64,23 @@ def test_adapters_leave_the_model_and_become_a_small_file(compressed, tmp_path, 
     assert (tmp_path / "out/best/adapters.safetensors").exists()
 
 
+def test_adapters_resume_and_take_other_classes(tmp_path, run, run_json):
+    """Stopped after an epoch and resumed, the adapters are those of a run in one go."""
+    run_json("compress", *GRAY, "--keep-params", "0.7", "--output", tmp_path / "base")
+    flags = ["train", "-m", tmp_path / "base", "--data", "digits", "--adapters", 2, "--epochs", 2,
+             "--num-classes", 10, "--no-report"]
+    run_json(*flags, "--output", tmp_path / "whole")
+    stopped = tmp_path / "part.state"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adacomcat.distill.trainer.asked_to_stop",
+                      lambda: signal.SIGTERM if (stopped / "training_state.pt").exists() else None)
+        code, _, err = run(*flags, "--checkpoint-steps", 5, "--output", tmp_path / "part")
+    assert code != 0 and stopped.exists(), err
+    run_json(*flags, "--resume", "--output", tmp_path / "part")
+    files = [(tmp_path / name / "adapters.safetensors").read_bytes() for name in ("whole", "part")]
+    assert files[0] == files[1]
+
+
 def test_no_epochs_and_a_plan_are_legal(tmp_path, run_json):
     adacomcat.RankPlan({"blocks.0.mlp.fc1": 8}).save(tmp_path / "plan.json")
     run_json("train", *GRAY, *QUICK, "--epochs", 0, "--plan", tmp_path / "plan.json",
