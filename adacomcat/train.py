@@ -57,11 +57,9 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
         observer: Observer | None = None) -> TrainResult:
     """Compress and train a copy of ``model``; without keep_params and plan, train it as it is.
 
-    With ``config.adapters`` its weights stay, and adapters and the classifier are trained.
-
     Args:
         model: a dense model; one that is compressed already is only trained as it is.
-        config: everything else that decides the run.
+        config: everything else that decides the run; with ``adapters`` the model's weights stay.
         train_set: labelled images, from ``data.train_and_test``. A part of them calibrates, and a
             part is held out for the search.
         test_set: labelled images that judge the result, and every epoch.
