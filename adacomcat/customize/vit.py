@@ -114,6 +114,8 @@ class AdaptedAttention(AdapterStack):
         base: an attention that ``is_vit_attention``.
     """
 
+    apart_from_checkpoints = True  # their folders hold it merged
+
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base

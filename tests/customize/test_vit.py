@@ -238,6 +238,8 @@ def test_dropout_behaves_as_in_the_base():
     (lambda: timm.create_model("resnet18", num_classes=3), add_adapters, "no attention of ResNet"),
     (lambda: timm.create_model("deit_tiny_distilled_patch16_224", **SMALL), add_adapters,
      "has several classifiers"),
+    (vit, lambda m: (add_adapters(m), checkpoint.save(m, "never-written")),
+     "customize.merge_ writes them"),
     (vit, lambda m: (add_adapters(m), to_lora(m)), "is an attention of a ViT"),
 ])
 def test_what_cannot_be_is_said(make, act, message):
