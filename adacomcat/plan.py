@@ -101,11 +101,13 @@ class RankPlan:
         return find_sites(model, {name.removesuffix(HIDDEN) for name in self.ranks
                                   if name.endswith(HIDDEN)})
 
-    def validate(self, model: nn.Module) -> list[Site]:
+    def validate(self, model: nn.Module, widened: bool = False) -> list[Site]:
         """The sites of this plan.
 
         Args:
             model: The dense model that the plan is to be applied to.
+            widened: Heads may be wider than in the dense model, up to the width of the tokens: of a
+                model into which adapters were merged.
 
         Raises:
             UserError: An entry names no site of the model, or a rank that it cannot have.
@@ -115,7 +117,8 @@ class RankPlan:
             if name not in sites:
                 raise UserError(f"the plan names {name!r:.100}, which this model does not have; "
                                 f"its sites are like {', '.join(list(sites)[:4]) or 'none'}")
-            full = sites[name].full_rank
+            wide = widened and sites[name].folded
+            full = sites[name].in_features if wide else sites[name].full_rank
             if rank != DENSE and not (type(rank) is int and 1 <= rank <= full):
                 raise UserError(f"the plan gives {name} the rank {rank!r:.60}; "
                                 f"it must be 'dense' or a whole number from 1 to {full}")

@@ -20,6 +20,7 @@ from adacomcat.convert.model import convert_
 from adacomcat.convert.quantized import require_not_quantized
 from adacomcat.convert.record import compression_of
 from adacomcat.cost import model_params
+from adacomcat.customize.adapters import add_adapters, parameter_count
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.evaluation import evaluate
 from adacomcat.distill.metrics import Observer
@@ -58,7 +59,7 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
 
     Args:
         model: a dense model; one that is compressed already is only trained as it is.
-        config: everything else that decides the run.
+        config: everything else that decides the run; with ``adapters`` the model's weights stay.
         train_set: labelled images, from ``data.train_and_test``. A part of them calibrates, and a
             part is held out for the search.
         test_set: labelled images that judge the result, and every epoch.
@@ -83,8 +84,7 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
     config = config.checked()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if plan is not None and config.refine:
-        raise UserError("a plan fixes the ranks and leaves nothing to refine: give one of them")
+    _require_agreement(config, plan)
     require_not_quantized(model, "train")
     require_finite_model(model)
     plan = None if plan is None else plan.resolved(model)
@@ -112,10 +112,19 @@ def run(model: nn.Module, config: TrainConfig, train_set: Any, test_set: Any = N
     return TrainResult(trained, _results(model, trained, trainer, test_set, seconds))
 
 
+def _require_agreement(config: TrainConfig, plan: RankPlan | None) -> None:
+    if plan is not None and config.refine:
+        raise UserError("a plan fixes the ranks and leaves nothing to refine: give one of them")
+    if plan is not None and config.adapters is not None:
+        raise UserError("adapters train beside a model that stays as it is: give no plan")
+
+
 def _dense_trainer(model: nn.Module, config: TrainConfig, train_set: Any, processes: Processes,
                    teacher: nn.Module | None, began_with: dict[str, str]) -> Trainer:
     student = set_drop_path_(copy.deepcopy(model), config.drop_path)
     student.requires_grad_(True)
+    if config.adapters is not None:
+        add_adapters(student, config.adapters, seed=config.seed)
     if config.drop_attention_biases and not config.finetune_attention_biases:
         freeze_attention_biases_(student)
     processes.broadcast_(student)
@@ -227,6 +236,8 @@ def _results(dense: nn.Module, trained: nn.Module, trainer: Trainer, test_set: A
              seconds: float) -> dict[str, Any]:
     results = _summary(dense, trained, test_set, trainer.config, trainer.processes)
     results |= {"history": trainer.history, "searches": trainer.searches, "seconds": seconds}
+    if trainer.config.adapters is not None:
+        results["adapters"] = parameter_count(trained)
     if trainer.best:
         results["best"] = trainer.best
     if trainer.search is not None:

@@ -18,7 +18,7 @@ DIRECTION = (
     "errors", "moved", "__init__", "utils", "entrypoint", "kernels", "data", "ops", "factorize",
     "layers", "families", "sites", "plan", "convert", "fuse", "cost", "latency", "checkpoint",
     "allocation", "calibration", "compression", "quantization", "elastic", "search", "distill",
-    "train", "deploy", "evaluation", "customize", "report", "cli", "__main__",
+    "customize", "train", "deploy", "evaluation", "report", "cli", "__main__",
 )
 # Only these may import modules of the package inside a function.
 LATE = ("__init__", "entrypoint", "cli")

@@ -83,6 +83,7 @@ def save(model: nn.Module, folder: str | Path, *, architecture: str | None = Non
         save_pretrained(model, folder)
         return
     require_not_optimized(model, "save")
+    _require_no_adapters(model)
     config = describe(model, architecture, model_args)
     weights = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
                for name, tensor in model.state_dict().items()}
@@ -95,6 +96,14 @@ def save(model: nn.Module, folder: str | Path, *, architecture: str | None = Non
             _write(scratch, weights, config)
     except (OSError, SafetensorError) as error:  # the latter where the disk is full
         raise UserError(f"cannot write {folder}: {error}") from error
+
+
+def _require_no_adapters(model: nn.Module) -> None:
+    """Raise a ``UserError`` where a module says that a folder cannot hold it."""
+    for name, module in model.named_modules():
+        if getattr(module, "apart_from_checkpoints", False):
+            raise UserError(f"{name} has adapters, which this folder cannot hold: customize.merge_ "
+                            "writes them into the weights, customize.save_adapters into a file")
 
 
 def _write(folder: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:

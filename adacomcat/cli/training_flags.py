@@ -22,6 +22,9 @@ def train(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("budget (one of)")
     keep_params_or_plan(group)
     group.add_argument("--dense", action="store_true", help="train the model as it is")
+    group.add_argument("--adapters", type=number(TRAINING["adapters"]), metavar="RANK",
+                       help="train adapters of this rank beside every attention, and the "
+                            "classifier, of a model that stays as it is")
     group = parser.add_argument_group("training")
     group.add_argument("--preset", choices=CHOICES["preset"], default="adacomcat",
                        help="settings of ComCAT or Adaptive-ComCAT as they were published; other "

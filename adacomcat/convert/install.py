@@ -22,8 +22,12 @@ from adacomcat.sites import DENSE, Site
 
 
 def build_skeleton(model: nn.Module, plan: RankPlan) -> nn.Module:
-    """In place: low-rank modules of the plan's shapes, their factors not yet filled."""
-    return _swap(model, plan, lambda module, sites: skeleton_module(module, sites, plan))
+    """In place: low-rank modules of the plan's shapes, their factors not yet filled.
+
+    Heads may be wider than the dense ones, as merged adapters make them.
+    """
+    return _swap(model, plan, lambda module, sites: skeleton_module(module, sites, plan),
+                 widened=True)
 
 
 @torch.no_grad()
@@ -33,8 +37,8 @@ def install_(model: nn.Module, plan: RankPlan, factors: Factors) -> nn.Module:
 
 
 def _swap(model: nn.Module, plan: RankPlan,
-          make: Callable[[nn.Module, list[Site]], nn.Module]) -> nn.Module:
-    for name, group in groupby(plan.validate(model), key=lambda site: site.module):
+          make: Callable[[nn.Module, list[Site]], nn.Module], widened: bool = False) -> nn.Module:
+    for name, group in groupby(plan.validate(model, widened), key=lambda site: site.module):
         sites = list(group)
         if any(plan[site.name] != DENSE for site in sites):
             model.set_submodule(name, make(model.get_submodule(name), sites))

@@ -10,21 +10,27 @@ heads side by side.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adacomcat.layers.linear import LowRankLinear
+
+Linear = nn.Linear | LowRankLinear  # dense, or compressed
+# Kinds of tokens: what every attention has, and the text in a joint attention.
+TOKENS, TEXT = "tokens", "text"
+
 
 class Projections(NamedTuple):
     """The frozen projections of one kind of tokens: of pictures, or of a joint attention's text."""
 
-    q: nn.Linear
-    k: nn.Linear
-    v: nn.Linear
-    out: nn.Linear | None  # None: nothing reads what these tokens become
+    q: Linear
+    k: Linear
+    v: Linear
+    out: Linear | None  # None: nothing reads what these tokens become
 
 
 class Adapter(nn.Module):
@@ -94,6 +100,32 @@ class Adapter(nn.Module):
 Active = Sequence[tuple[Adapter, float]]  # adapters with their α
 
 
+class AdapterStack(nn.Module):
+    """The adapters beside one attention, by name, with their α."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapters = nn.ModuleDict()  # name → kind of tokens → Adapter
+        self.alphas: dict[str, float] = {}
+
+    def active(self, tokens: str) -> Active:
+        """The adapters of one kind of tokens that change something."""
+        return [(self.of(name, tokens), alpha) for name, alpha in self.alphas.items()
+                if alpha and (torch.is_grad_enabled() or not self._changes_nothing(name))]
+
+    def _changes_nothing(self, name: str) -> bool:
+        parts = self.adapters[name]
+        assert isinstance(parts, nn.ModuleDict)
+        return all(self.of(name, tokens).changes_nothing() for tokens in parts)
+
+    def of(self, name: str, tokens: str) -> Adapter:
+        found = self.adapters[name]
+        assert isinstance(found, nn.ModuleDict)
+        adapter = found[tokens]
+        assert isinstance(adapter, Adapter)
+        return adapter
+
+
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
     """(B, L, H·d) → (B, H, L, d)."""
     return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -136,7 +168,7 @@ def widen_values(heads: Tensor, context: Tensor, active: Active) -> Tensor:
     return _beside(heads, [alpha**2 * _product(context, adapter.v) for adapter, alpha in active])
 
 
-def project(attended: Tensor, out: nn.Linear, active: Active) -> Tensor:
+def project(attended: Tensor, out: Callable[[Tensor], Tensor], active: Active) -> Tensor:
     """What the heads (B, H, L, d + Σr) become by [Wo; So]: (B, L, output width)."""
     width = attended.shape[-1] - sum(adapter.rank for adapter, _ in active)
     parts = attended.split([width, *(adapter.rank for adapter, _ in active)], -1)
@@ -148,14 +180,17 @@ def project(attended: Tensor, out: nn.Linear, active: Active) -> Tensor:
     return found
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None,
+           dropout: float = 0.0) -> Tensor:
     """softmax(s q kᵀ + mask) v, each (B, H, L, width)."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout)
 
 
 @torch.no_grad()
 def merged(frozen: Projections, heads: int, scale: float, active: Active) -> Projections:
     """Dense projections of an attention with heads d + Σr wide that computes the same.
+
+    Compressed projections become dense ones, too.
 
     Args:
         frozen: the projections; without biases of queries and keys these columns are exact, with
@@ -167,15 +202,15 @@ def merged(frozen: Projections, heads: int, scale: float, active: Active) -> Pro
     width = frozen.q.out_features // heads + sum(adapter.rank for adapter, _ in active)
     rows = {"q": (frozen.q, scale * math.sqrt(width), 1), "k": (frozen.k, 1.0, 1),
             "v": (frozen.v, 1.0, 2)}
-    wide = {name: _merged_rows(linear, heads, factor,
+    wide = {name: merged_rows(linear, heads, factor,
                                [alpha**power * getattr(adapter, name) for adapter, alpha in active])
             for name, (linear, factor, power) in rows.items()}
     return Projections(**wide, out=None if frozen.out is None else
-                       _merged_columns(frozen.out, heads, [adapter.o for adapter, _ in active
+                       merged_columns(frozen.out, heads, [adapter.o for adapter, _ in active
                                                     if adapter.o is not None]))
 
 
-def _merged_rows(linear: nn.Linear, heads: int, factor: float,
+def merged_rows(linear: Linear, heads: int, factor: float,
                  added: Sequence[Tensor]) -> nn.Linear:
     """factor · [W; A] with the rows of each head together."""
     parts = [part.unflatten(0, (heads, -1)) for part in (linear.weight, *added)]
@@ -187,7 +222,7 @@ def _merged_rows(linear: nn.Linear, heads: int, factor: float,
     return _linear(weight, bias)
 
 
-def _merged_columns(linear: nn.Linear, heads: int, added: Sequence[Tensor]) -> nn.Linear:
+def merged_columns(linear: Linear, heads: int, added: Sequence[Tensor]) -> nn.Linear:
     """[W | S] with the columns of each head together."""
     parts = [part.unflatten(1, (heads, -1)).to(linear.weight) for part in (linear.weight, *added)]
     return _linear(torch.cat(parts, 2).flatten(1), linear.bias)

@@ -7,16 +7,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from adacomcat.customize.adapter import Adapter
-from adacomcat.customize.attention import (
-    AdaptedProcessor,
-    adapted_processor,
+from adacomcat.convert.record import compression_of, merged, record_
+from adacomcat.customize.adapter import Adapter, AdapterStack
+from adacomcat.customize.places import (
+    adapt_,
     adapts_queries,
-    attention_kind,
-    merge_attention_,
+    can_merge,
+    heads_of,
+    low_rank_sites,
+    merge_at_,
+    places_in,
     projections_of,
+    restore_,
+    stack_of,
 )
+from adacomcat.customize.vit import classifier_of
 from adacomcat.errors import UserError
+from adacomcat.plan import RankPlan
+from adacomcat.sites import Rank
 from adacomcat.utils.limits import INITS
 from adacomcat.utils.random import derived_generator
 
@@ -24,7 +32,7 @@ DEFAULT = "default"  # an adapter's name
 
 
 def denoiser(target: Any) -> nn.Module:
-    """The U-Net or transformer of a diffusers pipeline; a module is taken as it is.
+    """The U-Net or transformer of a diffusers pipeline; a module, like a ViT, is taken as it is.
 
     Raises:
         UserError: it is neither.
@@ -45,9 +53,8 @@ def attentions(target: Any, targets: Sequence[str] = ("*",)) -> dict[str, Any]:
     Raises:
         UserError: there is none.
     """
-    found = {name: module for name, module in denoiser(target).named_modules()
-             if attention_kind(module) is not None
-             and any(fnmatch.fnmatch(name, glob) for glob in targets)}
+    found = {name: module for name, module in places_in(denoiser(target)).items()
+             if any(fnmatch.fnmatch(name, glob) for glob in targets)}
     if not found:
         raise UserError(f"no attention of {type(denoiser(target)).__name__} takes adapters under "
                         f"the names {', '.join(targets)}; docs/customize.md lists what is "
@@ -55,12 +62,10 @@ def attentions(target: Any, targets: Sequence[str] = ("*",)) -> dict[str, Any]:
     return found
 
 
-def processors(target: Any) -> dict[str, AdaptedProcessor]:
-    """Name of an attention → its processor, where it has adapters."""
-    found = ((name, getattr(module, "processor", None))
-             for name, module in denoiser(target).named_modules())
-    return {name: processor for name, processor in found
-            if isinstance(processor, AdaptedProcessor)}
+def processors(target: Any) -> dict[str, AdapterStack]:
+    """Name of an attention → its adapters, where it has any."""
+    found = ((name, stack_of(module)) for name, module in denoiser(target).named_modules())
+    return {name: stack for name, stack in found if stack is not None}
 
 
 def adapters_of(target: Any, name: str = DEFAULT) -> dict[str, Adapter]:
@@ -89,7 +94,8 @@ def add_adapters(target: Any, rank: int = 2, targets: Sequence[str] = ("*",), *,
     """Put an adapter beside the attentions of a model, and freeze the model itself.
 
     Args:
-        target: a diffusers pipeline, its U-Net or its transformer.
+        target: a diffusers pipeline, its U-Net or its transformer; or a ViT, whose classifier
+            stays trainable.
         rank: the columns that each head gets.
         targets: globs that name attentions, like '*.attn2' for those that see the prompt.
         name: of the adapter; a model can have several.
@@ -107,7 +113,10 @@ def add_adapters(target: Any, rank: int = 2, targets: Sequence[str] = ("*",), *,
     if init not in INITS:
         raise UserError(f"unknown init {init!r:.40}; choose one of {', '.join(INITS)}")
     places = attentions(target, targets)
+    head = classifier_of(denoiser(target))
     denoiser(target).requires_grad_(False)
+    if head is not None:
+        head.requires_grad_(True)
     return install(target, {place: rank for place in places}, name, init=init, seed=seed)
 
 
@@ -128,17 +137,16 @@ def install(target: Any, ranks: Mapping[str, int], name: str, *, init: str = "ze
     for at, (place, rank) in enumerate(ranks.items()):
         attention: Any = model.get_submodule(place)
         parts = nn.ModuleDict({
-            tokens: Adapter(frozen, attention.heads, rank, adapts_queries(attention))
+            tokens: Adapter(frozen, heads_of(attention), rank, adapts_queries(attention))
             for tokens, frozen in projections_of(attention).items()})
         if not any(p.is_meta for p in parts.parameters()):
             generator = derived_generator(seed, at)
             for adapter in parts.values():
                 assert isinstance(adapter, Adapter)
                 adapter.init_(init, generator)
-        if not isinstance(attention.processor, AdaptedProcessor):
-            attention.set_processor(adapted_processor(attention))
-        attention.processor.adapters[name] = parts
-        attention.processor.alphas[name] = 1.0
+        stack = adapt_(model, place)
+        stack.adapters[name] = parts
+        stack.alphas[name] = 1.0
     return list(ranks)
 
 
@@ -177,33 +185,34 @@ def unload_(target: Any, name: str | None = None) -> None:
             if known in processor.alphas:
                 del processor.adapters[known], processor.alphas[known]
         if not processor.alphas:
-            _attention(target, place).set_processor(processor.original)
+            restore_(denoiser(target), place)
 
 
 def merge_(target: Any) -> None:
-    """Write the adapters into dense projections whose heads are wider; no adapter is left.
+    """Write the adapters into projections whose heads are wider; no adapter is left.
 
-    The model then runs diffusers' own code. What it computes differs by rounding.
+    A diffusion model then runs diffusers' own code, and a ViT low-rank attentions, which
+    ``optimize`` and checkpoints take. What it computes differs by rounding.
 
     Raises:
-        UserError: there is no adapter, or an attention normalises or rotates its queries.
+        UserError: there is no adapter, or an attention of diffusers normalises or rotates its
+            queries.
     """
     found = processors(target)
     if not found:
         raise UserError("the model has no adapter to merge; add or load one")
     for place in found:
-        if not adapts_queries(_attention(target, place)):
+        if not can_merge(denoiser(target).get_submodule(place)):
             raise UserError(f"{place} normalises or rotates queries, so its heads cannot grow; "
                             "keep the adapters as they are")
-    for place, processor in found.items():
-        if processor.active("tokens"):
-            merge_attention_(_attention(target, place))
-        else:
-            _attention(target, place).set_processor(processor.original)
-
-
-def _attention(target: Any, place: str) -> Any:
-    return denoiser(target).get_submodule(place)
+    model = denoiser(target)
+    for place in found:
+        merge_at_(model, place)
+    ranks: dict[str, Rank] = {}
+    for place in found:
+        ranks |= low_rank_sites(place, model.get_submodule(place))
+    if ranks:  # checkpoints build the model anew by its plan
+        record_(model, plan=merged(compression_of(model).ranks, RankPlan(ranks)))
 
 
 @torch.no_grad()

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from adacomcat.customize.adapter import (
-    Active,
-    Adapter,
+    TEXT,
+    TOKENS,
+    AdapterStack,
+    Linear,
     Projections,
     attend,
     merged,
@@ -23,8 +25,6 @@ from adacomcat.customize.adapter import (
     widen_values,
 )
 
-# Kinds of tokens: what every attention has, and the text in a joint attention.
-TOKENS, TEXT = "tokens", "text"
 # Name of diffusers' processor → the kind of attention that it runs.
 _KINDS = {"AttnProcessor": "plain", "AttnProcessor2_0": "plain",
           "JointAttnProcessor2_0": "joint", "FluxAttnProcessor": "flux"}
@@ -45,7 +45,7 @@ def attention_kind(module: nn.Module) -> str | None:
     q, k, v, out = projections
     if kind is None or out is None or getattr(module, "fused_projections", False):
         return None
-    linear = all(isinstance(projection, nn.Linear) for projection in (q, k, v, out[0]))
+    linear = all(isinstance(projection, Linear) for projection in (q, k, v, out[0]))
     # Otherwise heads share keys.
     return kind if linear and q.out_features == k.out_features else None
 
@@ -75,7 +75,7 @@ class Heads(NamedTuple):
     v: Tensor
 
 
-class AdaptedProcessor(nn.Module):
+class AdaptedProcessor(AdapterStack):
     """The processor of an attention with adapters.
 
     ``original`` runs where all have α = 0, and without gradients where their factors are zero.
@@ -89,25 +89,6 @@ class AdaptedProcessor(nn.Module):
     def __init__(self, attention: Any) -> None:
         super().__init__()
         self.original: Callable[..., Any] = attention.processor
-        self.adapters = nn.ModuleDict()  # name → kind of tokens → Adapter
-        self.alphas: dict[str, float] = {}
-
-    def active(self, tokens: str) -> Active:
-        """The adapters of one kind of tokens that change something."""
-        return [(self.of(name, tokens), alpha) for name, alpha in self.alphas.items()
-                if alpha and (torch.is_grad_enabled() or not self._changes_nothing(name))]
-
-    def _changes_nothing(self, name: str) -> bool:
-        parts = self.adapters[name]
-        assert isinstance(parts, nn.ModuleDict)
-        return all(self.of(name, tokens).changes_nothing() for tokens in parts)
-
-    def of(self, name: str, tokens: str) -> Adapter:
-        found = self.adapters[name]
-        assert isinstance(found, nn.ModuleDict)
-        adapter = found[tokens]
-        assert isinstance(adapter, Adapter)
-        return adapter
 
     def _heads(self, attn: Any, names: tuple[str, str, str], x: Tensor, context: Tensor,
                norms: tuple[str, str]) -> Heads:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adacomcat.customize.adapter import Linear
 from adacomcat.customize.adapters import (
     DEFAULT,
     adapters_of,
@@ -24,12 +25,16 @@ from adacomcat.customize.adapters import (
     set_alpha,
     unload_,
 )
-from adacomcat.customize.attention import adapts_queries, projections_of
+from adacomcat.customize.places import adapts_queries, heads_of, projections_of
+from adacomcat.customize.vit import classifier_of
 from adacomcat.errors import UserError, reason
+from adacomcat.layers.linear import LowRankLinear
 from adacomcat.utils.checksum import checksum
 from adacomcat.utils.files import atomic_file, make_folder
+from adacomcat.utils.model import class_count
 
 FORMAT, HEADER = "adacomcat-adapters-1", "adacomcat"
+CLASSIFIER = "classifier:"  # in front of its weights'
 
 
 class AdapterFile(NamedTuple):
@@ -46,10 +51,18 @@ def base_checksum(target: Any) -> str:
 
     A model that was stored in half precision has the same one in single precision.
     """
-    return checksum({f"{place}.{tokens}.{name}": linear.weight.detach().half()
+    return checksum({f"{place}.{tokens}.{name}{factor}": weight.detach().half()
                      for place, attention in attentions(target).items()
                      for tokens, frozen in projections_of(attention).items()
-                     for name, linear in frozen._asdict().items() if linear is not None})
+                     for name, linear in frozen._asdict().items() if linear is not None
+                     for factor, weight in _weights(linear).items()})
+
+
+def _weights(linear: Linear) -> dict[str, Tensor]:
+    """What a projection holds: one weight, or two factors, whose product would be rounded."""
+    if isinstance(linear, LowRankLinear):
+        return {".v": linear.v, ".u": linear.u}
+    return {"": linear.weight}
 
 
 def base_name(target: Any) -> str:
@@ -63,7 +76,7 @@ def base_name(target: Any) -> str:
 
 def save_adapters(target: Any, path: str | Path, name: str = DEFAULT, *, half: bool = False,
                   token: str | None = None, alpha: float = 1.0) -> Path:
-    """Write the adapter ``name`` of a model.
+    """Write the adapter ``name`` of a model; of a ViT its classifier, too.
 
     Args:
         target: a pipeline or module with the adapter.
@@ -80,6 +93,7 @@ def save_adapters(target: Any, path: str | Path, name: str = DEFAULT, *, half: b
     tensors = {f"{place}.{key}": factor.detach().cpu().to(torch.float16 if half else factor.dtype)
                for place, adapter in adapters_of(target, name).items()
                for key, factor in adapter.named_parameters()}
+    tensors |= _classifier(target)
     header = {"format": FORMAT, "token": token, "base": base_name(target),
               "base_checksum": base_checksum(target), "alpha": float(alpha),
               "ranks": sorted({a.rank for a in adapters_of(target, name).values()})}
@@ -98,6 +112,8 @@ def load_adapters(target: Any, path: str | Path, name: str = DEFAULT, *, rank: i
                   verify: bool = True) -> AdapterFile:
     """Put the adapters of a file beside the attentions of a model, with the file's α.
 
+    A ViT gets the file's classifier, with its number of classes.
+
     Args:
         target: a pipeline or module that computes what the base of the file computes.
         path: of a file that ``save_adapters`` wrote.
@@ -115,9 +131,35 @@ def load_adapters(target: Any, path: str | Path, name: str = DEFAULT, *, rank: i
                         "load that one, or pass verify=False (--no-verify)")
     if rank is not None and header["ranks"] != [rank]:
         raise UserError(f"{path} has the rank {', '.join(map(str, header['ranks']))}, not {rank}")
+    head = {key.removeprefix(CLASSIFIER): tensors.pop(key) for key in list(tensors)
+            if key.startswith(CLASSIFIER)}
     put(target, tensors, name, str(path))
+    if head:
+        _set_classifier_(target, head, name, str(path))
     set_alpha(target, {name: found.alpha})
     return found
+
+
+def _classifier(target: Any) -> dict[str, Tensor]:
+    """The classifier of a ViT, by the names in a file; nothing where there is none."""
+    head = classifier_of(denoiser(target))
+    return {} if head is None else {f"{CLASSIFIER}{key}": value.detach().cpu().contiguous()
+                                    for key, value in head.state_dict().items()}
+
+
+def _set_classifier_(target: Any, weights: Mapping[str, Tensor], name: str, source: str) -> None:
+    """Give a ViT a classifier of these weights, with as many classes; else no adapter ``name``."""
+    model: Any = denoiser(target)
+    try:
+        if "weight" in weights and len(weights["weight"]) != class_count(model):
+            like = next(model.parameters())
+            model.reset_classifier(len(weights["weight"]))
+            model.get_classifier().to(like.device, like.dtype)
+        model.get_classifier().load_state_dict(dict(weights))
+    except (AttributeError, RuntimeError) as error:
+        unload_(target, name)
+        raise UserError(f"{source} has a classifier that does not fit this model: "
+                        f"{reason(error)}") from error
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -150,7 +192,7 @@ def put(target: Any, tensors: Mapping[str, Tensor], name: str, source: str) -> N
         if place not in places:
             raise UserError(f"{source} adapts {place or key}, which is no attention of this model")
         if factor == "v":
-            ranks[place] = len(tensor) // places[place].heads
+            ranks[place] = len(tensor) // heads_of(places[place])
     if not ranks or min(ranks.values()) < 1:
         raise UserError(f"{source} has no factor of rank 1 or more")
     install(target, ranks, name)
@@ -192,7 +234,7 @@ def load_comcat(target: Any, path: str | Path, rank: int, name: str = DEFAULT) -
     if not isinstance(found, list) or len(found) != 4 * len(places) \
             or not all(isinstance(tensor, Tensor) and tensor.ndim == 2 for tensor in found):
         raise UserError(f"{path} is no list of {4 * len(places)} matrices, four for each attention")
-    heads = {place: attentions(target)[place].heads for place in places}
+    heads = {place: heads_of(attentions(target)[place]) for place in places}
     tensors = {f"{place}.tokens.{factor}": found[4 * at + part].detach()
                for at, place in enumerate(places) for part, factor in enumerate("qkvo")}
     other = next((len(tensors[f"{place}.tokens.v"]) // count for place, count in heads.items()

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from adacomcat.customize.adapter import Projections
+from adacomcat.customize.adapter import TOKENS, Projections
 from adacomcat.customize.adapters import DEFAULT, adapters_of, attentions, denoiser, processors
-from adacomcat.customize.attention import TOKENS, adapts_queries, projections_of
 from adacomcat.customize.files import put
+from adacomcat.customize.places import adapts_queries, is_diffusion, projections_of
 from adacomcat.errors import UserError, reason
 
 _DOWN, _UP = (".lora_A.weight", ".lora.down.weight"), (".lora_B.weight", ".lora.up.weight")
@@ -56,6 +56,9 @@ def from_lora(target: Any, lora: str | Path | Mapping[str, Tensor], name: str = 
 
 
 def _only_projections(attention: Any, place: str) -> Projections:
+    if not is_diffusion(attention):
+        raise UserError(f"{place} is an attention of a ViT, between whose LoRA and adapters "
+                        "nothing converts; keep what you have")
     found = projections_of(attention)
     if len(found) > 1:
         raise UserError(f"{place} is a joint attention, between whose LoRA and adapters nothing "

@@ -1,18 +1,28 @@
 """diffusers' pipelines: opened, checked for what training needs, and asked for pictures."""
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from adacomcat.convert.install import build_skeleton
+from adacomcat.convert.record import ranks_as_they_are
+from adacomcat.customize.adapters import denoiser, processors
 from adacomcat.errors import UserError, reason
+from adacomcat.plan import RankPlan
+from adacomcat.utils.files import atomic_folder
 from adacomcat.utils.random import derived_generator
 
 NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+DENOISERS = ("unet", "transformer")
+# Files of a pipeline's folder: diffusers' own, and the ranks of a compressed denoiser.
+INDEX, WEIGHTS, PLAN = "model_index.json", "diffusion_pytorch_model.safetensors", "rank_plan.json"
 
 
 def open_pipeline(name: str, device: torch.device) -> Any:
@@ -26,12 +36,14 @@ def open_pipeline(name: str, device: torch.device) -> Any:
     except ImportError as error:
         raise UserError(f"customising needs diffusers ({reason(error)}); "
                         "pip install 'adacomcat[customize]'") from error
-    if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
+    if Path(name).is_dir() and not (Path(name) / INDEX).is_file():
         raise UserError(f"the folder {name} holds no diffusers pipeline: it has no "
                         "model_index.json")
     try:
         with _silent():
-            pipe = DiffusionPipeline.from_pretrained(name)
+            pipe = DiffusionPipeline.from_pretrained(name, **_compressed_parts(Path(name)))
+    except UserError:
+        raise
     except Exception as error:  # of the file system, the hub, or a class that is not there
         raise UserError(f"cannot open the pipeline {name}: {reason(error)}") from error
     pipe.set_progress_bar_config(disable=True)
@@ -40,6 +52,50 @@ def open_pipeline(name: str, device: torch.device) -> Any:
         if isinstance(part, nn.Module) and any(p.dtype != torch.float32 for p in part.parameters()):
             part.float()
     return pipe.to(device)
+
+
+def save_pipeline(pipe: Any, folder: str | Path) -> None:
+    """Write a pipeline whose denoiser is compressed, or is not; ``open_pipeline`` opens it.
+
+    The folder is diffusers', with the plan of ranks beside the denoiser's weights.
+
+    Args:
+        pipe: the pipeline, without adapters.
+        folder: absent or empty.
+
+    Raises:
+        UserError: the model has adapters, or the folder holds something or cannot be written.
+    """
+    folder = Path(folder)
+    if processors(pipe):
+        raise UserError("the pipeline has adapters, which diffusers would not load: save_adapters "
+                        "writes them, and unload_ takes them away")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} already holds something; name an absent or empty folder")
+    try:
+        with atomic_folder(folder, last=INDEX) as scratch:
+            pipe.save_pretrained(scratch)
+            for part in DENOISERS:
+                ranks = ranks_as_they_are(denoiser(pipe)) if hasattr(pipe, part) else {}
+                if ranks:
+                    RankPlan(ranks).save(scratch / part / PLAN)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {reason(error)}") from error
+
+
+def _compressed_parts(folder: Path) -> dict[str, nn.Module]:
+    """The compressed denoiser of a folder that ``save_pipeline`` wrote, where it has one."""
+    return {part: _compressed(folder / part) for part in DENOISERS
+            if (folder / part / PLAN).is_file()}
+
+
+def _compressed(folder: Path) -> nn.Module:
+    import diffusers
+    name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    kind = getattr(diffusers, name)
+    model = build_skeleton(kind.from_config(kind.load_config(folder)), RankPlan.load(folder / PLAN))
+    model.load_state_dict(load_file(folder / WEIGHTS))
+    return model.eval()
 
 
 @contextlib.contextmanager

@@ -76,6 +76,8 @@ class TrainConfig:
         align_blocks: indices of the blocks that are aligned; None: the first two and last two.
         keep_params: share of the model's parameters to keep, in (0, 1]; None trains the model as
             it is, without a search.
+        adapters: rank of adapters that are trained with the classifier beside the frozen model;
+            None trains the model itself.
         rank_multiple: ranks per head are multiples of it, other ranks of twice that.
         mlp: what is chosen of MLPs: 'neurons' (how many hidden neurons stay), or 'ranks'.
         search: when ranks are searched: 'adaptive', 'every' epoch, 'graded', or 'off'.
@@ -160,6 +162,7 @@ class TrainConfig:
     align: str = "mse"
     align_weight: float = 1.0
     align_blocks: tuple[int, ...] | None = None
+    adapters: int | None = None
     keep_params: float | None = None
     rank_multiple: int = MULTIPLE
     mlp: str = "neurons"
@@ -275,6 +278,10 @@ class TrainConfig:
         if self.refine and (self.keep_params is None or self.start != "allocation"):
             raise UserError("refine moves the plan that an allocation at keep_params starts from: "
                             "give keep_params, and neither a plan nor the preset comcat")
+        if self.adapters is not None and (self.keep_params is not None
+                                          or self.drop_attention_biases):
+            raise UserError("adapters train beside a model that stays as it is: give neither "
+                            "keep_params nor the presets comcat and adaptive-comcat")
         if self.bce_loss and self.smoothing:
             raise UserError("bce_loss knows classes that are there and classes that are not: give "
                             "smoothing 0")
@@ -307,7 +314,7 @@ class TrainConfig:
 
 # Settings that may be None, which means 'not at all' or 'as many as there are'.
 _OPTIONAL = ("steps", "clip_grad", "ema_decay", "keep_params", "threads", "lr_base", "drop_path",
-             "opt_eps", "search_steps", "search_batch_size")
+             "adapters", "opt_eps", "search_steps", "search_batch_size")
 
 
 def _require_numbers(config: TrainConfig, name: str, least: int, most: int) -> None:

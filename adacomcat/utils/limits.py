@@ -87,6 +87,7 @@ MIXING = Limit(0, 100)  # the α of a Beta distribution
 COUNT, NUMBER = at_least(0), at_least(1)
 SEED = at_least(0, 2**63 - 1)  # what numpy, torch and sums of seeds can hold
 PROCESSES = at_least(0, 1024)
+ADAPTER_RANK = at_least(1, 1024)
 WAITING = Limit(1, 10**6)  # seconds
 
 # Setting → what it may be, for ``TrainConfig`` and the flags of ``train``.
@@ -105,7 +106,7 @@ TRAINING: Mapping[str, Limit] = {
     "tau_start": POSITIVE, "tau_end": POSITIVE,
     "refine": COUNT, "calibration_images": COUNT, "seed": SEED, "threads": NUMBER,
     "workers": PROCESSES, "checkpoint_steps": COUNT, "checkpoint_seconds": POSITIVE,
-    "timeout": WAITING,
+    "timeout": WAITING, "adapters": ADAPTER_RANK,
 }
 # The same for ``RecoveryConfig`` and the flags of ``recover``.
 RECOVERY: Mapping[str, Limit] = {
@@ -115,7 +116,7 @@ RECOVERY: Mapping[str, Limit] = {
 }
 # The same for ``CustomizeConfig`` and the flags of ``customize``.
 CUSTOMIZATION: Mapping[str, Limit] = {
-    "rank": at_least(1, 1024), "steps": NUMBER, "batch_size": NUMBER, "lr": POSITIVE,
+    "rank": ADAPTER_RANK, "steps": NUMBER, "batch_size": NUMBER, "lr": POSITIVE,
     "weight_decay": NOT_NEGATIVE, "clip_grad": NOT_NEGATIVE, "prior_weight": NOT_NEGATIVE,
     "num_class_images": NUMBER, "alpha": Limit(0, 10), "resolution": at_least(8, 8192),
     "sample_steps": COUNT, "seed": SEED, "checkpoint_steps": COUNT, "checkpoint_seconds": POSITIVE,

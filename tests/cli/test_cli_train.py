@@ -41,6 +41,46 @@ def test_train_dense_then_search_and_evaluate(tmp_path, run_json):
     assert adacomcat.load(tmp_path / "tuned").rank_plan == model.rank_plan
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_adapters_leave_the_model_and_become_a_small_file(compressed, tmp_path, run_json):
+    from adacomcat.customize import load_adapters
+
+    base = ["compress", *GRAY, "--keep-params", "0.7"] if compressed else \
+        ["train", *GRAY, "--data", "digits", "--epochs", 1, "--dense"]
+    run_json(*base, "--output", tmp_path / "base")
+    found = run_json("train", "-m", tmp_path / "base", "--data", "digits", "--adapters", 2,
+                     "--epochs", 2, "--lr", "5e-3", "--keep-best", "--output", tmp_path / "out")
+    assert found["params"] == found["dense_params"] + found["adapters"]
+    assert found["top1"] > found["dense_top1"]
+    measured = run_json("evaluate", "-m", tmp_path / "out", "--data", "digits")
+    assert measured["top1"] == pytest.approx(found["top1"])
+    given, merged = adacomcat.load(tmp_path / "base"), adacomcat.load(tmp_path / "out")
+    for name in ("blocks.0.norm1.weight", "patch_embed.proj.weight"):
+        assert torch.equal(given.get_parameter(name), merged.get_parameter(name))
+    load_adapters(given, tmp_path / "out/adapters.safetensors", rank=2)
+    x = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(given(x), merged(x), rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "out/best/adapters.safetensors").exists()
+
+
+def test_adapters_resume_and_take_other_classes(tmp_path, run, run_json):
+    """Stopped after an epoch and resumed, the adapters are those of a run in one go."""
+    run_json("compress", *GRAY, "--keep-params", "0.7", "--output", tmp_path / "base")
+    flags = ["train", "-m", tmp_path / "base", "--data", "digits", "--adapters", 2, "--epochs", 2,
+             "--num-classes", 10, "--no-report"]
+    run_json(*flags, "--output", tmp_path / "whole")
+    stopped = tmp_path / "part.state"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adacomcat.distill.trainer.asked_to_stop",
+                      lambda: signal.SIGTERM if (stopped / "training_state.pt").exists() else None)
+        code, _, err = run(*flags, "--checkpoint-steps", 5, "--output", tmp_path / "part")
+    assert code != 0 and stopped.exists(), err
+    run_json(*flags, "--resume", "--output", tmp_path / "part")
+    files = [(tmp_path / name / "adapters.safetensors").read_bytes() for name in ("whole", "part")]
+    assert files[0] == files[1]
+
+
 def test_no_epochs_and_a_plan_are_legal(tmp_path, run_json):
     adacomcat.RankPlan({"blocks.0.mlp.fc1": 8}).save(tmp_path / "plan.json")
     run_json("train", *GRAY, *QUICK, "--epochs", 0, "--plan", tmp_path / "plan.json",
@@ -186,8 +226,10 @@ def test_two_runs_do_not_write_one_output(tmp_path, run):
 
 
 @pytest.mark.parametrize(("flags", "says"), [
-    ([], "train needs --keep-params FRACTION, --plan FILE or --dense"),
+    ([], "train needs --keep-params FRACTION, --plan FILE, --adapters RANK or --dense"),
     (["--dense", "--keep-params", "0.5"], "leave out --keep-params"),
+    (["--adapters", "2", "--keep-params", "0.5"], "leave out --keep-params, --plan and --dense"),
+    (["--adapters", "2", "--preset", "comcat"], "neither keep_params nor the presets"),
     (["--keep-params", "0.01"], "at least"),
     (["--keep-params", "0.5", "--num-classes", "7"], "pass --num-classes 10"),
     (["--keep-params", "0.5", "--search", "never"], "invalid choice: 'never'"),

@@ -1,6 +1,7 @@
 """adacomcat train: search ranks, train and distil; or train a model as it is."""
 
 import argparse
+import copy
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from adacomcat.cli import training_flags
 from adacomcat.cli.commands import Outcome, inputs
 from adacomcat.cli.commands.state import METRICS, alone, require_fresh
 from adacomcat.cli.config_file import flag
+from adacomcat.customize.adapters import merge_, processors
+from adacomcat.customize.files import save_adapters
 from adacomcat.data import PictureAugmentation
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.metrics import JsonLines, Observer, TensorBoard, together
@@ -30,7 +33,7 @@ from adacomcat.report.provenance import run_content
 from adacomcat.report.summary import print_summary
 from adacomcat.report.tables import Comparison, print_comparison, print_refinement
 from adacomcat.utils.distributed import stop_processes
-from adacomcat.utils.files import atomic_write_text, make_folder, require_writable
+from adacomcat.utils.files import atomic_folder, atomic_write_text, make_folder, require_writable
 from adacomcat.utils.launch import is_first, was_restarted
 from adacomcat.utils.stopping import heeding_signals
 from adacomcat.utils.text import parse_json, read_text, to_json
@@ -41,6 +44,7 @@ FLAGS = {field.name: field.name for field in fields(TrainConfig)} | {
 PICTURES = tuple(field.name for field in fields(PictureAugmentation))
 # In the folder of the training state.
 RESULTS, BEST = "results.json", "best"
+ADAPTERS = "adapters.safetensors"  # in the output
 STATUS_SECONDS = 2.0  # between two steps in METRICS
 EMA_DECAY = 0.9998  # of --model-ema without --model-ema-decay
 
@@ -76,15 +80,28 @@ def _trained(args: argparse.Namespace, config: TrainConfig, state: Path) -> Outc
                                      plan=plan, on_best=keep, observer=observer)
     if is_first():
         atomic_write_text(state / RESULTS, to_json(results), durable=True)
-        checkpoint.save(trained.cpu(), args.output, gauge=args.gauge)
+        trained = _written(trained.cpu(), Path(args.output), gauge=args.gauge)
     stop_processes()
     return _reported(args, state, model, trained, results)
+
+
+def _written(model: nn.Module, folder: Path, gauge: bool = False) -> nn.Module:
+    """Write ``model``; adapters are merged there, and stand in a small file of their own, too."""
+    if not processors(model):
+        checkpoint.save(model, folder, gauge=gauge)
+        return model
+    merged = copy.deepcopy(model)
+    merge_(merged)
+    with atomic_folder(folder, last=checkpoint.CONFIG) as scratch:
+        checkpoint.save(merged, scratch, gauge=gauge)
+        save_adapters(model, scratch / ADAPTERS)
+    return merged
 
 
 def _keep(folder: Path, model: nn.Module) -> None:
     """Put ``model`` in the place of the one that was the best before."""
     shutil.rmtree(folder, ignore_errors=True)
-    checkpoint.save(model.cpu(), folder)
+    _written(model.cpu(), folder)
 
 
 @contextmanager
@@ -148,8 +165,12 @@ def _require_budget(args: argparse.Namespace) -> None:
     budget = args.keep_params is not None or args.plan is not None
     if args.dense and budget:
         raise UserError("--dense trains the model as it is; leave out --keep-params and --plan")
-    if not (args.dense or budget or args.search == "off"):
-        raise UserError("train needs --keep-params FRACTION, --plan FILE or --dense")
+    if args.adapters is not None and (budget or args.dense):
+        raise UserError("--adapters trains beside a model that stays as it is; leave out "
+                        "--keep-params, --plan and --dense")
+    if not (args.dense or args.adapters or budget or args.search == "off"):
+        raise UserError("train needs --keep-params FRACTION, --plan FILE, --adapters RANK or "
+                        "--dense")
 
 
 def _config(args: argparse.Namespace, state: Path) -> TrainConfig:
@@ -195,6 +216,9 @@ def _show(args: argparse.Namespace, comparison: Comparison, results: dict[str, A
     print_comparison(f"{args.model} on {args.data}", comparison)
     print_refinement(results.get("refinement"))
     searched = f", {results['search_count']} searches" if results.get("search_count") else ""
+    if "adapters" in results:
+        print(f"adapters of {results['adapters']:,} parameters, and the classifier: "
+              f"{Path(args.output) / ADAPTERS}")
     print(f"{results['seconds']:.0f} s{searched}; written to {args.output}")
     if args.keep_best and results.get("best"):
         print(f"best on the test images after epoch {results['best']['epoch']}: top-1 "
