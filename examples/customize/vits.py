@@ -166,7 +166,8 @@ def table(lines: list[str], numbers: dict[str, int], args: argparse.Namespace) -
         f"{args.steps} steps of {args.batch_size}, AdamW, a learning rate that falls linearly to "
         f"0. Adapters have rank {args.rank} and LoRA rank {2 * args.rank}, beside the same "
         "attentions, and a new classifier of 1,930 numbers is trained in every row. Top-1 is that "
-        f"of all other digits, {seeds}. Each learning rate is the better of two on seed {TUNING_SEED}.", "",
+        f"of all other digits, {seeds}. Each learning rate is the better of two on seed "
+        f"{TUNING_SEED}.", "",
         "| backbone | trained beside the classifier | lr | numbers | top-1 % | seconds |",
         "| --- |" + " --- |" * 5, *lines, "",
         f"`python examples/customize/vits.py {flags} --seeds {' '.join(map(str, args.seeds))}`, "
