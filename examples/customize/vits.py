@@ -156,6 +156,9 @@ def table(lines: list[str], numbers: dict[str, int], args: argparse.Namespace) -
     """The content of VITS.md."""
     flags = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}"
                      for name in ("keep_params", "rank", "images", "steps", "batch_size"))
+    seeds = "of one seed" if len(args.seeds) == 1 else (
+        f"a mean of {len(args.seeds)} seeds with the least and the largest; each seed has other "
+        "training images")
     text = [
         "# Another task for a frozen ViT", "",
         f"The ViT of examples/fashion_mnist ({numbers['dense']:,} parameters; compressed "
@@ -163,9 +166,8 @@ def table(lines: list[str], numbers: dict[str, int], args: argparse.Namespace) -
         f"{args.steps} steps of {args.batch_size}, AdamW, a learning rate that falls linearly to "
         f"0. Adapters have rank {args.rank} and LoRA rank {2 * args.rank}, beside the same "
         "attentions, and a new classifier of 1,930 numbers is trained in every row. Top-1 is that "
-        "of all other digits, a mean of "
-        f"{len(args.seeds)} seeds with the least and the largest; each seed has other training "
-        f"images. Each learning rate is the better of two on seed {TUNING_SEED}.", "",
+        f"of all other digits, {seeds}. Each learning rate is the better of two on seed "
+        f"{TUNING_SEED}.", "",
         "| backbone | trained beside the classifier | lr | numbers | top-1 % | seconds |",
         "| --- |" + " --- |" * 5, *lines, "",
         f"`python examples/customize/vits.py {flags} --seeds {' '.join(map(str, args.seeds))}`, "
@@ -184,8 +186,9 @@ def main() -> None:
         lr = best_rate(base, method, args)
         rows = [run(base(), method, lr, seed, args) for seed in args.seeds]
         top1 = [row["top1"] for row in rows]
+        spread = f" ({min(top1):.1f} to {max(top1):.1f})" if len(rows) > 1 else ""
         lines.append(f"| {backbone} | {name} | {lr:g} | {int(rows[0]['numbers']):,} | "
-                     f"{mean(top1):.1f} ({min(top1):.1f} to {max(top1):.1f}) | "
+                     f"{mean(top1):.1f}{spread} | "
                      f"{mean(row['seconds'] for row in rows):.1f} |")
         print(lines[-1], flush=True)
     numbers = {name: sum(p.numel() for p in base().parameters())
