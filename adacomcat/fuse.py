@@ -73,6 +73,8 @@ def optimize(model: nn.Module) -> nn.Module:
             optimized.set_submodule(name, fused)
             if module is not last:  # that one multiplies single tokens, by weights as they are
                 _pack_(fused)
+            elif isinstance(mlp := fused.mlp, PackedModule) and mlp.is_int8:  # but not of int8
+                mlp.pack_()
         elif proj is not None and _takes_patches(conv := getattr(module, proj)):
             setattr(module, proj, FusedPatches(conv))
     if encoder and class_token_only and _ends_fused(encoder.blocks):

@@ -241,3 +241,10 @@ def test_a_model_of_transformers_with_named_inputs():
     assert 0 < relative_error(made(other).last_hidden_state, exact) < 0.02
     fused = adacomcat.optimize(made)
     assert 0 < relative_error(fused(other).last_hidden_state, exact) < 0.02
+
+
+@torch.no_grad()
+def test_every_mlp_of_int8_is_packed_the_last_one_too():
+    model = dense_model()
+    last = adacomcat.optimize(adacomcat.quantize(model)).blocks[-1]
+    assert last.mlp.forms and not last.attn.forms
