@@ -109,11 +109,9 @@ def _sublayer(runs: Any, block: str, part: str, module: str, site: Site) -> Time
     if module != whole:  # a part of a sublayer that stays what it is
         place = f"{whole}.inner.{module.removeprefix(whole + '.')}"
         return TimedBlock(place, "forward", module, module, (site,))
-    last = (isinstance(runs, ClassTokenEncoder) and part == "attn"
-            and runs.get_submodule(block) is runs.blocks[-1])
-    packed = bool(getattr(runs.get_submodule(whole), "forms", None))
-    return TimedBlock(whole, "class_token" if last else "forward", block, module, (site,),
-                      packed=packed)
+    last = isinstance(runs, ClassTokenEncoder) and runs.get_submodule(block) is runs.blocks[-1]
+    return TimedBlock(whole, "class_token" if last and part == "attn" else "forward", block,
+                      module, (site,), packed=not last)
 
 
 @torch.inference_mode()
