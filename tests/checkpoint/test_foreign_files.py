@@ -166,7 +166,7 @@ def little_memory_taken(monkeypatch):
     ({"model_args": {"depth": 20_000}}, "more than .* modules"),
     ({"model_args": {"img_size": [12_000, 12_000]}}, "of another shape: pos_embed"),
     ({"model_args": {"num_heads": 0}}, "describes no model"),
-    ({"model_args": {"num_heads": -1}}, "must be 'dense' or a whole number from 1 to -64"),
+    ({"model_args": {"num_heads": -1}}, "describes no model"),
     ({"model_args": {"patch_size": 0}}, "describes no model"),
     ({"model_args": {"norm_layer": "x"}}, "describes no model"),
     ({"architecture": 3}, "names no 'architecture'"), ({"architecture": "x" * 400}, "timm has no")])

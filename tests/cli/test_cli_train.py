@@ -1,6 +1,7 @@
 """The command line of `train`: flags, resumed runs, several processes."""
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -170,7 +171,7 @@ def test_a_signal_stops_a_run_that_says_how_to_go_on(tmp_path):
     assert not (tmp_path / "out").exists() and (tmp_path / "out.state").is_dir()
 
 
-@pytest.mark.parametrize("place", ["report", "state", "done"])
+@pytest.mark.parametrize("place", ["report", "state", "its results", "its folder", "done"])
 def test_a_run_that_died_behind_its_checkpoint_is_completed(place, tmp_path, run, run_json,
                                                             monkeypatch):
     from adacomcat.cli.commands import train as command
@@ -178,16 +179,24 @@ def test_a_run_that_died_behind_its_checkpoint_is_completed(place, tmp_path, run
     whole = run_json(*flags, "--output", tmp_path / "whole")
     output = tmp_path / "cut"
 
-    def dies(*args, **kwargs):
-        raise KeyboardInterrupt
+    def dies_at(function, path=""):
+        def dies(given=None, *args, **kwargs):
+            if str(given).endswith(path):
+                raise KeyboardInterrupt
+            return function(given, *args, **kwargs)
+        return dies
     with monkeypatch.context() as patch:
         if place != "done":
-            owner, name = {"report": (command, "write_page"),
-                           "state": (command.shutil, "rmtree")}[place]
-            patch.setattr(owner, name, dies)
+            owner, name, path = {"report": (command, "write_page", ""),
+                                 "state": (command.shutil, "rmtree", ""),
+                                 "its results": (os, "unlink", "results.json"),
+                                 "its folder": (os, "rmdir", "cut.state")}[place]
+            patch.setattr(owner, name, dies_at(getattr(owner, name), path))
         assert run(*flags, "--output", output)[0] == (0 if place == "done" else 130)
+    if place == "its results":
+        assert [path.name for path in (tmp_path / "cut.state").iterdir()] == ["results.json"]
     found = run_json(*flags, "--output", output, "--resume")
-    if place == "done":
+    if place in ("done", "its folder"):
         assert found["finished"]
     else:
         assert found["history"][0]["loss"] == whole["history"][0]["loss"]

@@ -4,7 +4,7 @@ import argparse
 import copy
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -132,7 +132,7 @@ def _reported(args: argparse.Namespace, state: Path, model: nn.Module, trained: 
                 data=args.data, **{name: results[name] for name in ("history", "searches",
                                                                     "seconds")}))
             write_page([args.output])
-        shutil.rmtree(state, ignore_errors=True)
+        _remove(state)
     return Outcome({"output": args.output, "models": comparison.rows} | results,
                    lambda: _show(args, comparison, results))
 
@@ -147,8 +147,21 @@ def _finished(args: argparse.Namespace, state: Path) -> Outcome:
                             f"({reason(error)}); remove {state}") from error
         return _reported(args, state, inputs.model(args, weights_matter=False),
                          checkpoint.load(args.output), results)
+    with suppress(OSError):  # a kill between the last file and its folder leaves it empty
+        state.rmdir()
     return Outcome({"output": args.output, "finished": True},
                    lambda: print(f"{args.output} is finished; there is nothing to resume"))
+
+
+def _remove(state: Path) -> None:
+    """Remove the state, RESULTS last: where it is left, a run that goes on removes the rest."""
+    with suppress(OSError):
+        for path in state.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != RESULTS:
+                path.unlink()
+    shutil.rmtree(state, ignore_errors=True)
 
 
 def _require_room(model: nn.Module, output: str, state: Path, copies: int) -> None:
