@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # One process for each core, one thread in each: most tests are too small for more.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -rs -n auto --dist worksteal
 
-.PHONY: install demo check test fuzz torture bench gpu-check gpu-reports lint types docs sanitize
+.PHONY: install demo check test fuzz torture soak bench gpu-check gpu-reports lint types docs sanitize
 
 install: $(INSTALLED)
 
@@ -45,6 +45,11 @@ TORTURE_KILLS ?= 100
 TORTURE_SEED ?= 0
 torture: install
 	TORTURE_KILLS=$(TORTURE_KILLS) TORTURE_SEED=$(TORTURE_SEED) $(PYTEST) tests/torture
+
+# Hours of everything in one process on several threads; the chart is in build/soak.
+SOAK_MINUTES ?= 120
+soak: install
+	$(PY) bench/soak.py --minutes $(SOAK_MINUTES)
 
 bench: install
 	$(PY) -m pytest bench -rs --benchmark-only --benchmark-columns=median,iqr,rounds \
