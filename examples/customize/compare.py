@@ -226,12 +226,15 @@ def compare(judge: Judge, args: argparse.Namespace) -> dict[str, dict[str, float
     return results
 
 
-def cells(rows: list[dict[str, float]], prefix: str = "") -> str:
+def spread(values: list[float], form: str) -> str:
     """Mean of the seeds, and the least and the largest."""
+    ends = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{ends}"
+
+
+def cells(rows: list[dict[str, float]], prefix: str = "") -> str:
     def cell(name: str, form: str) -> str:
-        values = [row[prefix + name] for row in rows]
-        spread = f" ({min(values):{form}} to {max(values):{form}})" if len(rows) > 1 else ""
-        return f"{mean(values):{form}}{spread}"
+        return spread([row[prefix + name] for row in rows], form)
 
     return " | ".join((cell("new_hit", ".0f"), cell("new_distance", ".2f"),
                        cell("old_hit", ".0f"), cell("old_distance", ".2f")))

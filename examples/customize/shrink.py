@@ -10,6 +10,7 @@ import tempfile
 import time
 from datetime import date
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import diffusers
@@ -24,6 +25,7 @@ from compare import (
     class_pictures,
     given_pictures,
     make_and_judge,
+    spread,
 )
 from train_base import LEFT_OUT, captions, pictures
 
@@ -54,7 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--class-pictures", default=32, type=int)
     parser.add_argument("--steps", default=300, type=int)
     parser.add_argument("--batch-size", default=4, type=int)
-    parser.add_argument("--seed", default=0, type=int)
+    parser.add_argument("--seeds", default=[0, 1, 2], type=int, nargs="+")
     parser.add_argument("--judged", default=72, type=int)
     parser.add_argument("--denoising", default=15, type=int)
     parser.add_argument("--guidance", default=3.0, type=float)
@@ -62,11 +64,11 @@ def arguments() -> argparse.Namespace:
 
 
 @torch.no_grad()
-def calibration(pipe: Any, args: argparse.Namespace) -> dict[str, torch.Tensor]:
+def calibration(pipe: Any, seed: int, args: argparse.Namespace) -> dict[str, torch.Tensor]:
     """Noised latents of old classes, timesteps, and encoded captions, by the U-Net's names."""
     images, labels = pictures(args.data_dir, 0)
     old = torch.nonzero(labels != LEFT_OUT).flatten()[:args.calibration]
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     clean, _ = encode_pictures(pipe, images[old], 64)
     times = torch.randint(pipe.scheduler.config.num_train_timesteps, (len(old),))
     words = torch.cat([encode_prompt(pipe, one) for one in captions(labels[old])])
@@ -74,14 +76,14 @@ def calibration(pipe: Any, args: argparse.Namespace) -> dict[str, torch.Tensor]:
     return {"sample": noisy, "timestep": times, "encoder_hidden_states": words}
 
 
-def run(keep: float, seen: bool, known: torch.Tensor, judge: Judge,
+def run(keep: float, seen: bool, seed: int, known: torch.Tensor, judge: Judge,
         args: argparse.Namespace) -> dict[str, float]:
     """Sizes, seconds, and hit rates before and after customising."""
     pipe = open_pipeline(str(args.base), torch.device("cpu"))
     start = time.perf_counter()
     if keep < 1:
         compress_(pipe.unet, keep_params=keep, include="*transformer_blocks*", multiple=2,
-                  calibration=calibration(pipe, args) if seen else None)
+                  calibration=calibration(pipe, seed, args) if seen else None)
     found = {"compress_seconds": time.perf_counter() - start,
              "numbers": sum(p.numel() for p in pipe.unet.parameters())}
     with tempfile.TemporaryDirectory() as scratch:  # what is judged is what was on the disk
@@ -91,34 +93,37 @@ def run(keep: float, seen: bool, known: torch.Tensor, judge: Judge,
         pipe = open_pipeline(str(Path(scratch) / "small"), torch.device("cpu"))
     found |= {f"before_{name}": value
               for name, value in make_and_judge(pipe, judge, args, INSTANCE)[0].items()}
-    add_adapters(pipe, RANK, seed=args.seed)
+    add_adapters(pipe, RANK, seed=seed)
     config = CustomizeConfig(instance_prompt=INSTANCE, class_prompt=CLASS, steps=args.steps,
-                             batch_size=args.batch_size, lr=METHODS[ADAPTERS][1], seed=args.seed)
+                             batch_size=args.batch_size, lr=METHODS[ADAPTERS][1], seed=seed)
     factors = {str(at): p for at, p in enumerate(adapter_parameters(pipe))}
-    trainer = CustomizeTrainer(pipe, config.checked(), given_pictures(args, args.seed), factors,
+    trainer = CustomizeTrainer(pipe, config.checked(), given_pictures(args, seed), factors,
                                class_pictures=known)
     trainer.train()
     found["seconds"] = trainer.seconds
     return found | make_and_judge(pipe, judge, args, INSTANCE)[0]
 
 
-def table(rows: dict[str, dict[str, float]], args: argparse.Namespace) -> str:
+def table(rows: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> str:
     """The content of COMPRESSED.md."""
     lines = [
         "# Customising a compressed model", "",
         "`adacomcat.compress` makes the attentions and feed-forward layers of the U-Net low-rank, "
         "by weights alone or with calibration inputs. Its convolutions and the rest, 63 % of its "
-        f"numbers, stay. Then adapters of rank {RANK} learn the boots of seed {args.seed}, as in "
-        "RESULTS.md, whose judge and figures these are: percent of pictures that the classifier "
-        f"takes for what was asked. One seed, {args.judged} pictures a cell.", "",
+        f"numbers, stay. Then adapters of rank {RANK} learn boots, as in RESULTS.md, whose judge "
+        "and figures these are: percent of pictures that the classifier takes for what was asked. "
+        f"A cell is the mean of {len(args.seeds)} seeds, with the least and the largest; each seed "
+        f"has other boots, and {args.judged} pictures are judged.", "",
         "| U-Net | numbers | kB, float32 | old, before | boots, after | old, after | seconds |",
         "| --- |" + " --- |" * 6]
-    for name, row in rows.items():
-        lines.append(f"| {name} | {int(row['numbers']):,} | {row['bytes'] / 1000:.0f} | "
-                     f"{row['before_old_hit']:.0f} | {row['new_hit']:.0f} | {row['old_hit']:.0f} | "
-                     f"{row['seconds']:.0f} |")
+    for name, found in rows.items():
+        hits = (spread([row[key] for row in found], ".0f")
+                for key in ("before_old_hit", "new_hit", "old_hit"))
+        lines.append(f"| {name} | {int(found[0]['numbers']):,} | {found[0]['bytes'] / 1000:.0f} | "
+                     f"{' | '.join(hits)} | {mean(row['seconds'] for row in found):.0f} |")
     flags = f"--keep-params {' '.join(map(str, args.keep_params))} --calibration " \
-            f"{args.calibration} --steps {args.steps} --seed {args.seed} --judged {args.judged}"
+            f"{args.calibration} --steps {args.steps} --seeds {' '.join(map(str, args.seeds))} " \
+            f"--judged {args.judged}"
     return "\n".join([*lines, "", f"`python examples/customize/shrink.py {flags}`, {date.today()}, "
                       f"torch {torch.__version__}, diffusers {diffusers.__version__}, "
                       f"{platform.machine()}, {torch.get_num_threads()} thread of a shared "
@@ -129,12 +134,13 @@ def main() -> None:
     args = arguments()
     torch.set_flush_denormal(True)
     judge, known = Judge(args), class_pictures(args)
-    rows = {"as it is": run(1.0, False, known, judge, args)}
-    for keep in args.keep_params:
-        for seen in (False, True):
-            name = f"{keep:.0%}, {'calibrated' if seen else 'weights alone'}"
-            rows[name] = run(keep, seen, known, judge, args)
-            print(name, rows[name], flush=True)
+    kinds = {"as it is": (1.0, False)} | {
+        f"{keep:.0%}, {'calibrated' if seen else 'weights alone'}": (keep, seen)
+        for keep in args.keep_params for seen in (False, True)}
+    rows = {}
+    for name, kind in kinds.items():
+        rows[name] = [run(*kind, seed, known, judge, args) for seed in args.seeds]
+        print(name, rows[name], flush=True)
     text = table(rows, args)
     atomic_write_text(HERE / "COMPRESSED.md", text)
     print(text)
