@@ -1,5 +1,6 @@
 """A small training run on the bundled digits."""
 
+import itertools
 from typing import Any
 
 import timm
@@ -9,6 +10,8 @@ from torch import nn
 from adacomcat import train
 from adacomcat.data import datasets
 from adacomcat.distill import TrainConfig
+from adacomcat.distill.trainer import Trainer
+from adacomcat.utils import stopping
 
 
 def make_model(seed: int = 0) -> nn.Module:
@@ -36,3 +39,25 @@ def small_config(**changes: Any) -> TrainConfig:
 def small_run(**changes: Any) -> train.TrainResult:
     model = make_model()
     return train.run(model, small_config(**changes), *make_sets(model))
+
+
+def losses_and_plan(results: dict[str, Any]) -> dict[str, Any]:
+    return {"plan": results.get("plan"), "losses": [row["loss"] for row in results["history"]],
+            "judged": [row["test_loss"] for row in results["history"]],
+            "searches": [search["loss"] for search in results["searches"]]}
+
+
+def stopped_run(stop: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """``losses_and_plan`` of a run; empty where it is asked to stop after ``stop`` steps."""
+    if stop:
+        steps, real = itertools.count(1), Trainer._after_step
+
+        def counted(self: Trainer) -> None:
+            if next(steps) == stop:
+                stopping._asked.append(stopping.SIGNALS[0])
+            real(self)
+        Trainer._after_step = counted
+    try:
+        return losses_and_plan(small_run(**settings).results)
+    except stopping.Stopped:
+        return {}
