@@ -1,19 +1,23 @@
-"""The training loop end to end on the bundled digits: results, resuming, several processes.
-
-Run as a script, this file is the child process of its own tests.
-"""
+"""The training loop end to end on the bundled digits: results, resuming, several processes."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.runs import make_model, make_sets, small_config, small_run
+from helpers.runs import (
+    STEPS,
+    killed_run,
+    losses_and_plan,
+    make_model,
+    make_sets,
+    small_config,
+    small_run,
+    stopped_run,
+)
+from helpers.together import one, together
 from torch import nn
 
 from adacomcat import train
@@ -27,8 +31,6 @@ from adacomcat.search.published import drop_attention_biases_
 from adacomcat.sites import find_sites
 from adacomcat.utils import stopping
 from adacomcat.utils.distributed import Processes
-
-STEPS = 6  # per epoch of the small run
 
 
 def curve(results: dict[str, Any]) -> dict[str, Any]:
@@ -147,9 +149,7 @@ def test_evaluation_is_the_fraction_of_right_answers() -> None:
 @pytest.mark.parametrize("when", ["step", "search", "save", "unsaved step"])
 def test_killed_and_resumed_equals_uninterrupted(when: str, tmp_path: Path,
                                                  uninterrupted: train.TrainResult) -> None:
-    child = subprocess.run([sys.executable, __file__, "killed", str(tmp_path), when],
-                           env=child_environment(), capture_output=True, text=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert one(killed_run, when, tmp_path) == -signal.SIGKILL
     resumed = small_run(state_dir=str(tmp_path), checkpoint_steps=2, resume=True)
     assert curve(resumed.results) == curve(uninterrupted.results)
     for name, tensor in resumed.model.state_dict().items():
@@ -268,52 +268,10 @@ def test_too_large_a_batch_is_named() -> None:
         small_run(batch_size=4096)
 
 
-def test_two_processes_train_as_one(tmp_path: Path, uninterrupted: train.TrainResult) -> None:
-    out = tmp_path / "results.json"
-    child = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         __file__, "shared", str(out)],
-        env=child_environment(), capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr[-3000:]
-    parts = [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(2)]
+def test_two_processes_train_as_one(uninterrupted: train.TrainResult) -> None:
+    parts = together(2, stopped_run, 0, {})
     assert parts[0] == parts[1]
-    one, two = curve(uninterrupted.results), parts[0]
-    assert two["plan"] == one["plan"]
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
-    assert [s[1] for s in two["searches"]] == pytest.approx([s[1] for s in one["searches"]],
-                                                            rel=1e-4)
-
-
-def child_environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def kill_at(when: str) -> None:
-    """SIGKILL in the second epoch: at a step, in the search, or with a state half written."""
-    owner, name = {"step": (Trainer, "_train_step"), "unsaved step": (Trainer, "_train_step"),
-                   "search": (RankSearch, "step"), "save": (os, "replace")}[when]
-    calls_left = {"step": STEPS + 4, "unsaved step": STEPS + 3, "search": 5, "save": 5}[when]
-    real = getattr(owner, name)
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls_left
-        calls_left -= 1
-        if not calls_left:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-
-    setattr(owner, name, counted)
-
-
-def child_main(role: str, path: Path, when: str = "") -> None:
-    if role == "killed":
-        kill_at(when)
-        small_run(state_dir=str(path), checkpoint_steps=2)
-    else:
-        results = small_run().results
-        rank = os.environ["RANK"]
-        path.with_suffix(f".{rank}").write_text(json.dumps(curve(results)))
-
-
-if __name__ == "__main__":
-    child_main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
+    alone, two = losses_and_plan(uninterrupted.results), parts[0]
+    assert two["plan"] == alone["plan"]
+    for key in ("losses", "searches"):
+        assert two[key] == pytest.approx(alone[key], rel=1e-4)

@@ -12,6 +12,7 @@ import torch
 from helpers import comcat
 from helpers.command_line import ARCHITECTURE, MODEL, SMALL, shell
 from helpers.pictures import write_pictures
+from helpers.together import command_on
 from safetensors.torch import save_file
 
 import adacomcat
@@ -305,8 +306,7 @@ def test_help_is_instant_and_loads_no_torch():
 def test_evaluate_counts_the_same_on_two_processes(tmp_path, weights, run_json):
     flags = ["evaluate", *MODEL, "--checkpoint", weights, "--data", "digits", "-b", "77"]
     alone = run_json(*flags)
-    done = shell("torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m",
-                 "adacomcat", *flags, "--device", "cpu", "--json")
+    done = command_on(2, *flags, "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
     together = json.loads(done.stdout)
     assert together["top1"] == pytest.approx(alone["top1"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import diffusion
-from helpers.command_line import shell
+from helpers.together import command_on
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -130,8 +130,7 @@ def test_two_processes_learn_what_one_learns(flags, tmp_path, run):
     """Every step has the same global batch; sums over processes differ by rounding."""
     assert run(*flags, "-b", "2", "--lr", "1e-4", "--init", "linear")[0] == 0
     words = [*flags[:-1], tmp_path / "both", "-b", "2", "--lr", "1e-4", "--init", "linear"]
-    done = shell("adacomcat.cli.torchrun", "--standalone", "--nproc-per-node=2", *words,
-                 "--device", "cpu")
+    done = command_on(2, *words, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / name / "adapters.safetensors") for name in ("out", "both"))
     for name, factor in one.items():

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from helpers.command_line import GRAY, shell
+from helpers.command_line import GRAY
 from helpers.models import dense_model
 from helpers.pictures import write_pictures
+from helpers.together import command_on
 from sklearn.neighbors import KNeighborsClassifier
 
 import adacomcat
@@ -86,8 +87,7 @@ def test_two_processes_classify_as_one(folders, run_json):
     flags = ["evaluate", "-m", folders[1], "--data", "digits", "--knn", "--train-images", "150",
              "--test-images", "61", "-b", "32"]
     alone = run_json(*flags)
-    done = shell("torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "adacomcat",
-                 *flags, "--device", "cpu", "--json")
+    done = command_on(2, *flags, "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
     together = json.loads(done.stdout)
     for name in ("top1", "top5", "images"):

@@ -1,6 +1,9 @@
 """A small training run on the bundled digits."""
 
 import itertools
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -11,7 +14,10 @@ from adacomcat import train
 from adacomcat.data import datasets
 from adacomcat.distill import TrainConfig
 from adacomcat.distill.trainer import Trainer
+from adacomcat.search import RankSearch
 from adacomcat.utils import stopping
+
+STEPS = 6  # of an epoch of the small run
 
 
 def make_model(seed: int = 0) -> nn.Module:
@@ -61,3 +67,18 @@ def stopped_run(stop: int, settings: dict[str, Any]) -> dict[str, Any]:
         return losses_and_plan(small_run(**settings).results)
     except stopping.Stopped:
         return {}
+
+
+def killed_run(when: str, state: Path) -> None:
+    """SIGKILL in the second epoch: at a step, in the search, or with a state half written."""
+    owner, name = {"step": (Trainer, "_train_step"), "unsaved step": (Trainer, "_train_step"),
+                   "search": (RankSearch, "step"), "save": (os, "replace")}[when]
+    last = {"step": STEPS + 4, "unsaved step": STEPS + 3, "search": 5, "save": 5}[when]
+    calls, real = itertools.count(1), getattr(owner, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    setattr(owner, name, counted)
+    small_run(state_dir=str(state), checkpoint_steps=2)

@@ -63,7 +63,7 @@ def one(function: Callable[..., Any], *arguments: Any) -> int:
     return process.exitcode
 
 
-def command(count: int, *argv: object) -> Ended:
+def command_on(count: int, *argv: object) -> Ended:
     """A command of ours on ``count`` processes."""
     found = together(count, _command, [str(word) for word in argv])
     assert all(each.returncode == found[0].returncode for each in found), found
