@@ -64,23 +64,38 @@ def save_pipeline(pipe: Any, folder: str | Path) -> None:
         folder: absent or empty.
 
     Raises:
-        UserError: the model has adapters, or the folder holds something or cannot be written.
+        UserError: the model has adapters, beside its projections or merged into them, or the
+            folder holds something or cannot be written.
     """
     folder = Path(folder)
     if processors(pipe):
         raise UserError("the pipeline has adapters, which diffusers would not load: save_adapters "
                         "writes them, and unload_ takes them away")
+    model = denoiser(pipe)
+    ranks = ranks_as_they_are(model)
+    _require_described(model, RankPlan(ranks))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} already holds something; name an absent or empty folder")
     try:
         with atomic_folder(folder, last=INDEX) as scratch:
             pipe.save_pretrained(scratch)
             for part in DENOISERS:
-                ranks = ranks_as_they_are(denoiser(pipe)) if hasattr(pipe, part) else {}
-                if ranks:
+                if ranks and hasattr(pipe, part):
                     RankPlan(ranks).save(scratch / part / PLAN)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {reason(error)}") from error
+
+
+def _require_described(model: Any, plan: RankPlan) -> None:
+    """What opens the folder builds the denoiser by its config and ranks alone."""
+    with torch.device("meta"):
+        built = build_skeleton(type(model).from_config(model.config), plan).state_dict()
+    weights = model.state_dict()
+    for name in sorted(weights.keys() | built.keys()):
+        if name not in weights or name not in built or weights[name].shape != built[name].shape:
+            raise UserError(f"the denoiser's {name} is not what its config describes, as after "
+                            "merge_, so the folder could not be opened again: save_adapters before "
+                            "merging, beside the base as it was")
 
 
 def _compressed_parts(folder: Path) -> dict[str, nn.Module]:

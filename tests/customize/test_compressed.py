@@ -120,3 +120,16 @@ def test_saving_is_refused_in_words(tmp_path):
     with pytest.raises(UserError, match="unload_ takes them away"):
         save_pipeline(pipe, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_a_merged_pipeline_is_not_saved(small, tmp_path):
+    """diffusers builds it by its config, whose heads are as wide as they were."""
+    pipe = diffusion.pipeline()
+    if small:
+        compress_(pipe.unet, keep_params=0.8, include=BLOCKS, multiple=1)
+    add_adapters(pipe)
+    merge_(pipe)
+    with pytest.raises(UserError, match="is not what its config describes"):
+        save_pipeline(pipe, tmp_path / "new")
+    assert not (tmp_path / "new").exists()

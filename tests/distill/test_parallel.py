@@ -16,6 +16,7 @@ RUNS = {
     "dense": {"keep_params": None, "ema_decay": None, "epochs": 2, "mixup": 0.0, "clip_grad": None},
     "search": {"align": "mse", "search": "every", "refine": 1, "cutmix": 0.3},
 }
+ADAPTERS = {"keep_params": None, "adapters": 2, "epochs": 2, "align": "none"}
 TOLERANCE = 2e-5
 
 
@@ -42,6 +43,14 @@ def test_any_number_of_processes_trains_alike(count: int, parallel: str, name: s
     assert found["plan"] == expected["plan"]
     for key in ("losses", "judged", "searches"):
         assert found[key] == pytest.approx(expected[key], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("parallel", ["average", "ddp", "fsdp"])
+def test_adapters_learn_alike(parallel: str) -> None:
+    """The frozen model is copied or sharded beside what is trained."""
+    alone, found = stopped_run(0, ADAPTERS), train_on(2, parallel=parallel, **ADAPTERS)
+    for key in ("losses", "judged"):
+        assert found[key] == pytest.approx(alone[key], abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("steps", [[(2, "average"), (1, "average"), (3, "average")],
