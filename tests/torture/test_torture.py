@@ -25,7 +25,7 @@ from helpers.forks import Forks
 
 from adacomcat.distill.state import FILE, has_state, load_state
 
-KILLS = int(os.environ.get("TORTURE_KILLS", "3"))
+KILLS = int(os.environ.get("TORTURE_KILLS", "1"))
 SEED = int(os.environ.get("TORTURE_SEED", "0"))
 SIGNALS = {"KILL": [signal.SIGKILL], "TERM": [signal.SIGTERM], "INT": [signal.SIGINT],
            "INT twice": [signal.SIGINT, signal.SIGINT]}
@@ -141,19 +141,23 @@ def test_killed_at_random_times(name: str, variant: str, forks: Forks, whole, tm
             return
 
 
-@pytest.mark.parametrize("name", SIGNALS)
-def test_two_processes_killed_at_random_times(name: str, tmp_path: Path) -> None:
-    """SIGKILL ends one of the processes, or the launcher and both; the launcher gets the others."""
-    command = [sys.executable, "-m", "adacomcat.cli.torchrun", "--standalone",
-               "--nproc-per-node=2", "train", *GRAY, *QUICK, *VARIANTS["search"], "--timeout",
-               "30", "--resume", "--output"]
-    folders = [tmp_path / "whole", tmp_path / "killed"]
-    draw = random.Random(f"{SEED} {name} two")
+@pytest.fixture(scope="module")
+def whole_of_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], float]:
+    """What stands in the end where nothing happens to two processes, and their seconds."""
+    folder = tmp_path_factory.mktemp("two") / "out"
     begin = time.monotonic()
-    assert two(command, folders[0]).wait() == 0
-    seconds = time.monotonic() - begin
+    assert two(folder).wait() == 0
+    return made_by_two(folder), time.monotonic() - begin
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_two_processes_killed_at_random_times(name: str, tmp_path: Path,
+                                              whole_of_two: tuple[dict[str, bytes], float]) -> None:
+    """SIGKILL ends one of the processes, or the launcher and both; the launcher gets the others."""
+    expected, seconds = whole_of_two
+    draw = random.Random(f"{SEED} {name} two")
     for _ in range(max(1, KILLS // 25)):
-        launcher = two(command, folders[1])
+        launcher = two(tmp_path / "out")
         time.sleep(draw.uniform(0.3 * seconds, seconds))
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         victims = [int(draw.choice(children))] if children and draw.random() < 0.5 else [
@@ -163,15 +167,21 @@ def test_two_processes_killed_at_random_times(name: str, tmp_path: Path) -> None
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(victim, number)
         assert launcher.wait(timeout=120) in (0, 1, -9, -2, -15, 130, 143)
-    assert two(command, folders[1]).wait() == 0
-    one, other = ({path.name: path.read_bytes() for path in folder.iterdir()
-                   if path.name not in ("report.html", "run.json")} for folder in folders)
-    assert one == other
+    assert two(tmp_path / "out").wait() == 0
+    assert made_by_two(tmp_path / "out") == expected
 
 
-def two(command: list[object], folder: Path) -> subprocess.Popen:
-    return subprocess.Popen([*map(str, command), str(folder)], stderr=subprocess.DEVNULL,
+def two(folder: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "adacomcat.cli.torchrun", "--standalone",
+               "--nproc-per-node=2", "train", *GRAY, *QUICK, *VARIANTS["search"], "--timeout",
+               "30", "--resume", "--output", folder]
+    return subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL,
                             stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def made_by_two(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()
+            if path.name not in ("report.html", "run.json")}
 
 
 def places(variant: str, whole, draw: random.Random) -> list[int]:

@@ -1,4 +1,5 @@
-"""Every CUDA kernel compiles for each architecture that setup.py names, and spills nowhere."""
+"""CUDA kernels spill nowhere. For the architectures between those of here, setup.py's build itself
+fails where one does."""
 
 import re
 from pathlib import Path
@@ -17,7 +18,7 @@ def test_the_architectures_are_those_of_setup() -> None:
 
 
 @pytest.mark.skipif(cuda_ptx.missing() is not None, reason=str(cuda_ptx.missing()))
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [ARCHITECTURES[0], ARCHITECTURES[-1]])
 def test_nothing_is_spilled(architecture: int) -> None:
     """A spill is an error, of ptxas too; and the registers suffice for a block."""
     found = list(resources(architecture))
