@@ -192,6 +192,7 @@ def main() -> None:
         table = megabytes(store.get(f"files, keeps {keeps}", partial(file_sizes, args)))
     print_table(args.data, *table)
     text = f"{provenance()}\n{markdown(*table)}"
+    args.output.mkdir(parents=True, exist_ok=True)
     atomic_write_text(args.output / f"int8-{args.data}.md", text)
 
 
