@@ -49,6 +49,8 @@ def arguments() -> argparse.Namespace:
                         help="dinov2: crops that compress and correct")
     parser.add_argument("--test-crops", type=number(at_least(1)), default=48,
                         help="dinov2: crops of other photographs that judge")
+    parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=list(VARIANTS),
+                        help="how weights are rounded (default: in every way)")
     parser.add_argument("--nncf", action="store_true",
                         help="NNCF's int8 of the same models, calibrated on the same images, too")
     parser.add_argument("--model", default="vit_large_patch16_224",
@@ -92,7 +94,7 @@ def sizes(dense: nn.Module, keeps: list[float], images: Tensor | None) -> dict[s
         dense, keep_params=keep, calibration=images) for keep in keeps}
 
 
-def compare_sizes(models: Mapping[str, nn.Module], images: Tensor,
+def compare_sizes(models: Mapping[str, nn.Module], images: Tensor, variants: list[str],
                   measure: Callable[[nn.Module, nn.Module], Record],
                   other: Callable[[nn.Module, Tensor], nn.Module] | None) -> dict[str, Record]:
     """'size, variant' → what ``measure(float model, int8 model)`` says.
@@ -102,7 +104,8 @@ def compare_sizes(models: Mapping[str, nn.Module], images: Tensor,
     found = {}
     for size, model in models.items():
         found[f"{size}, float"] = measure(model, model)
-        for name, (feedback, rotate) in VARIANTS.items():
+        for name in variants:
+            feedback, rotate = VARIANTS[name]
             found[f"{size}, {name}"] = measure(model, quantized(model, images, feedback, rotate))
         if other is not None:
             found[f"{size}, NNCF"] = measure(model, other(model, images))
@@ -128,7 +131,7 @@ def dinov2(args: argparse.Namespace) -> dict[str, Record]:
         (added, _), (error, cosine) = compare(own, found), compare(exact, found)
         return {"added": added, "error": error, "cls_cosine": cosine}
 
-    return compare_sizes(sizes(dense, args.keeps, images), images, measure,
+    return compare_sizes(sizes(dense, args.keeps, images), images, args.variants, measure,
                          partial(Nncf, tokens=True) if args.nncf else None)
 
 
@@ -139,7 +142,7 @@ def accuracy(args: argparse.Namespace, seed: int) -> dict[str, Record]:
     def measure(model: nn.Module, made: nn.Module) -> Record:
         return subject.measure(made)
 
-    return compare_sizes(sizes(subject.model, args.keeps, images), images, measure,
+    return compare_sizes(sizes(subject.model, args.keeps, images), images, args.variants, measure,
                          partial(Nncf, tokens=False) if args.nncf else None)
 
 
@@ -178,6 +181,8 @@ def main() -> None:
     args = arguments()
     store = Records(args.output / "int8.json")
     keeps = " ".join(f"{keep:g}" for keep in args.keeps) + ", NNCF" * args.nncf
+    if args.variants != list(VARIANTS):
+        keeps += f", {'; '.join(args.variants)}"
     if args.data == "dinov2":
         found = store.get(f"dinov2, keeps {keeps}, {args.crops} crops, {args.test_crops} test",
                           partial(dinov2, args))

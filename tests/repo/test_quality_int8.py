@@ -69,11 +69,13 @@ def test_another_int8_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(int8, "fashion_mnist", digits)
     monkeypatch.setattr(int8, "Nncf", Peer)
     monkeypatch.setattr(sys, "argv", ["int8.py", "--data", "fashion-mnist", "--keeps", "0.6",
-                                      "--nncf", "--output", str(tmp_path)])
+                                      "--nncf", "--variants", "feedback", "--output",
+                                      str(tmp_path)])
     int8.main()
     [found] = records.Records(tmp_path / "int8.json").found.values()
     for size in ("dense", "keep 0.6"):
         assert found[f"{size}, NNCF"] == found[f"{size}, float"]
+    assert len(found) == 6
     assert seen == [((32, 1, 16, 16), False)] * 2
 
 
