@@ -5,7 +5,7 @@ an MLP, have the same bits. What rounding loses there is measured as what trunca
 change of tokens and outputs where this place alone is rounded.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
 import torch
@@ -71,6 +71,7 @@ class BytesAllocator(FractionAllocator):
                  if len(found) == len(uncut[place])}  # filters leave out the rest of the others
         self.floats = bool(set(bits) & set(FLOAT_BITS))
         few = [number for number in bits if number in QUANTIZED]
+        self.sizes: dict[tuple[str, int], list[tuple[tuple[Rank, ...], int | None, int]]] = {}
         self.rounding = rounding_changes(model, whole, few, batches) if few else {}
 
     def items(self, weights: ErrorWeights, step: int) -> list[Candidates]:
@@ -81,33 +82,42 @@ class BytesAllocator(FractionAllocator):
                   step: int) -> Candidates:
         """Every combination of ranks and bits that no other beats in both bytes and error."""
         few = self.rounding.get(place, {})
-        numbers: list[int | None] = [*few] if few and not self.floats else [None, *few]
         errors: list[dict[Rank, float]] = [
             {rank: weighted_error(self.factors, weights, site, rank)
              for rank in site.candidates(step)} for site in sites]
         options = []
-        for ranks in product(*errors):
-            if allows(self.deploy, sites, ranks):
-                error = sum(known[rank] for known, rank in zip(errors, ranks, strict=True))
-                options += [(Choice(self._bytes(place, sites, ranks, number),
-                                    error + few.get(number or 0, 0.0)), (ranks, number))
-                            for number in numbers]
+        for ranks, number, size in self._sizes(place, sites, step):
+            error = sum(known[rank] for known, rank in zip(errors, ranks, strict=True))
+            options.append((Choice(size, error + few.get(number or 0, 0.0)), (ranks, number)))
         kept = efficient(options)
         return Candidates(sites, [ranks for _, (ranks, _) in kept], [choice for choice, _ in kept],
                           place, tuple(number for _, (_, number) in kept))
 
+    def _sizes(self, place: str, sites: tuple[Site, ...],
+               step: int) -> list[tuple[tuple[Rank, ...], int | None, int]]:
+        """(ranks, bits, bytes) of every combination; the plans share them."""
+        if (place, step) not in self.sizes:
+            few = self.rounding.get(place, {})
+            numbers: list[int | None] = [*few] if few and not self.floats else [None, *few]
+            self.sizes[place, step] = [
+                (ranks, number, size)
+                for ranks in product(*(site.candidates(step) for site in sites))
+                if allows(self.deploy, sites, ranks)
+                for number, size in self._bytes(place, sites, ranks, numbers)]
+        return self.sizes[place, step]
+
     def _bytes(self, place: str, sites: tuple[Site, ...], ranks: tuple[Rank, ...],
-               bits: int | None) -> int:
-        """Of these sites in a file, its header among them."""
+               numbers: list[int | None]) -> Iterator[tuple[int | None, int]]:
+        """(bits, bytes) of these sites in a file, its header among them."""
         plan = RankPlan({site.name: rank for site, rank in zip(sites, ranks, strict=True)})
         matrices = [matrix for site in sites for matrix in site.matrices(plan[site.name])]
-        numbers = plan.params(sites)
-        stored = 0
-        if bits is not None:
-            numbers -= sum(outputs * inputs for outputs, inputs in matrices)
-            stored = sum(QUANTIZED[bits].weight_bytes(*matrix) for matrix in matrices)
+        floats = plan.params(sites) * self.item_bytes
+        weights = sum(outputs * inputs for outputs, inputs in matrices) * self.item_bytes
         entries = 3 * len(matrices) * (len(place) + NAME + HEADER)  # weight, scale and bias
-        return numbers * self.item_bytes + stored + entries
+        for bits in numbers:
+            stored = weights if bits is None else sum(QUANTIZED[bits].weight_bytes(*matrix)
+                                                      for matrix in matrices)
+            yield bits, floats - weights + stored + entries
 
 
 def float_dtype(model: nn.Module, bits: Sequence[int]) -> torch.dtype:

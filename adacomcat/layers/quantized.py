@@ -1,6 +1,7 @@
 """Linear layers on few bits: what ``adacomcat.quantize`` puts in the place of ``nn.Linear``."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
@@ -44,6 +45,7 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    @cache
     def weight_bytes(cls, outputs: int, inputs: int) -> int:
         """Of ``weight`` and ``weight_scale`` of a layer of these sizes."""
         return sum(tensor.numel() * tensor.element_size()
