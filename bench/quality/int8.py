@@ -37,6 +37,7 @@ from adacomcat.utils.limits import FRACTION, at_least
 # How weights are rounded → (whether images correct the error, whether middles are rotated)
 VARIANTS = {"nearest": (False, False), "nearest, rotated": (False, True),
             "feedback": (True, False), "feedback, rotated": (True, True)}
+JUDGING = 512  # training images whose logits tell what int8 adds; few of them calibrate
 Table = tuple[list[str], list[list[object]]]
 
 
@@ -139,8 +140,13 @@ def accuracy(args: argparse.Namespace, seed: int) -> dict[str, Record]:
     subject = fashion_mnist(args, seed)
     images = subject.calibration
 
+    others = torch.stack([subject.train_set[index][0] for index in range(JUDGING)])
+
+    @torch.inference_mode()
     def measure(model: nn.Module, made: nn.Module) -> Record:
-        return subject.measure(made)
+        own, found = (torch.cat([of(x) for x in others.split(16)]) for of in (model, made))
+        added = (found - own).square().sum() / (own - own.mean(0)).square().sum()
+        return subject.measure(made) | {"added": added.item()}
 
     return compare_sizes(sizes(subject.model, args.keeps, images), images, args.variants, measure,
                          partial(Nncf, tokens=False) if args.nncf else None)
@@ -208,8 +214,10 @@ def errors(found: Mapping[str, Record]) -> Table:
 
 
 def accuracies(runs: list[dict[str, Record]]) -> Table:
-    return ["", *(f"top-1 %, seed {index}" for index in range(len(runs)))], [
-        [name, *(f"{run[name]['top1']:.2f}" for run in runs)] for name in runs[0]]
+    columns = ["", *(heading for index in range(len(runs))
+                     for heading in (f"top-1 %, seed {index}", "error that int8 adds"))]
+    return columns, [[name, *(text for run in runs for text in (
+        f"{run[name]['top1']:.2f}", f"{run[name]['added']:.5f}"))] for name in runs[0]]
 
 
 def megabytes(found: Mapping[str, Record]) -> Table:
