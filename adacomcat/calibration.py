@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adacomcat.allocation.survey import Survey, survey
-from adacomcat.convert.calibrate import calibration_batches
+from adacomcat.convert.calibrate import KeptImages, calibration_batches
 from adacomcat.convert.factors import SiteFactors, require_finite_model
 from adacomcat.convert.quantized import require_not_quantized
 from adacomcat.errors import UserError
@@ -45,7 +45,7 @@ _KINDS: Mapping[str, Any] = {kind.__name__: kind for kind in (
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(KeptImages):
     """What images told of a model. ``calibrate`` and ``load`` make it, ``compress`` takes it.
 
     Args:

@@ -5,14 +5,16 @@
     factors   of every site, whitened by what the images show             convert.factors
     plan      within the budget, and refined where asked                  allocation
     model     every site replaced, blocks fitted in sequence              convert.model
+    numbers   on few bits where asked                                     quantization
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from adacomcat.allocation.bits import float_dtype
 from adacomcat.allocation.budget import Budget, Kind
 from adacomcat.allocation.refine import refined_on_images
 from adacomcat.allocation.survey import survey
@@ -25,6 +27,7 @@ from adacomcat.convert.record import Refined, compression_of, record_
 from adacomcat.convert.sequential import in_sequence, sequential_blocks
 from adacomcat.errors import UserError
 from adacomcat.plan import HIDDEN, RankPlan
+from adacomcat.quantization.model import bits_of, quantized_
 from adacomcat.sites import (
     DENSE,
     MULTIPLE,
@@ -39,16 +42,17 @@ from adacomcat.utils.model import copied, unwrapped
 
 
 def compress(model: nn.Module, *, keep_params: float | None = None,
-             keep_macs: float | None = None, max_latency_ms: float | None = None,
-             plan: RankPlan | None = None,
+             keep_macs: float | None = None, keep_bytes: float | None = None,
+             max_latency_ms: float | None = None, plan: RankPlan | None = None,
              calibration: Tensor | Iterable | Calibration | None = None,
              refit: bool | None = None, include: Filters | None = None,
              exclude: Filters | None = None, multiple: int = MULTIPLE, deploy: str = "any",
              latency_batch: int = 1, refine: int = 0,
-             refine_images: Tensor | Iterable | None = None) -> nn.Module:
+             refine_images: Tensor | Iterable | None = None, quantize: str | None = None,
+             bits: Sequence[int] | None = None) -> nn.Module:
     """A compressed copy of ``model``, without training.
 
-    Exactly one of the first four arguments says how small it becomes.
+    Exactly one of the first five arguments says how small it becomes.
 
     Args:
         model: a dense model, on the device where it will run; it stays as it is. Of a compiled or
@@ -56,63 +60,70 @@ def compress(model: nn.Module, *, keep_params: float | None = None,
             parametrizations or quantised weights stay dense, and a warning names them.
         keep_params: the fraction of the whole model's parameters to keep, in (0, 1].
         keep_macs: the fraction of its multiply-accumulates for one image to keep, in (0, 1].
+        keep_bytes: the fraction of the bytes of its weights to keep, in (0, 1]. Ranks and bits are
+            chosen together: attentions and MLPs on few bits are quantised as ``quantize`` does.
         max_latency_ms: milliseconds of one forward pass, measured on this machine with its threads
             as they are set. On a CPU with our kernels ``adacomcat.optimize`` of the result counts.
         plan: ranks of your own, by names of sites or globs over them.
         calibration: what the model takes: images (N, C, H, W) as it sees them, a mapping of its
             arguments ({"pixel_values": …}), or an iterable of such batches with or without labels;
             or what ``calibrate`` made of them, for one budget after another. With them MLPs lose
-            neurons; without them the decomposition is data-free, and MLPs get ranks.
+            neurons; without them weights alone decide, and MLPs get ranks.
         refit: whether the blocks of a plain ViT are fitted one after the other to the images,
             which takes most of the time and loses the least. False cuts the factors of the
             calibration, in seconds. Where not given they are fitted where there are images.
         include: the sites that may be compressed: globs over names ('blocks.*.mlp'), compiled
-            regular expressions, or functions of (module name, module). What a filter says of a
-            module holds for everything inside. All sites where not given.
+            regular expressions, or functions of (module name, module); with all that is inside.
         exclude: the sites that stay dense, named in the same way. Where blocks are fitted in
-            sequence, dense layers may still get other weights, which repair what came before.
+            sequence, their weights may change to repair what came before.
         multiple: the step of ranks per head; elsewhere ranks go in steps of twice that. It is
             halved where a fraction cannot be reached otherwise.
         deploy: 'tensorrt' or 'flash' chooses ranks per head that the fused attention of TensorRT or
-            of PyTorch on GPUs takes: the same for queries and values, and a width that it knows.
-            Our own kernels take any.
+            of PyTorch on GPUs takes. Our own kernels take any.
         latency_batch: images in the forward pass that ``max_latency_ms`` is about.
         refine: how many more plans at the budget are tried. The best is the one that keeps closest
             to the dense model on images which made no factors.
-        refine_images: images for the refinement; the first half makes factors, the second half
-            judges. ``calibration`` where not given. Give them where the halves of ``calibration``
-            would show the same pictures.
+        refine_images: images for the refinement, ``calibration`` where not given; the first half
+            makes factors, the second half judges, and should show other pictures.
+        quantize: 'int8' or 'int4' quantises the result, as ``adacomcat.quantize`` does with the
+            images of ``calibration``. 'int8' with ``max_latency_ms`` plans with times of int8.
+        bits: what ``keep_bytes`` chooses from: 32 or 16 for floats, 8 (int8), 4 (weights alone).
+            Floats as the model has them, and 8, where not given.
 
     Returns:
-        The model with low-rank modules in place; ``.rank_plan`` has its ranks, and ``.refinement``
-        what a refinement changed.
+        The model; ``.rank_plan`` has its ranks and bits, ``.refinement`` what a refinement changed.
 
     Raises:
         UserError: arguments contradict each other or are out of range, a weight or an image is not
-            finite, a filter or the plan names what the model does not have, or the budget cannot
-            be reached; the message names the least that can.
+            finite, a filter or the plan names what the model does not have, or the budget cannot be
+            reached.
     """
-    settings: dict[str, Any] = dict(
-        keep_params=keep_params, keep_macs=keep_macs, max_latency_ms=max_latency_ms, plan=plan,
-        calibration=calibration, refit=refit, include=include, exclude=exclude, multiple=multiple,
-        deploy=deploy, latency_batch=latency_batch, refine=refine, refine_images=refine_images)
+    settings = {name: value for name, value in locals().items() if name != "model"}
     made, names = copied(unwrapped(model)), _names_when_held(unwrapped(model))
     return _compress_alone(made, names, settings) if names else compress_(made, **settings)
 
 
 def compress_(model: nn.Module, *, keep_params: float | None = None,
-              keep_macs: float | None = None, max_latency_ms: float | None = None,
-              plan: RankPlan | None = None,
+              keep_macs: float | None = None, keep_bytes: float | None = None,
+              max_latency_ms: float | None = None, plan: RankPlan | None = None,
               calibration: Tensor | Iterable | Calibration | None = None,
               refit: bool | None = None, include: Filters | None = None,
               exclude: Filters | None = None, multiple: int = MULTIPLE, deploy: str = "any",
               latency_batch: int = 1, refine: int = 0,
-              refine_images: Tensor | Iterable | None = None) -> nn.Module:
+              refine_images: Tensor | Iterable | None = None, quantize: str | None = None,
+              bits: Sequence[int] | None = None) -> nn.Module:
     """``compress`` in place, with its arguments and errors; returns ``model``, unwrapped."""
     model = unwrapped(model)
     require_not_quantized(model, "compress")
-    goal = _goal(keep_params, keep_macs, max_latency_ms, plan, multiple, latency_batch, deploy)
-    goal = goal.resolved(model) if isinstance(goal, RankPlan) else goal
+    goal = _goal({"params": keep_params, "macs": keep_macs, "bytes": keep_bytes,
+                  "latency_ms": max_latency_ms}, plan)
+    if isinstance(goal, RankPlan):
+        goal = goal.resolved(model)
+        _bits(model, quantize, bits, "")
+    else:
+        kind, value = goal
+        goal = Budget(kind, value, latency_batch, multiple, deploy,
+                      _bits(model, quantize, bits, kind))
     _require_agreement(goal, calibration, refit, include, exclude, refine)
     require_finite_model(model)
     seen = _seen(model, calibration, refit, include, exclude)
@@ -131,7 +142,10 @@ def compress_(model: nn.Module, *, keep_params: float | None = None,
     convert_(model, chosen.plan, chosen.factors, seen.batches)
     record_(model, refinement=chosen.refinement,
             errors={name: factors.errors.cpu() for name, factors in chosen.factors.items()})
-    return model
+    few = chosen.plan.bits if quantize is None else {"": bits_of(quantize)} | chosen.plan.bits
+    if few:
+        model = quantized_(model, seen.images, few)
+    return model.to(float_dtype(model, goal.bits)) if isinstance(goal, Budget) else model
 
 
 class _Holder(nn.Module):
@@ -164,11 +178,14 @@ def _compress_alone(layer: nn.Module, names: Mapping[str, str], settings: dict[s
             settings[name] = calibration_batches(settings[name], layer)
     if isinstance(plan := settings["plan"], RankPlan):
         settings["plan"] = RankPlan({names.get(name, name): rank
-                                     for name, rank in plan.resolved(layer).ranks.items()})
+                                     for name, rank in plan.resolved(layer).ranks.items()},
+                                    {f"held.{name}": bits for name, bits in plan.bits.items()})
     holder = compress_(_Holder(layer), **settings)
-    made, found = holder.get_submodule("held"), compression_of(holder).ranks
+    made, found = holder.get_submodule("held"), compression_of(holder).plan or RankPlan()
     record_(made, plan=RankPlan({name: found[held] for name, held in names.items()
-                                 if held in found}))
+                                 if held in found.ranks},
+                                {name.removeprefix("held").lstrip("."): bits
+                                 for name, bits in found.bits.items()}))
     return made
 
 
@@ -177,6 +194,7 @@ class _Seen(NamedTuple):
 
     kept: Calibration | None
     batches: list[Inputs] | None
+    images: list[Inputs] | None = None  # all that there are, also where blocks are not fitted
 
     @property
     def any(self) -> bool:
@@ -188,35 +206,53 @@ def _seen(model: nn.Module, calibration: Tensor | Iterable | Calibration | None,
     if calibration is not None and not isinstance(calibration, Calibration):
         batches = calibration_batches(calibration, model)
         if refit is not False or not sequential_blocks(model):
-            return _Seen(None, batches)
+            return _Seen(None, batches, batches)
         return _Seen(calibrate(model, batches, keep_images=False, include=include,
-                               exclude=exclude), None)
+                               exclude=exclude), None, batches)
     if calibration is None:
         return _Seen(None, None)
     calibration.require_of(model)
-    batches = None if refit is False else calibration.images_for(model)
+    images = calibration.images_for(model)
+    batches = None if refit is False else images
     if refit and batches is None:
         raise UserError("refit fits blocks to images, and this calibration kept none; calibrate "
                         "with keep_images=True (without --no-images), or leave refit out")
-    return _Seen(calibration, batches)
+    return _Seen(calibration, batches, images)
 
 
-def _goal(keep_params: float | None, keep_macs: float | None, max_latency_ms: float | None,
-          plan: RankPlan | None, multiple: int, latency_batch: int,
-          deploy: str) -> Budget | RankPlan:
-    """What was asked for: a plan, or a budget that is checked."""
-    budgets: dict[Kind, float | None] = {"params": keep_params, "macs": keep_macs,
-                                         "latency_ms": max_latency_ms}
+def _goal(budgets: Mapping[Kind, float | None],
+          plan: RankPlan | None) -> tuple[Kind, float] | RankPlan:
+    """What was asked for: a plan, or a budget that is not checked yet."""
     given: list[tuple[Kind, float]] = [(kind, value) for kind, value in budgets.items()
                                        if value is not None]
     if len(given) + (plan is not None) != 1:
-        raise UserError("say exactly one of keep_params, keep_macs, max_latency_ms and plan")
-    if plan is not None:
-        if not isinstance(plan, RankPlan):
-            raise UserError(f"plan must be a RankPlan, as RankPlan.load gives; got {plan!r:.60}")
-        return plan
-    [(kind, value)] = given
-    return Budget(kind, value, latency_batch, multiple, deploy)
+        raise UserError("say exactly one of keep_params, keep_macs, keep_bytes, max_latency_ms and "
+                        "plan")
+    if plan is None:
+        return given[0]
+    if not isinstance(plan, RankPlan):
+        raise UserError(f"plan must be a RankPlan, as RankPlan.load gives; got {plan!r:.60}")
+    return plan
+
+
+def _bits(model: nn.Module, quantize: str | None, bits: Sequence[int] | None,
+          kind: str) -> tuple[int, ...]:
+    """``Budget.bits`` for a budget of this kind; both settings are checked."""
+    few = None if quantize is None else bits_of(quantize)
+    if kind == "bytes":
+        if few is not None:
+            raise UserError("keep_bytes chooses the bits of numbers: give bits, and leave out "
+                            "quantize")
+        own = 8 * next(model.parameters()).dtype.itemsize
+        return (min(own, 32), 8) if bits is None else tuple(bits)
+    if bits is not None:
+        raise UserError("bits are what keep_bytes chooses from: give keep_bytes, or quantize")
+    if kind != "latency_ms" or few is None:
+        return ()
+    if few != 8:
+        raise UserError("max_latency_ms plans in float or in int8, and 4-bit weights run as float "
+                        "ones: leave out quantize, and quantise the result")
+    return (few,)
 
 
 def _require_agreement(goal: Budget | RankPlan, calibration: object, refit: bool | None,
@@ -289,7 +325,7 @@ def _allocated(model: nn.Module, sites: list[Site], budget: Budget, seen: _Seen)
     if seen.kept is not None:
         seen.kept.require_sites(sites)
     found = seen.kept.known if seen.kept else survey(model, sites, seen.batches)
-    allocator = budget.allocator(model, found.factors, sites)
+    allocator = budget.allocator(model, found.factors, sites, seen.images)
     plan = allocator.plan(found.weights(sites, refitted=seen.batches is not None))
     return _Chosen(plan, seen.kept.factors_for(model) if seen.kept else found.factors)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from adacomcat.layers.int8 import Int8Linear
+from adacomcat.layers.quantized import QuantizedLinear
 from adacomcat.layers.registry import example
 from adacomcat.moved import forward
 from adacomcat.plan import RankPlan
@@ -37,14 +37,14 @@ class Work(NamedTuple):
 
 
 def model_params(model: nn.Module) -> int:
-    """Weights and biases, int8 weights among them; their scales do not count."""
+    """Weights and biases, also those of quantised layers; their scales do not count."""
     return (sum(parameter.numel() for parameter in model.parameters())
-            + sum(module.weight.numel() for module in model.modules()
-                  if isinstance(module, Int8Linear)))
+            + sum(module.in_features * module.out_features for module in model.modules()
+                  if isinstance(module, QuantizedLinear)))
 
 
 def model_bytes(model: nn.Module) -> int:
-    """What a state dict holds, scales of int8 weights among it."""
+    """What a state dict holds, scales of quantised weights among it."""
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 

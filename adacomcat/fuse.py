@@ -3,8 +3,7 @@
 ``layers/fused.py`` has the modules that take the place of sublayers; here is decided which do.
 """
 
-from dataclasses import replace
-from typing import cast
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
@@ -19,18 +18,16 @@ from adacomcat.layers.fused import (
     is_layer_norm,
     is_trivial,
 )
-from adacomcat.layers.int8 import Int8Linear
 from adacomcat.layers.linear import LowRankLinear
 from adacomcat.layers.mlp import LowRankMlp, activation_name
 from adacomcat.layers.packed import PackedModule
-from adacomcat.layers.plain import altered_inside, is_plain
+from adacomcat.layers.plain import altered_inside, is_plain, is_plain_linear
+from adacomcat.layers.quantized import Int4Linear, Int8Linear, QuantizedLinear
 from adacomcat.layers.registry import (
     BlockParts,
     MlpParts,
     Residual,
     attention_family,
-    attention_parts,
-    attention_tier,
     block_parts,
     encoder_parts,
     mlp_parts,
@@ -63,6 +60,7 @@ def optimize(model: nn.Module) -> nn.Module:
         the methods of its class (``forward_features``, ``forward_head``, ``set_input_size`` …).
     """
     optimized = copied(unwrapped(model), views=True).eval().requires_grad_(False)
+    _unpack_int4_(optimized)
     encoder = encoder_parts(optimized)
     class_token_only = None if encoder is None else encoder.class_token_only
     last = encoder.blocks[-1] if encoder and class_token_only and len(encoder.blocks) else None
@@ -85,6 +83,14 @@ def optimize(model: nn.Module) -> nn.Module:
     tell_holders(optimized, {})
     return_freed_memory()
     return optimized
+
+
+def _unpack_int4_(model: nn.Module) -> None:
+    """Put float layers in the place of 4-bit ones, which no kernel multiplies by."""
+    dtype = next(model.parameters()).dtype
+    for name, module in list(model.named_modules()):
+        if type(module) is Int4Linear:
+            model.set_submodule(name, module.to_linear(dtype))
 
 
 def _pack_(module: nn.Module) -> None:
@@ -117,93 +123,68 @@ def sublayer(block: nn.Module, name: str) -> nn.Module:
 def fused_attention(block: BlockParts) -> nn.Module:
     """x + scale(attn(norm(x))), as one op where there is one."""
     part = block.attn
-    if part.fuse and is_layer_norm(part.norm) and not altered_inside(part.inner):
+    if not is_layer_norm(part.norm) or altered_inside(part.inner):
+        return Sublayer(part)
+    if part.fuse:
         return part.fuse(part)
-    fits = is_layer_norm(part.norm) and (
-        _is_whole_attention(part.inner) or _fuses_dense(part.inner)
-        or (_fuses_int8_attention(part.inner) and is_trivial(part.norm)))
-    return FusedAttention(part) if fits else Sublayer(part)
+    return FusedAttention(part) if _takes_attention(part) else Sublayer(part)
 
 
-def _fuses_int8_attention(attn: nn.Module) -> bool:
-    """Whether ``attn`` is quantised as a whole, and the op computes it."""
-    if altered_inside(attn):
-        return False
+def _takes_attention(part: Residual) -> bool:
+    """Whether the op computes an attention, low-rank or dense, float or int8.
+
+    Elsewhere than on a CPU a dense attention gains more from one library product for q, k and v.
+    """
+    attn = part.inner
+    if isinstance(attn, LowRankAttention):
+        return _takes_masks_alone(type(attn))
     if type(attn) is PlainAttention:
-        return (attn.made_from is LowRankAttention
-                and _are_int8(attn.q, attn.k, attn.v, attn.proj))
+        return attn.made_from is LowRankAttention and _takes_numbers(
+            part.norm, attn.q, attn.k, attn.v, attn.proj)
     family = attention_family(attn)
-    if family is None or family.low_rank.get("A") is not LowRankAttention:
+    if family is None or not _takes_masks_alone(family.low_rank.get("A", nn.Module)):
         return False
     if family.tier(attn, None) != "A":
         return False
     parts = family.read(attn)
-    return _are_int8(parts.q.origin, parts.k.origin, parts.v.origin, parts.out.origin)
-
-
-def _are_int8(*layers: nn.Module | None) -> bool:
-    """Whether the layers are int8 and on a CPU, where the ops multiply int8."""
-    return all(type(layer) is Int8Linear and layer.weight.is_cpu for layer in layers)
-
-
-def _is_whole(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` is a drop-in of this class whose factors are all that decides."""
-    return type(module) is kind and not altered_inside(module)
-
-
-def _is_whole_attention(attn: nn.Module) -> bool:
-    return (isinstance(attn, LowRankAttention) and _takes_masks_alone(type(attn))
-            and not altered_inside(attn))
+    layers = [p.origin for p in (parts.q, parts.k, parts.v, parts.out)]
+    known = family.reads(attn) or all(type(layer) is Int8Linear for layer in layers)
+    return known and parts.q.weight.is_cpu and _takes_numbers(part.norm, *layers)
 
 
 def _takes_masks_alone(low_rank: type[nn.Module]) -> bool:
     return vars(low_rank).get("only_masks", False)
 
 
-def _fuses_dense(attn: nn.Module) -> bool:
-    """Whether the op computes this dense attention, faster than PyTorch does.
+def _takes_numbers(norm: nn.Module, *layers: nn.Module | None) -> bool:
+    """Whether an op multiplies by the weights of all ``layers``: plain floats, or int8 on a CPU
+    behind a norm that has nothing to fold into them."""
+    parts = [part for layer in layers if layer is not None for part in layer.modules()]
+    linears = [part for part in parts if isinstance(part, nn.Linear | QuantizedLinear)]
+    return all(map(is_plain_linear, linears)) or (is_trivial(norm) and all(
+        type(linear) is Int8Linear and linear.weight.is_cpu for linear in linears))
 
-    Elsewhere than on a CPU a dense attention gains more from one library product for q, k and v.
-    """
-    family = attention_family(attn)
-    if family is None or not _takes_masks_alone(family.low_rank.get("A", nn.Module)):
-        return False
-    if attention_tier(attn) != "A":
-        return False
-    parts = attention_parts(attn)
-    return parts.plain and parts.q.weight.is_cpu
+
+# What makes an op of an MLP, by the class of both its projections.
+_MLPS: Mapping[type, Callable[[Residual, MlpParts], nn.Module]] = {
+    nn.Linear: FusedDenseMlp, Int8Linear: FusedDenseMlp,
+    LowRankLinear: FusedMlp, LinearPair: FusedMlp}
 
 
 def fused_mlp(block: BlockParts) -> nn.Module:
     """x + scale(mlp(norm(x))), as one op where there is one."""
     part = block.mlp
-    mlp = part.inner
-    if not is_layer_norm(part.norm):
+    mlp = part.inner.parts if type(part.inner) is LowRankMlp else mlp_parts(part.inner)
+    if mlp is None or type(mlp.fc1) is not type(mlp.fc2) or not mlp.plain:
         return Sublayer(part)
-    if type(mlp) is LowRankMlp:
-        whole = (_is_whole(mlp, LowRankMlp) and type(mlp.fc1) is type(mlp.fc2) is LowRankLinear
-                 and activation_name(mlp.act) is not None)
-        return FusedMlp(part) if whole else Sublayer(part)
-    parts = mlp_parts(mlp)
-    if parts is None or not parts.plain or activation_name(parts.act) is None:
-        return Sublayer(part)
-    if parts.dense:
-        return FusedDenseMlp(part, parts)
-    if _is_whole(parts.fc1, LowRankLinear) and _is_whole(parts.fc2, LowRankLinear):
-        whole = LowRankMlp(cast(LowRankLinear, parts.fc1), parts.act,
-                           cast(LowRankLinear, parts.fc2), parts.drop)
-        return FusedMlp(replace(part, inner=whole))
-    return _fused_int8_mlp(part, parts)
+    fits = (is_layer_norm(part.norm) and not altered_inside(part.inner)
+            and activation_name(mlp.act) is not None
+            and _takes_numbers(part.norm, mlp.fc1, mlp.fc2))
+    return _MLPS.get(type(mlp.fc1), _unfused)(part, mlp) if fits else Sublayer(part)
 
 
-def _fused_int8_mlp(part: Residual, mlp: MlpParts) -> nn.Module:
-    if not is_trivial(part.norm) or altered_inside(part.inner):
-        return Sublayer(part)
-    fc1, fc2 = mlp.fc1, mlp.fc2
-    if _are_int8(fc1, fc2):
-        return FusedDenseMlp(part, mlp)
-    pairs = type(fc1) is type(fc2) is LinearPair and _are_int8(*fc1.children(), *fc2.children())
-    return FusedMlp(part) if pairs else Sublayer(part)
+def _unfused(part: Residual, mlp: MlpParts) -> nn.Module:
+    return Sublayer(part)
 
 
 def _takes_patches(proj: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from adacomcat.errors import UserError
 from adacomcat.sites import DENSE, MULTIPLE, Rank, Site, find_sites, prunable_mlps
 from adacomcat.utils.files import atomic_write_text
+from adacomcat.utils.limits import WEIGHT_BITS
 from adacomcat.utils.text import parse_json, read_text, to_json
 
 HIDDEN = ".hidden"
@@ -25,11 +26,18 @@ class RankPlan:
     Args:
         ranks: Ranks per head for '.qk' and '.vo', numbers of neurons for '.hidden', ranks of the
             weight elsewhere. An MLP has either '.hidden' or '.fc1' and '.fc2'.
+        bits: Name of an attention, an MLP or a layer → 8 or 4, where ``quantize`` follows inside
+            of it; ``keep_bytes`` decides so.
     """
 
     ranks: dict[str, Rank] = field(default_factory=dict)
+    bits: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.bits, dict)
+                and all(number in WEIGHT_BITS for number in self.bits.values())):
+            raise UserError("the bits of a plan map names of modules to "
+                            f"{' or '.join(map(str, WEIGHT_BITS))}; got {self.bits!r:.80}")
         if not isinstance(self.ranks, dict) or not all(isinstance(n, str) for n in self.ranks):
             raise UserError(f"a plan maps names of sites to ranks; got {self.ranks!r:.80}")
 
@@ -94,7 +102,7 @@ class RankPlan:
                                 f"its sites are like {', '.join(sites[:4]) or 'none'}")
             ranks |= dict.fromkeys(fitting, self.ranks[glob])
         ranks.update((name, rank) for name, rank in self.ranks.items() if name not in globs)
-        return RankPlan(ranks)
+        return RankPlan(ranks, self.bits)
 
     def sites(self, model: nn.Module) -> list[Site]:
         """The decisions that this plan takes: an MLP has two ranks or one number of neurons."""
@@ -139,7 +147,7 @@ class RankPlan:
         return sum(site.params(rank(site)) for site in sites)
 
     def to_json(self) -> str:
-        return to_json({"ranks": self.ranks}, indent=1)
+        return to_json({"ranks": self.ranks} | ({"bits": self.bits} if self.bits else {}), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "RankPlan":
@@ -149,13 +157,14 @@ class RankPlan:
             UserError: ``text`` is no such JSON.
         """
         try:
-            ranks = parse_json(text)["ranks"]
-        except (ValueError, KeyError, TypeError):
-            ranks = None
+            found = parse_json(text)
+            ranks, bits = found["ranks"], found.get("bits", {})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            ranks, bits = None, {}
         if not isinstance(ranks, dict):
             raise UserError('not a rank plan: JSON like {"ranks": {"blocks.0.attn.qk": 32}} '
                             "is expected")
-        return cls(ranks)
+        return cls(ranks, bits)
 
     def save(self, path: str | Path) -> None:
         atomic_write_text(path, self.to_json())

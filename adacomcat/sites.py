@@ -98,13 +98,17 @@ class Site:
             return self.full_rank
         return self.in_features * self.out_features / (self.in_features + self.out_features)
 
+    def matrices(self, rank: Rank) -> tuple[tuple[int, int], ...]:
+        """(outputs, inputs) of every weight at this rank, all heads of a projection together."""
+        entering, leaving = self.in_features, self.out_features
+        if self.kind == "hidden" or self.folded:
+            width = (self.num_heads if self.folded else 1) * (
+                self.full_rank if rank == DENSE else rank)
+            return (width, entering), (width, leaving) if self.kind == "qk" else (leaving, width)
+        return ((leaving, entering),) if rank == DENSE else ((rank, entering), (leaving, rank))
+
     def _weights(self, rank: Rank) -> int:
-        if rank == DENSE:
-            if self.kind != "hidden" and not self.folded:
-                return self.in_features * self.out_features
-            rank = self.full_rank
-        heads = self.num_heads if self.folded else 1
-        return heads * rank * (self.in_features + self.out_features)
+        return sum(outputs * inputs for outputs, inputs in self.matrices(rank))
 
     def params(self, rank: Rank) -> int:
         """Parameters at this rank, biases included."""

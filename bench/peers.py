@@ -6,7 +6,7 @@ error where the runtime is not installed or does not take the dtype.
 
 import io
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,19 +150,33 @@ def openvino(model: nn.Module, dtype: torch.dtype, example: Tensor, threads: int
 
     converted = ov.convert_model(model, example_input=example, input=list(example.shape))
     if dtype == torch.int8:
-        converted = quantized_openvino(converted, example)
-    # int8 is in the model; what is left is float32.
-    precision = "bf16" if dtype == torch.bfloat16 else "f32"
-    request = ov.Core().compile_model(converted, "CPU", {
+        converted = quantized_openvino(converted, [
+            torch.randn(1, *example.shape[1:]).expand_as(example) for _ in range(16)])
+    return inferred(converted, "bf16" if dtype == torch.bfloat16 else "f32", threads)
+
+
+def nncf(model: nn.Module, images: Tensor) -> Peer:
+    """NNCF's int8 of the model, calibrated on these images, in OpenVINO on the CPU."""
+    import openvino as ov
+
+    converted = ov.convert_model(model, example_input=images[:2], input=[-1, *images.shape[1:]])
+    return inferred(quantized_openvino(converted, images.split(1)), "f32", torch.get_num_threads())
+
+
+def inferred(model: Any, precision: str, threads: int) -> Peer:
+    """A model of OpenVINO on the CPU; the precision is that of what is not on int8."""
+    import openvino as ov
+
+    request = ov.Core().compile_model(model, "CPU", {
         "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY"}).create_infer_request()
     return lambda x: request.infer([x.numpy()])
 
 
-def quantized_openvino(model: Any, example: Tensor) -> Any:
-    """The model with NNCF's int8, calibrated on random images."""
-    import nncf
+def quantized_openvino(model: Any, batches: Sequence[Tensor]) -> Any:
+    """The model with NNCF's int8, calibrated on these batches."""
+    from nncf import Dataset, ModelType, quantize
 
-    images = [torch.randn(1, *example.shape[1:]).expand_as(example).numpy() for _ in range(16)]
-    return nncf.quantize(model, nncf.Dataset(images), model_type=nncf.ModelType.TRANSFORMER,
-                         subset_size=len(images))
+    images = [batch.numpy() for batch in batches]
+    return quantize(model, Dataset(images), model_type=ModelType.TRANSFORMER,
+                    subset_size=len(images))

@@ -36,7 +36,7 @@ def shrunk(model: nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize(("settings", "says"), [
-    ({"kind": "size"}, "unknown budget 'size'; choose one of params, macs, latency_ms"),
+    ({"kind": "size"}, "unknown budget 'size'; choose one of params, macs, bytes, latency_ms"),
     ({"value": 0.0}, "keep must be a fraction in (0, 1], like 0.5; got 0.0"),
     ({"kind": "macs", "value": 1.5}, "keep must be a fraction in (0, 1], like 0.5; got 1.5"),
     ({"value": math.nan}, "keep must be a fraction in (0, 1], like 0.5; got nan"),

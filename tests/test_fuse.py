@@ -212,3 +212,26 @@ def test_masks_reach_a_dense_attention() -> None:
     x, mask = torch.randn(2, 17, 48), torch.randn(2, 1, 17, 17)
     torch.testing.assert_close(fused(x, attn_mask=mask), block(x, attn_mask=mask))
     torch.testing.assert_close(fused(x, is_causal=True), block(x, is_causal=True))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"init_values": 0.1}, {"qk_norm": True}],
+                         ids=["plain", "layer-scale", "qk-norm"])
+@torch.no_grad()
+def test_the_plain_form_is_fused_as_the_low_rank_layers_are(kwargs: dict) -> None:
+    model = compressed(**kwargs)
+    plain, x = adacomcat.to_plain(model), torch.randn(2, 3, 32, 32)
+    fast, same = adacomcat.optimize(model), adacomcat.optimize(plain)
+    assert ([[type(part) for part in block.children()] for block in same.blocks]
+            == [[type(part) for part in block.children()] for block in fast.blocks])
+    assert type(same.blocks[0].mlp) is FusedMlp
+    assert relative(same(x), fast(x)) < 1e-5 and relative(same(x), model(x)) < 1e-5
+
+
+@torch.no_grad()
+def test_a_plain_form_that_someone_changed_stays() -> None:
+    plain, x = adacomcat.to_plain(compressed()), torch.randn(2, 3, 32, 32)
+    plain.blocks[0].mlp.fc1[0].register_forward_hook(lambda module, args, y: 2 * y)
+    plain.blocks[1].attn.v.register_forward_hook(lambda module, args, y: 2 * y)
+    fast = adacomcat.optimize(plain)
+    assert type(fast.blocks[0].mlp) is type(fast.blocks[1].attn) is Sublayer
+    assert relative(fast(x), plain(x)) < 1e-5

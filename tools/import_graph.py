@@ -16,8 +16,8 @@ from pathlib import Path
 # A room may import the rooms before it. ``__init__`` and ``entrypoint`` load others by need.
 DIRECTION = (
     "errors", "moved", "__init__", "utils", "entrypoint", "kernels", "data", "ops", "factorize",
-    "layers", "families", "sites", "plan", "convert", "fuse", "cost", "latency", "checkpoint",
-    "allocation", "calibration", "compression", "quantization", "elastic", "search", "distill",
+    "layers", "families", "sites", "plan", "convert", "quantization", "fuse", "cost", "latency",
+    "checkpoint", "allocation", "calibration", "compression", "elastic", "search", "distill",
     "customize", "train", "deploy", "evaluation", "report", "cli", "__main__",
 )
 # Only these may import modules of the package inside a function.

@@ -61,8 +61,7 @@ class FractionAllocator:
         """
         step = self.multiple
         while True:
-            items = [self.candidates(group, weights, step)
-                     for group in decided_together(self.deploy, self.sites)]
+            items = self.items(weights, step)
             chosen = choose(items, self.keep * self.whole - self.fixed)
             if chosen is not None:
                 return plan_of(items, chosen)
@@ -70,6 +69,11 @@ class FractionAllocator:
                 raise UserError(f"keep {self.keep:g} is below what is reachable here; the least "
                                 f"is {self._least(items):.4f}")
             step //= 2
+
+    def items(self, weights: ErrorWeights, step: int) -> list[Candidates]:
+        """What the knapsack chooses from, ranks in steps of ``step``."""
+        return [self.candidates(group, weights, step)
+                for group in decided_together(self.deploy, self.sites)]
 
     def candidates(self, sites: tuple[Site, ...], weights: ErrorWeights,
                    step: int) -> Candidates:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from adacomcat.allocation.candidates import Candidates, choose, plan_of
+from adacomcat.allocation.candidates import Candidates, choose, efficient, plan_of
 from adacomcat.allocation.deployment import allows
 from adacomcat.allocation.knapsack import Choice
 from adacomcat.allocation.sensitivity import ErrorWeights, weighted_error
@@ -52,14 +52,16 @@ class LatencyAllocator:
         multiple: the step of ranks.
         deploy: the runtime whose fused attention the ranks must allow; see ``deployment``.
         measure: the clock; tests put a model of cost in its place.
+        int8: whether ``quantize`` follows.
     """
 
     def __init__(self, model: nn.Module, factors: Factors, sites: list[Site], *,
                  max_latency_ms: float, batch: int = 1, multiple: int = MULTIPLE,
-                 deploy: str = "any", measure: Measure = measure) -> None:
+                 deploy: str = "any", measure: Measure = measure,
+                 int8: bool = False) -> None:
         self.deploy = deploy
         self.factors, self.max_latency_ms, self.multiple = factors, max_latency_ms, multiple
-        self.table = LatencyTable(model, sites, batch, multiple, measure)
+        self.table = LatencyTable(model, sites, batch, multiple, measure, int8)
 
     def plan(self, weights: ErrorWeights) -> RankPlan:
         """The plan of least weighted error within the budget, or up to 3 % below it where ranks
@@ -90,11 +92,7 @@ class LatencyAllocator:
 
         combined = [(choice(ranks), ranks) for ranks in product(*errors)
                     if allows(self.deploy, block.sites, ranks)]
-        combined.sort(key=lambda pair: (pair[0].cost, pair[0].error))
-        kept = combined[:1]
-        for pair in combined[1:]:
-            if pair[0].error < kept[-1][0].error:
-                kept.append(pair)
+        kept = efficient(combined)
         return Candidates(block.sites, [ranks for _, ranks in kept],
                           [choice for choice, _ in kept])
 

@@ -131,7 +131,7 @@ def refined_on_images(model: nn.Module, sites: list[Site], budget: Budget, batch
     factors = factorize_model(model, model_statistics(model, fitting, sites), sites=sites)
     weights = error_weights(model, factors, fitting, sites)
     loss_of = feature_distance(model, factors, judging)
-    plan_for = budget.allocator(model, factors, sites).plan
+    plan_for = budget.allocator(model, factors, sites, fitting).plan
     return refined_allocation(plan_for, weights, sites, loss_of, candidates)
 
 

@@ -103,6 +103,7 @@ _CLASSES = (lambda value: _whole(value, 0)), "a whole number of at least 0"
 _FLAG = (lambda value: isinstance(value, bool)), "true or false"
 _SHARE = (lambda value: _numbers([value], 0) and value <= 10), "a number in (0, 10]"
 _NAMES = (_names, "a name or a list of names")
+_LAYERS = (_are_names, "a list of names of layers")
 
 # Entry → (whether a value will do, what it must be). None always will, as in timm.
 _TOP: Mapping[str, tuple[Check, str]] = {
@@ -111,7 +112,7 @@ _TOP: Mapping[str, tuple[Check, str]] = {
 }
 _MODEL_ARGS: Mapping[str, tuple[Check, str]] = {
     "base": _WORD, "plan": (_is_plan, 'an object of ranks, like {"blocks.0.attn.qk": 32}'),
-    "plain": _FLAG, "int8": (_are_names, "a list of names of layers"), "num_classes": _CLASSES,
+    "plain": _FLAG, "int8": _LAYERS, "int4": _LAYERS, "num_classes": _CLASSES,
     "in_chans": (_whole, "a whole number of at least 1"),
 }
 _PRETRAINED: Mapping[str, tuple[Check, str]] = {

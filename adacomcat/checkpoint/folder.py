@@ -1,8 +1,8 @@
 """Checkpoint folders: model.safetensors, and a config.json in timm's layout that has the plan.
 
     config.json   architecture   'adacomcat_vit'; where nothing was compressed timm's own name
-                  model_args     base (timm's name), plan (site → rank), int8 (names of layers
-                                 whose weights are int8, with scales), and base's arguments
+                  model_args     base (timm's name), plan (site → rank), int8 and int4 (names of
+                                 layers with such weights and scales), and base's arguments
                   num_classes, num_features, pretrained_cfg   as timm writes them
                   checksums      of the files beside it: name → XXH3 with 128 bits
 
@@ -34,9 +34,10 @@ from adacomcat.checkpoint.pretrained import (
 )
 from adacomcat.checkpoint.weights import load_weights_, read_weights
 from adacomcat.convert.plain import is_plain_form, require_not_optimized
-from adacomcat.convert.quantized import int8_layers, require_not_quantized
+from adacomcat.convert.quantized import quantized_layers, require_not_quantized
 from adacomcat.convert.record import compression_of, ranks_as_they_are
 from adacomcat.errors import UserError
+from adacomcat.layers.quantized import QUANTIZED
 from adacomcat.utils.checksum import file_checksum
 from adacomcat.utils.files import atomic_folder, require_writable
 from adacomcat.utils.model import class_count, evaluating, input_size
@@ -49,8 +50,9 @@ WEIGHTS = "model.safetensors"
 _SOURCE_KEYS = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source",
                 "architecture", "tag", "custom_load", "label_offset"}
 # Arguments of a timm model that a folder leaves to whoever loads it, or writes in its own way.
-_RUNTIME_ARGS = {"base", "plan", "plain", "int8", "device", "dtype", "drop_rate", "drop_path_rate",
-                 "proj_drop_rate", "attn_drop_rate", "pos_drop_rate", "patch_drop_rate"}
+_RUNTIME_ARGS = {"base", "plan", "plain", "int8", "int4", "device", "dtype", "drop_rate",
+                 "drop_path_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate",
+                 "patch_drop_rate"}
 
 
 def save(model: nn.Module, folder: str | Path, *, architecture: str | None = None,
@@ -195,18 +197,17 @@ def describe(model: nn.Module, architecture: str | None = None,
     current = _current_args(model)
     args = {k: v for k, v in model_args.items() if k not in _RUNTIME_ARGS | NO_MODEL_ARGS} | current
     ranks = ranks_as_they_are(model)
-    int8 = int8_layers(model)
-    compressed = {"base": architecture, "plan": ranks, **args}
-    if int8:
-        compressed["int8"] = int8
+    quantized = {f"int{bits}": names for bits in QUANTIZED
+                 if (names := quantized_layers(model, bits))}
+    compressed = {"base": architecture, "plan": ranks, **args, **quantized}
     if is_plain_form(model):
         compressed["plain"] = True
     config = {
-        "architecture": ENTRYPOINT if ranks or int8 else architecture,
+        "architecture": ENTRYPOINT if ranks or quantized else architecture,
         "num_classes": class_count(model),
         "num_features": model.num_features,
         "pretrained_cfg": _pretrained_cfg(model, source),
-        "model_args": compressed if ranks or int8 else args,
+        "model_args": compressed if ranks or quantized else args,
     }
     return _plain(config)
 

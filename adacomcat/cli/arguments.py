@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from adacomcat.cli import training_flags
+from adacomcat.cli import budget_flags, training_flags
 from adacomcat.cli.calibration_flags import calibration, elastic, keeping, kept
 from adacomcat.cli.customize_flags import (
     adapter_flags,
@@ -22,7 +22,6 @@ from adacomcat.utils.limits import (
     BACKENDS,
     CHOICES,
     COUNT,
-    DEPLOYMENTS,
     EXPORT_DTYPES,
     EXPORT_FORMATS,
     FRACTION,
@@ -30,7 +29,6 @@ from adacomcat.utils.limits import (
     PERCENT,
     POSITIVE,
     PROCESSES,
-    QUANTIZATIONS,
     SEED,
     WAITING,
 )
@@ -156,26 +154,6 @@ def _output(parser: Parser) -> None:
 def _report(parser: Parser) -> None:
     parser.add_argument("--no-report", action="store_true",
                         help="write no run.json and report.html beside the checkpoint")
-
-
-def _budget(parser: Parser) -> None:
-    group = parser.add_argument_group("budget (one of)")
-    training_flags.keep_params_or_plan(group)
-    group.add_argument("--keep-macs", type=number(FRACTION), metavar="FRACTION",
-                       help="share of the model's multiply-accumulates to keep")
-    group.add_argument("--max-latency-ms", type=number(POSITIVE), metavar="MS",
-                       help="latency of the compressed model after adacomcat.optimize, or of the "
-                            "model itself where no CPU kernels are built; measured on this machine "
-                            "with torch's number of threads")
-    parser.add_argument("--latency-batch", type=number(NUMBER), default=1, metavar="N",
-                        help="images of the batch that --max-latency-ms is measured on "
-                             "(default: %(default)s)")
-    parser.add_argument("--rank-multiple", type=number(NUMBER), default=8, metavar="N",
-                        help="ranks per head are multiples of N, other ranks of 2 N "
-                             "(default: %(default)s)")
-    parser.add_argument("--deploy", choices=DEPLOYMENTS, default="any",
-                        help="choose ranks that a runtime's fused attention takes: PyTorch's flash "
-                             "attention, or TensorRT's (default: %(default)s)")
 
 
 def _filters(parser: Parser) -> None:
@@ -305,12 +283,6 @@ def _named_folder(parser: Parser) -> None:
                         help="the same as --model DIR")
 
 
-def _quantize(parser: Parser) -> None:
-    parser.add_argument("--quantize", choices=QUANTIZATIONS,
-                        help="round weights and activations of the result, as the command "
-                             "quantize does, with the images that calibrate")
-
-
 def _export(parser: Parser) -> None:
     _named_folder(parser)
     group = parser.add_argument_group("export")
@@ -352,10 +324,11 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
     "calibrate": ("Keep what images tell of a model, for any number of budgets.",
                   (_model, _filters, _data, calibration(256), keeping, _seed, _device)),
     "compress": ("Compress a model without training.",
-                 (_model, _budget, elastic, _filters, _refine, _quantize, kept, _data,
-                  calibration(256), _output, _report, _seed, _device)),
-    "quantize": ("Round weights and activations to int8, the last step before a model runs.",
-                 (_model, _named_folder, _data, calibration(64), _folder, _seed, _device)),
+                 (_model, budget_flags.budget, elastic, _filters, _refine, budget_flags.quantize,
+                  kept, _data, calibration(256), _output, _report, _seed, _device)),
+    "quantize": ("Round a model to int8 or int4, the last step before it runs.",
+                 (_model, _named_folder, budget_flags.number_format, _data, calibration(64),
+                  _folder, _seed, _device)),
     "train": ("Search ranks, train and distil; or train a model as it is.",
               (_model, _data, training_flags.train, training_flags.optimizer,
                training_flags.augmentation, training_flags.search, _refine, _output, _report,
@@ -367,7 +340,8 @@ COMMANDS: dict[str, tuple[str, tuple[Callable[[Parser], None], ...]]] = {
                  (_model, _data, _accuracy, _batch(256), _gate, _record, _seed, _device,
                   _timeout)),
     "profile": ("Measure parameters, MACs and latency, dense against compressed.",
-                (_model, _budget, _filters, _batch(1), _sweep, _repeats, _record, _device)),
+                (_model, budget_flags.budget, _filters, _batch(1), _sweep, _repeats, _record,
+                 _device)),
     "status": ("Say where a training run stands, and what a finished run gave.", (_status,)),
     "pareto": ("Compress to several sizes, and draw quality against size and speed.",
                (_model, _curve, _filters, _data, calibration(256), _batch(128), _seed, _device)),
@@ -396,4 +370,4 @@ REQUIRED = {
     "generate": ("model", "prompt", "output"),
 }
 # Destinations of the budget's flags; at most one of them is given.
-EXCLUSIVE = ("keep_params", "keep_macs", "max_latency_ms", "plan")
+EXCLUSIVE = ("keep_params", "keep_macs", "keep_bytes", "max_latency_ms", "plan")

@@ -30,6 +30,14 @@ from adacomcat.utils.model import evaluating
 from adacomcat.utils.progress import progress
 
 BATCH = 16
+
+
+class KeptImages:
+    """Of a calibration: its images, where they were kept."""
+
+    batches: list[Inputs] | None
+
+
 Statistics = dict[str, LinearStatistics | AttentionStatistics]
 
 

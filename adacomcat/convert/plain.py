@@ -29,7 +29,8 @@ def to_plain(model: nn.Module) -> nn.Module:
     A low-rank linear layer becomes two ``nn.Linear`` in sequence, an MLP timm's ``Mlp`` of these,
     an attention four linear layers (q, k, v, proj) around PyTorch's attention. torchao, PEFT,
     ``torch.jit.script``, ``torch.fx``, hooks and pruning tools see every factor. It runs no kernel
-    of this package. ``adacomcat.save`` keeps it, and ``from_plain`` turns it back.
+    of this package before ``optimize`` fuses it. ``adacomcat.save`` keeps it, and ``from_plain``
+    turns it back.
 
     Args:
         model: A compressed model, or one of the low-rank layers; it stays as it is.

@@ -1,7 +1,7 @@
-"""Which layers of a model are int8, and the same layers in another model, still empty.
+"""Which layers of a model are quantised, and the same layers in another model, still empty.
 
 ``checkpoint`` writes their names down and timm's entry point makes the layers of them; what cannot
-work on int8 refuses here.
+work on them refuses here.
 """
 
 from collections.abc import Iterable
@@ -9,19 +9,20 @@ from collections.abc import Iterable
 from torch import nn
 
 from adacomcat.errors import UserError
-from adacomcat.layers.int8 import Int8Linear
 from adacomcat.layers.packed import PackedModule
 from adacomcat.layers.plain import is_plain_linear
+from adacomcat.layers.quantized import QUANTIZED, QuantizedLinear
 
 
-def int8_layers(model: nn.Module) -> list[str]:
-    """The names of all ``Int8Linear`` layers."""
-    return [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
+def quantized_layers(model: nn.Module, bits: int | None = None) -> list[str]:
+    """The names of all layers on so many bits; of all quantised ones where not given."""
+    return [name for name, module in model.named_modules()
+            if isinstance(module, QuantizedLinear) and bits in (None, module.bits)]
 
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether ``adacomcat.quantize`` made this model, optimised or not."""
-    return any(isinstance(module, Int8Linear) or (isinstance(module, PackedModule)
+    return any(isinstance(module, QuantizedLinear) or (isinstance(module, PackedModule)
                                                   and module.is_int8)
                for module in model.modules())
 
@@ -32,12 +33,12 @@ def require_not_quantized(model: nn.Module, what: str) -> None:
         UserError: ``model`` comes from ``adacomcat.quantize``.
     """
     if is_quantized(model):
-        raise UserError(f"{what} takes the model that adacomcat.quantize was given, not its int8 "
-                        "copy: quantising comes last")
+        raise UserError(f"{what} takes the model that adacomcat.quantize was given, not its "
+                        "quantised copy: quantising comes last")
 
 
-def int8_skeleton_(model: nn.Module, names: Iterable[str]) -> nn.Module:
-    """In place: ``Int8Linear`` layers of these names, their weights still zero, nothing trains.
+def quantized_skeleton_(model: nn.Module, names: Iterable[str], bits: int) -> nn.Module:
+    """In place: quantised layers of these names, their weights still zero, nothing trains.
 
     Raises:
         UserError: A name is no linear layer of the model.
@@ -46,6 +47,7 @@ def int8_skeleton_(model: nn.Module, names: Iterable[str]) -> nn.Module:
     for name in names:
         linear = layers.get(name)
         if not (isinstance(linear, nn.Linear) and is_plain_linear(linear)):
-            raise UserError(f"int8 names {name!r:.100}, which is no linear layer of this model")
-        model.set_submodule(name, Int8Linear.like(linear))
+            raise UserError(f"int{bits} names {name!r:.100}, which is no linear layer of this "
+                            "model")
+        model.set_submodule(name, QUANTIZED[bits].like(linear))
     return model.requires_grad_(False)

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, TypedDict
 from torch import Tensor, nn
 
 from adacomcat.layers.attention import LowRankAttention
-from adacomcat.layers.int8 import Int8Linear
 from adacomcat.layers.linear import LowRankLinear
+from adacomcat.layers.quantized import QuantizedLinear
 from adacomcat.layers.registry import mlp_parts, tell_holders
 from adacomcat.layers.stock import LinearPair, PlainAttention
 from adacomcat.plan import HIDDEN, RankPlan
@@ -99,7 +99,7 @@ def ranks_as_they_are(model: nn.Module) -> dict[str, Rank]:
               if name.endswith(HIDDEN) and rank != DENSE}
     for name, module in model.named_modules():
         if name in pruned and (parts := mlp_parts(module)) is not None and (
-                parts.dense or isinstance(parts.fc1, Int8Linear)):
+                parts.dense or isinstance(parts.fc1, QuantizedLinear)):
             found[name + HIDDEN] = parts.linears[0].out_features
     return found
 
@@ -118,7 +118,7 @@ def merged(earlier: Mapping[str, Rank], plan: RankPlan) -> RankPlan:
     ranks: dict[str, Rank] = {name: rank for name, rank in earlier.items()
                               if rank != DENSE or name.rpartition(".")[0] not in mlps}
     ranks.update(plan.ranks)
-    return RankPlan(ranks)
+    return RankPlan(ranks, plan.bits)
 
 
 def record_(model: nn.Module, **known: object) -> None:

@@ -20,13 +20,13 @@ def register(timm: ModuleType) -> None:
 
 
 def adacomcat_vit(pretrained: bool = False, **kwargs: Any) -> Any:
-    """The architecture ``base`` of timm with the low-rank modules of ``plan``, or int8 layers.
+    """The architecture ``base`` of timm with the low-rank modules of ``plan``, or quantised layers.
 
     Args:
         pretrained: load the weights of the checkpoint folder.
         kwargs: the ``model_args`` of config.json: ``base``, ``plan`` (site name → rank),
-            ``plain`` (whether ``to_plain`` follows), ``int8`` (names of int8 layers) and the
-            keyword arguments of ``base``.
+            ``plain`` (whether ``to_plain`` follows), ``int8`` and ``int4`` (names of
+            layers with such weights) and the keyword arguments of ``base``.
 
     Raises:
         UserError: ``base`` is missing, as when the model is created by its name.
@@ -63,7 +63,7 @@ def _feature_cfg(kwargs: dict[str, Any]) -> dict[str, Any] | None:
     module.build_model_with_cfg = listen
     try:
         construct(**{name: value for name, value in kwargs.items()
-                     if name not in ("base", "plan", "plain", "int8")})
+                     if name not in ("base", "plan", "plain", "int8", "int4")})
     finally:
         module.build_model_with_cfg = builder
     for name in told:
@@ -72,12 +72,12 @@ def _feature_cfg(kwargs: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _build(base: str, plan: dict[str, Any], plain: bool = False, int8: Sequence[str] = (),
-           **model_args: Any) -> Any:
+           int4: Sequence[str] = (), **model_args: Any) -> Any:
     import timm
 
     from adacomcat.convert.install import build_skeleton
     from adacomcat.convert.plain import to_plain
-    from adacomcat.convert.quantized import int8_skeleton_
+    from adacomcat.convert.quantized import quantized_skeleton_
     from adacomcat.convert.record import record_
     from adacomcat.plan import RankPlan
 
@@ -87,7 +87,9 @@ def _build(base: str, plan: dict[str, Any], plain: bool = False, int8: Sequence[
         "architecture": base,
         "model_args": {k: v for k, v in model_args.items() if k not in runtime}})
     model = to_plain(model) if plain else model
-    return int8_skeleton_(model, int8) if int8 else model
+    for bits, names in ((8, int8), (4, int4)):
+        model = quantized_skeleton_(model, names, bits) if names else model
+    return model
 
 
 def classifiers(pretrained_cfg: dict[str, Any]) -> tuple[str, ...]:

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from adacomcat.convert.install import join_mlps_, skeleton_module
+from adacomcat.convert.quantized import is_quantized
 from adacomcat.fuse import FusedBlock, sublayer
 from adacomcat.latency.timing import Call
 from adacomcat.layers.fused import ClassTokenEncoder, GemvLinear, gemv_linear
 from adacomcat.layers.packed import PackedModule
 from adacomcat.layers.registry import mlp_parts
 from adacomcat.plan import RankPlan
+from adacomcat.quantization.model import int8_form_
 from adacomcat.sites import DENSE, Rank, Site
 from adacomcat.utils.model import copied
 
@@ -36,6 +38,7 @@ class TimedBlock:
     sites: tuple[Site, ...]
     gemv: bool = False  # whether the layer is deployed as a GemvLinear
     packed: bool = False  # whether its weights are deployed packed
+    int8: bool = False  # whether it is deployed on int8
 
     def built(self, model: nn.Module, ranks: Sequence[Rank]) -> nn.Module:
         """The module that would be called at these ranks, one rank for each site.
@@ -55,6 +58,8 @@ class TimedBlock:
                 made = skeleton_module(model.get_submodule(name), sites, plan)
                 root.set_submodule(relative(name), made)
         join_mlps_(root)
+        if self.int8:
+            int8_form_(root)
         if self.gemv:
             root.owner = gemv_linear(root.owner)
         if self.owner == self.module:
@@ -71,7 +76,7 @@ class TimedBlock:
                   if isinstance(arg, Tensor)]
         decisions = [f"{site.kind}: {site.num_heads} heads, tier {site.tier}"
                      for site in self.sites]
-        what = repr(model.get_submodule(self.module))
+        what = repr(model.get_submodule(self.module)) + " on int8" * self.int8
         ranks = " x ".join(",".join(map(str, axis)) for axis in axes)
         return " ".join(f"{type(call.module).__name__}.{self.method} {shapes} of {what}; "
                         f"{'; '.join(decisions)}; at {ranks}".split())
@@ -83,8 +88,12 @@ def find_blocks(model: nn.Module, runs: nn.Module, sites: list[Site]) -> list[Ti
     for site in sites:
         block = _block(model, runs, site)
         found = blocks.get(block.place)
-        blocks[block.place] = block if found is None else replace(
-            found, sites=found.sites + block.sites, gemv=False)
+        if found is not None:
+            block = replace(found, sites=found.sites + block.sites, gemv=False)
+        elif is_quantized(runs.get_submodule(block.place)):
+            # Of the last block, too, ``optimize`` packs an MLP on int8.
+            block = replace(block, int8=True, packed=block.method == "forward")
+        blocks[block.place] = block
     return list(blocks.values())
 
 

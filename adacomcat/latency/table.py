@@ -16,6 +16,7 @@ from adacomcat.latency.blocks import TimedBlock, captured_calls, find_blocks
 from adacomcat.latency.cache import LatencyCache, machine
 from adacomcat.latency.timing import Call, Measure, deployed, forward_pass
 from adacomcat.plan import RankPlan
+from adacomcat.quantization.model import quantized_
 from adacomcat.sites import DENSE, Rank, Site
 from adacomcat.utils.model import copied
 from adacomcat.utils.progress import progress
@@ -77,12 +78,13 @@ class LatencyTable:
         batch: images in one forward pass.
         multiple: the step of ranks.
         measure: the clock.
+        int8: whether ``quantize`` follows, so that layers are timed on int8.
     """
 
     def __init__(self, model: nn.Module, sites: list[Site], batch: int, multiple: int,
-                 measure: Measure) -> None:
-        self.model, self.batch, self.measure = model, batch, measure
-        dense = deployed(model)
+                 measure: Measure, int8: bool = False) -> None:
+        self.model, self.batch, self.measure, self.int8 = model, batch, measure, int8
+        dense = self._deployed(copied(model))
         self.dense = forward_pass(dense, batch)
         found = find_blocks(model, dense, sites)
         calls = captured_calls(self.dense, found)
@@ -118,6 +120,10 @@ class LatencyTable:
         The dense model runs in turn with it, and their ratio counts, because a machine that is
         slower for a while slows down both.
         """
-        made = deployed(build_skeleton(copied(self.model), plan))
+        made = self._deployed(build_skeleton(copied(self.model), plan))
         times = self.measure({"dense": self.dense, "plan": forward_pass(made, self.batch)})
         return self.dense_ms * times["plan"] / times["dense"]
+
+    def _deployed(self, model: nn.Module) -> nn.Module:
+        """``model``, which may be changed, as it runs in the end."""
+        return deployed(quantized_(model, None, {"": 8}) if self.int8 else model)

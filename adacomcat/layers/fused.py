@@ -16,7 +16,7 @@ from adacomcat.errors import UserError
 from adacomcat.factorize.gauge import MlpFactors, identity_gauge
 from adacomcat.layers.attention import LowRankAttention
 from adacomcat.layers.linear import LowRankLinear
-from adacomcat.layers.mlp import LowRankMlp, activation_name
+from adacomcat.layers.mlp import activation_name
 from adacomcat.layers.packed import PackedModule
 from adacomcat.layers.plain import is_plain, is_plain_linear
 from adacomcat.layers.registry import (
@@ -103,15 +103,16 @@ class FusedAttention(PackedModule):
 
 
 class FusedMlp(PackedModule):
-    """x + ls · mlp(norm(x)), for a ``LowRankMlp``, or timm's of two pairs of int8 layers."""
+    """x + ls · mlp(norm(x)), for two low-rank layers or two pairs of layers, whose parts are
+    ``mlp``."""
 
     op = "low_rank_mlp"
     operands = ("v1", "u1", "b1", "v2", "u2", "b2")
     weights = {"v1": False, "u1": True, "v2": False, "u2": True}
 
-    def __init__(self, part: Residual) -> None:
+    def __init__(self, part: Residual, mlp: MlpParts) -> None:
         super().__init__()
-        mlp, like = cast(LowRankMlp, part.inner), _first_float(part.inner)
+        like = _first_float(part.inner)
         affine = _affine(part.norm, like)
         fc1, fc2 = _factors(mlp.fc1), _factors(mlp.fc2)
         gamma = _gamma(part, fc2.u)
@@ -326,9 +327,9 @@ def _factors(linear: nn.Module) -> Factors:
         return Factors(linear.v.detach().double(), linear.u.detach().double(),
                        _bias(Projection(linear.u, linear.bias)), {})
     first, second = (Projection.of(cast(nn.Linear, layer)) for layer in linear.children())
-    assert first.scale is not None and second.scale is not None, "fused_mlp admits int8 pairs"
-    return Factors(first.weight.double().T, second.weight.double(), _bias(second),
-                   {"v": first.scale, "u": second.scale})
+    scales = {name: scale for name, scale in (("v", first.scale), ("u", second.scale))
+              if scale is not None}
+    return Factors(first.weight.double().T, second.weight.double(), _bias(second), scales)
 
 
 def _times(scale: Tensor, gamma: Tensor) -> Tensor:

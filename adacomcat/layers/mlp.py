@@ -112,6 +112,11 @@ class LowRankMlp(nn.Module):
         self.drop1, self.drop2 = nn.Dropout(drop), nn.Dropout(drop)
 
     @property
+    def parts(self) -> MlpParts:
+        """Both projections and what stands between."""
+        return MlpParts(self.fc1, self.act, self.fc2, self.drop1.p, plain=True)
+
+    @property
     def activation(self) -> str | None:
         """The name by which the op knows ``act``; None where it does not."""
         return _name(self.act)

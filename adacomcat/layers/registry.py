@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from adacomcat.errors import UserError
-from adacomcat.layers.int8 import Int8Linear
 from adacomcat.layers.plain import altered, altered_inside, is_plain, is_plain_linear
+from adacomcat.layers.quantized import QuantizedLinear
 from adacomcat.utils.inputs import Inputs
 from adacomcat.utils.model import input_size
 
@@ -34,7 +34,7 @@ class Projection(NamedTuple):
     scale: Tensor | None = None  # (out,), of an int8 layer; ``weight`` is then q · scale
 
     @classmethod
-    def of(cls, linear: nn.Linear | Int8Linear) -> "Projection":
+    def of(cls, linear: nn.Linear | QuantizedLinear) -> "Projection":
         """The whole of ``linear``.
 
         Raises:
@@ -44,8 +44,9 @@ class Projection(NamedTuple):
             raise UserError(f"{type(linear).__name__} has no weight that can be read; only linear "
                             "layers are projections")
         bias = None if linear.bias is None else linear.bias.detach()
-        if isinstance(linear, Int8Linear):
-            return cls(linear.quantized_weight.dense, bias, False, linear, linear.weight_scale)
+        if isinstance(linear, QuantizedLinear):
+            scale = linear.weight_scale if linear.bits == 8 else None
+            return cls(linear.dense, bias, False, linear, scale)
         return cls(linear.weight.detach(), bias, is_plain_linear(linear), linear)
 
     def split(self, parts: int) -> "list[Projection]":

@@ -1,7 +1,7 @@
 """Low-rank layers in modules of PyTorch's own, which quantisers and adapters understand.
 
 A drop-in's ``to_plain`` makes them from its factors, its ``from_plain`` takes them back. They run
-no kernel of this package.
+no kernel of this package before ``optimize`` fuses them.
 """
 
 from collections.abc import Container

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adacomcat.checkpoint.folder import WEIGHTS
-from adacomcat.convert.quantized import int8_layers
+from adacomcat.convert.quantized import quantized_layers
 from adacomcat.convert.record import compression_of, ranks_as_they_are
 from adacomcat.cost import model_bytes, model_macs, model_params
 from adacomcat.plan import HIDDEN
@@ -86,7 +86,8 @@ def run_content(command: str, dense: nn.Module, small: nn.Module, folder: str | 
             "versions": versions(), "machine": machine(small), "models": models, "kept": kept,
             "sites": [_site(site, ranks.get(site.name, DENSE)) for site in sites],
             "left": _left(dense, sites, ranks, include, exclude),
-            "curves": _curves(small, sites, ranks), "int8_layers": len(int8_layers(small))} | more
+            "curves": _curves(small, sites, ranks),
+            "int8_layers": len(quantized_layers(small, 8))} | more
 
 
 def _counted(model: nn.Module) -> dict[str, float]:

@@ -139,8 +139,10 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 # Runtimes whose fused attention bounds the ranks.
 DEPLOYMENTS = ("any", "flash", "tensorrt")
-# What weights and activations are rounded to.
-QUANTIZATIONS = ("int8",)
+# What weights are rounded to → bits of a number; activations are rounded with int8.
+QUANTIZATIONS: Mapping[str, int] = {"int8": 8, "int4": 4}
+WEIGHT_BITS = tuple(QUANTIZATIONS.values())
+FLOAT_BITS = (32, 16)
 # What ``export`` writes, and in which dtypes.
 EXPORT_FORMATS = ("onnx", "openvino", "torch", "aoti", "executorch", "plain", "dense")
 EXPORT_DTYPES = ("float32", "float16", "bfloat16")

@@ -44,3 +44,12 @@ class CostModel:
 
     def of(self, model: nn.Module) -> float:
         return self.milliseconds(Call(deployed(model), "__call__", (), {}))
+
+
+class Int8Cost(CostModel):
+    """The same where weights are float; on int8 they take a third of the time."""
+
+    def milliseconds(self, call: Call) -> float:
+        names = set(call.module.state_dict())
+        self.weigh = lambda name: 1 / 3 if f"{name}_scale" in names else 1.0
+        return super().milliseconds(call)

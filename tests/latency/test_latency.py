@@ -35,28 +35,36 @@ def path(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_timed_is_what_will_run(name, path) -> None:
+def test_what_is_timed_is_what_will_run(name, path, int8) -> None:
     """Every timed block, at drawn ranks, has the types and shapes of the compressed model's."""
     model = make(name)
     hidden = prunable_mlps(model)[:1] if name == "vit" else ()
     sites = find_sites(model, hidden)
-    table = LatencyTable(model, sites, 2, 8, CostModel())
+    table = LatencyTable(model, sites, 2, 8, CostModel(), int8)
+    assert any(block.int8 for block in table.blocks) == int8
     assert sorted(s.name for block in table.blocks for s in block.sites) == \
         sorted(site.name for site in sites)
     for turn in range(3):
         plan = RankPlan({site.name: options[(turn + i) % len(options)]
                          for i, site in enumerate(sites) if (options := site.candidates(8))})
-        whole = deployed(build_skeleton(make(name), plan))
+        whole = build_skeleton(make(name), plan)
+        for parameter in whole.parameters():
+            torch.nn.init.normal_(parameter)
+        whole = deployed(adacomcat.quantize(whole) if int8 else whole)
         calls = blocks.captured_calls(timing.forward_pass(whole, 2), table.blocks)
         for block in table.blocks:
             built = block.built(model, [plan[site.name] for site in block.sites])
             runs = calls[block.place]
-            assert [(type(m), [p.shape for p in m.parameters(False)]) for m in built.modules()] \
-                == [(type(m), [p.shape for p in m.parameters(False)])
-                    for m in runs.module.modules()], block.place
+            assert parts(built) == parts(runs.module), block.place
             with torch.inference_mode():
                 assert runs._replace(module=built)().shape == runs().shape
+
+
+def parts(module: nn.Module) -> list[tuple[type, list[torch.Size]]]:
+    return [(type(m), [t.shape for t in (*m.parameters(False), *m.buffers(False))])
+            for m in module.modules()]
 
 
 def test_only_the_class_token_of_the_last_block_counts_where_the_head_reads_no_other(path) -> None:

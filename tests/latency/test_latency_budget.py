@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from helpers.latency import ARCHITECTURE, TINY, CostModel, make
+from helpers.latency import ARCHITECTURE, TINY, CostModel, Int8Cost, make
 from helpers.plans import choose_plan_for_latency
 from torch import nn
 
@@ -145,7 +145,7 @@ def test_compress_takes_milliseconds_and_only_one_budget(clockless) -> None:
         assert len(pruned) == (0 if images is None else 3)
     for budgets in ({}, {"max_latency_ms": 1.0, "keep_params": 0.5},
                     {"max_latency_ms": 1.0, "plan": RankPlan()}):
-        with pytest.raises(UserError, match="exactly one of keep_params, keep_macs, max_latency"):
+        with pytest.raises(UserError, match="exactly one of keep_params, keep_macs, keep_bytes"):
             adacomcat.compress(model, **budgets)
     for value in (0.0, -1.0, math.nan):
         with pytest.raises(UserError, match="max_latency_ms must be above 0"):
@@ -175,10 +175,23 @@ def test_command_line(clockless, tmp_path, capsys) -> None:
     (["--max-latency-ms", "fast"], "must be a number above 0; got 'fast'"),
     (["--max-latency-ms", "9", "--keep-params", "0.5"], "exclude each other"),
     (["--max-latency-ms", "9", "--latency-batch", "0"], "at least 1"),
-    ([], "needs one of --keep-params, --keep-macs, --max-latency-ms and --plan"),
+    ([], "needs one of --keep-params, --keep-macs, --keep-bytes, --max-latency-ms and --plan"),
 ])
 def test_bad_budgets_are_one_line(flags: Iterable[str], says, clockless, tmp_path, capsys) -> None:
     assert cli.main(command(*flags, "--output", tmp_path / "small")) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "adacomcat: error" in line]
     assert len(lines) == 1 and says in lines[0]
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("share", [0.6, 0.8])
+def test_a_model_that_becomes_int8_lands_within_3_percent_below_the_budget(share) -> None:
+    model, measure = make(), Int8Cost(1.3)
+    budget = share * measure.of(adacomcat.quantize(model))
+    sites = find_sites(model)
+    allocator = LatencyAllocator(model, factorize_model(model), sites, max_latency_ms=budget,
+                                 multiple=1, measure=measure, int8=True)
+    plan = allocator.plan(relative_sensitivities(sites, factorize_model(model)))
+    made = measure.of(adacomcat.quantize(build_skeleton(make(), plan)))
+    assert 0.97 * budget <= made <= budget
+    assert measure.of(build_skeleton(make(), plan)) > 1.1 * budget

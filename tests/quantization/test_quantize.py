@@ -12,11 +12,11 @@ from torch import nn
 
 import adacomcat
 from adacomcat import UserError, cost
-from adacomcat.convert.quantized import int8_layers, is_quantized
+from adacomcat.convert.quantized import is_quantized, quantized_layers
 from adacomcat.convert.record import ranks_as_they_are
 from adacomcat.layers.fused import FusedAttention, FusedDenseMlp, FusedMlp
-from adacomcat.layers.int8 import Int8Linear
 from adacomcat.layers.packed import PackedModule, unpacked
+from adacomcat.layers.quantized import Int8Linear
 from adacomcat.utils.model import tokens_and_outputs
 
 MODELS = {"dense": dense_model, "low-rank": compressed}
@@ -42,9 +42,10 @@ def test_outputs_are_near(make, architecture):
     assert relative_error(outputs(made, x), outputs(model, x)) < 0.1
     assert not any(p.requires_grad for p in made.parameters()) and not made.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert len(int8_layers(made)) > 4 and is_quantized(made) and not is_quantized(model)
-    assert all(made.get_submodule(name).weight.dtype == torch.int8 for name in int8_layers(made))
-    assert not [name for name in int8_layers(made) if "head" in name or "cpb" in name]
+    assert len(quantized_layers(made)) > 4 and is_quantized(made) and not is_quantized(model)
+    names = quantized_layers(made)
+    assert all(made.get_submodule(name).weight.dtype == torch.int8 for name in names)
+    assert not [name for name in names if "head" in name or "cpb" in name]
 
 
 def test_a_weight_that_an_attention_reads_for_itself_stays_float():
@@ -81,8 +82,8 @@ def test_values_lose_their_bias_and_parameters_are_counted():
     assert qkv.bias[-64:].abs().max() == 0 and qkv.bias[:64].abs().max() > 0
     assert cost.model_params(made) == cost.model_params(model)
     assert cost.model_macs(made) == cost.model_macs(model)
-    scales = sum(made.get_submodule(name).weight_scale.numel() for name in int8_layers(made))
-    weights = sum(made.get_submodule(name).weight.numel() for name in int8_layers(made))
+    scales = sum(made.get_submodule(name).weight_scale.numel() for name in quantized_layers(made))
+    weights = sum(made.get_submodule(name).weight.numel() for name in quantized_layers(made))
     assert cost.model_bytes(made) == 4 * (cost.model_params(model) + scales) - 3 * weights
 
 
@@ -215,7 +216,7 @@ def test_quantising_comes_last(use, make):
 
 def test_what_cannot_be_quantised():
     with pytest.raises(UserError, match="int8"):
-        adacomcat.quantize(dense_model(), dtype="int4")
+        adacomcat.quantize(dense_model(), dtype="int2")
     with pytest.raises(UserError, match="optimize"):
         adacomcat.quantize(adacomcat.optimize(dense_model()))
     with pytest.raises(UserError, match="nothing to quantise"):
@@ -237,7 +238,7 @@ def test_a_model_of_transformers_with_named_inputs():
     seen, other = torch.randn(8, 3, 28, 28), torch.randn(4, 3, 28, 28)
     exact = dense(other).last_hidden_state
     made = adacomcat.quantize(dense, [{"pixel_values": seen}])
-    assert len(int8_layers(made)) == 12
+    assert len(quantized_layers(made)) == 12
     assert 0 < relative_error(made(other).last_hidden_state, exact) < 0.02
     fused = adacomcat.optimize(made)
     assert 0 < relative_error(fused(other).last_hidden_state, exact) < 0.02

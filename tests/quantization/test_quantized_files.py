@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import adacomcat
 from adacomcat import UserError
-from adacomcat.convert.quantized import int8_layers
+from adacomcat.convert.quantized import quantized_layers
 
 MODELS = {"dense": dense_model, "low-rank": compressed}
 
@@ -40,7 +40,7 @@ def test_a_folder_gives_the_model_back(saved):
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     x = images(model)
     for other in (found, theirs):
-        assert int8_layers(other) == int8_layers(model)
+        assert quantized_layers(other) == quantized_layers(model)
         assert not any(p.requires_grad for p in other.parameters())
         torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
 
@@ -49,7 +49,7 @@ def test_the_file_is_as_large_as_its_numbers(saved):
     model, folder = saved
     weights = load_file(folder / "model.safetensors")
     int8 = {name for name, tensor in weights.items() if tensor.dtype == torch.int8}
-    assert {name.removesuffix(".weight") for name in int8} == set(int8_layers(model))
+    assert {name.removesuffix(".weight") for name in int8} == set(quantized_layers(model))
     assert all(f"{name}_scale" in weights for name in int8)
     size = (folder / "model.safetensors").stat().st_size
     assert abs(size - adacomcat.cost.model_bytes(model)) < 0.2 * size  # names are in it too

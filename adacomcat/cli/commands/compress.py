@@ -15,7 +15,6 @@ from adacomcat.elastic import save_elastic
 from adacomcat.errors import UserError
 from adacomcat.latency.timing import model_latencies
 from adacomcat.plan import RankPlan
-from adacomcat.quantization import quantize
 from adacomcat.report.files import record as record_file
 from adacomcat.report.page import write_page
 from adacomcat.report.provenance import run_content
@@ -24,17 +23,16 @@ from adacomcat.report.tables import Comparison, print_comparison, print_refineme
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    if args.quantize and args.gauge:
-        raise UserError("--gauge is for factors in float: leave it out, or --quantize")
+    if args.gauge and (args.quantize or args.keep_bytes):
+        raise UserError("--gauge is for factors in float: leave it out, or --quantize and "
+                        "--keep-bytes")
     checkpoint.require_empty(args.output)
     if args.elastic:
         return _elastic(args)
     model = inputs.model(args).to(inputs.device(args))
     seen, pictures = _seen(args, model)
     small = inputs.compressed(args, model, seen, refine=args.refine, refine_images=pictures,
-                              refit=args.refit)
-    if args.quantize:
-        small = _quantized(args, small, seen)
+                              refit=args.refit, quantize=args.quantize)
     record = compression_of(small)
     plan = record.plan or RankPlan()
     comparison = Comparison({
@@ -73,7 +71,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
 def _elastic(args: argparse.Namespace) -> Outcome:
     """--elastic: a folder of every size."""
-    unfit = [flag(name) for name in (*EXCLUSIVE, "refine", "gauge", "quantize")
+    unfit = [flag(name) for name in (*EXCLUSIVE, "bits", "refine", "gauge", "quantize")
              if getattr(args, name, None)]
     if unfit:
         raise UserError(f"--elastic names sizes: leave out {' and '.join(unfit)}")
@@ -106,13 +104,6 @@ def _seen(args: argparse.Namespace, model: nn.Module) -> tuple[Tensor | Calibrat
         raise UserError("--calibration stands for the images: leave out --calibration-dir and "
                         "--data, or --calibration")
     return Calibration.load(args.calibration), None
-
-
-def _quantized(args: argparse.Namespace, small: nn.Module,
-               seen: Tensor | Calibration | None) -> nn.Module:
-    """``small`` on int8; a calibration without images corrects nothing."""
-    images = seen.images_for(small) if isinstance(seen, Calibration) else seen
-    return quantize(small, images, args.quantize)
 
 
 def _image_count(seen: Tensor | Calibration | None) -> int:

@@ -228,7 +228,7 @@ def has_budget(args: argparse.Namespace) -> bool:
 
 def compressed(args: argparse.Namespace, model: nn.Module,
                images: Tensor | Calibration | None, **settings: Any) -> nn.Module:
-    """A compressed copy of ``model`` at --keep-params, --keep-macs, --max-latency-ms or --plan.
+    """A compressed copy of ``model`` at a budget or --plan.
 
     Args:
         images: what calibrates; None: weights alone decide.
@@ -239,9 +239,10 @@ def compressed(args: argparse.Namespace, model: nn.Module,
     """
     if not has_budget(args):
         raise UserError(f"{args.command} needs one of --keep-params, --keep-macs, "
-                        "--max-latency-ms and --plan")
+                        "--keep-bytes, --max-latency-ms and --plan")
     plan = None if args.plan is None else RankPlan.load(args.plan)
     return compress(model, keep_params=args.keep_params, keep_macs=args.keep_macs,
+                    keep_bytes=args.keep_bytes, bits=args.bits,
                     max_latency_ms=args.max_latency_ms, plan=plan, calibration=images,
                     include=args.include, exclude=args.exclude, deploy=args.deploy,
                     multiple=args.rank_multiple, latency_batch=args.latency_batch, **settings)

@@ -10,11 +10,12 @@ from adacomcat.allocation.deployment import WIDTHS, fuses
 from adacomcat.cli.commands import Outcome, inputs
 from adacomcat.convert.calibrate import calibrate, calibration_batches
 from adacomcat.convert.factors import error_curves, require_finite_model
-from adacomcat.convert.quantized import int8_layers
+from adacomcat.convert.quantized import quantized_layers
 from adacomcat.errors import UserError
 from adacomcat.evaluation.sensitivity import sensitivity
 from adacomcat.layers.attention import LowRankAttention
 from adacomcat.layers.linear import LowRankLinear
+from adacomcat.layers.quantized import QUANTIZED
 from adacomcat.layers.registry import attention_parts, attention_tier
 from adacomcat.layers.stock import LinearPair, PlainAttention
 from adacomcat.report.page import add_to_page
@@ -36,7 +37,9 @@ def run(args: argparse.Namespace) -> Outcome:
     data = {
         "model": args.model, "params": cost.model_params(model), "macs": cost.model_macs(model),
         "bytes": cost.model_bytes(model), "low_rank_modules": _low_rank(model),
-        "int8_layers": len(int8_layers(model)), "sites": rows, "attentions": _attentions(model),
+        **{f"int{bits}_layers": len(quantized_layers(model, bits)) for bits in QUANTIZED},
+        "sites": rows,
+        "attentions": _attentions(model),
     }
     if args.sensitivity:
         assert images is not None  # _require_images
@@ -124,8 +127,9 @@ def _show(data: dict[str, Any]) -> None:
                       *("yes" if row[runtime] else "no" for runtime in WIDTHS)]
                      for row in data["attentions"]])
         print(f"{data['low_rank_modules']} modules are low-rank already")
-    if data["int8_layers"]:
-        print(f"{data['int8_layers']} layers are on int8: {data['bytes']:,} bytes of weights")
+    for bits in QUANTIZED:
+        if count := data[f"int{bits}_layers"]:
+            print(f"{count} layers are on int{bits}: {data['bytes']:,} bytes of weights in all")
     if not data["sites"] and not data["low_rank_modules"]:
         print("no site: nothing in this model can be made low-rank")
 
