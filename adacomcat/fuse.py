@@ -16,6 +16,7 @@ from adacomcat.layers.fused import (
     FusedMlp,
     FusedPatches,
     Sublayer,
+    fuses_dense,
     is_layer_norm,
     is_trivial,
 )
@@ -29,7 +30,6 @@ from adacomcat.layers.registry import (
     MlpParts,
     Residual,
     attention_family,
-    attention_parts,
     attention_tier,
     block_parts,
     encoder_parts,
@@ -161,17 +161,10 @@ def _takes_masks_alone(low_rank: type[nn.Module]) -> bool:
 
 
 def _fuses_dense(attn: nn.Module) -> bool:
-    """Whether the op computes this dense attention, faster than PyTorch does.
-
-    Elsewhere than on a CPU a dense attention gains more from one library product for q, k and v.
-    """
+    """Whether this is a dense attention of tier A that takes masks alone, and the op is faster."""
     family = attention_family(attn)
-    if family is None or not _takes_masks_alone(family.low_rank.get("A", nn.Module)):
-        return False
-    if attention_tier(attn) != "A":
-        return False
-    parts = attention_parts(attn)
-    return parts.plain and parts.q.weight.is_cpu
+    return (family is not None and _takes_masks_alone(family.low_rank.get("A", nn.Module))
+            and attention_tier(attn) == "A" and fuses_dense(attn))
 
 
 def fused_mlp(block: BlockParts) -> nn.Module:
@@ -180,6 +173,8 @@ def fused_mlp(block: BlockParts) -> nn.Module:
     mlp = part.inner
     if not is_layer_norm(part.norm):
         return Sublayer(part)
+    if part.fuse and not altered_inside(mlp):
+        return part.fuse(part)
     if type(mlp) is LowRankMlp:
         whole = (_is_whole(mlp, LowRankMlp) and type(mlp.fc1) is type(mlp.fc2) is LowRankLinear
                  and activation_name(mlp.act) is not None)
@@ -218,4 +213,4 @@ def _ends_fused(blocks: nn.Sequential | nn.ModuleList) -> bool:
 
 
 # Names that left this module; their old place works for one more release.
-__getattr__ = forward(__name__, ("layers.fused",))
+__getattr__ = forward(__name__, ("layers.fused", "layers.folding"))
