@@ -138,7 +138,9 @@ class FusedBiasedAttention(FusedAttention):
 
     def __init__(self, part: Residual) -> None:
         super().__init__(part)
-        self.register_buffer("bias", position_bias(part.inner), persistent=False)
+        bias = position_bias(part.inner)  # kernels read adjacent columns faster
+        self.register_buffer("bias", None if bias is None else bias.detach().contiguous(),
+                             persistent=False)
 
     def set_window_size(self, *args: object, **kwargs: object) -> None:
         """

@@ -102,7 +102,7 @@ class FusedRotaryAttention(PackedModule):
 
     Args:
         part: The attention's half of a block; its norm satisfies ``is_layer_norm``.
-        half: Which elements turn together, as in ``ops.rotary_attention``.
+        half: Which elements turn together, as in ``inference.rotary_attention``.
     """
 
     op = "rotary_attention"
@@ -126,7 +126,7 @@ class FusedRotaryAttention(PackedModule):
 
     def attend(self, x: Tensor, sin: Tensor | None, cos: Tensor | None,
                mask: Tensor | None) -> Tensor:
-        """x + ls · attention(norm(x)); sin and cos as in ``ops.rotary_attention``."""
+        """x + ls · attention(norm(x)); sin and cos as in ``inference.rotary_attention``."""
         return self.fused(x, self.num_heads, self.scale, sin, cos, self.half, mask)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adacomcat import ops
 from adacomcat.layers.stock import refuse_scripting
-from adacomcat.ops import backends, int8, packing
+from adacomcat.ops import backends, inference, int8, packing
 
 
 class PackedModule(nn.Module):
@@ -114,8 +114,9 @@ class PackedModule(nn.Module):
         if self.is_int8:
             operands = [self._on_grid(name, plain[name]) for name in self.operands]
             return int8.sublayer(self.op, x, *operands, *options, epsilon=self.epsilon, residual=x)
-        return getattr(ops, self.op)(x, *(plain[name] for name in self.operands), *options,
-                                     epsilon=self.epsilon, residual=x)
+        op = getattr(ops, self.op, None) or getattr(inference, self.op)
+        return op(x, *(plain[name] for name in self.operands), *options, epsilon=self.epsilon,
+                  residual=x)
 
     def _on_grid(self, name: str, operand: Tensor | None) -> Any:
         """A weight as whole numbers and scales, rows by output channel; a bias as it is."""

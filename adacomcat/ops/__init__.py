@@ -9,9 +9,8 @@ from adacomcat.ops.functions import (
     low_rank_linear,
     low_rank_mlp,
 )
-from adacomcat.ops.inference import gated_mlp, rotary_attention
 
-__all__ = ["backends", "decompositions", "dense_mlp", "gated_low_rank_linear", "gated_mlp",
-           "inference", "low_rank_attention", "low_rank_linear", "low_rank_mlp", "rotary_attention"]
+__all__ = ["backends", "decompositions", "dense_mlp", "gated_low_rank_linear", "inference",
+           "low_rank_attention", "low_rank_linear", "low_rank_mlp"]
 
 __getattr__ = forward(__name__, ("ops.registry",))

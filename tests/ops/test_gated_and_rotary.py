@@ -83,8 +83,8 @@ def by_complex_numbers(drawn: dict[str, Any], half: bool, mask: Tensor | None = 
 
 
 def fused(drawn: dict[str, Any], half: bool, **others: Any) -> Tensor:
-    return ops.rotary_attention(**arguments_of(drawn, half), **others, epsilon=EPSILON,
-                                residual=drawn["x"])
+    return inference.rotary_attention(**arguments_of(drawn, half), **others, epsilon=EPSILON,
+                                      residual=drawn["x"])
 
 
 @each_dtype
@@ -100,8 +100,8 @@ def test_rotary_attention(sizes: tuple, half: bool, dtype: torch.dtype, instruct
     assert_close_to_float64(actual, exact, plain)
     again = {name: strided(t) if isinstance(t, Tensor) else t
              for name, t in arguments_of(drawn, half).items()}
-    torch.testing.assert_close(ops.rotary_attention(**again, epsilon=EPSILON,
-                                                    residual=drawn["x"]), actual)
+    repeated = inference.rotary_attention(**again, epsilon=EPSILON, residual=drawn["x"])
+    torch.testing.assert_close(repeated, actual)
 
 
 @pytest.mark.parametrize("angles", ["heads", "all"])
@@ -118,10 +118,10 @@ def test_angles_in_float32_turn_bfloat16() -> None:
     given = arguments_of(drawn, True, torch.float32)
     options = {"epsilon": EPSILON, "residual": drawn["x"]}
     with backends.use_backend("reference"):
-        plain = ops.rotary_attention(**given, **options)
-    assert_close_to_float64(ops.rotary_attention(**given, **options), exact, plain)
+        plain = inference.rotary_attention(**given, **options)
+    assert_close_to_float64(inference.rotary_attention(**given, **options), exact, plain)
     given["sin"], given["cos"] = given["sin"].double(), given["cos"].double()
-    assert_close_to_float64(ops.rotary_attention(**given, **options), exact, plain)
+    assert_close_to_float64(inference.rotary_attention(**given, **options), exact, plain)
 
 
 def test_without_angles_nothing_turns() -> None:
@@ -129,7 +129,7 @@ def test_without_angles_nothing_turns() -> None:
     given = arguments_of(drawn, True) | {"sin": None, "cos": None, "bk": None}
     weights = [given[name] for name in ("x", "wq", "bq", "wk", "wv", "wo", "bo")]
     expected = ops.low_rank_attention(*weights, given["num_heads"], given["scale"])
-    torch.testing.assert_close(ops.rotary_attention(**given), expected)
+    torch.testing.assert_close(inference.rotary_attention(**given), expected)
 
 
 def draw_gated(sizes: tuple, dtype: torch.dtype, bias: bool = True) -> dict[str, Any]:
@@ -166,11 +166,11 @@ def test_gated_mlp(sizes: tuple, activation: str | None, bias: bool, dtype: torc
     exact = plain_gated(doubled, activation, residual.double())
     options: dict[str, Any] = {"activation": activation, "epsilon": EPSILON}
     with backends.use_backend("reference"):
-        plain = ops.gated_mlp(**drawn, **options, residual=residual)
-    actual = ops.gated_mlp(**drawn, **options, residual=residual)
+        plain = inference.gated_mlp(**drawn, **options, residual=residual)
+    actual = inference.gated_mlp(**drawn, **options, residual=residual)
     assert_close_to_float64(actual, exact, plain)
     again = {name: None if t is None else strided(t) for name, t in drawn.items()}
-    torch.testing.assert_close(ops.gated_mlp(**again, **options, residual=residual), actual)
+    torch.testing.assert_close(inference.gated_mlp(**again, **options, residual=residual), actual)
 
 
 def test_gradients_come_from_the_formulas() -> None:
@@ -178,12 +178,12 @@ def test_gradients_come_from_the_formulas() -> None:
     given = arguments_of(drawn, False)
     names = [name for name, t in given.items() if isinstance(t, Tensor)]
     assert torch.autograd.gradcheck(
-        lambda *t: ops.rotary_attention(**{**given, **dict(zip(names, t, strict=True))},
-                                        epsilon=EPSILON, residual=t[0]),
+        lambda *t: inference.rotary_attention(**{**given, **dict(zip(names, t, strict=True))},
+                                              epsilon=EPSILON, residual=t[0]),
         [given[name].requires_grad_() for name in names])
     gated = {name: t if t is None else t.requires_grad_()
              for name, t in draw_gated(((3,), 5, 4, 3, 2, None), torch.float32).items()}
-    ops.gated_mlp(**gated, activation="silu").sum().backward()
+    inference.gated_mlp(**gated, activation="silu").sum().backward()
     assert all(t is None or t.grad is not None for t in gated.values())
 
 
