@@ -114,7 +114,7 @@ class FusedRotaryAttention(PackedModule):
         attn, like = part.inner, first_float(part.inner)
         affine = norm_of(part.norm, like)
         p, self.num_heads, self.scale = rotary_projections_of(attn)
-        self.half, self.epsilon = half, affine.epsilon
+        self.turns_halves, self.epsilon = half, affine.epsilon
         gamma = gamma_of(part, p.wo)
         for letter, projection in (("q", p.q), ("k", p.k)):
             folded = projection.behind(affine)
@@ -127,7 +127,8 @@ class FusedRotaryAttention(PackedModule):
     def attend(self, x: Tensor, sin: Tensor | None, cos: Tensor | None,
                mask: Tensor | None) -> Tensor:
         """x + ls · attention(norm(x)); sin and cos as in ``inference.rotary_attention``."""
-        return self.fused(x, self.num_heads, self.scale, sin, cos, self.half, mask)
+        return self.fused(x, self.num_heads, self.scale, sin, cos, self.turns_halves,
+                          mask)
 
 
 def fuses_dense(attn: nn.Module) -> bool:

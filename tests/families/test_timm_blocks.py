@@ -116,6 +116,9 @@ def test_optimized_rotary_models_are_copied_and_moved() -> None:
     again = adacomcat.optimize(low_rank(model_of("eva02")[0]))
     again.load_state_dict(optimized.state_dict())
     assert torch.equal(again(x), expected)
+    halved = copy.deepcopy(optimized)
+    halved.blocks[0].attn.half()
+    assert halved.blocks[0].attn.wq.dtype == torch.float16
     assert relative_error(optimized.double()(x.double()), expected) < 1e-5
 
 
