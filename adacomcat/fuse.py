@@ -174,12 +174,14 @@ _MLPS: Mapping[type, Callable[[Residual, MlpParts], nn.Module]] = {
 def fused_mlp(block: BlockParts) -> nn.Module:
     """x + scale(mlp(norm(x))), as one op where there is one."""
     part = block.mlp
+    if not is_layer_norm(part.norm) or altered_inside(part.inner):
+        return Sublayer(part)
+    if part.fuse:
+        return part.fuse(part)
     mlp = part.inner.parts if type(part.inner) is LowRankMlp else mlp_parts(part.inner)
     if mlp is None or type(mlp.fc1) is not type(mlp.fc2) or not mlp.plain:
         return Sublayer(part)
-    fits = (is_layer_norm(part.norm) and not altered_inside(part.inner)
-            and activation_name(mlp.act) is not None
-            and _takes_numbers(part.norm, mlp.fc1, mlp.fc2))
+    fits = activation_name(mlp.act) is not None and _takes_numbers(part.norm, mlp.fc1, mlp.fc2)
     return _MLPS.get(type(mlp.fc1), _unfused)(part, mlp) if fits else Sublayer(part)
 
 
@@ -199,4 +201,4 @@ def _ends_fused(blocks: nn.Sequential | nn.ModuleList) -> bool:
 
 
 # Names that left this module; their old place works for one more release.
-__getattr__ = forward(__name__, ("layers.fused",))
+__getattr__ = forward(__name__, ("layers.fused", "layers.folding"))

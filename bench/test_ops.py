@@ -105,6 +105,38 @@ def class_attention() -> Problem:
                     weight(384, 192), torch.randn(384)], (6, 64**-0.5, 1e-6), trains=False)
 
 
+def rotary() -> Problem:
+    angle = torch.randn(196, 32).repeat(1, 2)
+
+    def rotary_attention(x, wq, bq, wk, bk, wv, wo, bo, sin, cos, heads, scale) -> Tensor:
+        return inference.rotary_attention(x, None, wq, bq, None, wk, bk, wv, wo, bo, heads, scale,
+                                          sin, cos, True)
+
+    def plain(x, wq, bq, wk, bk, wv, wo, bo, sin, cos, heads, scale) -> Tensor:
+        q, k, v = (F.linear(x, w, b).unflatten(-1, (heads, -1)).transpose(1, 2)
+                   for w, b in ((wq, bq), (wk, bk), (wv, None)))
+        q, k = (reference.rotate(t, sin, cos, True) for t in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        return F.linear(y.transpose(1, 2).flatten(2), wo, bo)
+
+    return Problem(rotary_attention, plain,
+                   [weight(384, 384), torch.randn(384), weight(384, 384), torch.randn(384),
+                    weight(192, 384), weight(384, 192), torch.randn(384), angle.sin(),
+                    angle.cos()], (6, 64**-0.5), trains=False)
+
+
+def gated() -> Problem:
+    def gated_mlp(x, wg, bg, w1, b1, w2, b2) -> Tensor:
+        return inference.gated_mlp(x, None, wg, bg, w1, b1, None, w2, b2, "silu")
+
+    def plain(x, wg, bg, w1, b1, w2, b2) -> Tensor:
+        return F.linear(F.silu(F.linear(x, wg, bg)) * F.linear(x, w1, b1), w2, b2)
+
+    return Problem(gated_mlp, plain,
+                   [weight(512, 384), torch.randn(512), weight(512, 384), torch.randn(512),
+                    weight(384, 512), torch.randn(384)], (), trains=False)
+
+
 def head() -> Problem:
     return Problem(inference.linear, F.linear, [weight(1000, 384), torch.randn(1000)], (),
                    (384,), trains=False)
@@ -130,6 +162,8 @@ OPS: dict[str, Callable[[], Problem]] = {
     "dense_mlp_half": lambda: dense_mlp(768),
     "low_rank_attention": lambda: attention(32, 32),
     "low_rank_attention_unequal": lambda: attention(24, 40),
+    "rotary_attention": rotary,
+    "gated_mlp": gated,
     "class_attention": class_attention,
     "linear": head,
     "patch_embedding": patches,

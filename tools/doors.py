@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 import adacomcat
 from adacomcat.convert import build_skeleton
-from adacomcat.layers.fused import FusedAttention, FusedDenseMlp, FusedMlp
+from adacomcat.layers.fused import (
+    FusedAttention,
+    FusedDenseMlp,
+    FusedGatedMlp,
+    FusedMlp,
+    FusedRotaryAttention,
+)
 from adacomcat.utils.inputs import Batch, Inputs
 from adacomcat.utils.model import tokens_and_outputs
 
@@ -176,7 +182,8 @@ def tried(name: str) -> Outcome:
          for site in plan},
         error(whole), {way: _size(model) / _size(dense) for way, model in made.items()},
         {way: error(model) for way, model in made.items()},
-        [part for part, kinds in (("attention", FusedAttention), ("MLP", FusedMlp | FusedDenseMlp))
+        [part for part, kinds in (("attention", FusedAttention | FusedRotaryAttention),
+                                  ("MLP", FusedMlp | FusedDenseMlp | FusedGatedMlp))
          if any(isinstance(module, kinds) for module in fused.modules())],
         _difference(tokens_and_outputs(fused, inputs),
                     tokens_and_outputs(made["calibrated"], inputs)),

@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from adacomcat.errors import UserError
-from adacomcat.families import timm_blocks  # noqa: F401  registers them
+from adacomcat.families import timm_blocks
 from adacomcat.families.timm_plain import (
     BeitWindow,
     CosineWindow,
@@ -34,7 +34,7 @@ from adacomcat.families.timm_plain import (
     SwinWindow,
     continuous_bias,
     cosine_queries,
-    gathered,
+    position_bias,
     rotated,
     window_mask,
 )
@@ -83,11 +83,6 @@ class _PositionBias(LowRankAttention):
                                  persistent=False)
         vars(self).update({name: getattr(attn, name, None) for name in self.AREA})
 
-    def position_bias(self) -> Tensor | None:
-        """(1, H, N, N)"""
-        table = self.relative_position_bias_table
-        return None if table is None else gathered(table, self.relative_position_index)
-
 
 class LowRankWindowAttention(SwinWindow, _PositionBias):
     """Swin: attention in windows, each with the same bias."""
@@ -95,7 +90,7 @@ class LowRankWindowAttention(SwinWindow, _PositionBias):
     plain = PlainWindowAttention
 
     def score_context(self, x: Tensor, mask: Tensor | None = None) -> Context:
-        return window_mask(x, cast(Tensor, self.position_bias()), mask), None
+        return window_mask(x, cast(Tensor, position_bias(self)), mask), None
 
 
 class LowRankBeitAttention(BeitWindow, _PositionBias):
@@ -105,7 +100,7 @@ class LowRankBeitAttention(BeitWindow, _PositionBias):
 
     def score_context(self, x: Tensor,
                       shared_rel_pos_bias: Tensor | None = None) -> Context:
-        bias = self.position_bias()
+        bias = position_bias(self)
         if shared_rel_pos_bias is not None:
             bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
         return bias, None
@@ -272,7 +267,8 @@ def _block_parts(block: Any) -> BlockParts | None:
         return None
     return BlockParts(
         Residual("attn", block.norm1, block.attn, block.ls1, _gamma(block.ls1)),
-        Residual("mlp", block.norm2, block.mlp, block.ls2, _gamma(block.ls2)))
+        Residual("mlp", block.norm2, block.mlp, block.ls2, _gamma(block.ls2),
+                 fuse=timm_blocks.fuse_gated(block.mlp)))
 
 
 def _gamma(scale: nn.Module) -> Tensor | None:

@@ -4,7 +4,7 @@ The forward methods have the arguments of timm's attentions.
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,12 @@ def gathered(table: Tensor, index: Tensor) -> Tensor:
     """(positions, H) by (area, area) → (1, H, area, area)."""
     area, other = index.shape[0], index.shape[1]
     return table[index.view(-1)].view(area, other, -1).permute(2, 0, 1).unsqueeze(0)
+
+
+def position_bias(attn: Any) -> Tensor | None:
+    """(1, H, N, N) of a dense attention with relative positions, or of a drop-in for it."""
+    table = attn.relative_position_bias_table
+    return None if table is None else gathered(table, attn.relative_position_index)
 
 
 def window_mask(x: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:

@@ -36,24 +36,21 @@ from transformers.models.vit import modeling_vit as vit
 from adacomcat.entrypoint.transformers import keep_plan
 from adacomcat.errors import UserError
 from adacomcat.families.timm_plain import window_mask
-from adacomcat.layers.attention import (
-    Context,
-    LowRankAttention,
-    ValueFoldedAttention,
-    masked_context,
+from adacomcat.families.transformers_blocks import (
+    FusedLayer,
+    block_parts_of,
+    keep_recorders,
+    mask_of,
 )
-from adacomcat.layers.fused import FusedAttention
+from adacomcat.layers.attention import Context, LowRankAttention, ValueFoldedAttention
 from adacomcat.layers.mlp import add_activation
-from adacomcat.layers.named_block import NamedBlock
-from adacomcat.layers.plain import altered, is_plain
+from adacomcat.layers.plain import is_plain
 from adacomcat.layers.registry import (
     AttentionFamily,
     AttentionParts,
-    BlockParts,
     EncoderParts,
     MlpParts,
     Projection,
-    Residual,
     Tier,
     add_attention,
     add_block,
@@ -70,21 +67,6 @@ from adacomcat.utils.model import input_size
 Result = tuple[Tensor, Tensor | None]
 
 
-def _mask(x: Tensor, mask: Any, is_causal: bool) -> Tensor | None:
-    """What the models hand to their attentions, whichever implementation it was made for.
-
-    None or (B, 1, N, N), boolean or added; a kernel that takes no mask gets (B, N), 1 for a token
-    that is seen. Without a mask, a causal attention sees the tokens before each one.
-    """
-    if mask is not None and not isinstance(mask, Tensor):
-        raise UserError(f"a low-rank attention takes no {type(mask).__name__}; load the model with "
-                        "attn_implementation='sdpa' or 'eager'")
-    if mask is not None and mask.ndim == 2:
-        mask = mask.bool()[:, None, None]
-    found, _ = masked_context(x, mask, is_causal and mask is None)
-    return found
-
-
 class _Arguments:
     """The arguments and results of an attention of transformers."""
 
@@ -95,7 +77,7 @@ class _Arguments:
     def adopt(self, attn: Any) -> None:
         cast(Any, super()).adopt(attn)
         self.config, self.is_causal = attn.config, attn.is_causal
-        _keep_recorders(cast(nn.Module, self), attn)
+        keep_recorders(cast(nn.Module, self), attn)
 
     def attended(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any
                  ) -> tuple[Tensor, Context]:
@@ -104,7 +86,7 @@ class _Arguments:
     def score_context(self, x: Tensor, attention_mask: Any = None, is_causal: bool | None = None,
                       **kwargs: Any) -> Context:
         causal = self.is_causal if is_causal is None else is_causal
-        return _mask(x, attention_mask, causal), None
+        return mask_of(x, attention_mask, causal), None
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Result:
         """The second result are the weights, where the caller asks for 'attentions'."""
@@ -125,7 +107,7 @@ class _PlainArguments(PlainAttention):
         return self.heads(self.q(x)), self.heads(self.k(x))
 
     def added(self, x: Tensor, attention_mask: Any, is_causal: bool | None) -> Tensor | None:
-        return _mask(x, attention_mask, self.is_causal if is_causal is None else is_causal)
+        return mask_of(x, attention_mask, self.is_causal if is_causal is None else is_causal)
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None,
                 is_causal: bool | None = None, **kwargs: Any) -> Result:
@@ -190,36 +172,6 @@ class LowRankRotary(_Arguments, ValueFoldedAttention):
         return mask, position_embeddings
 
 
-class FusedLayer(NamedBlock):
-    """A pre-norm layer in eval mode, with the arguments of those of transformers."""
-
-    def __init__(self, attn: nn.Module, mlp: nn.Module, attention: str, layer: nn.Module) -> None:
-        super().__init__(attn, mlp, attention)
-        _keep_recorders(self, layer)
-
-    def forward(self, hidden_states: Tensor, attention_mask: Any = None,
-                is_causal: bool | None = None, **kwargs: Any) -> Tensor:
-        attn = self.attn
-        if not isinstance(attn, FusedAttention):
-            kwargs |= {} if is_causal is None else {"is_causal": is_causal}
-            return self.mlp(attn(hidden_states, attention_mask=attention_mask, **kwargs))
-        if kwargs.get("output_attentions"):
-            raise UserError("the fused kernels of an optimized model write no attention weights; "
-                            "ask the model that adacomcat.optimize was given")
-        mask = _mask(hidden_states, attention_mask, bool(is_causal))
-        return self.mlp(attn(hidden_states, attn_mask=mask))
-
-
-def _keep_recorders(made: nn.Module, dense: nn.Module) -> None:
-    """Hooks by which transformers records outputs; it attaches them once to a model."""
-    made._forward_hooks.update(dense._forward_hooks)
-
-
-def _first(inner: Any, x: Tensor, **kwargs: Any) -> Tensor:
-    """How layers call their attention."""
-    return inner(x, **kwargs)[0]
-
-
 class _Entered(Exception):
     """Ends a forward pass where the first layer begins."""
 
@@ -281,26 +233,6 @@ def _projection_mlp_parts(mlp: Any) -> MlpParts:
                     ("up_proj", "down_proj"))
 
 
-def _block_parts(layer: Any, names: tuple[str, str, str], fused: type[FusedLayer]
-                 ) -> BlockParts | None:
-    """``names``: of the attention and of the two norms."""
-    attention, *norms = names
-    scales = [getattr(layer, f"layer_scale{half}", nn.Identity()) for half in (1, 2)]
-    if any(map(altered, scales)):
-        return None
-    gammas = [getattr(scale, "lambda1", None) for scale in scales]
-    halves = [Residual(name, getattr(layer, norm), getattr(layer, name), scale,
-                       None if gamma is None else gamma.detach(), run)
-              for name, norm, scale, gamma, run in zip(
-                  (attention, "mlp"), norms, scales, gammas, (_first, _mlp), strict=True)]
-    return BlockParts(halves[0], halves[1],
-                      partial(fused, attention=attention, layer=layer))
-
-
-def _mlp(inner: Any, x: Tensor, **kwargs: Any) -> Tensor:
-    return inner(x)
-
-
 def _drop_in(form: type[nn.Module], dense: type[nn.Module]) -> Any:
     """A class of this module, so that pickle finds it, which derives from both."""
     name = f"{form.__name__}Of{dense.__name__}"
@@ -339,7 +271,7 @@ def _add(attention: type[nn.Module], layer: type[nn.Module], names: tuple[str, s
     add_attention(attention, AttentionFamily(
         _attention_parts, {tier: _drop_in(form, attention)}, _always(tier)))
     fused = _drop_in(FusedLayer, layer)
-    add_block(layer, partial(_block_parts, names=names, fused=fused))
+    add_block(layer, partial(block_parts_of, names=names, fused=fused))
 
 
 _BEFORE = ("attention", "layernorm_before", "layernorm_after")

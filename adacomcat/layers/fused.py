@@ -5,7 +5,7 @@ folded into the projections, exactly, and the op adds the residual last. ``fuse.
 latency tables make these modules.
 """
 
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from timm.layers import LayerNorm
@@ -14,8 +14,23 @@ from torch.fx import Proxy
 
 from adacomcat.errors import UserError
 from adacomcat.factorize.gauge import MlpFactors, identity_gauge
-from adacomcat.layers.attention import LowRankAttention
-from adacomcat.layers.linear import LowRankLinear
+from adacomcat.layers.attention import ValueFoldedAttention
+from adacomcat.layers.folding import (
+    AffineMap,
+    attention_scales,
+    behind_one_factor,
+    bias_of,
+    factors_of,
+    first_float,
+    gamma_of,
+    is_affine,
+    join_,
+    norm_of,
+    projections_of,
+    rotary_projections_of,
+    set_weights_,
+    times,
+)
 from adacomcat.layers.mlp import activation_name
 from adacomcat.layers.packed import PackedModule
 from adacomcat.layers.plain import is_plain, is_plain_linear
@@ -24,32 +39,10 @@ from adacomcat.layers.registry import (
     Projection,
     Residual,
     attention_parts,
-    attention_weights,
+    attention_tier,
 )
-from adacomcat.layers.stock import PlainAttention, causal_mask
+from adacomcat.layers.stock import causal_mask
 from adacomcat.ops import inference
-
-
-class Norm(NamedTuple):
-    """A layer norm's affine part in float64, and its epsilon."""
-
-    weight: Tensor
-    bias: Tensor
-    epsilon: float
-
-
-class Projections(NamedTuple):
-    """An attention's, in float64: wq, wk (H·rank_qk, d), wv (H·rank_vo, d), wo (out, H·rank_vo)."""
-
-    wq: Tensor
-    bq: Tensor
-    wk: Tensor
-    wv: Tensor
-    wo: Tensor
-    bo: Tensor
-
-
-Scales = dict[str, Tensor]  # weight of a quantised sublayer → (out,); empty in others
 
 
 class FusedAttention(PackedModule):
@@ -74,22 +67,22 @@ class FusedAttention(PackedModule):
 
     def __init__(self, part: Residual) -> None:
         super().__init__()
-        attn, like = part.inner, _first_float(part.inner)
-        affine = _affine(part.norm, like)
-        p, self.num_heads, self.scale = _projections(attn)
-        scales = _attention_scales(attn)
-        gamma = _gamma(part, p.wo)
+        attn, like = part.inner, first_float(part.inner)
+        affine = norm_of(part.norm, like)
+        p, self.num_heads, self.scale = projections_of(attn)
+        scales = attention_scales(attn)
+        gamma = gamma_of(part, p.wo)
         self.epsilon = affine.epsilon
         # The norm's bias cancels in the softmax where every key has it, and passes through the
         # softmax into bo where every value has it.
         bo = p.bo + p.wo @ (p.wv @ affine.bias)
-        _set_weights(self, like, wq=p.wq * affine.weight, wk=p.wk * affine.weight,
+        set_weights_(self, like, wq=p.wq * affine.weight, wk=p.wk * affine.weight,
                      wv=p.wv * affine.weight, bq=p.bq + p.wq @ affine.bias,
                      wo=gamma.unsqueeze(1) * p.wo, bo=gamma * bo)
         if scales:
-            self.quantize_(**scales | {"wo": _times(scales["wo"], gamma)})
+            self.quantize_(**scales | {"wo": times(scales["wo"], gamma)})
         elif like.is_cuda:
-            _join_(self.wq, self.wk, self.wv)
+            join_(self.wq, self.wk, self.wv)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None,
                 is_causal: bool = False) -> Tensor:
@@ -102,6 +95,60 @@ class FusedAttention(PackedModule):
             self.epsilon)
 
 
+class FusedRotaryAttention(PackedModule):
+    """x + ls · attention(norm(x)) where queries and keys turn by the position of their token.
+
+    For a ``ValueFoldedAttention`` or a dense attention without norms behind its projections.
+
+    Args:
+        part: The attention's half of a block; its norm satisfies ``is_layer_norm``.
+        half: Which elements turn together, as in ``inference.rotary_attention``.
+    """
+
+    op = "rotary_attention"
+    operands = ("vq", "wq", "bq", "vk", "wk", "bk", "wv", "wo", "bo")
+    weights = {"vq": False, "wq": True, "vk": False, "wk": True, "wv": True, "wo": True}
+
+    def __init__(self, part: Residual, half: bool) -> None:
+        super().__init__()
+        attn, like = part.inner, first_float(part.inner)
+        affine = norm_of(part.norm, like)
+        p, self.num_heads, self.scale = rotary_projections_of(attn)
+        self.turns_halves, self.epsilon = half, affine.epsilon
+        gamma = gamma_of(part, p.wo)
+        for letter, projection in (("q", p.q), ("k", p.k)):
+            folded = projection.behind(affine)
+            set_weights_(self, like, **{f"v{letter}": folded.v, f"w{letter}": folded.w,
+                                        f"b{letter}": folded.bias})
+        bo = p.bo + p.wo @ (p.wv @ affine.bias)
+        set_weights_(self, like, wv=p.wv * affine.weight, wo=gamma.unsqueeze(1) * p.wo,
+                     bo=gamma * bo)
+
+    def attend(self, x: Tensor, sin: Tensor | None, cos: Tensor | None,
+               mask: Tensor | None) -> Tensor:
+        """x + ls · attention(norm(x)); sin and cos as in ``inference.rotary_attention``."""
+        return self.fused(x, self.num_heads, self.scale, sin, cos, self.turns_halves,
+                          mask)
+
+
+def fuses_dense(attn: nn.Module) -> bool:
+    """Whether an op computes this dense attention, and faster than PyTorch does.
+
+    Elsewhere than on a CPU a dense attention gains more from one library product for q, k and v.
+    """
+    if attention_tier(attn) is None:
+        return False
+    parts = attention_parts(attn)
+    return parts.plain and parts.q.weight.is_cpu
+
+
+def fuses_rotary(attn: nn.Module) -> bool:
+    """The same where queries and keys may turn; nothing else stands behind their projections."""
+    if isinstance(attn, ValueFoldedAttention):
+        return is_affine(attn.q) and is_affine(attn.k)
+    return fuses_dense(attn)
+
+
 class FusedMlp(PackedModule):
     """x + ls · mlp(norm(x)), for two low-rank layers or two pairs of layers, whose parts are
     ``mlp``."""
@@ -112,10 +159,10 @@ class FusedMlp(PackedModule):
 
     def __init__(self, part: Residual, mlp: MlpParts) -> None:
         super().__init__()
-        like = _first_float(part.inner)
-        affine = _affine(part.norm, like)
-        fc1, fc2 = _factors(mlp.fc1), _factors(mlp.fc2)
-        gamma = _gamma(part, fc2.u)
+        like = first_float(part.inner)
+        affine = norm_of(part.norm, like)
+        fc1, fc2 = factors_of(mlp.fc1), factors_of(mlp.fc2)
+        gamma = gamma_of(part, fc2.u)
         self.activation, self.epsilon = activation_name(mlp.act), affine.epsilon
         factors = MlpFactors(affine.weight.unsqueeze(1) * fc1.v, fc1.u,
                              fc1.bias + fc1.u @ (affine.bias @ fc1.v),
@@ -123,10 +170,40 @@ class FusedMlp(PackedModule):
         # The identities save products; in bfloat16 and float16 they would cost one more rounding.
         if like.is_cpu and like.dtype == torch.float32 and not fc1.scales:
             factors = identity_gauge(factors)
-        _set_weights(self, like, **factors._asdict(), b2=gamma * fc2.bias)
+        set_weights_(self, like, **factors._asdict(), b2=gamma * fc2.bias)
         if fc1.scales:
             self.quantize_(v1=fc1.scales["v"], u1=fc1.scales["u"], v2=fc2.scales["v"],
-                           u2=_times(fc2.scales["u"], gamma))
+                           u2=times(fc2.scales["u"], gamma))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fused(x, self.activation)
+
+
+class FusedGatedMlp(PackedModule):
+    """x + ls · down(act(gate(norm(x))) · up(norm(x))), each of the three dense or low-rank.
+
+    Args:
+        part: The MLP's half of a block; its norm satisfies ``is_layer_norm``.
+        gate: The map whose activation multiplies.
+        up: The map that is multiplied.
+        down: The map behind both.
+        act: The activation, which the ops know.
+    """
+
+    op = "gated_mlp"
+    operands = ("v1", "wg", "bg", "w1", "b1", "v2", "w2", "b2")
+    weights = {"v1": False, "wg": True, "w1": True, "v2": False, "w2": True}
+
+    def __init__(self, part: Residual, gate: AffineMap, up: AffineMap, down: AffineMap,
+                 act: nn.Module) -> None:
+        super().__init__()
+        like = first_float(part.inner)
+        affine = norm_of(part.norm, like)
+        gate, up = (one.behind(affine) for one in behind_one_factor(gate, up))
+        down = down.scaled(gamma_of(part, down.w))
+        self.activation, self.epsilon = activation_name(act), affine.epsilon
+        set_weights_(self, like, v1=gate.v, wg=gate.w, bg=gate.bias, w1=up.w, b1=up.bias,
+                     v2=down.v, w2=down.w, b2=down.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fused(x, self.activation)
@@ -142,15 +219,15 @@ class FusedDenseMlp(PackedModule):
     def __init__(self, part: Residual, mlp: MlpParts) -> None:
         super().__init__()
         fc1, fc2 = (Projection.of(cast(nn.Linear, linear)) for linear in (mlp.fc1, mlp.fc2))
-        like = _first_float(part.inner)
-        affine = _affine(part.norm, like)
-        gamma = _gamma(part, fc2.weight)
+        like = first_float(part.inner)
+        affine = norm_of(part.norm, like)
+        gamma = gamma_of(part, fc2.weight)
         w1, w2 = fc1.weight.double(), fc2.weight.double()
         self.activation, self.epsilon = activation_name(mlp.act), affine.epsilon
-        _set_weights(self, like, w1=w1 * affine.weight, b1=_bias(fc1) + w1 @ affine.bias,
-                     w2=gamma.unsqueeze(1) * w2, b2=gamma * _bias(fc2))
+        set_weights_(self, like, w1=w1 * affine.weight, b1=bias_of(fc1) + w1 @ affine.bias,
+                     w2=gamma.unsqueeze(1) * w2, b2=gamma * bias_of(fc2))
         if fc1.scale is not None and fc2.scale is not None:
-            self.quantize_(w1=fc1.scale, w2=_times(fc2.scale, gamma))
+            self.quantize_(w1=fc1.scale, w2=times(fc2.scale, gamma))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fused(x, self.activation)
@@ -268,102 +345,3 @@ def is_trivial(module: nn.Module) -> bool:
     norm = cast(nn.LayerNorm, module)
     return ((norm.weight is None or bool((norm.weight == 1).all()))
             and (norm.bias is None or not norm.bias.any()))
-
-
-def _affine(module: nn.Module, like: Tensor) -> Norm:
-    """``like``: on the device of the projections, for a norm that has no weight."""
-    norm = cast(nn.LayerNorm, module)
-    width = norm.normalized_shape[0]
-    weight = like.new_ones(width) if norm.weight is None else norm.weight.detach()
-    bias = torch.zeros_like(weight) if norm.bias is None else norm.bias.detach()
-    return Norm(weight.double(), bias.double(), norm.eps)
-
-
-def _projections(attn: nn.Module) -> tuple[Projections, int, float]:
-    """The folded projections, the number of heads and the scale of the logits."""
-    if isinstance(attn, LowRankAttention):
-        weights = (attn.wq, attn.bq, attn.wk, attn.wv, attn.wo, attn.bo)
-        return (Projections(*(w.detach().double() for w in weights)), attn.num_heads, attn.scale)
-    if isinstance(attn, PlainAttention):
-        q, k, v, out = _plain_projections(attn)
-        bias = _bias(out) if v.bias is None else _bias(out) + out.weight.double() @ _bias(v)
-        return (Projections(q.weight.double(), _bias(q), k.weight.double(), v.weight.double(),
-                            out.weight.double(), bias), attn.num_heads, attn.scale)
-    w = attention_weights(attn)
-    wq, bq, wk, wv, bv = (t.double().flatten(0, 1) for t in (w.wq, w.bq, w.wk, w.wv, w.bv))
-    wo = w.wo.double().transpose(0, 1).flatten(1)
-    return Projections(wq, bq, wk, wv, wo, w.bo.double() + wo @ bv), len(w.wq), w.scale
-
-
-def _plain_projections(attn: PlainAttention) -> list[Projection]:
-    return [Projection.of(cast(nn.Linear, linear))
-            for linear in (attn.q, attn.k, attn.v, attn.proj)]
-
-
-def _attention_scales(attn: nn.Module) -> Scales:
-    if isinstance(attn, LowRankAttention):
-        return {}
-    if isinstance(attn, PlainAttention):
-        projections = _plain_projections(attn)
-    else:
-        parts = attention_parts(attn)
-        projections = [parts.q, parts.k, parts.v, parts.out]
-    return {name: projection.scale for name, projection
-            in zip(("wq", "wk", "wv", "wo"), projections, strict=True)
-            if projection.scale is not None}
-
-
-class Factors(NamedTuple):
-    """Of one projection, in float64."""
-
-    v: Tensor  # (in, r)
-    u: Tensor  # (out, r)
-    bias: Tensor  # (out,)
-    scales: Scales
-
-
-def _factors(linear: nn.Module) -> Factors:
-    if isinstance(linear, LowRankLinear):
-        return Factors(linear.v.detach().double(), linear.u.detach().double(),
-                       _bias(Projection(linear.u, linear.bias)), {})
-    first, second = (Projection.of(cast(nn.Linear, layer)) for layer in linear.children())
-    scales = {name: scale for name, scale in (("v", first.scale), ("u", second.scale))
-              if scale is not None}
-    return Factors(first.weight.double().T, second.weight.double(), _bias(second), scales)
-
-
-def _times(scale: Tensor, gamma: Tensor) -> Tensor:
-    """The scales of rows that a layer scale multiplies; positive where it is zero, too."""
-    scaled = scale * gamma.abs()
-    return scaled.where(scaled > 0, 1)
-
-
-def _first_float(module: nn.Module) -> Tensor:
-    """Whose device and dtype the fused weights get."""
-    return next(tensor for tensor in (*module.parameters(), *module.buffers())
-                if tensor.is_floating_point())
-
-
-def _gamma(part: Residual, like: Tensor) -> Tensor:
-    if part.gamma is not None:
-        return part.gamma.double()
-    return like.new_ones(like.shape[0], dtype=torch.float64)
-
-
-def _bias(projection: Projection) -> Tensor:
-    if projection.bias is None:
-        return projection.weight.new_zeros(len(projection.weight), dtype=torch.float64)
-    return projection.bias.detach().double()
-
-
-def _set_weights(module: nn.Module, like: Tensor, **weights: Tensor) -> None:
-    for name, weight in weights.items():
-        parameter = nn.Parameter(weight.to(like).contiguous(), requires_grad=False)
-        module.register_parameter(name, parameter)
-
-
-def _join_(*weights: nn.Parameter) -> None:
-    """Store the weights in one matrix, row after row, so that one product computes them all."""
-    parts = torch.cat([w.data for w in weights]).split([len(w) for w in weights])
-    for weight, part in zip(weights, parts, strict=True):
-        weight.data = part

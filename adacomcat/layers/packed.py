@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adacomcat import ops
 from adacomcat.layers.stock import refuse_scripting
-from adacomcat.ops import backends, int8, packing
+from adacomcat.ops import backends, inference, int8, packing
 
 
 class PackedModule(nn.Module):
@@ -24,7 +24,8 @@ class PackedModule(nn.Module):
     Attributes:
         op: The op that takes the weights.
         operands: The names of its weights and biases, in its order.
-        weights: Name of each weight → whether the op multiplies by its transpose.
+        weights: Name of each weight → whether the op multiplies by its transpose. A module may lack
+            one, which is then None.
         forms: Name of each packed weight → how it is read back; None for one that is also kept as
             it is, since packing rounds it. Empty if nothing is packed.
         epsilon: That of the layer norm in front.
@@ -47,7 +48,8 @@ class PackedModule(nn.Module):
 
         Weights in shared memory stay as they are, for other processes read and write them.
         """
-        found = {name: getattr(self, name) for name in self.weights}
+        found = {name: weight for name in self.weights
+                 if (weight := getattr(self, name)) is not None}
         if self.forms or any(w.is_shared() or w.requires_grad for w in found.values()):
             return
         packed = {name: packing.pack(w, self.weights[name], self.scale_of(name))
@@ -112,8 +114,9 @@ class PackedModule(nn.Module):
         if self.is_int8:
             operands = [self._on_grid(name, plain[name]) for name in self.operands]
             return int8.sublayer(self.op, x, *operands, *options, epsilon=self.epsilon, residual=x)
-        return getattr(ops, self.op)(x, *(plain[name] for name in self.operands), *options,
-                                     epsilon=self.epsilon, residual=x)
+        op = getattr(ops, self.op, None) or getattr(inference, self.op)
+        return op(x, *(plain[name] for name in self.operands), *options, epsilon=self.epsilon,
+                  residual=x)
 
     def _on_grid(self, name: str, operand: Tensor | None) -> Any:
         """A weight as whole numbers and scales, rows by output channel; a bias as it is."""

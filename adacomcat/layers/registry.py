@@ -193,7 +193,8 @@ class Residual:
     scale: nn.Module
     gamma: Tensor | None  # (d,): what ``scale`` multiplies by; None where it is the identity
     run: Callable[..., Tensor] = called  # how ``inner`` is called, for classes with other arguments
-    # What makes one op of this half, for a drop-in with more than masks behind its logits.
+    # What makes one op of this half: for a drop-in with more than masks behind its logits, and for
+    # a gated MLP.
     fuse: Callable[["Residual"], nn.Module] | None = None
 
 

@@ -45,8 +45,9 @@ TRITON_FOR_TRAINING = ("low_rank_attention",)
 CUDA_FIRST = ("batched_svd",)
 # The ops with a compiled kernel for CPUs and for GPUs; `registry` declares each of these kernels.
 SPECTRA = ("gram", "eigenvalues", "singular_values")
-CPP_OPS = ("low_rank_linear", "low_rank_mlp", "dense_mlp", "low_rank_attention",
-           "class_attention", "linear", "patch_embedding", "batched_svd", *SPECTRA)
+CPP_OPS = ("low_rank_linear", "low_rank_mlp", "dense_mlp", "low_rank_attention", "gated_mlp",
+           "rotary_attention", "class_attention", "linear", "patch_embedding", "batched_svd",
+           *SPECTRA)
 CUDA_OPS = ("low_rank_linear", "batched_svd", "truncation_errors")
 CUDA_CAPABILITY = (8, 0)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

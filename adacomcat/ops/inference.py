@@ -10,12 +10,113 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adacomcat.ops import backends
+from adacomcat.ops import backends, reference
 
-__all__ = ["GEMV_ROWS", "class_attention", "linear", "patch_embedding", "patches"]
+__all__ = ["GEMV_ROWS", "class_attention", "gated_mlp", "linear", "patch_embedding", "patches",
+           "rotary_attention"]
 
 # The most rows that the gemv kernel takes; with more rows a matrix product is faster.
 GEMV_ROWS = 4
+
+
+def gated_mlp(
+    x: Tensor,
+    v1: Tensor | None,
+    wg: Tensor,
+    bg: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    v2: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str | None,
+    *,
+    epsilon: float | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """(act(x̄ Wgᵀ + bg) · (x̄ W1ᵀ + b1)) V2 W2ᵀ + b2 (+ residual), x̄ = x̂ V1: SwiGLU and its like.
+
+    Args:
+        x: (..., in).
+        v1: V1, (in, r1), the first factor of both the gate and W1; None where they are dense.
+        wg: Wg, the gate, (hidden, r1), or (hidden, in) without v1.
+        bg: (hidden,) or None.
+        w1: W1, of the gate's shape.
+        b1: (hidden,) or None.
+        v2: V2, (hidden, r2); None where the last projection is dense.
+        w2: W2, (out, r2), or (out, hidden) without v2.
+        b2: (out,) or None.
+        activation: 'gelu', 'gelu_tanh', 'silu', 'relu' or None for the identity.
+        epsilon: As in ``low_rank_mlp``.
+        residual: (..., out), added last.
+
+    Returns:
+        (..., out), in x's dtype.
+
+    Raises:
+        RuntimeError: A shape, dtype or device does not fit; the message names the argument.
+    """
+    arguments = (x, v1, wg, bg, w1, b1, v2, w2, b2, activation)
+    return _sublayer("gated_mlp", arguments, epsilon, residual)
+
+
+def rotary_attention(
+    x: Tensor,
+    vq: Tensor | None,
+    wq: Tensor,
+    bq: Tensor | None,
+    vk: Tensor | None,
+    wk: Tensor,
+    bk: Tensor | None,
+    wv: Tensor,
+    wo: Tensor,
+    bo: Tensor | None,
+    num_heads: int,
+    scale: float,
+    sin: Tensor | None,
+    cos: Tensor | None,
+    half: bool,
+    attn_mask: Tensor | None = None,
+    *,
+    epsilon: float | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """concat_h[softmax(R q_h (R k_h)ᵀ · scale + mask) v_h] Woᵀ + bo (+ residual), R a rotation.
+
+    q = (x̂ Vq) Wqᵀ + bq, k = (x̂ Vk) Wkᵀ + bk, v = x̂ Wvᵀ. The rotation by the position of each token
+    stands between queries and keys, so they do not fold, and a bias of the keys does not cancel.
+
+    Args:
+        x: (B, N, d).
+        vq: Vq, (d, rank), the first factor of low-rank queries; None where they are dense.
+        wq: Wq, (H·head_dim, rank), or (H·head_dim, d) without vq; rows head by head.
+        bq: (H·head_dim,) or None.
+        vk: Vk, (d, rank) or None.
+        wk: Wk, (H·head_dim, rank or d).
+        bk: (H·head_dim,) or None.
+        wv: Wv, (H·rank_vo, d).
+        wo: Wo, (out, H·rank_vo).
+        bo: (out,) or None.
+        num_heads: H.
+        scale: Factor of the logits.
+        sin: Broadcasts to (B, H, P, head_dim): the last P tokens turn, those before do not. None
+            where nothing turns.
+        cos: Of the same shape and dtype; with sin or not at all.
+        half: Whether elements j and j + head_dim / 2 turn together, else 2 j and 2 j + 1.
+        attn_mask: As in ``low_rank_attention``.
+        epsilon: As in ``low_rank_attention``.
+        residual: (B, N, out), added last.
+
+    Returns:
+        (B, N, out), in x's dtype.
+
+    Raises:
+        RuntimeError: A shape, dtype or device does not fit; the message names the argument.
+    """
+    arguments = (x, vq, wq, bq, vk, wk, bk, wv, wo, bo, num_heads, scale, sin, cos, half,
+                 attn_mask)
+    return _sublayer("rotary_attention", arguments, epsilon, residual,
+                     takes=sin is None or sin.dtype in backends.KERNEL_DTYPES)
 
 
 def class_attention(
@@ -101,6 +202,18 @@ def patch_embedding(image: Tensor, weight: Tensor, bias: Tensor | None,
     if kernel is None or weight.shape[-1] % 2:
         kernel = _patch_embedding
     return kernel(image, weight, bias, prefix, positions)
+
+
+def _sublayer(op: str, arguments: tuple[Any, ...], epsilon: float | None, residual: Tensor | None,
+              takes: bool = True) -> Tensor:
+    """residual + op(x̂, …) by the kernel, where it takes the arguments, or by the formula."""
+    kernel = _kernel(op, *arguments, residual)
+    if kernel is not None and takes:
+        return kernel(*arguments, epsilon=epsilon, residual=residual)
+    x, *others = arguments
+    normed = x if epsilon is None else F.layer_norm(x, x.shape[-1:], eps=epsilon)
+    y = getattr(reference, op)(normed, *others)
+    return y if residual is None else y + residual
 
 
 def _kernel(op: str, x: Tensor, *others: Any) -> backends.Kernel | None:

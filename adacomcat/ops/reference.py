@@ -74,6 +74,27 @@ def dense_mlp(
     return F.linear(activate(F.linear(x, w1, b1), activation), w2, b2)
 
 
+def gated_mlp(
+    x: Tensor,
+    v1: Tensor | None,
+    wg: Tensor,
+    bg: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    v2: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """(act(x̄ Wgᵀ + bg) · (x̄ W1ᵀ + b1)) V2 W2ᵀ + b2, x̄ = x V1.  Without V1 or V2 a side is dense.
+
+    x (..., in), V1 (in, r1), Wg and W1 (hidden, r1), V2 (hidden, r2), W2 (out, r2).
+    """
+    inner = x if v1 is None else x @ v1
+    hidden = activate(F.linear(inner, wg, bg), activation) * F.linear(inner, w1, b1)
+    return F.linear(hidden if v2 is None else hidden @ v2, w2, b2)
+
+
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, N, H·r) → (B, H, N, r)."""
     return x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(1, 2)
@@ -119,6 +140,52 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, attn_mask: Tensor | No
         q, k, v, attn_mask=broadcast_mask(attn_mask), scale=scale
     )
     return out[..., :rank_vo]
+
+
+def rotate(x: Tensor, sin: Tensor, cos: Tensor, half: bool) -> Tensor:
+    """The last P tokens of x (B, H, N, h) turned: x · cos + x' · sin, in x's dtype.
+
+    sin and cos broadcast to (B, H, P, h). x' has -b in the place of a and a in that of b, for pairs
+    of elements j and j + h / 2 where ``half``, else 2 j and 2 j + 1.
+    """
+    prefix = x.shape[-2] - sin.shape[-2]
+    first, last = x[..., :prefix, :], x[..., prefix:, :]
+    if half:
+        a, b = last.chunk(2, -1)
+        turned = torch.cat([-b, a], -1)
+    else:
+        turned = torch.stack([-last[..., 1::2], last[..., ::2]], -1).flatten(-2)
+    return torch.cat([first, (last * cos + turned * sin).to(x.dtype)], -2)
+
+
+def rotary_attention(
+    x: Tensor,
+    vq: Tensor | None,
+    wq: Tensor,
+    bq: Tensor | None,
+    vk: Tensor | None,
+    wk: Tensor,
+    bk: Tensor | None,
+    wv: Tensor,
+    wo: Tensor,
+    bo: Tensor | None,
+    num_heads: int,
+    scale: float,
+    sin: Tensor | None,
+    cos: Tensor | None,
+    half: bool,
+    attn_mask: Tensor | None = None,
+) -> Tensor:
+    """``low_rank_attention`` with q = (x Vq) Wqᵀ + bq and k = (x Vk) Wkᵀ + bk, both rotated.
+
+    Without Vq or Vk the projection is dense; without sin and cos nothing turns.
+    """
+    q, k = (split_heads(F.linear(x if v is None else x @ v, w, b), num_heads)
+            for v, w, b in ((vq, wq, bq), (vk, wk, bk)))
+    if sin is not None and cos is not None:
+        q, k = rotate(q, sin, cos, half), rotate(k, sin, cos, half)
+    heads = attend(q, k, split_heads(F.linear(x, wv), num_heads), scale, attn_mask)
+    return F.linear(merge_heads(heads), wo, bo)
 
 
 def low_rank_attention(

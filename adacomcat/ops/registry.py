@@ -268,6 +268,15 @@ OPS = {op.name: op for op in (
        shapes.low_rank_attention, shapes.attention_flops, autograd.low_rank_attention,
        intermediates=4, fused=True, kernel_arguments=_SUBLAYER),
     # Ops of inference.py.
+    Op("gated_mlp",
+       "Tensor x, Tensor? v1, Tensor wg, Tensor? bg, Tensor w1, Tensor? b1, Tensor? v2, Tensor w2, "
+       "Tensor? b2, str? activation",
+       shapes.gated_mlp, shapes.gated_mlp_flops, kernel_arguments=_SUBLAYER),
+    Op("rotary_attention",
+       "Tensor x, Tensor? vq, Tensor wq, Tensor? bq, Tensor? vk, Tensor wk, Tensor? bk, Tensor wv, "
+       "Tensor wo, Tensor? bo, int num_heads, float scale, Tensor? sin, Tensor? cos, bool half, "
+       "Tensor? attn_mask",
+       shapes.rotary_attention, shapes.rotary_attention_flops, kernel_arguments=_SUBLAYER),
     Op("class_attention", f"{_ATTENTION}float epsilon",
        shapes.class_attention, shapes.class_attention_flops),
     Op("linear", "Tensor x, Tensor weight, Tensor? bias", shapes.linear, shapes.linear_flops),

@@ -139,15 +139,28 @@ def low_rank_attention(x: Tensor, wq: Tensor, bq: Tensor | None, wk: Tensor, wv:
                        wo: Tensor, bo: Tensor | None, num_heads: int, scale: float,
                        attn_mask: Tensor | None) -> Shapes:
     _require_attention(x, wq, bq, wk, wv, wo, bo, num_heads)
-    if attn_mask is not None:
-        if attn_mask.dtype != torch.bool:
-            _require_like(x, attn_mask=attn_mask)
-        require(attn_mask.dim() <= 4, lambda: "attn_mask must broadcast to (B, H, N, N)")
+    _require_mask(x, attn_mask)
     return _with_last(x, wo.shape[0], wq.shape[0], wq.shape[0], wv.shape[0], wv.shape[0])
+
+
+def _require_mask(x: Tensor, attn_mask: Tensor | None) -> None:
+    if attn_mask is None:
+        return
+    if attn_mask.dtype != torch.bool:
+        _require_like(x, attn_mask=attn_mask)
+    require(attn_mask.dim() <= 4, lambda: "attn_mask must broadcast to (B, H, N, N)")
 
 
 def _require_attention(x: Tensor, wq: Tensor, bq: Tensor | None, wk: Tensor, wv: Tensor,
                        wo: Tensor, bo: Tensor | None, num_heads: int) -> None:
+    _require_heads(x, wq, bq, wk, wv, wo, bo, num_heads)
+    _require_dense(x.shape[2], wq, bq, ("wq", "bq"))
+    _require_shape("wk", wk, wq.shape[0], x.shape[2])
+
+
+def _require_heads(x: Tensor, wq: Tensor, bq: Tensor | None, wk: Tensor, wv: Tensor,
+                   wo: Tensor, bo: Tensor | None, num_heads: int) -> None:
+    """All but the shapes of the projections of queries and keys."""
     _require_input(x)
     _require_like(x, wq=wq, bq=bq, wk=wk, wv=wv, wo=wo, bo=bo)
     require(x.dim() == 3, lambda: f"x must be (B, N, d), got {tuple(x.shape)}")
@@ -155,8 +168,6 @@ def _require_attention(x: Tensor, wq: Tensor, bq: Tensor | None, wk: Tensor, wv:
     for name, rows in (("wq and wk", wq.shape[0]), ("wv", wv.shape[0])):
         require(num_heads > 0 and rows % num_heads == 0,
                 lambda n=name, r=rows: f"the {r} rows of {n} do not split into {num_heads} heads")
-    _require_dense(x.shape[2], wq, bq, ("wq", "bq"))
-    _require_shape("wk", wk, wq.shape[0], x.shape[2])
     _require_shape("wv", wv, wv.shape[0], x.shape[2])
     _require_dense(wv.shape[0], wo, bo, ("wo", "bo"))
 
@@ -188,6 +199,72 @@ def _projection_sizes(x: Shape, wq: Shape, wk: Shape, wv: Shape, wo: Shape) -> i
 
 
 # Ops of ``inference``.
+
+
+def gated_mlp(x: Tensor, v1: Tensor | None, wg: Tensor, bg: Tensor | None, w1: Tensor,
+              b1: Tensor | None, v2: Tensor | None, w2: Tensor, b2: Tensor | None,
+              activation: str | None) -> Shapes:
+    _require_input(x)
+    _require_like(x, v1=v1, wg=wg, bg=bg, w1=w1, b1=b1, v2=v2, w2=w2, b2=b2)
+    _require_matrices(wg=wg, w1=w1, w2=w2)
+    inner = _require_factor("v1", v1, x.shape[-1])
+    _require_dense(inner, wg, bg, ("wg", "bg"))
+    _require_dense(inner, w1, b1, ("w1", "b1"))
+    _require_shape("w1", w1, wg.shape[0], inner)
+    _require_dense(_require_factor("v2", v2, wg.shape[0]), w2, b2, ("w2", "b2"))
+    return _with_last(x, w2.shape[0])
+
+
+def _require_factor(name: str, v: Tensor | None, width: int) -> int:
+    """What stands behind a first factor (width, rank) that may be missing: its rank, or width."""
+    if v is None:
+        return width
+    _require_matrices(**{name: v})
+    _require_shape(name, v, width, v.shape[1])
+    return v.shape[1]
+
+
+def gated_mlp_flops(x: Shape, v1: Shape | None, wg: Shape, bg: Shape | None, w1: Shape,
+                    b1: Shape | None, v2: Shape | None, w2: Shape, *_: Any, **__: Any) -> int:
+    weights = (wg, w1, w2, *(v for v in (v1, v2) if v is not None))
+    return 2 * prod(x[:-1]) * sum(map(prod, weights))
+
+
+def rotary_attention(x: Tensor, vq: Tensor | None, wq: Tensor, bq: Tensor | None,
+                     vk: Tensor | None, wk: Tensor, bk: Tensor | None, wv: Tensor, wo: Tensor,
+                     bo: Tensor | None, num_heads: int, scale: float, sin: Tensor | None,
+                     cos: Tensor | None, half: bool, attn_mask: Tensor | None) -> Shapes:
+    _require_heads(x, wq, bq, wk, wv, wo, bo, num_heads)
+    for letter, v, w, b in (("q", vq, wq, bq), ("k", vk, wk, bk)):
+        _require_like(x, **{f"v{letter}": v, f"b{letter}": b})
+        width = _require_factor(f"v{letter}", v, x.shape[2])
+        _require_dense(width, w, b, (f"w{letter}", f"b{letter}"))
+    _require_shape("wk", wk, wq.shape[0], wk.shape[1])
+    _require_angles(x, sin, cos, wq.shape[0] // num_heads)
+    _require_mask(x, attn_mask)
+    return _with_last(x, wo.shape[0])
+
+
+def _require_angles(x: Tensor, sin: Tensor | None, cos: Tensor | None, head_dim: int) -> None:
+    require((sin is None) == (cos is None), lambda: "sin and cos must come together")
+    if sin is None or cos is None:
+        return
+    _require_dtype("sin", sin, "cos", cos)
+    require(sin.is_floating_point(), lambda: f"sin must be floating point, got {sin.dtype}")
+    require(sin.shape == cos.shape,
+            lambda: f"cos must have sin's shape {tuple(sin.shape)}, got {tuple(cos.shape)}")
+    require(2 <= sin.dim() <= 4 and sin.shape[-1] == head_dim and head_dim % 2 == 0
+            and sin.shape[-2] <= x.shape[1],
+            lambda: f"sin must broadcast to (B, H, P, {head_dim}) with at most {x.shape[1]} tokens "
+                    f"P and an even last size, got {tuple(sin.shape)}")
+
+
+def rotary_attention_flops(x: Shape, vq: Shape | None, wq: Shape, bq: Shape | None,
+                           vk: Shape | None, wk: Shape, bk: Shape | None, wv: Shape, wo: Shape,
+                           *_: Any, **__: Any) -> int:
+    factors = sum(prod(v) for v in (vq, vk) if v is not None)
+    weights = factors + prod(wq) + prod(wk) + prod(wv) + prod(wo)
+    return 2 * x[0] * x[1] * (weights + x[1] * (wq[0] + wv[0]))
 
 
 def class_attention(x: Tensor, wq: Tensor, bq: Tensor | None, wk: Tensor, wv: Tensor, wo: Tensor,

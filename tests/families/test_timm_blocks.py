@@ -1,5 +1,8 @@
 """Blocks of EVA, DINOv3, BEiT and Swin behind ``optimize``: what is fused, and what it computes."""
 
+import copy
+import pickle
+
 import pytest
 import timm
 import torch
@@ -9,29 +12,34 @@ from torch import nn
 
 import adacomcat
 from adacomcat.errors import UserError
-from adacomcat.layers.fused import FusedAttention, FusedBlock, FusedDenseMlp, FusedMlp
+from adacomcat.layers.fused import FusedAttention, FusedBlock
+from adacomcat.layers.packed import PackedModule
 
-# architecture, arguments, size of the images, whether its low-rank attentions become one op
+SMALL = {"depth": 2, "embed_dim": 96, "num_heads": 3}
+# architecture, arguments, size of the images
 MODELS = {
-    "eva02": ("eva02_tiny_patch14_224", {"depth": 2}, 56, False),
+    "eva02": ("eva02_tiny_patch14_224", {"depth": 2}, 56),
     "eva, no rope": ("eva_giant_patch14_224",
-                     {"depth": 2, "embed_dim": 64, "num_heads": 4, "mlp_ratio": 4}, 56, True),
-    "dinov3": ("vit_small_patch16_dinov3", {"depth": 2, "embed_dim": 96, "num_heads": 3}, 64,
-               False),
-    "beit": ("beit_base_patch16_224", {"depth": 2, "embed_dim": 96, "num_heads": 3}, 64, True),
+                     {"depth": 2, "embed_dim": 64, "num_heads": 4, "mlp_ratio": 4}, 56),
+    "eva, angles of each head": ("eva02_tiny_patch14_224", {**SMALL, "rope_type": "mixed"}, 56),
+    "dinov3": ("vit_small_patch16_dinov3", SMALL, 64),  # a class token and four registers
+    "dinov3, gated": ("vit_small_plus_patch16_dinov3", SMALL, 64),
+    "perception encoder": ("vit_pe_core_tiny_patch16_384", SMALL, 64),
+    "dinov2, gated": ("vit_giant_patch14_dinov2", {**SMALL, "mlp_ratio": 4}, 56),
+    "beit": ("beit_base_patch16_224", SMALL, 64),
     "swin": ("swin_tiny_patch4_window7_224",
-             {"depths": (2, 2), "embed_dim": 32, "num_heads": (2, 4)}, 112, True),
+             {"depths": (2, 2), "embed_dim": 32, "num_heads": (2, 4)}, 112),
 }
 
 
-def model_of(name: str) -> tuple[nn.Module, torch.Tensor, bool]:
-    architecture, arguments, size, fuses = MODELS[name]
+def model_of(name: str) -> tuple[nn.Module, torch.Tensor]:
+    architecture, arguments, size = MODELS[name]
     torch.manual_seed(0)
     model = timm.create_model(architecture, img_size=size, **arguments).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # norms, scales and biases that matter
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model, torch.randn(3, 3, size, size), fuses
+    return model, torch.randn(3, 3, size, size)
 
 
 def low_rank(model: nn.Module) -> nn.Module:
@@ -46,12 +54,13 @@ def blocks_of(model: nn.Module) -> list[FusedBlock]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", ["dense", "keep 0.6"])
+@pytest.mark.parametrize("form", ["dense", "keep 0.6", "rank 4"])
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_fused_blocks_compute_the_same(name: str, form: str, dtype: torch.dtype) -> None:
-    model, x, _ = model_of(name)
-    model = model if form == "dense" else adacomcat.compress(model, keep_params=0.6)
+    model, x = model_of(name)
+    model = {"dense": lambda: model, "keep 0.6": lambda: adacomcat.compress(model, keep_params=0.6),
+             "rank 4": lambda: low_rank(model)}[form]()
     exact = model.double()(x.double())
     model, x = model.to(dtype), x.to(dtype)
     optimized = adacomcat.optimize(model)
@@ -60,16 +69,57 @@ def test_fused_blocks_compute_the_same(name: str, form: str, dtype: torch.dtype)
     assert error <= 2 * relative_error(model(x), exact) + 1e-6
 
 
+@pytest.mark.parametrize("form", ["dense", "rank 4"])
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_what_is_one_op(name: str) -> None:
-    model, _, fuses = model_of(name)
-    small = adacomcat.optimize(low_rank(model))
-    # Rotary embeddings stand between projections and logits; gated MLPs have no op.
-    assert all(isinstance(block.attn, FusedAttention) == fuses for block in blocks_of(small))
-    gated = name.startswith("eva02")
-    assert all(isinstance(block.mlp, FusedMlp | FusedDenseMlp) != gated
-               for block in blocks_of(small))
+def test_each_half_of_a_block_is_one_op(name: str, form: str) -> None:
+    model, _ = model_of(name)
+    optimized = adacomcat.optimize(model if form == "dense" else low_rank(model))
+    blocks = blocks_of(optimized)
+    assert blocks
+    assert all(isinstance(half, PackedModule) for block in blocks
+               for half in (block.attn, block.mlp))
+
+
+@pytest.mark.parametrize("name", ["dinov3, gated", "dinov2, gated", "eva02"])
+@torch.no_grad()
+def test_an_altered_half_stays_what_it_is(name: str) -> None:
+    model, x = model_of(name)
+    block = model.blocks[0]
+    first = block.mlp.fc1 if hasattr(block.mlp, "fc1") else block.mlp.fc1_g
+    first.register_forward_hook(lambda module, args, output: output * 2)
+    block.attn.proj.register_forward_hook(lambda module, args, output: output * 3)
+    optimized = adacomcat.optimize(model)
+    halves = [blocks_of(optimized)[0].attn, blocks_of(optimized)[0].mlp]
+    assert not any(isinstance(half, PackedModule) for half in halves)
+    assert relative_error(optimized(x), model.double()(x.double())) < 1e-5
+
+
+@torch.no_grad()
+def test_a_mask_reaches_the_rotary_attention() -> None:
+    model, _ = model_of("dinov3")
+    block, optimized = model.blocks[0], adacomcat.optimize(model).blocks[0]
+    x, rope = torch.randn(2, 21, 96), model.rope.get_embed(shape=(4, 4))
+    mask = torch.rand(21, 21) > 0.3
+    for call in ({"rope": rope, "attn_mask": mask}, {"rope": rope, "is_causal": True},
+                 {"rope": None}):
+        assert relative_error(optimized(x, **call), block(x, **call)) < 1e-5
+
+
+@torch.no_grad()
+def test_optimized_rotary_models_are_copied_and_moved() -> None:
+    model, x = model_of("eva02")
+    optimized = adacomcat.optimize(low_rank(model))
+    expected = optimized(x)
+    assert torch.equal(copy.deepcopy(optimized)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(optimized))(x), expected)
+    again = adacomcat.optimize(low_rank(model_of("eva02")[0]))
+    again.load_state_dict(optimized.state_dict())
+    assert torch.equal(again(x), expected)
+    halved = copy.deepcopy(optimized)
+    halved.blocks[0].attn.half()
+    assert halved.blocks[0].attn.wq.dtype == torch.float16
+    assert relative_error(optimized.double()(x.double()), expected) < 1e-5
 
 
 @torch.no_grad()
@@ -96,7 +146,7 @@ def test_windows_that_need_padding_stay_as_they_are() -> None:
 
 @torch.no_grad()
 def test_an_optimized_swin_refuses_other_sizes() -> None:
-    model, x, _ = model_of("swin")
+    model, x = model_of("swin")
     optimized = adacomcat.optimize(model)
     with pytest.raises(UserError, match="keeps its windows"):
         optimized.set_input_size((224, 224))
@@ -107,7 +157,7 @@ def test_an_optimized_swin_refuses_other_sizes() -> None:
 
 @torch.no_grad()
 def test_a_rotary_embedding_that_comes_later_is_refused() -> None:
-    model, _, _ = model_of("eva, no rope")
+    model, _ = model_of("eva, no rope")
     block = blocks_of(adacomcat.optimize(low_rank(model)))[0]
     with pytest.raises(UserError, match="without rotary embedding"):
         block(torch.randn(1, 17, 64), rope=torch.zeros(16, 32))

@@ -191,14 +191,14 @@ def test_hidden_states_and_attentions_are_recorded() -> None:
             fused(x, output_attentions=True)
 
 
-@pytest.mark.parametrize("name", ["ViTModel", "CLIPVisionModel", "DINOv3ViTModel"])
+@pytest.mark.parametrize("name", ["ViTModel", "CLIPVisionModel", "DINOv3ViTModel", "DINOv3 gated"])
 def test_layers_are_fused(name: str) -> None:
     dense = build(name)
     small = compress(dense, plan=RankPlan.uniform(dense, 0.5, multiple=4))
     kinds = [type(module).__name__ for module in adacomcat.optimize(small).modules()]
-    attentions = sum(kind == "FusedAttention" for kind in kinds)
-    mlps = sum(kind in ("FusedMlp", "FusedDenseMlp") for kind in kinds)
-    assert attentions == (0 if name == "DINOv3ViTModel" else 2)
+    attentions = sum(kind in ("FusedAttention", "FusedRotaryTokens") for kind in kinds)
+    mlps = sum(kind in ("FusedMlp", "FusedDenseMlp", "FusedGatedMlp") for kind in kinds)
+    assert attentions == 2
     assert mlps == (0 if name == "CLIPVisionModel" else 2)  # CLIP's activation is in no kernel
     assert "FusedPatches" in kinds
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 
-def check(a: Tensor, u: Tensor, s: Tensor, v: Tensor, factor: float = 1.0) -> None:
-    """Residual, orthogonality, order and signs, in units of ε."""
-    k, eps = s.shape[-1], torch.finfo(a.dtype).eps
+def check(a: Tensor, u: Tensor, s: Tensor, v: Tensor, factor: float = 1.0,
+          eps: float | None = None) -> None:
+    """Residual, orthogonality, order and signs, in units of ε, by default that of the dtype."""
+    k, eps = s.shape[-1], eps or torch.finfo(a.dtype).eps
     assert u.shape == (*a.shape[:-1], k) and v.shape == (*a.mT.shape[:-1], k)
     if a.numel() == 0:
         return

@@ -17,7 +17,7 @@ NAMES = {
     ("cost", "interleaved"): "latency.timing",
     ("cost", "latency"): "latency.timing",
     ("decompositions", "batched_svd"): "ops.decompositions",
-    ("fuse", "Projections"): "layers.fused",
+    ("fuse", "Projections"): "layers.folding",
     ("gauge", "with_gauge"): "checkpoint.gauge",
     ("latency", "measure"): "latency.timing",
     ("layers", "activation_name"): "layers.mlp",

@@ -42,6 +42,7 @@ namespace {
 #include "cpu/gemm/pack-inl.h"
 #endif
 #include "cpu/gemm/rows-inl.h"
+#include "cpu/gemm/rotary-inl.h"
 #include "cpu/gemm/gemv-inl.h"
 
 constexpr Engine make_engine(const char* name) {
@@ -64,6 +65,7 @@ constexpr Engine make_engine(const char* name) {
       .load = load_rows,
       .normalize = normalize_rows,
       .softmax = softmax_rows,
+      .rotate = rotate_rows,
       .inner_products = inner_products,
       .weighted_sums = weighted_sums,
       .begin = begin,

@@ -46,7 +46,7 @@ struct Gemm {
 };
 
 // What is done to a tile of C while it is in cache:
-//   out = act((C + sum) · row_scale + bias) + residual.
+//   out = act((C + sum) · row_scale + bias) · factor + residual.
 // With `gradient`, which has the dtype of out, instead
 //   out = act'(C + bias) · gradient, and activated = act(C + bias) if that is wanted.
 struct Epilogue {
@@ -59,6 +59,7 @@ struct Epilogue {
   const float* row_scale = nullptr;  // (m)
   const float* sum = nullptr;        // (m, sum_stride), from accumulate()
   int64_t sum_stride = 0;
+  Rows factor{nullptr, 0, Dtype::f32};  // may be `out` itself
   Rows gradient{nullptr, 0, Dtype::f32};
   void* activated = nullptr;  // laid out as out
 };
@@ -101,6 +102,10 @@ struct Engine {
   // sums. A row that is masked entirely gives zeros. `out` may be the logits themselves.
   void (*softmax)(int64_t m, int64_t n, float* logits, int64_t stride, float scale, Mask mask,
                   void* out, int64_t out_stride, float* inverse_sum);
+  // Turns pairs of elements in rows x (m, n), n even, of the operand format, in place: the pair (a, b) of
+  // columns i and j becomes (a cos_i - b sin_i, b cos_j + a sin_j). With `half` j = i + n / 2, else
+  // i is even and j = i + 1.
+  void (*rotate)(int64_t m, int64_t n, void* x, int64_t stride, Rows sin, Rows cos, bool half);
   // gemv for `count` vectors at once, with rows x (m, k) of any dtype.
   // inner_products: out (count, m) = vectors (count, k) · xᵀ.
   void (*inner_products)(int64_t m, int64_t k, Rows x, int64_t count, const float* vectors,

@@ -95,6 +95,9 @@ inline void epilogue_of_column(const Epilogue& f, const float* tile, int64_t row
     if (f.sum) x += load(f.sum + (row + i) * f.sum_stride + column);
     if (f.row_scale) x *= f.row_scale[row + i];
     x = activate(x + bias, A);
+    if (f.factor.data) {
+      x *= load_some(f.factor.data, (row + i) * f.factor.stride + column, f.factor.dtype, count);
+    }
     if (f.residual.data) {
       x += load_some(f.residual.data, (row + i) * f.residual.stride + column, f.residual.dtype,
                      count);
@@ -181,7 +184,7 @@ class DeferredEpilogue : public RowWork {
  private:
   bool has_whole_vectors(int64_t columns) const {
     const Epilogue& f = epilogue_;
-    return columns % kLanes == 0 && !f.sum && !f.gradient.data &&
+    return columns % kLanes == 0 && !f.sum && !f.gradient.data && !f.factor.data &&
            !(f.row_scale && f.residual.data) && !(f.residual.data && f.residual.dtype != D);
   }
 

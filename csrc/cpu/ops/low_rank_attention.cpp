@@ -1,252 +1,12 @@
 // y = concat_h[softmax(q_h k_hᵀ · scale + mask) v_h] Woᵀ + bo + residual, with q, k, v projected from x̂.
-//
-// Three sweeps: the projections, then attention by image and head, then the output projection. If there
-// are enough images for all threads, each image goes through the three alone, in its thread's cache. Of
-// the logits a thread holds a few rows at a time.
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <array>
-#include <cstring>
 #include <tuple>
 
 #include "cpu/ops/attention.h"
-#include "cpu/runtime/parallel.h"
-#include "cpu/runtime/scratch.h"
 
 namespace adacomcat {
 namespace {
-
-constexpr int64_t kLogitBytes = 32 * 1024;  // of the rows of logits that a thread holds
-
-// An attention mask broadcast to (B, H, N, N), read where it is.
-struct Masks {
-  at::Tensor tensor;
-  int64_t batch = 0, head = 0;
-  Mask first;
-
-  Masks(const OptionalTensor& mask, int64_t batches, int64_t heads, int64_t tokens) {
-    if (!mask) return;
-    tensor = mask->expand({batches, heads, tokens, tokens});
-    batch = tensor.stride(0), head = tensor.stride(1);
-    first = {tensor.const_data_ptr(), tensor.stride(2), tensor.stride(3),
-             tensor.scalar_type() == at::kBool};
-    if (!first.boolean) first.dtype = dtype_of(tensor);
-  }
-
-  // The mask of head h in batch b, from `row` on.
-  Mask of(int64_t b, int64_t h, int64_t row) const {
-    if (!first.data) return first;
-    Mask mask = first;
-    const int64_t size = first.boolean ? 1 : dtype_size(first.dtype);
-    mask.data =
-        static_cast<const char*>(first.data) + (b * batch + h * head + row * first.row) * size;
-    return mask;
-  }
-};
-
-// q, k, v or context: rows in the operand format, back to back.
-struct Activations {
-  char* data;
-  int64_t columns, size;
-
-  char* at_row(int64_t row, int64_t column = 0) const {
-    return data + (row * columns + column) * size;
-  }
-};
-
-// The images of one sweep and their activations, (images * tokens) rows each.
-struct Sweep {
-  int64_t first_image, images;
-  Activations q, k, v, context;
-};
-
-struct Options {
-  int64_t num_heads;
-  float scale;
-  std::optional<double> epsilon;
-  const OptionalTensor &mask, &residual;
-};
-
-// x̂ Wᵀ + b, and where it goes.
-struct Projection {
-  const PackedWeight& weight;
-  const Bias& bias;
-  const Activations& to;
-};
-using Projections = std::array<Projection, 3>;
-
-int64_t panel_count(const Engine& e, const Projections& projections) {
-  int64_t sum = 0;
-  for (const Projection& p : projections) sum += panel_count(e, p.to.columns);
-  return sum;
-}
-
-// A prefetch hint for the share of `weight` that a thread reads next, whose part of the current product
-// is `part` of `total` panels.
-PrefetchHint hint_for_share(const Engine& e, const PackedWeight& weight, const Part& part,
-                            int64_t total) {
-  const int64_t width = e.panel_columns(), all = panel_count(e, weight.n);
-  const int64_t first = part.panel * all / total;
-  const int64_t columns = std::min(part.panels * all / total * width, weight.n - first * width);
-  return {weight.panel(e, first * width), e.packed_bytes(weight.k, columns)};
-}
-
-// Images are shared out whole if no thread is idle for long.
-bool shares_images(int64_t images) {
-  const int64_t threads = thread_count();
-  return images % threads == 0 || images >= 4 * threads;
-}
-
-// One call of the op.
-class LowRankAttention {
- public:
-  LowRankAttention(const at::Tensor& x, const AttentionWeights& w, const Options& options,
-                   const at::Tensor& y)
-      : e(engine_for(x, w.wq)), wq(read_weight(e, w.wq, true)), wk(read_weight(e, w.wk, true)),
-        wv(read_weight(e, w.wv, true)), wo(read_weight(e, w.wo, true)), xs(x),
-        residuals(options.residual ? *options.residual : x), bias_q(w.bq), bias_o(w.bo),
-        no_bias({}), masks(options.mask, x.size(0), options.num_heads, x.size(1)), options(options),
-        result(y), tokens(x.size(1)), in(x.size(2)), out(y.size(2)) {}
-
-  // All three sweeps over some images. `intermediates` are q, k, v and context; those that have elements
-  // are stored.
-  void run(int64_t image, int64_t images, Turn turn,
-           const std::array<at::Tensor, 4>& intermediates) const {
-    const int64_t rows = images * tokens, size = e.operand_size();
-    const int64_t qk_bytes = rows * wq.n * size, vo_bytes = rows * wv.n * size;
-    Workspace workspace({qk_bytes, qk_bytes, vo_bytes, vo_bytes});
-    const auto next = [&](int64_t columns) {
-      return Activations{workspace.next<char>(), columns, size};
-    };
-    const Activations q = next(wq.n), k = next(wq.n), v = next(wv.n), context = next(wv.n);
-    const Sweep sweep{image, images, q, k, v, context};
-    project_inputs(sweep, turn);
-    attend(sweep);
-    project_output(sweep, turn);
-    const Activations* const activations[] = {&q, &k, &v, &context};
-    for (int i = 0; i < 4; ++i) {
-      const Activations& a = *activations[i];
-      if (!intermediates[i].numel()) continue;
-      store_rows(e, rows, a.columns, a.data, a.columns, intermediates[i], image * tokens);
-    }
-  }
-
- private:
-  void project_inputs(const Sweep& sweep, Turn turn) const {
-    const Projections projections{
-        {{wq, bias_q, sweep.q}, {wk, no_bias, sweep.k}, {wv, no_bias, sweep.v}}};
-    const int64_t rows = sweep.images * tokens, first = sweep.first_image * tokens;
-    for_each_part(e, rows, panel_count(e, projections), [&](const Part& part) {
-      Scratch scratch({lhs_bytes(e, part.rows, in)});
-      const LhsOperand lhs = lhs_operand(e, part.rows, in, rows_from(xs.rows, first + part.row),
-                                         options.epsilon, scratch.next());
-      project(projections, part, lhs, turn.first && part.turn.first);
-    });
-  }
-
-  // A part of the projections, whose panels are counted through all three. `fresh`: the weights are read
-  // for the first time, and each product prefetches the next one's.
-  void project(const Projections& projections, const Part& part, LhsOperand lhs, bool fresh) const {
-    const int64_t width = e.panel_columns();
-    int64_t begin = part.panel, end = part.panel + part.panels;
-    for (size_t i = 0; i < projections.size(); ++i) {
-      const Projection& p = projections[i];
-      const int64_t panels = panel_count(e, p.to.columns);
-      const int64_t column = std::max<int64_t>(begin, 0) * width;
-      const int64_t columns = std::min(end * width, p.to.columns) - column;
-      begin -= panels, end -= panels;
-      if (columns <= 0) continue;
-      PrefetchHint hint = hint_for_share(e, wo, part, panel_count(e, projections));
-      if (end > 0 && i + 1 < projections.size()) {
-        const PackedWeight& next = projections[i + 1].weight;
-        hint = {next.data, e.packed_bytes(in, std::min(end * width, next.n))};
-      }
-      e.multiply(
-          p.weight.product(e, part.rows, lhs, column, columns, fresh ? hint : PrefetchHint{}),
-          {p.to.at_row(part.row, column), p.to.columns, e.operand,
-           rows_from(p.bias.rows, 0, column)});
-    }
-  }
-
-  // Every head of every image. If there are fewer of them than threads, the rows of a head are shared.
-  void attend(const Sweep& sweep) const {
-    const Engine& activations = activation_engine(result.dtype, e);
-    const int64_t heads = sweep.images * options.num_heads;
-    const int64_t shares = ceil_div(thread_count(), heads), step = activations.tile_rows;
-    const int64_t rows = ceil_div(ceil_div(tokens, shares), step) * step;
-    const int64_t parts = ceil_div(tokens, rows);
-    for_each_item(activations, heads * parts, [&](int64_t i, Turn) {
-      const int64_t head = i / parts, first = i % parts * rows;
-      attend_head(activations, sweep, head / options.num_heads, head % options.num_heads, first,
-                  std::min(first + rows, tokens));
-    });
-  }
-
-  // Rows `begin` to `end` of one head of one image: context = softmax(q kᵀ) v. The softmax stands in
-  // place of the logits, in the first cache, and is normalised in the last epilogue.
-  void attend_head(const Engine& e, const Sweep& sweep, int64_t image, int64_t head, int64_t begin,
-                   int64_t end) const {
-    const int64_t n = tokens, width = e.padded_n(n), first = image * n;
-    const int64_t rank_qk = wq.n / options.num_heads, rank_vo = wv.n / options.num_heads;
-    const int64_t tiles = std::max<int64_t>(kLogitBytes / 4 / width / e.tile_rows, 1);
-    const int64_t block = even_share(end - begin, tiles * e.tile_rows, e.row_step);
-    const int64_t row_bytes = width * sizeof(float), softmax_stride = row_bytes / e.operand_size();
-    Scratch scratch({e.packed_bytes(rank_qk, n), e.packed_bytes(n, rank_vo),
-                     lhs_bytes(e, block, rank_qk), block * row_bytes,
-                     block * static_cast<int64_t>(sizeof(float))});
-    void* keys = scratch.next();
-    void* values = scratch.next();
-    void* queries = scratch.next();
-    float* logits = scratch.next<float>();
-    float* inverse_sum = scratch.next<float>();
-
-    const Activations &q = sweep.q, &k = sweep.k, &v = sweep.v;
-    e.pack(rank_qk, n, k.at_row(first, head * rank_qk), 1, k.columns, e.operand, keys, nullptr);
-    e.pack(n, rank_vo, v.at_row(first, head * rank_vo), v.columns, 1, e.operand, values, nullptr);
-    for (int64_t row = begin; row < end; row += block) {
-      const int64_t m = std::min(block, end - row);
-      const Rows rows{q.at_row(first + row, head * rank_qk), q.columns, e.operand};
-      const LhsOperand lhs = lhs_operand(e, m, rank_qk, rows, {}, queries);
-      e.accumulate({m, n, rank_qk, lhs.data, lhs.stride, keys, e.packed_k(rank_qk), 0}, logits,
-                   width, false);
-      e.softmax(m, n, logits, width, options.scale, masks.of(sweep.first_image + image, head, row),
-                logits, softmax_stride, inverse_sum);
-      Epilogue epilogue{sweep.context.at_row(first + row, head * rank_vo), sweep.context.columns,
-                        e.operand};
-      epilogue.row_scale = inverse_sum;
-      e.multiply({m, rank_vo, n, logits, softmax_stride, values, e.packed_k(n), 0}, epilogue);
-    }
-  }
-
-  void project_output(const Sweep& sweep, Turn turn) const {
-    const int64_t rows = sweep.images * tokens, first = sweep.first_image * tokens;
-    for_each_part(e, rows, panel_count(e, out), [&](const Part& part) {
-      Scratch scratch({lhs_bytes(e, part.rows, wo.k)});
-      const Rows from{sweep.context.at_row(part.row), sweep.context.columns, e.operand};
-      const LhsOperand lhs = lhs_operand(e, part.rows, wo.k, from, {}, scratch.next());
-      const int64_t column = part.panel * e.panel_columns(), row = first + part.row;
-      const int64_t columns = std::min(out - column, part.panels * e.panel_columns());
-      Epilogue epilogue = result.epilogue(row, column);
-      epilogue.bias = rows_from(bias_o.rows, 0, column);
-      if (options.residual) epilogue.residual = rows_from(residuals.rows, row, column);
-      PrefetchHint hint;
-      if (part.turn.last) {
-        hint = turn.last ? wo.next_weight : hint_for_rows(xs.rows, first + rows, rows, in);
-      }
-      e.multiply(wo.product(e, part.rows, lhs, column, columns, hint), epilogue);
-    });
-  }
-
-  const Engine& e;
-  const PackedWeight wq, wk, wv, wo;
-  const TensorRows xs, residuals;
-  const Bias bias_q, bias_o, no_bias;
-  const Masks masks;
-  const Options& options;
-  const OutputRows result;
-  const int64_t tokens, in, out;
-};
 
 // Returns y and, if intermediates are kept, q, k, v and the context.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_attention(
@@ -255,7 +15,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
     double scale, const OptionalTensor& attn_mask, std::optional<double> epsilon,
     const OptionalTensor& residual, bool keep_intermediates) {
   const AttentionWeights weights{wq, wk, wv, wo, bq, bo};
-  const Options options{num_heads, static_cast<float>(scale), epsilon, attn_mask, residual};
   check_attention(x, weights, num_heads);
   const int64_t out = weight_size(wo, 0);
   check_like(x, residual, "residual", with_last(x, out));
@@ -263,20 +22,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
     return empty_rows(x, weight_size(w, 0), keep_intermediates);
   };
   const at::Tensor y = empty_rows(x, out);
-  const std::array<at::Tensor, 4> intermediates{kept(wq), kept(wq), kept(wv), kept(wv)};
-  const auto results = std::tuple_cat(std::make_tuple(y), intermediates);
-  if (!row_count(x) || !out) return results;
-
-  const LowRankAttention call(x, weights, options, y);
-  const int64_t images = x.size(0);
-  if (!shares_images(images)) {
-    call.run(0, images, {true, true}, intermediates);
-    return results;
+  const Intermediates intermediates{kept(wq), kept(wq), kept(wv), kept(wv)};
+  if (row_count(x) && out) {
+    run_attention(x, weights,
+                  {num_heads, static_cast<float>(scale), epsilon, attn_mask, residual}, y,
+                  &intermediates);
   }
-  for_each_item(engine_for(x, wq), images, [&](int64_t image, Turn turn) {
-    call.run(image, 1, turn, intermediates);
-  });
-  return results;
+  return std::tuple_cat(std::make_tuple(y), intermediates);
 }
 
 }  // namespace

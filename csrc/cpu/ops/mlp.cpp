@@ -39,7 +39,8 @@ class Mlp {
   Mlp(const Engine& engine, const at::Tensor& x, const MlpWeights& weights,
       const MlpOptions& options, const at::Tensor& y)
       : e(engine), w(weights), xs(x), residuals(options.residual ? *options.residual : x),
-        bias1(options.b1), bias2(options.b2), act(parse_activation(options.activation)),
+        bias1(options.b1), bias2(options.b2),
+        bias_gate(options.gate_bias ? *options.gate_bias : OptionalTensor{}), act(parse_activation(options.activation)),
         epsilon(options.epsilon), has_residual(options.residual.has_value()), in(x.size(-1)),
         out(y.size(-1)), rows(row_count(x)), hidden(weights.down.k), result(y) {}
 
@@ -59,7 +60,7 @@ class Mlp {
   // What `up` multiplies: x̂, or x̂ V1 in `middle`.
   LhsOperand enter(int64_t row, int64_t m, void* normed, void* middle, PrefetchHint hint) const {
     const LhsOperand lhs = lhs_operand(e, m, in, rows_from(xs.rows, row), epsilon, normed);
-    if (!w.low_rank()) return lhs;
+    if (!w.has_in()) return lhs;
     const int64_t stride = e.padded_k(w.up.k);
     if (stride != w.up.k) std::memset(middle, 0, lhs_bytes(e, m, w.up.k));
     e.multiply(w.in.product(m, lhs, hint), {middle, stride, e.operand});
@@ -110,21 +111,21 @@ class Mlp {
   int64_t sum_stride() const { return e.padded_n(w.down.n); }
   // Bytes of a row of each buffer.
   int64_t normed_bytes() const { return lhs_bytes(e, 1, in); }
-  int64_t middle1_bytes() const { return w.low_rank() ? lhs_bytes(e, 1, w.up.k) : 0; }
-  int64_t middle2_bytes() const { return w.low_rank() ? lhs_bytes(e, 1, w.down.n) : 0; }
+  int64_t middle1_bytes() const { return w.has_in() ? lhs_bytes(e, 1, w.up.k) : 0; }
+  int64_t middle2_bytes() const { return w.has_out() ? lhs_bytes(e, 1, w.down.n) : 0; }
   int64_t hidden_bytes() const { return chunk() * e.operand_size(); }
   int64_t sum_bytes() const { return sum_stride() * sizeof(float); }
 
   const Engine& e;
   const MlpWeights& w;
   const TensorRows xs, residuals;
-  const Bias bias1, bias2;
+  const Bias bias1, bias2, bias_gate;
   const Activation act;
   const std::optional<double> epsilon;
   const bool has_residual;
   const int64_t in, out, rows, hidden;
   // Hidden columns before this one meet the identity in V2.
-  const int64_t first_multiplied = keeps_floats() ? w.down.identity_rows : 0;
+  const int64_t first_multiplied = keeps_floats() && !w.gated() ? w.down.identity_rows : 0;
   // Hidden columns from this one on come from the identity in U1.
   const int64_t first_copied = hidden - (copies() ? w.up.identity_columns : 0);
   const OutputRows result;
@@ -134,7 +135,7 @@ class Mlp {
   bool keeps_floats() const { return e.operand == Dtype::f32; }
   // Whether the identity in U1 can be used: the columns before it end with a panel and are all multiplied.
   bool copies() const {
-    return keeps_floats() && hidden % e.panel_columns() == 0 &&
+    return keeps_floats() && !w.gated() && hidden % e.panel_columns() == 0 &&
            first_multiplied + w.up.identity_columns <= hidden;
   }
 
@@ -151,6 +152,7 @@ class Mlp {
   // Some hidden columns. Those from first_copied on are columns of the lhs.
   void compute_hidden(int64_t m, LhsOperand lhs, int64_t first, int64_t columns, Epilogue epilogue,
                       PrefetchHint hint) const {
+    if (w.gated()) return compute_gated(m, lhs, first, columns, epilogue, hint);
     const int64_t computed = std::clamp<int64_t>(first_copied - first, 0, columns);
     if (computed || !columns) e.multiply(w.up.product(e, m, lhs, first, computed, hint), epilogue);
     if (computed == columns) return;
@@ -161,8 +163,19 @@ class Mlp {
                    epilogue);
   }
 
+  // The same for act(gate) · up: the gate stands where the product goes.
+  void compute_gated(int64_t m, LhsOperand lhs, int64_t first, int64_t columns, Epilogue epilogue,
+                     PrefetchHint hint) const {
+    Epilogue gate = epilogue;
+    gate.bias = rows_from(bias_gate.rows, 0, first);
+    e.multiply(w.gate.product(e, m, lhs, first, columns), gate);
+    epilogue.activation = Activation::none;
+    epilogue.factor = {epilogue.out, epilogue.stride, epilogue.dtype};
+    e.multiply(w.up.product(e, m, lhs, first, columns, hint), epilogue);
+  }
+
   Epilogue with_sum(Epilogue epilogue, const float* sum) const {
-    if (w.low_rank()) {  // there is no other residual, and micro-kernels fuse a residual but not a sum
+    if (w.has_out()) {  // there is no other residual, and micro-kernels fuse a residual but not a sum
       epilogue.residual = {sum, sum_stride(), Dtype::f32};
     } else {
       epilogue.sum = sum, epilogue.sum_stride = sum_stride();
@@ -223,7 +236,7 @@ void share_rows(const Mlp& mlp, const at::Tensor& middle1, const at::Tensor& mid
     const PrefetchHint residual = hint_for_rows(last.residual, 0, m, mlp.out);
     const int64_t following = std::min(m, mlp.rows - row - m);
     const PrefetchHint next_rows = hint_for_rows(mlp.xs.rows, row + m, following, mlp.in);
-    if (!w.low_rank()) {
+    if (!w.has_out()) {
       const PrefetchHint next = turn.last ? w.down.next_weight : next_rows;
       return mlp.multiply_hidden(m, lhs, range, &last, {turn.first, residual, next});
     }
@@ -242,8 +255,8 @@ void enter_rows(const Mlp& mlp, char* lhs, int64_t row_bytes) {
   const Engine& e = mlp.e;
   for_each_block(e, mlp.rows, [&](int64_t row, int64_t m, Turn) {
     char* here = lhs + row * row_bytes;
-    Scratch scratch({mlp.w.low_rank() ? m * mlp.normed_bytes() : 0});
-    void* normed = mlp.w.low_rank() ? scratch.next() : here;
+    Scratch scratch({mlp.w.has_in() ? m * mlp.normed_bytes() : 0});
+    void* normed = mlp.w.has_in() ? scratch.next() : here;
     const LhsOperand found = mlp.enter(row, m, normed, here, {});
     if (found.data == here) return;
     e.load(m, mlp.w.up.k, {found.data, found.stride, e.operand}, here, e.padded_k(mlp.w.up.k));
@@ -266,7 +279,7 @@ void share_hidden(const Mlp& mlp, const at::Tensor& middle1, const at::Tensor& m
   const int64_t start = mlp.first_multiplied, rows = mlp.rows;
   const int64_t panels = panel_count(e, mlp.hidden - start);
   const int64_t share = ceil_div(panels, thread_count()), parts = ceil_div(panels, share);
-  const int64_t row_bytes = w.low_rank() ? mlp.middle1_bytes() : mlp.normed_bytes();
+  const int64_t row_bytes = w.has_in() ? mlp.middle1_bytes() : mlp.normed_bytes();
   Workspace workspace({rows * row_bytes, rows * parts * mlp.sum_bytes()});
   char* lhs = workspace.next<char>();
   float* sums = workspace.next<float>();
@@ -279,17 +292,17 @@ void share_hidden(const Mlp& mlp, const at::Tensor& middle1, const at::Tensor& m
     mlp.multiply_hidden(rows, {lhs, e.padded_k(w.up.k)},
                         {first, last, scratch.next<char>(), sums + i * rows * mlp.sum_stride()},
                         nullptr,
-                        {turn.first, {}, w.low_rank() ? w.out.hint() : w.down.next_weight});
+                        {turn.first, {}, w.has_out() ? w.out.hint() : w.down.next_weight});
   });
   for_each_block(e, rows, [&](int64_t row, int64_t m, Turn turn) {
     float* sum = sums + row * mlp.sum_stride();
     add_parts(parts, m * mlp.sum_stride(), rows * mlp.sum_stride(), sum);
     Scratch scratch({m * mlp.middle2_bytes()});
     void* t2 = scratch.next();
-    if (w.low_rank()) std::memset(t2, 0, m * mlp.middle2_bytes());
+    if (w.has_out()) std::memset(t2, 0, m * mlp.middle2_bytes());
     apply_epilogue(e, m, w.down.n, sum, mlp.sum_stride(),
-                   w.low_rank() ? mlp.middle_epilogue(t2) : mlp.last_epilogue(row));
-    if (!w.low_rank()) return;
+                   w.has_out() ? mlp.middle_epilogue(t2) : mlp.last_epilogue(row));
+    if (!w.has_out()) return;
     store_middles(mlp, row, m, lhs + row * row_bytes, t2, middle1, middle2);
     mlp.leave(row, m, t2, turn.last ? w.out.next_weight : PrefetchHint{});
   });

@@ -1,9 +1,10 @@
-// The MLP that low_rank_mlp and dense_mlp share:
+// The MLP that low_rank_mlp, dense_mlp and gated_mlp share:
 //
 //   x̂ → in → up → activation → down → out → y
 //
 // x̂ is x or its layer norm. `in` and `up` are the factors V1 and U1 of W1, `down` and `out` the factors V2
-// and U2 of W2. With dense weights `up` is W1, `down` is W2, and there are no `in` and `out`.
+// and U2 of W2. With a dense W1 there is no `in`, with a dense W2 no `out`. In a gated MLP the activation
+// is that of `gate`, which multiplies what `up` does, and h = act(gate) · up.
 #pragma once
 
 #include <optional>
@@ -19,13 +20,16 @@ struct MlpOptions {
   std::optional<std::string_view> activation;
   std::optional<double> epsilon;  // of the layer norm, if there is one
   const OptionalTensor& residual;
+  const OptionalTensor* gate_bias = nullptr;  // of a gated MLP
 };
 
-// Packed weights; `in` and `out` are empty if the weights are dense.
+// Packed weights; those that an MLP does not have are empty.
 struct MlpWeights {
-  PackedWeight in, up, down, out;
+  PackedWeight in, up, down, out, gate{};
 
-  bool low_rank() const { return in.data != nullptr; }
+  bool has_in() const { return in.data != nullptr; }
+  bool has_out() const { return out.data != nullptr; }
+  bool gated() const { return gate.data != nullptr; }
 };
 
 // Products of packed weights. x V1 and act(...) V2 are stored in middle1 and middle2 if these have

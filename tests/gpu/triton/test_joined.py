@@ -4,14 +4,14 @@ import torch
 from torch import nn
 
 from adacomcat.kernels.low_rank_attention import joined
-from adacomcat.layers.fused import _join_
+from adacomcat.layers.folding import join_
 
 
 def test_weights_of_an_optimized_attention_are_one_matrix() -> None:
     weights = [nn.Parameter(torch.randn(rows, 5), requires_grad=False) for rows in (4, 4, 6)]
     expected = torch.cat([w.data for w in weights])
     assert joined(*weights) is None
-    _join_(*weights)
+    join_(*weights)
     joint = joined(*weights)
     assert joint is not None and torch.equal(joint, expected)
     assert joint.data_ptr() == weights[0].data_ptr()
