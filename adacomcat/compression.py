@@ -145,7 +145,9 @@ def compress_(model: nn.Module, *, keep_params: float | None = None,
     few = chosen.plan.bits if quantize is None else {"": bits_of(quantize)} | chosen.plan.bits
     if few:
         model = quantized_(model, seen.images, few)
-    return model.to(float_dtype(model, goal.bits)) if isinstance(goal, Budget) else model
+    if isinstance(goal, Budget) and goal.kind == "bytes":
+        model.to(float_dtype(model, goal.bits))
+    return model
 
 
 class _Holder(nn.Module):
