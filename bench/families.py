@@ -5,8 +5,8 @@ one optimized; then a plain ViT of the same width, depth and tokens in these thr
 counts is the family's speed-up divided by that of the ViT. All models of a row run in turn; times
 are medians. Where OpenVINO is installed, it runs the same ranks too.
 
-The budget is half of the multiply-accumulates, or half of the parameters. Parameters are no measure
-of Swin's time: most are in its last stages, and few products.
+The budget is half of the parameters, or with ``--budget macs`` half of the multiply-accumulates.
+Parameters are no measure of Swin's time: most are in its last stages, and few products.
 
 Run: ``python bench/families.py --batches 1 8 --threads 1 2``
 """
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--budget", default="macs", choices=BUDGETS)
+    parser.add_argument("--budget", default="params", choices=BUDGETS)
     parser.add_argument("--calibrated", action="store_true",
                         help="compress with a few random images: MLPs lose neurons")
     parser.add_argument("--repeats", type=int, default=REPEATS)
