@@ -176,21 +176,28 @@ def _mask(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor 
     return keep
 
 
-class TensorFloat32(TorchDispatchMode):
-    """Truncates the operands of float32 products to tf32, as tensor cores do."""
+class TensorCores(TorchDispatchMode):
+    """Products as on tensor cores, whatever the CPU does: tf32 or 16 bits, summed in float32."""
+
+    def __init__(self, tf32: bool) -> None:
+        super().__init__()
+        self.tf32 = tf32
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         aten = torch.ops.aten
-        if func in (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default):
-            first = len(args) - 2
-            args = (*args[:first], *(truncate_to_tf32(t) for t in args[first:]))
-        return func(*args, **(kwargs or {}))
+        if func not in (aten.mm.default, aten.bmm.default, aten.addmm.default,
+                        aten.baddbmm.default):
+            return func(*args, **(kwargs or {}))
+        first, dtype = len(args) - 2, args[-1].dtype
+        if dtype == torch.float32 and self.tf32:
+            args = (*args[:first], *map(truncate_to_tf32, args[first:]))
+        if dtype in (torch.float16, torch.bfloat16):
+            args = [a.float() for a in args]
+        return func(*args, **(kwargs or {})).to(dtype)
 
 
 def truncate_to_tf32(x: Tensor) -> Tensor:
-    """x without the 13 low bits that tensor cores ignore; other dtypes than float32 stay."""
-    if x.dtype != torch.float32:
-        return x
+    """x without the 13 low bits that tensor cores ignore."""
     return (x.contiguous().view(torch.int32) & -8192).view(torch.float32)
 
 
@@ -229,13 +236,11 @@ def differentiate(case: Case, arguments: list[Any], grad: Tensor) -> dict[str, T
 def oracles(
     case: Case, dtype_name: str, arguments: list[Any], grad: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The results in float64, and those of plain PyTorch at the same dtype and precision."""
+    """The results in float64, and those of PyTorch's formulas at the same dtype and precision."""
     exact = differentiate(
         case, [_double(value) for value in arguments], grad.double()
     )
-    if dtype_name != "tf32":
-        return exact, differentiate(case, arguments, grad)
-    with TensorFloat32():
+    with TensorCores(tf32=dtype_name == "tf32"):
         return exact, differentiate(case, arguments, grad)
 
 

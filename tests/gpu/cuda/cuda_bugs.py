@@ -179,7 +179,8 @@ def ptx_tally(op: str, architecture: str, step: int = 1) -> dict[str, Counter]:
     """Mutants of a kernel's PTX and those noticed, by kind; one of each `step` mutants runs."""
     runs = {"batched_svd": emulated_svd, "low_rank_linear": emulated_linear}
     originals: list[Kernel] = []
-    right = runs[op](Emulated(architecture, lambda k: originals.append(k) or k))
+    emulated = Emulated(architecture, lambda k: originals.append(k) or k)
+    right = runs[op](emulated)
     found: dict[str, Counter] = {}
     for kind in ("barriers", "waits", "transposes", "operands"):
         found[kind] = Counter()
@@ -188,7 +189,8 @@ def ptx_tally(op: str, architecture: str, step: int = 1) -> dict[str, Counter]:
         for mutant in islice(KINDS[kind](originals[0]), 0, None, step * alike):
             found[kind]["all"] += 1
             try:
-                result = runs[op](Emulated(architecture, lambda _, mutant=mutant: mutant))
+                emulated.mutate = lambda _, mutant=mutant: mutant
+                result = runs[op](emulated)
                 same = all(torch.equal(a, b) for a, b in zip(result, right, strict=True))
             except Fault:
                 same = False

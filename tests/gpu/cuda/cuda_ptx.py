@@ -37,6 +37,8 @@ class Emulated:
 
     architecture: str
     mutate: Callable[[Kernel], Kernel] = field(default=lambda kernel: kernel)
+    # Those that run mutants share one, which keeps what mutants have in common.
+    machine: Machine = field(default_factory=lambda: Machine(0))
 
     def batched_svd(self, a: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `cuda_host.batched_svd`, for matrices whose rotations need no scratch memory."""
@@ -46,7 +48,7 @@ class Emulated:
         status = torch.empty(count, dtype=torch.int32)
         launches: list[tuple[int, int, int]] = []
         cuda_host.batched_svd(Host(launches=launches), a, k)
-        device = Device([a, u, s, v, status])
+        device = Device(self.machine, [a, u, s, v, status])
         problem = struct.pack("q iii4x q qqq qqqqq", count, m, n, k, device.at[0], *a.stride(),
                               *device.at[1:], 0)
         small = int(min(m, n) <= 32)
@@ -60,7 +62,7 @@ class Emulated:
         errors = s.new_empty(s.shape[0], s.shape[2] + 1)
         launches: list[tuple[int, int, int]] = []
         cuda_host.truncation_errors(Host(launches=launches), s)
-        device = Device([s, errors])
+        device = Device(self.machine, [s, errors])
         self._run("truncation_errors.cu", f"truncation_errors_kernelI{SPELLED[s.dtype]}E",
                   launches[0], [*device.at, *s.shape], device)
         return errors
@@ -77,7 +79,7 @@ class Emulated:
             host, x, v, u, bias, activation, residual, keep_intermediates=True)
         strided = [x, v, u, *([] if residual is None else [residual])]
         spans = [memory(t) for t in strided]
-        device = Device([*spans, *([] if bias is None else [bias]), y, middle])
+        device = Device(self.machine, [*spans, *([] if bias is None else [bias]), y, middle])
         matrices = [number for t, at in zip(strided, device.at, strict=False)
                     for number in (at, t.stride(0))]
         matrices += [0] * (8 - len(matrices))
@@ -99,11 +101,12 @@ class Emulated:
 class Device:
     """Dense tensors on an emulated machine."""
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, machine: Machine, tensors: list[Tensor]) -> None:
         nothing = np.empty(0, np.uint8)
         self.bytes = [t.view(torch.uint8).numpy().reshape(-1) if t.numel() else nothing
                       for t in tensors]
-        self.machine = Machine(RED_ZONE + sum(room(b.size) for b in self.bytes))
+        self.machine = machine
+        machine.empty(RED_ZONE + sum(room(b.size) for b in self.bytes))
         self.at = [self.machine.put(b) for b in self.bytes]
 
     def fetch(self) -> None:

@@ -120,7 +120,7 @@ def _packed(machine: Machine, instruction: Instruction) -> Step:
     function, is_bf16 = _function(instruction.parts), kind.startswith("bf16")
 
     def decode(bits: Lanes) -> Lanes:
-        halves = np.broadcast_to(bits, (machine.lanes,)).copy().view(np.uint16)
+        halves = machine.on_all_lanes(bits).copy().view(np.uint16)
         return bf16_to_f32(halves) if is_bf16 else halves.view(np.float16).astype(np.float32)
 
     def step(mask: Mask) -> None:
@@ -172,7 +172,7 @@ def _move(machine: Machine, instruction: Instruction) -> Step:
 
 def _unpack(machine: Machine, targets: list[str], source: Callable[[], Lanes]) -> Step:
     def step(mask: Mask) -> None:
-        value = np.broadcast_to(source(), (machine.lanes,)).copy()
+        value = machine.on_all_lanes(source()).copy()
         part = UNSIGNED[value.dtype.itemsize // len(targets)]
         columns = value.view(part).reshape(machine.lanes, -1)
         for i, target in enumerate(targets):
@@ -186,7 +186,7 @@ def _pack(machine: Machine, target: str, names: list[str], kind: str) -> Step:
     sources = [machine.source(name, f"b{bits}") for name in names]
 
     def step(mask: Mask) -> None:
-        columns = [np.broadcast_to(source(), (machine.lanes,)) for source in sources]
+        columns = [machine.on_all_lanes(source()) for source in sources]
         machine.write(target, np.stack(columns, 1).view(TYPES[kind]).reshape(-1), mask)
 
     return step

@@ -20,7 +20,7 @@ from ptx.parser import Kernel, parse
 class Launch:
     """One emulated launch: the kernel, its grid, the tensors by name, and the machine after it.
 
-    `again` launches another kernel on the same tensors, and may trace it.
+    `again` launches another kernel on the same tensors; it may trace it, or take this machine.
     """
 
     name: str
@@ -75,14 +75,18 @@ def _parsed(compiled) -> Kernel:
 
 def _launch(
     function: JITFunction, compiled, grid: tuple, bound: dict, kernel: Kernel,
-    traffic: bool = False, trace: bool = False,
+    traffic: bool = False, trace: bool = False, machine: Machine | None = None,
 ) -> Launch:  # fmt: skip
     names = function.arg_names
     folded = {names[path[0]] for path in compiled.src.constants if len(path) == 1}
     passed = {name: bound[name] for name in names if name not in folded}
     tensors = {name: value for name, value in passed.items() if torch.is_tensor(value)}
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
-    machine = Machine(RED_ZONE + sum(map(room, sizes.values())), traffic, trace)
+    size = RED_ZONE + sum(map(room, sizes.values()))
+    if machine is None:
+        machine = Machine(size, traffic, trace)
+    else:
+        machine.empty(size)
     storages: dict[int, tuple[int, int]] = {}
     arguments, addresses = [], {}
     for name, value in passed.items():

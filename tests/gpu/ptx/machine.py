@@ -48,14 +48,23 @@ def room(size: int) -> int:
 
 
 class Machine:
-    """Global memory, and one kernel at a time."""
+    """Global memory, and one kernel at a time.
+
+    A kernel that differs from the last one in a few instructions keeps the steps of the others.
+    """
 
     def __init__(self, size: int, count_traffic: bool = False, trace: bool = False) -> None:
-        self.memory = Memory(size, "global")
         self.traffic = Traffic(size) if count_traffic else None
         self.trace = Trace() if trace else None
         self.held_back: set[int] = set()  # places whose guard has kept a thread from something
         self.shortened: set[int] = set()  # copies that have read less than they write
+        self.kernel: Kernel | None = None  # the last one, and what its instructions became
+        self.steps: list[tuple[str, Step | Callable | None, int] | None] = []
+        self.empty(size)
+
+    def empty(self, size: int) -> None:
+        """Nothing lies in the memory, whose size may be another."""
+        self.memory = Memory(size, "global")
         self.top = RED_ZONE
         self.buffers: list[int] = []
 
@@ -77,7 +86,8 @@ class Machine:
         self, kernel: Kernel, grid: tuple[int, ...], threads: int, arguments: list, shared: int
     ) -> None:
         """Run the whole grid, blocks of `threads`, `shared` bytes sized at the launch."""
-        self.kernel, self.dynamic_start = kernel, kernel.static_shared
+        self._keep_steps(kernel)
+        self.dynamic_start = kernel.static_shared
         nx, ny, nz = (*grid, 1, 1)[:3]
         self.blocks, self.block_size = nx * ny * nz, threads
         self.lanes = self.blocks * threads
@@ -112,7 +122,6 @@ class Machine:
         self.product_groups = 0
         if self.trace:
             self.trace.begin(kernel, threads)
-        self.steps: list[tuple[str, Step | Callable | None, int] | None] = [None] * len(kernel.code)
         with np.errstate(all="ignore"):
             try:
                 self._run()
@@ -153,6 +162,16 @@ class Machine:
         self.parameters = np.frombuffer(raw, np.uint8).copy()
 
     # Execution ------------------------------------------------------------------------------------
+
+    def _keep_steps(self, kernel: Kernel) -> None:
+        """The last kernel's, where this one is `with_code` of it and has the same instruction."""
+        last, self.kernel = self.kernel, kernel
+        if last is None or last.labels is not kernel.labels:
+            self.steps = [None] * len(kernel.code)
+            return
+        pairs = zip(last.code, kernel.code, strict=True)
+        self.steps = [step if before is now else None
+                      for step, (before, now) in zip(self.steps, pairs, strict=True)]
 
     def _compile(self, at: int) -> tuple[str, Step | Callable | None, int]:
         """One instruction, when it is first executed."""
@@ -246,6 +265,8 @@ class Machine:
         if operand in self.special:
             return lambda: self.special[operand].astype(UNSIGNED[wanted.itemsize]).view(wanted)
         if operand in self.registers:
+            if self.registers[operand].dtype == wanted:
+                return lambda: self.registers[operand]
             if self.registers[operand].dtype.itemsize == wanted.itemsize:
                 return lambda: self.registers[operand].view(wanted)
             # A wider register gives its low bits.
@@ -271,6 +292,11 @@ class Machine:
             number = int(operand.rstrip("U"), 0)
         unsigned = UNSIGNED[wanted.itemsize]
         return np.array([number & (2 ** (8 * wanted.itemsize) - 1)], unsigned).view(wanted)
+
+    def on_all_lanes(self, value: Lanes) -> Lanes:
+        """The value, or one that all threads share as many; often spares a slow broadcast."""
+        shape = (self.lanes,)
+        return value if value.shape == shape else np.broadcast_to(value, shape)
 
     def write(self, register: str, value: Lanes, mask: Mask) -> None:
         """register = value for the threads in `mask`; widened by sign if the value has one."""
@@ -301,9 +327,7 @@ class Machine:
         if space == "shared":
             return lambda: pointer().astype(np.int64) + offset + self.shared_base
         start = GLOBAL_BASE if space == "global" else PARAM_BASE
-        return lambda: np.broadcast_to(
-            pointer().astype(np.int64) + offset - start, (self.lanes,)
-        )
+        return lambda: self.on_all_lanes(pointer().astype(np.int64) + offset - start)
 
     # Memory ---------------------------------------------------------------------------------------
 

@@ -18,6 +18,19 @@ class Instruction:
     def parts(self) -> list[str]:
         return self.opcode.split(".")
 
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """Bytes that it accesses at once, of global and of shared memory."""
+        name, kind = self.parts[0], self.parts[-1]
+        if name in ("ld", "st") and "param" not in self.parts:
+            shared = any(part.startswith("shared") for part in self.parts)
+            vector = re.search(r"\.v(\d)", self.opcode)
+            count = int(vector[1]) if vector else 1
+            return {"shared" if shared else "global": int(kind[1:]) // 8 * count}
+        if name == "cp" and len(self.operands) > 2:
+            return dict.fromkeys(("global", "shared"), int(self.operands[2], 0))
+        return {}
+
     def __str__(self) -> str:
         guard = f"@{self.guard} " if self.guard else ""
         return f"{guard}{self.opcode} {', '.join(self.operands)} ({self.where})"
@@ -96,17 +109,7 @@ def registers_of(operand: str) -> list[str]:
 
 def narrowest_access(kernel: Kernel, space: str) -> int:
     """The least width in bytes of the kernel's accesses to global or shared memory, at most 16."""
-    widths = [16]
-    for instruction in kernel.code:
-        name, kind = instruction.parts[0], instruction.parts[-1]
-        shared = any(part.startswith("shared") for part in instruction.parts)
-        if name in ("ld", "st") and "param" not in instruction.parts:
-            if shared == (space == "shared"):
-                vector = re.search(r"\.v(\d)", instruction.opcode)
-                widths.append(int(kind[1:]) // 8 * int(vector[1] if vector else 1))
-        elif name == "cp" and len(instruction.operands) > 2:
-            widths.append(int(instruction.operands[2], 0))
-    return min(widths)
+    return min([16, *(ins.widths[space] for ins in kernel.code if space in ins.widths)])
 
 
 def _body(text: str, start: int) -> str:

@@ -82,7 +82,7 @@ def mma(machine: Machine, instruction: Instruction) -> Step:
         for i, name in enumerate(b_names):
             b[:, :, half * i : half * (i + 1)] = fragment(name)
         for i, addend in enumerate(addends):
-            lanes = np.broadcast_to(addend(), (machine.lanes,)).reshape(-1, 8, 4)[warps]
+            lanes = machine.on_all_lanes(addend()).reshape(-1, 8, 4)[warps]
             c[:, half_of(i), i & 1 :: 2] = lanes
         d = _truncated(_products(a, b) + c)
         for i, name in enumerate(result):
@@ -156,7 +156,7 @@ class Product:
     def issue(self) -> Callable[[], None]:
         """Read descriptors now; the returned function reads registers, and computes."""
         machine = self.machine
-        keep = np.broadcast_to(self.keep(), (machine.lanes,)).copy()
+        keep = machine.on_all_lanes(self.keep()).copy()
         b = self.chunks(self.b_descriptor(), self.columns, self.b_transposed)
         if self.a_names:
             return lambda: self.compute(self._from_registers(), b, keep)
@@ -187,7 +187,7 @@ class Product:
     def chunks(self, descriptor: Lanes, rows: int, transposed: bool) -> Lanes:
         """Where the 16-byte chunks are of the operand that a descriptor points to, checked."""
         machine = self.machine
-        groups = np.broadcast_to(descriptor, (machine.lanes,)).reshape(-1, GROUP)
+        groups = machine.on_all_lanes(descriptor).reshape(-1, GROUP)
         if (groups != groups[:, :1]).any():
             raise Fault("a wgmma descriptor differs inside a warpgroup")
         chunks = self._chunks(groups[:, 0], rows, transposed)

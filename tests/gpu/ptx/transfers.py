@@ -57,7 +57,7 @@ def store(machine: Machine, instruction: Instruction) -> Step:
     def step(mask: Mask) -> None:
         memory = machine.shared if space == "shared" else machine.memory
         threads, offsets = machine.access(memory, address(), size * len(values), mask, "store")
-        lanes = [np.broadcast_to(value(), (machine.lanes,)).view(UNSIGNED[size])[threads]
+        lanes = [machine.on_all_lanes(value()).view(UNSIGNED[size])[threads]
                  for value in values]
         _put(memory, size, offsets // (size * len(values)), np.stack(lanes, 1))
 
@@ -150,7 +150,7 @@ def copy_async(machine: Machine, instruction: Instruction) -> Step:
 
     def step(mask: Mask) -> None:
         active = np.ones(machine.lanes, bool) if mask is None else mask
-        sizes = np.broadcast_to(size(), (machine.lanes,)).astype(np.int64)
+        sizes = machine.on_all_lanes(size()).astype(np.int64)
         destinations, sources = to(), source()
         reads = active & (sizes > 0)
         if (sizes[active] < width).any():
@@ -224,7 +224,7 @@ def shuffle(machine: Machine, instruction: Instruction) -> Step:
             if (needed & runs & ~mask).any():
                 raise Fault("shfl.sync names a lane that is not there")
         where = np.arange(machine.lanes) - own + np.where(valid, other, own)
-        machine.write(target, np.broadcast_to(value(), (machine.lanes,))[where], mask)
+        machine.write(target, machine.on_all_lanes(value())[where], mask)
         if succeeded:
             machine.write(succeeded[0], valid, mask)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from kernel_cases import TensorFloat32
+from kernel_cases import TensorCores
 from kernel_shapes import DEIT
 from torch import Tensor
 
@@ -46,11 +46,9 @@ def results(partial: Tensor, u: Tensor, bias: Tensor) -> dict[str, Tensor]:
 def oracles(
     dtype_name: str, partial: Tensor, u: Tensor, bias: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The results in float64, and those of plain PyTorch at the same dtype and precision."""
+    """The results in float64, and those of the formula at the same dtype and precision."""
     exact = results(partial.double(), u.double(), bias.double())
-    if dtype_name != "tf32":
-        return exact, results(partial, u, bias)
-    with TensorFloat32():
+    with TensorCores(tf32=dtype_name == "tf32"):
         return exact, results(partial, u, bias)
 
 

@@ -197,7 +197,7 @@ def caught(launch: Launch, mutant: Kernel, before: list, after: list) -> bool:
     for tensor, value in zip(tensors, before, strict=True):
         tensor.copy_(value)
     try:
-        launch.again(mutant)
+        launch.again(mutant, machine=launch.machine)
     except Fault:
         return True
     return not all(map(torch.equal, map(bits, tensors), map(bits, after)))
