@@ -30,11 +30,11 @@ from adacomcat.utils.model import input_size
 MOST_PARTS = 10_000  # modules and parameters of one model; timm's largest have a third
 
 
-def require_architecture(name: str) -> None:
+def require_architecture(name: object) -> None:
     """Raise a ``UserError`` with similar names where timm does not know ``name``."""
-    if timm.is_model(name):
+    if isinstance(name, str) and timm.is_model(name):
         return
-    near = get_close_matches(name[:100], timm.list_models(), n=3)
+    near = get_close_matches(str(name)[:100], timm.list_models(), n=3)
     hint = f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() lists all"
     raise UserError(f"timm has no model {name!r:.100}{hint}")
 
@@ -49,6 +49,7 @@ def create(name: str, model_args: Mapping[str, Any], **options: Any) -> nn.Modul
     try:
         with _bounded(MOST_PARTS):
             if model_args:
+                _require_few_blocks(model_args)
                 _require_sound(_outline(lambda: timm.create_model(name, **model_args)))
             return timm.create_model(name, **options, **model_args)
     except OSError:
@@ -83,6 +84,7 @@ def build(config: Mapping[str, Any], source: str,
     most = MOST_PARTS if weights is None else min(MOST_PARTS, 1000 + 64 * len(weights))
     try:
         with _bounded(most):
+            _require_few_blocks(args)
             if weights is not None:
                 _require_no_larger(args, weights)
                 outline = _outline(make)
@@ -145,13 +147,26 @@ def _outline(make: Callable[[], nn.Module]) -> nn.Module | None:
         raise
 
 
-def _require_no_larger(model_args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Refuse numbers that no model with these weights can have, like a depth of 10⁹."""
-    most = sum(tensor.numel() for tensor in weights.values())
+def _integers(model_args: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     for name, value in model_args.items():
-        for number in value if isinstance(value, list) else [value]:
-            if type(number) is int and abs(number) > most:
-                raise ValueError(f"{name} {number} is more than its weights have numbers ({most})")
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if type(number) is int:
+                yield name, number
+
+
+def _require_few_blocks(model_args: Mapping[str, Any]) -> None:
+    """Refuse a depth of 10⁹, for which timm lists a drop rate each before it makes a block."""
+    for name, number in _integers(model_args):
+        if ("depth" in name or "layers" in name) and number > MOST_PARTS:
+            raise ValueError(f"{name} {number} makes more than {MOST_PARTS:,} modules")
+
+
+def _require_no_larger(model_args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Refuse numbers that no model with these weights can have, like a width of 10⁹."""
+    most = sum(tensor.numel() for tensor in weights.values())
+    for name, number in _integers(model_args):
+        if abs(number) > most:
+            raise ValueError(f"{name} {number} is more than its weights have numbers ({most})")
 
 
 def _require_sound(outline: nn.Module | None) -> None:

@@ -14,6 +14,7 @@ from adacomcat.errors import UserError
 from adacomcat.utils.presets import PRESETS
 
 _LARGEST = 2**31 - 1  # of a count; more overflows in the libraries that count with it
+_LARGEST_INTEGER = 2**53  # where any number may stand; torch takes no int beyond 64 bits
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Limit:
         if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
             return False
         number: Any = value  # NaN is beyond every bound
+        if isinstance(value, Integral) and not self.whole and abs(number) > _LARGEST_INTEGER:
+            return False
         return (self.low <= number <= self.high and abs(number) != math.inf
                 and not (self.above and number == self.low)
                 and not (self.below and number == self.high))

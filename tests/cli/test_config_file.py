@@ -1,6 +1,7 @@
 """The YAML file of -c and the values of --model-kwargs: text that flags judge, nothing endless."""
 
 import pytest
+import timm
 from helpers.command_line import ARCHITECTURE, MODEL
 
 from adacomcat.cli.config_file import value_of
@@ -87,12 +88,19 @@ def test_values_that_no_model_can_have(text, run):
     ("patch_size=0", "cannot make"), ("num_heads=0", "cannot make"),
     ("num_heads=-1", "cannot make"),
     ("in_chans=0", "cannot make"),
-    ("depth=1000000", "more than 10,000 modules"), ("embed_dim=1000000", "GiB"),
+    ("depth=9000", "more than 10,000 modules"), ("embed_dim=1000000", "GiB"),
     ("features_only=true", "cannot make"), ("checkpoint_path=x", "no argument of a model"),
     ("pretrained_cfg=x", "no argument of a model")])
 def test_models_that_cannot_be(value, says, run):
     code, out, err = run("inspect", *MODEL, value)
     assert (code, out) == (2, "") and says in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["depth=1000000000", "num_layers=1000000000"])
+def test_numbers_of_blocks_are_judged_before_timm_lists_them(name, run, monkeypatch):
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: pytest.fail("asked timm"))
+    code, _, err = run("inspect", *MODEL, name)
+    assert code == 2 and "makes more than 10,000 modules" in err
 
 
 def test_a_small_number_in_scientific_notation_is_taken(run):

@@ -86,6 +86,13 @@ def test_what_is_no_number_is_refused(value):
     assert not Limit(0).holds(value) and not Limit(0, whole=True).holds(value)
 
 
+def test_an_integer_that_torch_cannot_take_is_refused():
+    """Where any number may stand; as a float it is fine."""
+    assert Limit(0).holds(2**53) and Limit(0).holds(1e20) and not Limit(0).holds(10**20)
+    with pytest.raises(UserError, match="kd_temperature must be"):
+        TrainConfig(kd_temperature=10**20).checked()
+
+
 @pytest.mark.parametrize(("limit", "text"), [
     (Limit(0, above=True), "a number above 0"), (Limit(0), "a number of at least 0"),
     (Limit(0, 1, below=True), "a fraction in [0, 1), like 0.5 or 50%"),
