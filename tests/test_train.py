@@ -258,9 +258,18 @@ def test_resuming_with_other_inputs_is_refused(name: str, tmp_path: Path) -> Non
         train.run(config=config.with_(resume=True), **other_inputs(name))
 
 
+def test_weights_that_no_loss_shows_to_be_nan_stop_the_run() -> None:
+    """Gradients of zero meet an epsilon that float32 does not have."""
+    model = make_model()
+    nn.init.zeros_(model.blocks[0].attn.proj.weight)
+    config = small_config(epochs=1, steps=1, opt_eps=1e-70, keep_params=None, ema_decay=None)
+    with pytest.raises(UserError, match="NaN or infinite after epoch 1"):
+        train.run(model, config, make_sets(model)[0])
+
+
 def test_a_diverged_loss_stops_the_run() -> None:
     with pytest.raises(UserError, match="loss is"):
-        small_run(lr=1e30, clip_grad=None, epochs=1)
+        small_run(lr=1e9, clip_grad=None, epochs=1)
 
 
 def test_too_large_a_batch_is_named() -> None:

@@ -176,6 +176,9 @@ def _require_sound(outline: nn.Module | None) -> None:
     empty = [name for name, parameter in outline.named_parameters() if not parameter.numel()]
     if empty:
         raise ValueError(f"{empty[0]} would have no numbers")
+    for name, module in outline.named_modules():
+        if isinstance(module, nn.Conv2d) and len(module.kernel_size) != 2:  # passes on meta
+            raise ValueError(f"{name} would have a kernel of {len(module.kernel_size)} sizes")
     size = sum(t.numel() * t.element_size() for t in (*outline.parameters(), *outline.buffers()))
     if size > (memory := _memory()):
         raise ValueError(f"it would take {size / 2**30:.0f} GiB; this machine has "

@@ -28,7 +28,7 @@ def evaluate(model: nn.Module, dataset: LabelledImages, batch_size: int, process
         workers: processes that decode pictures; 0 decodes in this one.
 
     Raises:
-        UserError: there is no image, or an output or the loss is not finite.
+        UserError: there is no image, an output or the loss is not finite, or a weight is NaN.
     """
     training = model.training
     model.eval()
@@ -51,6 +51,7 @@ def evaluate(model: nn.Module, dataset: LabelledImages, batch_size: int, process
     if not count:
         raise UserError("there are no images to evaluate")
     require_finite_outputs(int(broken), int(count), total / count)
+    require_no_nan(model)
     return {"top1": right / count, "top5": among_five / count, "loss": total / count,
             "images": int(count)}
 
@@ -60,3 +61,10 @@ def require_finite_outputs(broken: int, count: int, loss: float) -> None:
     if broken or not math.isfinite(loss):
         raise UserError(f"the model's outputs are NaN or infinite for {broken} of {count} images, "
                         f"the loss is {loss}: its weights diverged or are damaged")
+
+
+def require_no_nan(model: nn.Module) -> None:
+    """A ``UserError`` where a weight is NaN: PyTorch's attention gives zeros for NaN keys."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.isnan().any():
+            raise UserError(f"the model's {name} holds NaN: it diverged or is damaged")

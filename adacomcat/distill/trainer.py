@@ -10,6 +10,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from adacomcat.data import Batches, LabelledImages
 from adacomcat.distill.config import TrainConfig
@@ -153,6 +154,7 @@ class Trainer:
             self._maybe_search()
             searched = time.perf_counter()
             self._run_epoch()
+            self._require_finite_weights()
             record = {"epoch": self.epoch, "loss": self.loss_sum / self.steps,
                       "lr": self.optimizer.param_groups[0]["lr"],
                       "search_seconds": searched - start,
@@ -229,6 +231,17 @@ class Trainer:
             self.processes.reached(self._where())
             if self.step < self.steps:  # the end of an epoch saves, too
                 self._after_step()
+
+    def _require_finite_weights(self) -> None:
+        """NaN in keys passes through PyTorch's attention as zeros, which no loss shows."""
+        broken = 0
+        for parameter in self.student.parameters():
+            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            broken += int((~own.isfinite()).sum())
+        found = self.processes.sum(torch.tensor([float(broken)], device=self.processes.device))
+        if found.item():
+            raise UserError(f"weights are NaN or infinite after epoch {self.epoch}; a lower lr or "
+                            "clip_grad, or a larger opt_eps, may mend it")
 
     def _train_step(self, images: Tensor, labels: Tensor) -> float:
         """One update of the weights; the loss, a mean over all processes."""

@@ -14,7 +14,7 @@ from adacomcat.errors import UserError
 from adacomcat.utils.presets import PRESETS
 
 _LARGEST = 2**31 - 1  # of a count; more overflows in the libraries that count with it
-_LARGEST_INTEGER = 2**53  # where any number may stand; torch takes no int beyond 64 bits
+_LARGEST_REAL = 1e9  # beyond any use; its square and its products are numbers in float32
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,6 @@ class Limit:
         if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
             return False
         number: Any = value  # NaN is beyond every bound
-        if isinstance(value, Integral) and not self.whole and abs(number) > _LARGEST_INTEGER:
-            return False
         return (self.low <= number <= self.high and abs(number) != math.inf
                 and not (self.above and number == self.low)
                 and not (self.below and number == self.high))
@@ -81,7 +79,7 @@ def at_least(least: int, most: int = _LARGEST) -> Limit:
     return Limit(least, most, whole=True)
 
 
-POSITIVE, NOT_NEGATIVE = Limit(0, above=True), Limit(0)
+POSITIVE, NOT_NEGATIVE = Limit(0, _LARGEST_REAL, above=True), Limit(0, _LARGEST_REAL)
 FRACTION = Limit(0, 1, above=True)  # 1 is all
 PART = Limit(0, 1, above=True, below=True)  # neither nothing nor all
 WEIGHT, DECAY = Limit(0, 1), Limit(0, 1, below=True)

@@ -85,7 +85,8 @@ def test_values_that_no_model_can_have(text, run):
 
 @pytest.mark.parametrize(("value", "says"), [
     ("norm_layer=x", "cannot make"), ("patch_size=33", "cannot make"),
-    ("patch_size=0", "cannot make"), ("num_heads=0", "cannot make"),
+    ("patch_size=0", "cannot make"), ("patch_size=[1,1,1]", "a kernel of 3 sizes"),
+    ("num_heads=0", "cannot make"),
     ("num_heads=-1", "cannot make"),
     ("in_chans=0", "cannot make"),
     ("depth=9000", "more than 10,000 modules"), ("embed_dim=1000000", "GiB"),

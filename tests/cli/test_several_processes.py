@@ -37,8 +37,7 @@ def process_of(launcher: subprocess.Popen, rank: int) -> int:
     raise AssertionError(children)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGSTOP), (1, signal.SIGKILL)])
 def test_a_lost_process_is_named(rank: int, number: signal.Signals,
                                  launched: subprocess.Popen) -> None:
     os.kill(process_of(launched, rank), number)

@@ -51,6 +51,16 @@ def test_an_accuracy_of_outputs_that_are_not_finite_is_none(value, digits, run):
         assert (code, out) == (2, "") and "NaN or infinite for 360 of 360 images" in err
 
 
+def test_keys_that_are_nan_are_noticed(digits, run):
+    """PyTorch's attention gives zeros for them, so that all outputs are finite."""
+    weights = load_file(digits / "model.safetensors")
+    bias = next(name for name in weights if name.endswith("attn.qkv.bias"))
+    weights[bias][len(weights[bias]) // 2] = float("nan")
+    save_file(weights, digits / "model.safetensors", metadata={"format": "pt"})
+    code, out, err = run("evaluate", "-m", digits, "--no-verify", *DIGITS)
+    assert (code, out) == (2, "") and f"{bias} holds NaN" in err
+
+
 def test_a_class_that_cannot_be_is_no_fault(digits, run):
     weights = load_file(digits / "model.safetensors")
     weights["head.bias"][3] = -1e30

@@ -87,8 +87,11 @@ def require_clear(line: str) -> None:
 def command(capsys: Any, *argv: str) -> int:
     """The exit code of a command, 0, 2 or 3, after looking at what it says."""
     capsys.readouterr()
-    with limited():
-        code = cli.main(list(argv))
+    try:
+        with limited():
+            code = cli.main(list(argv))
+    except TooLong as error:
+        raise TooLong(f"{error}: {argv}") from None
     _, err = capsys.readouterr()
     errors = [line for line in err.splitlines() if line.startswith("adacomcat: error:")]
     assert code in (0, 2, 3) and len(errors) == (code == 2) and "Traceback" not in err, err[-3000:]

@@ -14,8 +14,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import bad_disk
@@ -111,8 +112,14 @@ def whole(forks: Forks, tmp_path_factory: pytest.TempPathFactory):
     return of
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", SIGNALS)
+def with_variants(others: Iterable[Any]) -> list[tuple]:
+    """All pairs with the variants; in the slice each of the others with one of them, in turn."""
+    if KILLS > 1:
+        return list(itertools.product(others, VARIANTS))
+    return list(zip(others, itertools.cycle(VARIANTS)))
+
+
+@pytest.mark.parametrize(("name", "variant"), with_variants(SIGNALS))
 def test_killed_at_random_times(name: str, variant: str, forks: Forks, whole, tmp_path: Path
                                 ) -> None:
     expected, _, seconds = whole(variant)
@@ -150,7 +157,7 @@ def whole_of_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, by
     return made_by_two(folder), time.monotonic() - begin
 
 
-@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("name", SIGNALS if KILLS > 1 else ["KILL", "TERM"])
 def test_two_processes_killed_at_random_times(name: str, tmp_path: Path,
                                               whole_of_two: tuple[dict[str, bytes], float]) -> None:
     """SIGKILL ends one of the processes, or the launcher and both; the launcher gets the others."""
@@ -225,11 +232,12 @@ def test_a_full_disk_at_any_change(variant: str, forks: Forks, whole, tmp_path: 
         assert run.finish() == expected, number
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("names", "contents"), [(False, 0.0), (True, 0.0), (True, 0.5)])
-def test_power_that_goes_at_any_change(names: bool, contents: float, variant: str, forks: Forks,
+@pytest.mark.parametrize(("kept", "variant"),
+                         with_variants([(False, 0.0), (True, 0.0), (True, 0.5)]))
+def test_power_that_goes_at_any_change(kept: tuple[bool, float], variant: str, forks: Forks,
                                        whole, tmp_path: Path) -> None:
     """What was not synced is lost: its names, its contents, or both."""
+    names, contents = kept
     expected, changes, _ = whole(variant)
     draw = random.Random(f"{SEED} power {variant} {names} {contents}")
     for number in [*places(variant, whole, draw), len(changes) + 1]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from adacomcat import cost, data
 from adacomcat.cli.commands import Outcome, inputs
 from adacomcat.convert.calibrate import calibration_batches
-from adacomcat.distill.evaluation import require_finite_outputs
+from adacomcat.distill.evaluation import require_finite_outputs, require_no_nan
 from adacomcat.errors import UserError
 from adacomcat.evaluation.agreement import agreement, flips
 from adacomcat.evaluation.neighbours import knn_scores
@@ -83,9 +83,10 @@ def _accuracy(args: argparse.Namespace, model: nn.Module,
 
     def judged(of: nn.Module) -> tuple[Best, dict[str, Any], Tensor]:
         of = of.to(processes.device)
-        if methods:
-            return _without_head(of, methods, train, test, args, processes)
-        return _by_head(of, test, args, processes)
+        found = (_without_head(of, methods, train, test, args, processes) if methods
+                 else _by_head(of, test, args, processes))
+        require_no_nan(of)
+        return found
 
     best, extra, labels = judged(model)
     before = None if dense is None else judged(dense)

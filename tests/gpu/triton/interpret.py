@@ -13,6 +13,7 @@ import access_checks
 import split_k
 import strict_interpreter
 import torch
+from interpreted import CASES, types_of
 from kernel_cases import (
     DTYPES,
     UNITS,
@@ -24,16 +25,13 @@ from kernel_cases import (
     run_kernels,
     worst,
 )
-from kernel_shapes import ragged
 from stub_driver import compiling_for
 
 Results = dict[str, torch.Tensor]
-# Cases that also run as on AMD, where store_tile reshapes 16-bit tiles.
-ON_AMD = ("tokens", "odd", "aligned")
 
 
 def prepared(case: Case | split_k.Splits, dtype_name: str) -> tuple[Callable, Results, Results]:
-    """The call to run, its exact results, and those of plain PyTorch."""
+    """The call to run, its exact results, and those of the formula in its dtype."""
     dtype, _ = DTYPES[dtype_name]
     if isinstance(case, split_k.Splits):
         arguments = split_k.draw(case, dtype)
@@ -47,13 +45,11 @@ def prepared(case: Case | split_k.Splits, dtype_name: str) -> tuple[Callable, Re
 def findings(process: int, count: int) -> dict[str, list[str]]:
     """Complaints by case, dtype and architecture; cases by "KERNEL PROCESS" in which it ran."""
     found: dict[str, list[str]] = {}
-    for i, case in enumerate([*ragged(), *split_k.RAGGED]):
+    for i, case in enumerate(CASES):
         if i % count != process:
             continue
         kernels: set[str] = set()
-        types = [(dtype_name, "sm_80") for dtype_name in DTYPES]
-        types += [("fp16", "gfx942")] if case.id.endswith(ON_AMD) else []
-        for dtype_name, architecture in types:
+        for dtype_name, architecture in types_of(i):
             run, exact, plain = prepared(case, dtype_name)
             try:
                 with (

@@ -13,9 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import split_k
-from kernel_cases import DTYPES
-from kernel_shapes import ragged
+from interpreted import CASES, types_of
 
 PROCESSES = 2
 HERE = Path(__file__).parent
@@ -58,10 +56,11 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", [case.id for case in [*ragged(), *split_k.RAGGED]])
-def test_interpreted(case: str, dtype: str, findings: dict[str, list[str]]) -> None:
-    assert findings[f"{case}-{dtype}-sm_80"] == []
+@pytest.mark.parametrize("name", [
+    f"{case.id}-{dtype}-{architecture}" for number, case in enumerate(CASES)
+    for dtype, architecture in types_of(number) if architecture == "sm_80"])
+def test_interpreted(name: str, findings: dict[str, list[str]]) -> None:
+    assert findings[name] == []
 
 
 def test_interpreted_as_on_amd(findings: dict[str, list[str]]) -> None:
