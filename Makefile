@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # One process for each core, one thread in each: most tests are too small for more.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -rs -n auto --dist worksteal
 
-.PHONY: install demo check test fuzz torture soak bench gpu-check gpu-reports lint types docs sanitize
+.PHONY: install demo check test mutants fuzz torture soak bench gpu-check gpu-reports lint types docs sanitize
 
 install: $(INSTALLED)
 
@@ -31,6 +31,10 @@ check: lint types
 
 test: install
 	$(PYTEST)
+
+# Damaged GPU kernels, which the checks of kernels must notice; `make test` runs a part.
+mutants: install
+	MUTANTS=all $(PYTEST) tests/gpu/triton/test_mutations.py tests/gpu/cuda/test_cuda_bugs.py
 
 # Random inputs at every boundary, as many as FUZZ_EXAMPLES for each test times its share: about
 # 10^5 in all. FUZZ_SEED=N draws others. `make test` runs a slice of a minute.

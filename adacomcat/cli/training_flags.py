@@ -32,6 +32,8 @@ def train(parser: argparse.ArgumentParser) -> None:
     parser.epilog = explained()
     _add(group, {
         "-b --batch-size": ("N", "images per step over all processes (default: 128)"),
+        "--grad-accum-steps": ("N", "take the images of a step in N passes, for less memory "
+                                    "(default: 1)"),
         "--epochs": ("N", "0 compresses without training (default: 10)"),
         "--finetune-epochs": ("N", "further epochs, at the ranks found (default: 0)"),
         "--steps": ("N", "end every epoch after N steps (default: after all images)"),

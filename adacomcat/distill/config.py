@@ -27,6 +27,8 @@ class TrainConfig:
         finetune_epochs: epochs after them, without a search.
         steps: end every epoch after this many steps; None: after all images.
         batch_size: images of a step, over all processes.
+        grad_accum_steps: passes of a step, each with its part of these images, whose gradients add
+            up: the same step in less memory. An alignment compares the images of each pass.
         opt: timm's name of an optimiser.
         opt_eps: its ε; None: its own.
         opt_betas: its β; None: its own.
@@ -124,6 +126,7 @@ class TrainConfig:
     finetune_epochs: int = 0
     steps: int | None = None
     batch_size: int = 128
+    grad_accum_steps: int = 1
     opt: str = "adamw"
     opt_eps: float | None = None
     opt_betas: tuple[float, ...] | None = None

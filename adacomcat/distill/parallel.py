@@ -93,6 +93,15 @@ def shard_(model: nn.Module, processes: Processes) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
+def finite(model: nn.Module, processes: Processes) -> bool:
+    """Whether no weight is NaN or infinite on any process, which a loss need not show.
+
+    PyTorch's attention takes NaN keys for zeros.
+    """
+    owned = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    return not processes.any(not all(bool(p.isfinite().all()) for p in owned))
+
+
 def whole(value: Any) -> Any:
     """``value`` with the tensors that its shards are parts of; every process takes part."""
     if isinstance(value, DTensor):

@@ -10,7 +10,6 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from adacomcat.data import Batches, LabelledImages
 from adacomcat.distill.config import TrainConfig
@@ -18,7 +17,7 @@ from adacomcat.distill.evaluation import evaluate
 from adacomcat.distill.metrics import Event, Observer, Pace
 from adacomcat.distill.objective import BatchMixing, Objective
 from adacomcat.distill.optimizer import make_schedule, move
-from adacomcat.distill.parallel import load_model_, load_optimizer_, share, whole
+from adacomcat.distill.parallel import finite, load_model_, load_optimizer_, share, whole
 from adacomcat.distill.state import (
     StateWriter,
     require_same_inputs,
@@ -72,6 +71,9 @@ class Trainer:
         self.inputs = dict(inputs or {})
         self.search, self.train_part, self.search_part = search, train_part, search_part
         self.steps = len(self._batches(epoch=1))
+        if config.grad_accum_steps > (each := config.batch_size // processes.world_size):
+            raise UserError(f"grad_accum_steps {config.grad_accum_steps} leaves a pass without an "
+                            f"image: a process has {each} of a batch of {config.batch_size}")
         shards = config.parallel == "fsdp" and processes.world_size > 1
         self.ema = None
         if config.ema_decay is not None:
@@ -154,7 +156,9 @@ class Trainer:
             self._maybe_search()
             searched = time.perf_counter()
             self._run_epoch()
-            self._require_finite_weights()
+            if not finite(self.student, self.processes):
+                raise UserError(f"weights are NaN or infinite after epoch {self.epoch}; a lower "
+                                "lr or clip_grad, or a larger opt_eps, may mend it")
             record = {"epoch": self.epoch, "loss": self.loss_sum / self.steps,
                       "lr": self.optimizer.param_groups[0]["lr"],
                       "search_seconds": searched - start,
@@ -232,17 +236,6 @@ class Trainer:
             if self.step < self.steps:  # the end of an epoch saves, too
                 self._after_step()
 
-    def _require_finite_weights(self) -> None:
-        """NaN in keys passes through PyTorch's attention as zeros, which no loss shows."""
-        broken = 0
-        for parameter in self.student.parameters():
-            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            broken += int((~own.isfinite()).sum())
-        found = self.processes.sum(torch.tensor([float(broken)], device=self.processes.device))
-        if found.item():
-            raise UserError(f"weights are NaN or infinite after epoch {self.epoch}; a lower lr or "
-                            "clip_grad, or a larger opt_eps, may mend it")
-
     def _train_step(self, images: Tensor, labels: Tensor) -> float:
         """One update of the weights; the loss, a mean over all processes."""
         update, device = (self.epoch - 1) * self.steps + self.step, self.processes.device
@@ -250,8 +243,12 @@ class Trainer:
         images, targets = self.mixing.mix(images.to(device), labels.to(device), self._key(MIXUP))
         # Each process drops other activations.
         torch.manual_seed(derived_seed(*self._key(DROPOUT), self.processes.rank))
-        loss = self._loss(images, targets)
-        self._update_weights(loss)
+        self.optimizer.zero_grad()
+        passes = self.config.grad_accum_steps
+        loss = torch.zeros((), device=device)
+        for part in zip(images.tensor_split(passes), targets.tensor_split(passes), strict=True):
+            loss += self._pass(*part)
+        self._update_weights()
         if self.ema is not None:
             self.ema.update(self.student, step=update + 1)
         mean = self.processes.mean(loss)
@@ -260,21 +257,24 @@ class Trainer:
                             "a lower lr or clip_grad may mend it")
         return mean
 
-    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Its mean over all processes is that over the global batch."""
+    def _pass(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Adds gradients; the loss, whose sums have the loss of the global batch as their mean."""
         processes, device = self.processes, self.processes.device
         part = processes.share(len(images), self.config.batch_size)
         dtype = getattr(torch, self.config.amp_dtype)
+
+        def mean(means: Tensor) -> Tensor:
+            shares = processes.sum(means.new_full((), part))
+            return processes.sum(means * part) / shares
         with (torch.autocast(device.type, dtype, enabled=self.config.amp),
               self.sharing.passes()):
-            return part * self.objective.loss(
-                images, targets, self.epoch, derived_generator(*self._key(TOKENS)),
-                lambda means: processes.sum(means * part) / processes.world_size)
-
-    def _update_weights(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad()
+            loss = part * self.objective.loss(images, targets, self.epoch,
+                                              derived_generator(*self._key(TOKENS)), mean)
         with self.sharing.passes():
             self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def _update_weights(self) -> None:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.sharing.average_gradients_(parameters)
         self.scaler.unscale_(self.optimizer)

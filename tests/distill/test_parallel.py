@@ -10,6 +10,8 @@ from helpers.together import together
 
 from adacomcat.distill.config import TrainConfig
 from adacomcat.distill.objective import BatchMixing
+from adacomcat.distill.trainer import Trainer
+from adacomcat.errors import UserError
 from adacomcat.utils.distributed import Processes
 
 RUNS = {
@@ -43,6 +45,32 @@ def test_any_number_of_processes_trains_alike(count: int, parallel: str, name: s
     assert found["plan"] == expected["plan"]
     for key in ("losses", "judged", "searches"):
         assert found[key] == pytest.approx(expected[key], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(("count", "parallel"), [(1, "average"), (2, "average"), (2, "ddp"),
+                                                 (2, "fsdp")])
+def test_gradients_of_several_passes_add_up(count: int, parallel: str,
+                                            alone: dict[str, dict[str, Any]]) -> None:
+    """64 images do not divide by five passes."""
+    found = train_on(count, parallel=parallel, grad_accum_steps=5, **RUNS["dense"])
+    for key in ("losses", "judged"):
+        assert found[key] == pytest.approx(alone["dense"][key], abs=TOLERANCE)
+
+
+def test_a_pass_takes_its_part_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, real = [], Trainer._pass
+
+    def noted(self: Trainer, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        return real(self, images, targets)
+    monkeypatch.setattr(Trainer, "_pass", noted)
+    small_run(grad_accum_steps=5, **RUNS["dense"] | {"epochs": 1, "steps": 2, "align": "mse"})
+    assert seen == [13, 13, 13, 13, 12] * 2
+
+
+def test_every_pass_has_an_image() -> None:
+    with pytest.raises(UserError, match="grad_accum_steps 65 leaves a pass without an image"):
+        small_run(grad_accum_steps=65, **RUNS["dense"])
 
 
 @pytest.mark.parametrize("parallel", ["average", "ddp", "fsdp"])

@@ -1,10 +1,13 @@
 """Small damage to compiled kernels, to see whether the emulator's checks notice."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 
 from ptx.parser import Instruction, Kernel
 
+# Whether tests of tests run whole; they change only with kernels and checks.
+ALL_MUTANTS = os.environ.get("MUTANTS") == "all"
 NOTHING = Instruction("membar.cta", ())
 
 

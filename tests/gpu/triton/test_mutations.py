@@ -12,7 +12,7 @@ from kernel_cases import Case, draw, incoming, run_kernels
 from ptx.emulate import Launch, emulated
 from ptx.machine import Machine
 from ptx.memory import Fault
-from ptx.mutations import KINDS, place_of
+from ptx.mutations import ALL_MUTANTS, KINDS, place_of
 from ptx.parser import Kernel
 
 from adacomcat.kernels import load, tiles
@@ -160,10 +160,10 @@ RUNS = [
     ("low_rank_mlp_backward_kernel", mlp_backward_apart),
     ("hidden_grads_kernel", hidden_grads),
 ]
-# Each kernel on both architectures in its first run, and in others on one, since that takes long.
+# `make mutants` runs all on both architectures, `make test` each in turn on one.
 PLACES = [(name, run, architecture) for at, (name, run) in enumerate(RUNS)
           for number, architecture in enumerate(("sm_80", "sm_90"))
-          if name not in dict(RUNS[:at]) or number == at % 2]
+          if ALL_MUTANTS or number == at % 2]
 # Mutants of one kind in one kernel; of more, which are all alike, every second or third one runs.
 MOST = 32
 
