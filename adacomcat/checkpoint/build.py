@@ -27,6 +27,7 @@ from adacomcat.checkpoint.weights import require_fit
 from adacomcat.errors import UserError, reason
 from adacomcat.utils.model import input_size
 
+NUMBERS = ("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads")
 MOST_PARTS = 10_000  # modules and parameters of one model; timm's largest have a third
 
 
@@ -49,7 +50,7 @@ def create(name: str, model_args: Mapping[str, Any], **options: Any) -> nn.Modul
     try:
         with _bounded(MOST_PARTS):
             if model_args:
-                _require_few_blocks(model_args)
+                _require_numbers(model_args)
                 _require_sound(_outline(lambda: timm.create_model(name, **model_args)))
             return timm.create_model(name, **options, **model_args)
     except OSError:
@@ -84,7 +85,7 @@ def build(config: Mapping[str, Any], source: str,
     most = MOST_PARTS if weights is None else min(MOST_PARTS, 1000 + 64 * len(weights))
     try:
         with _bounded(most):
-            _require_few_blocks(args)
+            _require_numbers(args)
             if weights is not None:
                 _require_no_larger(args, weights)
                 outline = _outline(make)
@@ -154,8 +155,14 @@ def _integers(model_args: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
                 yield name, number
 
 
-def _require_few_blocks(model_args: Mapping[str, Any]) -> None:
-    """Refuse a depth of 10⁹, for which timm lists a drop rate each before it makes a block."""
+def _require_numbers(model_args: Mapping[str, Any]) -> None:
+    """Refuse a depth of 10⁹, for which timm lists a drop rate each before it makes a block.
+
+    True is no number either: models take it for 1 until they reshape.
+    """
+    for name, value in model_args.items():
+        if isinstance(value, bool) and name in NUMBERS:
+            raise ValueError(f"{name} must be a number; got {value}")
     for name, number in _integers(model_args):
         if ("depth" in name or "layers" in name) and number > MOST_PARTS:
             raise ValueError(f"{name} {number} makes more than {MOST_PARTS:,} modules")

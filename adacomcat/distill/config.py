@@ -13,6 +13,7 @@ from adacomcat.utils.limits import CHOICES, DECAY, TRAINING, require, require_ki
 from adacomcat.utils.presets import PRESETS
 
 MLP = CHOICES["mlp"]
+LEAST_ALPHA = 1e-6  # of a Beta distribution: numpy draws NaN from far smaller ones
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,10 @@ class TrainConfig:
         require_kinds(self, augment=bool, confirm_plans=bool, drop_attention_biases=bool,
                       finetune_attention_biases=bool, decompose_anew=bool, new_optimizer=bool,
                       amp=bool, bce_loss=bool, resume=bool, opt=str, sched=str)
+        for name in ("mixup", "cutmix"):
+            if 0 < getattr(self, name) < LEAST_ALPHA:
+                raise UserError(f"{name} must be 0 or at least {LEAST_ALPHA:g}; got "
+                                f"{getattr(self, name)!r:.60}")
         _require_numbers(self, "opt_betas", 2, 3)
         _require_numbers(self, "cutmix_minmax", 2, 2)
         blocks = self.align_blocks

@@ -87,7 +87,7 @@ def test_values_that_no_model_can_have(text, run):
     ("norm_layer=x", "cannot make"), ("patch_size=33", "cannot make"),
     ("patch_size=0", "cannot make"), ("patch_size=[1,1,1]", "a kernel of 3 sizes"),
     ("num_heads=0", "cannot make"),
-    ("num_heads=-1", "cannot make"),
+    ("num_heads=-1", "cannot make"), ("num_heads=on", "num_heads must be a number; got True"),
     ("in_chans=0", "cannot make"),
     ("depth=9000", "more than 10,000 modules"), ("embed_dim=1000000", "GiB"),
     ("features_only=true", "cannot make"), ("checkpoint_path=x", "no argument of a model"),

@@ -86,6 +86,12 @@ def test_what_is_no_number_is_refused(value):
     assert not Limit(0).holds(value) and not Limit(0, whole=True).holds(value)
 
 
+def test_mixing_without_a_distribution_is_refused():
+    TrainConfig(mixup=1e-6, cutmix=0.0).checked()
+    with pytest.raises(UserError, match="cutmix must be 0 or at least 1e-06; got 5e-324"):
+        TrainConfig(cutmix=5e-324).checked()
+
+
 @pytest.mark.parametrize("name", ["kd_temperature", "warmup_lr", "align_weight"])
 @pytest.mark.parametrize("value", [10**20, 1e10, 1e300])
 def test_a_number_that_float32_cannot_multiply_is_refused(name, value):

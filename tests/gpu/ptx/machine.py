@@ -4,7 +4,6 @@ A register is an array over all threads. At every step the threads that are furt
 instruction; threads that parted at a branch so meet again where their paths join.
 """
 
-import re
 from collections.abc import Callable
 
 import numpy as np
@@ -21,6 +20,7 @@ from ptx.memory import (
     put,
     take,
 )
+from ptx.number_formats import literal
 from ptx.parser import Kernel, narrowest_access, search
 from ptx.trace import Trace
 
@@ -87,7 +87,6 @@ class Machine:
     ) -> None:
         """Run the whole grid, blocks of `threads`, `shared` bytes sized at the launch."""
         self._keep_steps(kernel)
-        self.dynamic_start = kernel.static_shared
         nx, ny, nz = (*grid, 1, 1)[:3]
         self.blocks, self.block_size = nx * ny * nz, threads
         self.lanes = self.blocks * threads
@@ -151,10 +150,12 @@ class Machine:
 
     def _set_parameters(self, arguments: list) -> None:
         """Parameters as bytes: compilers also take their addresses."""
-        self.parameter_at, raw = {}, b""
+        raw = b""
+        self.addresses = {name: self.kernel.static_shared if offset is None else offset
+                          for name, offset in self.kernel.shared.items()}
         padded = [*arguments, *[0] * (len(self.kernel.parameters) - len(arguments))]
         for (name, kind), value in zip(self.kernel.parameters, padded, strict=True):
-            self.parameter_at[name] = PARAM_BASE + len(raw)
+            self.addresses[name] = PARAM_BASE + len(raw)
             value = value if isinstance(value, bytes) else np.array([value], TYPES[kind]).tobytes()
             if "[" in kind and len(value) != int(kind[3:-1]):
                 raise ValueError(f"{name} is {kind} and its argument has {len(value)} bytes")
@@ -274,24 +275,8 @@ class Machine:
             return lambda: self.registers[operand].astype(low).view(wanted)
         if operand.startswith("-") and operand[1:] in self.registers:
             return lambda: -self.registers[operand[1:]].view(wanted)
-        value = self._constant(operand, wanted)
+        value = literal(operand, wanted, self.addresses)
         return lambda: value
-
-    def _constant(self, operand: str, wanted: np.dtype) -> Lanes:
-        if re.match(r"0[fF][0-9a-fA-F]{8}$", operand):
-            bits = np.array([int(operand[2:], 16)], np.uint32)
-            return bits.view(np.float32).astype(wanted) if wanted.kind == "f" else bits
-        if re.match(r"0[dD][0-9a-fA-F]{16}$", operand):
-            return np.array([int(operand[2:], 16)], np.uint64).view(np.float64)
-        if operand in self.kernel.shared:
-            offset = self.kernel.shared[operand]
-            number = self.dynamic_start if offset is None else offset
-        elif operand in self.parameter_at:
-            number = self.parameter_at[operand]
-        else:
-            number = int(operand.rstrip("U"), 0)
-        unsigned = UNSIGNED[wanted.itemsize]
-        return np.array([number & (2 ** (8 * wanted.itemsize) - 1)], unsigned).view(wanted)
 
     def on_all_lanes(self, value: Lanes) -> Lanes:
         """The value, or one that all threads share as many; often spares a slow broadcast."""
