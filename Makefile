@@ -32,9 +32,11 @@ check: lint types
 test: install
 	$(PYTEST)
 
-# Damaged GPU kernels, which the checks of kernels must notice; `make test` runs a part.
+# All that takes long of the GPU kernels on the CPU, of which `make test` runs a part: damaged
+# kernels, which the checks must notice, and every size of a vision transformer.
 mutants: install
-	MUTANTS=all $(PYTEST) tests/gpu/triton/test_mutations.py tests/gpu/cuda/test_cuda_bugs.py
+	MUTANTS=all $(PYTEST) tests/gpu/triton/test_mutations.py tests/gpu/triton/test_emulated.py \
+	  tests/gpu/cuda/test_cuda_bugs.py
 
 # Random inputs at every boundary, as many as FUZZ_EXAMPLES for each test times its share: about
 # 10^5 in all. FUZZ_SEED=N draws others. `make test` runs a slice of a minute.

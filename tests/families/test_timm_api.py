@@ -6,6 +6,7 @@ same, or refuse with a ``UserError``.
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,18 @@ MODELS = {
 STATES = ("compressed", "loaded", "plain", "optimized")
 
 
+@cache
+def _full_rank(name: str) -> tuple[nn.Module, nn.Module]:
+    architecture, args = MODELS[name]
+    with torch.random.fork_rng():  # whichever test comes first
+        torch.manual_seed(0)
+        dense = dense_model(architecture, **args).double()
+    return dense, compress(dense, plan=RankPlan.full(dense))
+
+
 def full_rank(name: str) -> tuple[nn.Module, nn.Module]:
     """A dense model, and the same function in factors."""
-    architecture, args = MODELS[name]
-    dense = dense_model(architecture, **args).double()
-    return dense, compress(dense, plan=RankPlan.full(dense))
+    return copy.deepcopy(_full_rank(name))
 
 
 def in_state(small: nn.Module, state: str, folder: Path) -> nn.Module:

@@ -157,7 +157,7 @@ def whole_of_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, by
     return made_by_two(folder), time.monotonic() - begin
 
 
-@pytest.mark.parametrize("name", SIGNALS if KILLS > 1 else ["KILL", "TERM"])
+@pytest.mark.parametrize("name", SIGNALS if KILLS > 1 else ["KILL"])
 def test_two_processes_killed_at_random_times(name: str, tmp_path: Path,
                                               whole_of_two: tuple[dict[str, bytes], float]) -> None:
     """SIGKILL ends one of the processes, or the launcher and both; the launcher gets the others."""

@@ -12,6 +12,7 @@ import torch
 from kernel_cases import DTYPES, UNITS, Case, draw, incoming, oracles, precision, run_kernels, worst
 from kernel_shapes import DEIT, ragged, vision
 from ptx.emulate import Launch, emulated
+from ptx.mutations import ALL_MUTANTS
 
 from adacomcat import ops
 from adacomcat.kernels import load, tiles
@@ -24,6 +25,14 @@ SOME = {"bf16": ("rank-1", "additive", "keys"), "fp32": ("wide-rank", "wide-rank
 RAGGED = [(case, dtype) for case in ragged() for dtype in DTYPES
           if case.name == "odd" or case.name in SOME.get(dtype, ())]
 VISION = [case for model in DEIT for tokens in (197, 394) for case in vision(model, tokens)]
+
+
+def in_turn(turn: int) -> list[Case]:
+    """One size of each op: another on each architecture; `make mutants` runs all of them."""
+    names = [f"{model}-{tokens}" for tokens in (394, 197) for model in ("deit_s", "deit_b")]
+    ops = list(dict.fromkeys((case.op, case.sublayer) for case in VISION))
+    return [case for case in VISION if ALL_MUTANTS or case.name == names[
+        (ops.index((case.op, case.sublayer)) + turn) % len(names)]]
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +92,7 @@ def test_tf32_products_of_large_tiles(
     run(case, architecture, "tf32")
 
 
-@pytest.mark.parametrize("case", VISION, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", in_turn(0), ids=lambda case: case.id)
 def test_vision_transformer_on_sm_80(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """One image, and two images on 4 multiprocessors, which gives the tiles of large batches."""
     if case.name.endswith("394"):
@@ -91,8 +100,7 @@ def test_vision_transformer_on_sm_80(case: Case, monkeypatch: pytest.MonkeyPatch
     run(case, "sm_80", "fp16")
 
 
-@pytest.mark.parametrize("case", [case for case in VISION if case.name != "deit_s-394"],
-                         ids=lambda case: case.id)
+@pytest.mark.parametrize("case", in_turn(1), ids=lambda case: case.id)
 def test_vision_transformer_on_sm_90_with_wgmma(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
