@@ -17,11 +17,17 @@ from adacomcat.convert.calibrate import (
 from adacomcat.convert.factors import require_finite_model
 from adacomcat.convert.plain import require_not_optimized, to_plain_
 from adacomcat.convert.quantized import require_not_quantized
+from adacomcat.convert.record import compression_of
 from adacomcat.errors import UserError
 from adacomcat.factorize.factors import LinearStatistics
 from adacomcat.layers.plain import is_plain_linear
 from adacomcat.layers.quantized import QUANTIZED, Int8Linear, QuantizedLinear
-from adacomcat.layers.registry import encoder_parts, example, is_position_network
+from adacomcat.layers.registry import (
+    encoder_parts,
+    example,
+    is_position_network,
+    tell_holders,
+)
 from adacomcat.quantization.fold import (
     fold_norms_,
     folding_attentions,
@@ -89,7 +95,9 @@ def quantized_(model: nn.Module, calibration: Tensor | Iterable | KeptImages | N
     """
     own = next(model.parameters()).dtype
     made = to_plain_(model).float().eval().requires_grad_(False)
-    return quantize_(made, _batches(calibration, made), bits).to(own)
+    quantized = quantize_(made, _batches(calibration, made), bits).to(own)
+    tell_holders(quantized, compression_of(quantized).ranks)
+    return quantized
 
 
 @torch.no_grad()

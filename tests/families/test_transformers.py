@@ -166,6 +166,30 @@ def test_a_model_that_is_dense_again_needs_nothing_of_ours(tmp_path: Any) -> Non
     assert "quantization_config" not in config
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("keep", [None, 0.7])
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "DINOv3 gated", "CLIPVisionModel",
+                                  "SwinForImageClassification"])
+def test_quantized_models_save_and_load(name: str, keep: float | None, dtype: str,
+                                        tmp_path: Any) -> None:
+    model = build(name) if keep is None else compress(build(name), keep_params=keep)
+    small = adacomcat.quantize(model, dtype=dtype)
+    small.save_pretrained(tmp_path / "small")
+    loaded = type(build(name)).from_pretrained(tmp_path / "small").eval()
+    x = images()
+    assert torch.equal(output(loaded, x), output(small, x))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_a_quantized_backbone_loads_alone(tmp_path: Any) -> None:
+    small = adacomcat.quantize(compress(build("ViTForImageClassification"), keep_params=0.7))
+    small.save_pretrained(tmp_path / "small")
+    backbone = transformers.ViTModel.from_pretrained(tmp_path / "small",
+                                                     add_pooling_layer=False).eval()
+    x = images()
+    assert torch.equal(backbone(x).last_hidden_state, small.vit(x).last_hidden_state)
+
+
 def test_the_plain_form_is_kept(tmp_path: Any) -> None:
     plain = adacomcat.to_plain(compress(build("CLIPVisionModel"), keep_params=0.8))
     plain.save_pretrained(tmp_path / "plain")
