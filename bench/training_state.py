@@ -35,21 +35,39 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def seconds_of(args: argparse.Namespace, steps: int, state: Path | None) -> float:
-    """Seconds of a run, without what it ends with."""
+def trainer_of(args: argparse.Namespace, steps: int, state: Path | None) -> Trainer:
     torch.manual_seed(0)
     model = timm.create_model(args.model, in_chans=1, num_classes=10)
     images, _ = data.train_and_test("digits", None, data.model_data_config(model))
     settings = TrainConfig(epochs=1, steps=steps, batch_size=args.batch_size, keep_params=None,
                            ema_decay=0.999, augment=False, device="cpu",
                            state_dir=None if state is None else str(state)).checked()
-    trainer = Trainer(model, settings, images, Processes())
+    return Trainer(model, settings, images, Processes())
+
+
+def seconds_of(args: argparse.Namespace, steps: int, state: Path | None) -> float:
+    """Seconds of a run, without what it ends with."""
+    trainer = trainer_of(args, steps, state)
     if state is not None:
         trainer.save()  # the minute until the next one begins here
     begin, ends = time.perf_counter(), []
     trainer.observer = lambda event: ends.append(time.perf_counter())
     trainer.train()
     return ends[-3] - begin  # the last step; then come the epoch and the end
+
+
+def seconds_of_a_state(args: argparse.Namespace, state: Path) -> dict[str, float]:
+    """Medians: what the run waits for, and the processor time of all that a state takes."""
+    trainer, rows = trainer_of(args, 2, state), []
+    trainer.train()  # the optimiser has its moments
+    for _ in range(5):
+        begin, processor = time.perf_counter(), time.process_time()
+        trainer.save()
+        waited = time.perf_counter() - begin
+        assert trainer.writer is not None
+        trainer.writer.finish()
+        rows.append((waited, time.process_time() - processor))
+    return dict(zip(("waits", "processor"), map(median, zip(*rows, strict=True)), strict=True))
 
 
 def main() -> None:
@@ -61,10 +79,12 @@ def main() -> None:
             for name in sorted(found, reverse=bool(turn % 2)):
                 state = Path(folder) / f"{turn}" if name == "with" else None
                 found[name].append(seconds_of(args, steps, state))
+        one = seconds_of_a_state(args, Path(folder) / "one")
         size = max(file.stat().st_size for file in Path(folder).rglob("*.pt"))
     ratio = median(a / b for a, b in zip(found["with"], found["without"], strict=True))
     print(json.dumps(machine() | {"model": args.model, "steps": steps, "state_mb": size / 1e6,
-                                  "seconds": found, "with / without": ratio}, indent=2))
+                                  "seconds": found, "with / without": ratio,
+                                  "seconds of a state": one}, indent=2))
 
 
 if __name__ == "__main__":

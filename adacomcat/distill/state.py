@@ -8,6 +8,7 @@ import copy
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class StateWriter:
         self.written = time.monotonic()  # when the latest state was handed over
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="training-state")
         self._latest: Future[None] | None = None
+        self._copy: Any = None  # of the state before; the next one goes into its memory
 
     def write(self, state: dict[str, Any]) -> None:
         """Copy ``state`` and write the copy while the caller goes on.
@@ -42,7 +44,8 @@ class StateWriter:
             UserError: the state before could not be written.
         """
         self.finish()
-        self._latest = self._thread.submit(save_state, self.folder, _snapshot(state))
+        self._copy = _snapshot(state, self._copy)
+        self._latest = self._thread.submit(save_state, self.folder, self._copy)
         self.written = time.monotonic()
 
     def is_due(self, seconds: float) -> bool:
@@ -60,14 +63,23 @@ class StateWriter:
             latest.result()
 
 
-def _snapshot(value: Any) -> Any:
-    """A copy that later steps do not change, on the CPU."""
+def _snapshot(value: Any, before: Any = None) -> Any:
+    """A copy that later steps do not change, on the CPU.
+
+    It takes the memory of ``before``, an earlier copy, where that has the same tensors: fresh pages
+    cost several times what copying does.
+    """
     if isinstance(value, Tensor):
+        if (isinstance(before, Tensor) and before.shape == value.shape
+                and before.dtype == value.dtype):
+            return before.copy_(value.detach())
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
-        return {key: _snapshot(item) for key, item in value.items()}
+        known = before if isinstance(before, Mapping) else {}
+        return {key: _snapshot(item, known.get(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_snapshot(item) for item in value)
+        pairs = zip_longest(value, before[:len(value)] if isinstance(before, list | tuple) else ())
+        return type(value)(_snapshot(*pair) for pair in pairs)
     return copy.copy(value)
 
 

@@ -94,3 +94,14 @@ def test_a_state_is_written_as_it_was_handed_over(tmp_path: Path,
     writer.finish()
     found = state.load_state(tmp_path)
     assert found["weights"].tolist() == [0, 0, 0] and found["losses"] == [1.0]
+
+
+def test_a_copy_takes_the_memory_of_the_one_before() -> None:
+    """A tensor of another shape, as after a search, gets memory of its own."""
+    kept = state._snapshot({"a": torch.randn(3, 4), "b": [torch.ones(2), 5], "c": torch.zeros(2)})
+    given = {"a": torch.randn(3, 4), "b": [torch.zeros(2), 6, "x"], "c": torch.ones(3)}
+    found = state._snapshot(given, kept)
+    assert found["a"] is kept["a"] and torch.equal(found["a"], given["a"])
+    assert found["b"][0] is kept["b"][0] and found["b"][0].tolist() == [0, 0]
+    assert found["b"][1:] == [6, "x"]
+    assert torch.equal(found["c"], torch.ones(3)) and found["c"] is not given["c"]
