@@ -69,6 +69,7 @@ gpu-check: install
 gpu-reports: install
 	PYTHONPATH=tests/gpu $(PY) tools/gpu_resources.py
 	PYTHONPATH=tests/gpu $(PY) tools/gpu_traffic.py
+	PYTHONPATH=tests/gpu:tools $(PY) tools/gpu_choice.py
 	PYTHONPATH=tests:tests/gpu:tests/gpu/cuda $(PY) tools/cuda_report.py
 
 lint: install

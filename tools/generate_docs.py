@@ -81,14 +81,14 @@ def choices() -> str:
         return "`triton`" if op in triton else "`reference`"
 
     every = dict.fromkeys((*_public_ops(), *kernels.KERNELS, *backends.CUDA_OPS))
-    major, minor = backends.MEASURED_CAPABILITY
+    (major, minor), predicted = backends.MEASURED_CAPABILITY, backends.PREDICTED_CAPABILITY
     return markdown_table(
-        ("op", "CPU", f"GPU from {major}.{minor} on, 16 bits, inference",
+        ("op", "CPU", f"GPU from {predicted[0]}.{predicted[1]} on, 16 bits, inference",
          f"GPU from {major}.{minor} on, 16 bits, training", "GPU, else"),
         ((f"`{op}`", "`cpp`" if op in backends.CPP_OPS else "`reference`",
           on_gpu(op, backends.TRITON_FOR_INFERENCE), on_gpu(op, backends.TRITON_FOR_TRAINING),
-          f"`cuda` from {major}.{minor} on, else `reference`" if op in backends.CUDA_FIRST
-          else "`reference`") for op in every))
+          f"`cuda` from {predicted[0]}.{predicted[1]} on, else `reference`"
+          if op in backends.CUDA_FIRST else "`reference`") for op in every))
 
 
 # Command line

@@ -37,13 +37,13 @@ class Gpu:
     processor: float  # bytes a second from the L2 cache to one multiprocessor
     cache_size: int
     shared_tiles: int  # programs of a library's largest tile that read one operand together
+    launch: float = 1e-6  # seconds of a launch in a CUDA graph: an assumption
 
 
 GPUS = {
     "sm_80": Gpu(312e12, 2.04e12, 5.0e12, 90e9, 40 << 20, 1),
     "sm_90": Gpu(989e12, 3.35e12, 5.5e12, 112e9, 50 << 20, 2),
 }
-LAUNCH = 1e-6  # seconds, in a CUDA graph: an assumption
 # The tiles of a library of dense products: rows, columns, and splits of the sum.
 LIBRARY = [(rows, columns, parts)
            for rows, columns in ((128, 256), (128, 128), (64, 128), (64, 64), (32, 64), (16, 64))
@@ -177,15 +177,15 @@ def requested(shape: Shape) -> int:
     return sum(one.requested for one in launches(shape))
 
 
-def seconds(one: Launch, architecture: str) -> float:
+def seconds(one: Launch, gpu: Gpu) -> float:
     """The time of a launch: the longest of arithmetic, memory, cache, and one processor's reads.
 
     The multiprocessor with the most programs decides, since the others wait for it.
     """
-    gpu, processors = GPUS[architecture], tiles.multiprocessors()
+    processors = tiles.multiprocessors()
     waves = triton.cdiv(one.programs, processors)
     busy = one.programs / processors / waves  # the share of all processors that works
-    return LAUNCH + max(
+    return gpu.launch + max(
         one.flops / gpu.flops / busy,
         one.requested / gpu.cache / (busy if waves > 1 else 1),
         one.requested / one.programs * waves / gpu.processor,
@@ -193,42 +193,42 @@ def seconds(one: Launch, architecture: str) -> float:
     )
 
 
-def library(m: int, k: int, n: int, architecture: str) -> float:
+def library(m: int, k: int, n: int, gpu: Gpu) -> float:
     """The time of a dense product with the best of a library's tiles, under the same roofline."""
     found = []
     for rows, columns, parts in LIBRARY:
-        together = GPUS[architecture].shared_tiles if columns == 256 else 1
+        together = gpu.shared_tiles if columns == 256 else 1
         programs = parts * triton.cdiv(m, rows) * triton.cdiv(n, columns)
         reads = SIZE * programs * triton.cdiv(k, parts) * (rows + columns // together)
         writes = m * n * (SIZE if parts == 1 else 4 * parts)
         product = Launch(2 * m * k * n, SIZE * k * n, SIZE * m * (k + n), reads + writes, programs)
-        total = seconds(product, architecture)
+        total = seconds(product, gpu)
         if parts > 1:
             asked = m * n * (4 * parts + SIZE)
-            total += seconds(Launch(0, 0, 0, asked, tiles.multiprocessors()), architecture)
+            total += seconds(Launch(0, 0, 0, asked, tiles.multiprocessors()), gpu)
         found.append(total)
     return min(found)
 
 
-def dense(shape: Shape, architecture: str) -> float:
+def dense(shape: Shape, gpu: Gpu) -> float:
     """The time of products with the dense weights; an MLP writes and reads its hidden layer."""
     if not shape.hidden:
-        return library(shape.m, shape.k, shape.n, architecture)
-    return (library(shape.m, shape.k, shape.hidden, architecture)
-            + library(shape.m, shape.hidden, shape.n, architecture))
+        return library(shape.m, shape.k, shape.n, gpu)
+    return (library(shape.m, shape.k, shape.hidden, gpu)
+            + library(shape.m, shape.hidden, shape.n, gpu))
 
 
-def products(shape: Shape, architecture: str) -> float:
+def products(shape: Shape, gpu: Gpu) -> float:
     """The time of the low-rank products one after the other, each result written and read."""
     widths = [shape.k, shape.r, shape.n]
     if shape.hidden:
         widths[2:] = [shape.hidden, shape.r, shape.n]
-    return sum(library(shape.m, k, n, architecture)
+    return sum(library(shape.m, k, n, gpu)
                for k, n in zip(widths, widths[1:], strict=False))
 
 
-def ours(shape: Shape, architecture: str) -> float:
-    return sum(seconds(one, architecture) for one in launches(shape))
+def ours(shape: Shape, gpu: Gpu) -> float:
+    return sum(seconds(one, gpu) for one in launches(shape))
 
 
 def shapes() -> dict[str, Shape]:
@@ -261,10 +261,10 @@ def table() -> str:
     lines = ["| shape | GPU | rank | moved / minimum | launches | left, KiB | dense | products "
              "| ours |", "|" + " --- |" * 9]
     for name, shape in shapes().items():
-        for architecture in GPUS:
+        for architecture, gpu in GPUS.items():
             with compiling_for(architecture):
-                ratio = moved(shape, GPUS[architecture].cache_size) / shape.minimum
-                times = [f(shape, architecture) * 1e6 for f in (dense, products, ours)]
+                ratio = moved(shape, gpu.cache_size) / shape.minimum
+                times = [f(shape, gpu) * 1e6 for f in (dense, products, ours)]
                 count, room = len([*launches(shape)]), workspace(shape) / 1024
                 lines.append(f"| {name} | {architecture} | {shape.r} | {ratio:.3f} | {count} | "
                              f"{room:.0f} | " + " | ".join(f"{time:.1f}" for time in times) + " |")

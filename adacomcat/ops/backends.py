@@ -37,9 +37,9 @@ _PREFERRED: ContextVar[str | None] = ContextVar("adacomcat_preferred_backend", d
 
 # The order in which `pick` tries the backends; bench/RESULTS.md shows that the C++ kernels win.
 PREFERENCE = ("cpp", "triton", "cuda", "reference")
-# A GPU kernel comes before plain PyTorch where it was faster on an H200 (bench/gpu/RESULTS.md): for
-# Triton in bfloat16 and float16, since float32 is not faster. Older GPUs and AMD's were not timed.
-MEASURED_CAPABILITY = (9, 0)
+# Where a GPU kernel comes before PyTorch, which is as fast in float32: as an H200 measured it
+# (bench/gpu/RESULTS.md), and in inference on older GPUs as a roofline has it (bench/gpu/CHOICE.md).
+MEASURED_CAPABILITY, PREDICTED_CAPABILITY = (9, 0), (8, 0)
 TRITON_FOR_INFERENCE = ("low_rank_mlp", "low_rank_attention")
 TRITON_FOR_TRAINING = ("low_rank_attention",)
 CUDA_FIRST = ("batched_svd",)
@@ -140,16 +140,18 @@ def pick(op: str, x: Tensor, keep_intermediates: bool = False) -> str:
     wanted = preferred()
     first = [wanted] if wanted else measured.ranked(op, x.device, x.dtype, keep_intermediates)
     found = next((name for name in first if refusal(name, op, x) is None), None)
-    return found or next(name for name in PREFERENCE
-                if refusal(name, op, x) is None
-                and _is_faster(name, op, x, keep_intermediates))
+    return found or next(name for name in PREFERENCE if refusal(name, op, x) is None
+                         and _is_faster(name, op, x, keep_intermediates))
 
 
 def _is_faster(backend: str, op: str, x: Tensor, keep_intermediates: bool) -> bool:
-    """Whether a GPU kernel was measured to be faster than plain PyTorch; True on CPUs."""
+    """Whether a GPU kernel was measured or predicted to beat plain PyTorch; True on CPUs."""
     if backend not in ("triton", "cuda"):
         return True
-    if torch.version.hip or torch.cuda.get_device_capability(x.device) < MEASURED_CAPABILITY:
+    if torch.version.hip:
+        return False
+    least = MEASURED_CAPABILITY if keep_intermediates else PREDICTED_CAPABILITY
+    if torch.cuda.get_device_capability(x.device) < least:
         return False
     if backend == "cuda":
         return op in CUDA_FIRST

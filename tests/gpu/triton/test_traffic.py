@@ -131,19 +131,20 @@ def test_a_product_of_its_own_pays(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, shape in shapes().items():
             if shape.hidden or not shape.apart or " b1 " not in name:
                 continue
-            predicted = ours(shape, architecture)
+            predicted = ours(shape, GPUS[architecture])
             with monkeypatch.context() as patch:
                 patch.setattr(tiles, "takes_two_launches", lambda *shape: False)
-                assert predicted < 0.8 * ours(shape, architecture), name
+                assert predicted < 0.8 * ours(shape, GPUS[architecture]), name
 
 
 def test_predictions_favour_low_rank_where_rows_are_many() -> None:
     """The fused kernels are faster than dense products at 64 images, by the model."""
     architecture = "sm_80"  # sm_90 was measured
+    gpu = GPUS[architecture]
     with compiling_for(architecture):
         for name, shape in shapes().items():
             if " b64 " in name:
-                assert ours(shape, architecture) < 0.7 * dense(shape, architecture), name
+                assert ours(shape, gpu) < 0.7 * dense(shape, gpu), name
 
 
 @pytest.mark.parametrize("architecture", GPUS)
