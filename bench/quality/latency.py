@@ -82,7 +82,7 @@ def plan_of_equal_latency(subject: Subject, milliseconds: float, table: LatencyT
     weights = error_weights(subject.model, subject.factors, subject.batches, subject.sites)
     cost, whole = parameter_cost(subject.model, subject.sites)
     allocator = FractionAllocator(subject.sites, subject.factors, cost, whole, keep=1.0)
-    items = [allocator.candidates(site, weights, MULTIPLE) for site in subject.sites]
+    items = [allocator.candidates((site,), weights, MULTIPLE) for site in subject.sites]
     least = sum(item.choices[0].cost for item in items)
     most = sum(site.dense_params for site in subject.sites)
     for _ in range(ROUNDS):
