@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adacomcat import ops
 from adacomcat.layers.stock import refuse_scripting
-from adacomcat.ops import backends, inference, int8, packing
+from adacomcat.ops import backends, inference, int8, packing, transforms
 
 
 class PackedModule(nn.Module):
@@ -147,7 +147,8 @@ class PackedModule(nn.Module):
             return kept.clone()
         data = self._buffers[f"{name}_packed"]
         assert data is not None
-        return form.read(data)
+        with transforms.untraced():  # its tracer does not know how bytes become floats
+            return form.read(data)
 
     # What PyTorch asks of a module.
 

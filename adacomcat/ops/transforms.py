@@ -6,6 +6,9 @@ ask each operator for a rule; ``torch.fx`` follows values that are no tensors. F
 its formula in ``reference``; for ``torch.compile`` it stays one operator.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -30,6 +33,17 @@ def by_formula() -> bool:
 def transformed() -> bool:
     """Whether a function is transformed or differentiated forwards, outside of a compilation."""
     return forward_ad._current_level >= 0 or _interpreters() is not None
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """What is computed inside is a constant of TorchScript's trace."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
 
 
 def has_tangent(value: object) -> bool:

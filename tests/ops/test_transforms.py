@@ -163,8 +163,10 @@ def test_exports_know_pytorchs_operators_only(strict, optimized):
                                        atol=1e-5)
 
 
-def test_traces_of_torchscript_know_pytorchs_operators_only():
+@pytest.mark.parametrize("optimized", [False, True])
+def test_traces_of_torchscript_know_pytorchs_operators_only(optimized):
     model, images = compressed().requires_grad_(False), torch.randn(2, 3, 32, 32)
+    model = adacomcat.optimize(model) if optimized else model
     traced = torch.jit.trace(model, images)
     assert "adacomcat::" not in str(traced.inlined_graph)
     torch.testing.assert_close(traced(images), model(images), rtol=1e-4, atol=1e-5)
