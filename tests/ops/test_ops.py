@@ -103,7 +103,8 @@ def test_compile_whole_graph_forward_and_backward() -> None:
 
     wanted = [t for d in draws for t in leaves(d).values()]
     eager = f(draws)
-    compiled = torch.compile(f, fullgraph=True)(draws)
+    # What inductor makes of the rest of a model is tested elsewhere.
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")(draws)
     torch.testing.assert_close(compiled, eager)
     for a, b in zip(
         torch.autograd.grad(compiled, wanted), torch.autograd.grad(eager, wanted), strict=True

@@ -21,9 +21,9 @@ from adacomcat.ops import backends
 
 ARCHITECTURES = ("sm_80", "sm_90")
 # Some ragged cases; the interpreter has all of them. Most of the time goes to the compiler.
-SOME = {"bf16": ("rank-1", "additive", "keys"), "fp32": ("wide-rank", "wide-ranks")}
-RAGGED = [(case, dtype) for case in ragged() for dtype in DTYPES
-          if case.name == "odd" or case.name in SOME.get(dtype, ())]
+SOME = {"fp16": ("odd",), "bf16": ("rank-1", "additive", "keys"), "tf32": ("odd",),
+        "fp32": ("odd", "wide-rank", "wide-ranks")}
+RAGGED = [(case, dtype) for case in ragged() for dtype in DTYPES if case.name in SOME[dtype]]
 VISION = [case for model in DEIT for tokens in (197, 394) for case in vision(model, tokens)]
 
 
@@ -59,7 +59,7 @@ def run(
 
 @pytest.mark.parametrize("case, dtype, architecture", [
     (case, dtype, architecture) for at, (case, dtype) in enumerate(RAGGED)
-    for number, architecture in enumerate(ARCHITECTURES) if dtype == "fp16" or number == at % 2
+    for number, architecture in enumerate(ARCHITECTURES) if ALL_MUTANTS or number == at % 2
 ], ids=lambda v: getattr(v, "id", v))
 def test_ragged(case: Case, dtype: str, architecture: str) -> None:
     run(case, architecture, dtype)
@@ -72,7 +72,8 @@ ODD = [case for case in ragged() if case.name == "odd"]
 
 
 @pytest.mark.parametrize(
-    "case, dtype", [*((c, "fp16") for c in MIXED), *((c, "tf32") for c in [*MIXED, *ODD])],
+    "case, dtype", [*((c, "fp16") for c in MIXED),
+                    *((c, "tf32") for c in [*MIXED, *ODD][:: 1 if ALL_MUTANTS else 2])],
     ids=lambda v: getattr(v, "id", v),
 )
 def test_large_tiles_on_sm_90(case: Case, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,8 +82,10 @@ def test_large_tiles_on_sm_90(case: Case, dtype: str, monkeypatch: pytest.Monkey
     run(case, "sm_90", dtype)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("op", ["low_rank_linear", "low_rank_mlp", "low_rank_attention"])
+@pytest.mark.parametrize("op, architecture", [
+    (op, architecture)
+    for at, op in enumerate(("low_rank_linear", "low_rank_mlp", "low_rank_attention"))
+    for number, architecture in enumerate(ARCHITECTURES) if ALL_MUTANTS or number != at % 2])
 def test_tf32_products_of_large_tiles(
     op: str, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
