@@ -1,79 +1,55 @@
 """`make gpu-check`: correctness and timings of the GPU kernels, where there is a GPU.
 
-First the tests of tests/gpu that need a GPU run; `ops` or `models` as the argument skips them and
-takes only those timings. A timing is the median of CUDA events around replays of a CUDA graph. Our
-kernels, as they are chosen by default, and the PyTorch alternatives take turns. Rooflines use the
-card's bandwidth and arithmetic as measured here. The results go to bench/gpu/*.json.
+    python bench/gpu/check.py
+    python bench/gpu/check.py models
+    python bench/gpu/check.py --dry-run
+
+First the tests of tests/gpu that need a GPU run; ``ops`` or ``models`` skips them and takes only
+those timings. A timing is the median of CUDA events around replays of a CUDA graph. Our kernels, as
+they are chosen by default, and the alternatives take turns. Rooflines use the card's bandwidth and
+arithmetic as measured here. The results go to bench/gpu/*.json, and those of whole models also to
+*.csv, with the columns of timm's benchmarks. A dry run goes through all of it on the CPU, for one
+image, and writes nothing.
 """
 
-import copy
+import argparse
 import json
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
-import peers
-import timm
 import torch
 import torch.nn.functional as F
 import triton
-from test_models import MODELS, low_rank
-from torch import Tensor, nn
+from clock import Ways, in_turn, interleaved, on_gpu
+from models import Row, as_timm_writes, measure_models
+from torch import Tensor
 
-import adacomcat
 from adacomcat import ops
 from adacomcat.ops import backends, decompositions
 
 HERE = Path(__file__).parent
 
-REPEATS, CALLS = 9, 5
 BATCHES = (1, 8, 64, 256)
 SIZES = {"DeiT-S": (384, 128, 6), "DeiT-B": (768, 256, 12)}  # width, rank of the MLP, heads
 RANK, HEAD, TOKENS, EPSILON = 32, 64, 197, 1e-6
-Ways = Mapping[str, Callable[[], object]]  # label → a call that computes the same
-Row = dict[str, Any]  # one measurement, as it stands in the JSON file
-
-
-def interleaved(ways: Ways, calls: int = CALLS) -> dict[str, float]:
-    """Median seconds of one call of each way; a graph captures `calls` calls."""
-    graphs, times = {}, {}
-    for name, run in ways.items():
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                run()
-        torch.cuda.synchronize()
-        graphs[name], times[name] = torch.cuda.CUDAGraph(), []
-        with torch.cuda.graph(graphs[name]):
-            for _ in range(calls):
-                run()
-    for _ in range(REPEATS):
-        for name, graph in graphs.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            stop.record()
-            torch.cuda.synchronize()
-            times[name].append(start.elapsed_time(stop) / 1e3 / calls)
-    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def peaks() -> dict[str, float]:
     """FLOP/s of a large bfloat16 product and bytes/s of a large copy on this card."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    b, c = torch.empty_like(a), a.new_empty(1 << 30)
+    side, elements = (8192, 1 << 30) if on_gpu() else (64, 1 << 10)
+    a = torch.randn(side, side, dtype=torch.bfloat16)
+    b, c = torch.empty_like(a), a.new_empty(elements)
     d = torch.empty_like(c)
     times = interleaved({"product": lambda: torch.mm(a, a, out=b), "copy": lambda: d.copy_(c)}, 3)
-    return {"flops": 2 * 8192**3 / times["product"], "bytes": 4 * c.numel() / times["copy"]}
+    return {"flops": 2 * side**3 / times["product"], "bytes": 4 * elements / times["copy"]}
 
 
 def draw(*shape: int) -> Tensor:
     """A random bfloat16 tensor, scaled so that products keep their size."""
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) / shape[-1] ** 0.5
+    return torch.randn(*shape, dtype=torch.bfloat16) / shape[-1] ** 0.5
 
 
 def mlp(model: str, batch: int) -> tuple[Ways, int, int]:
@@ -146,13 +122,13 @@ def linear(model: str, batch: int) -> tuple[Ways, int, int]:
     return ways, 2 * rows * weights, 2 * (5 * rows * d + weights)
 
 
-def measure_ops() -> Iterator[Row]:
+def measure_ops(batches: tuple[int, ...]) -> Iterator[Row]:
     """Each sublayer of each model at each batch size."""
     card = peaks()
     yield {"what": "peaks", **card}
     for sublayer in (mlp, attention, linear):
         for model in SIZES:
-            for batch in BATCHES:
+            for batch in batches:
                 ways, flops, size = sublayer(model, batch)
                 times = interleaved(ways)
                 floor = max(flops / card["flops"], size / card["bytes"])
@@ -162,71 +138,67 @@ def measure_ops() -> Iterator[Row]:
 
 def measure_svd() -> Iterator[Row]:
     """SVDs without CUDA graphs, since both functions read back whether they converged."""
-    for count, side in ((144, 64), (4096, 32)):
-        a = torch.randn(count, side, side, device="cuda")
-        times: dict[str, list[float]] = {"ours": [], "torch.linalg.svd": []}
-        for _ in range(REPEATS):
-            for name, found in times.items():
-                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                with backends.use_backend("cuda" if name == "ours" else "reference"):
-                    decompositions.batched_svd(a) if name == "ours" else torch.linalg.svd(a)
-                stop.record()
-                torch.cuda.synchronize()
-                found.append(start.elapsed_time(stop) / 1e3)
-        yield {"what": f"svd {count} x {side} x {side}",
-               "seconds": {name: statistics.median(found) for name, found in times.items()}}
+    for count, side in ((144, 64), (4096, 32)) if on_gpu() else ((3, 8),):
+        a = torch.randn(count, side, side)
+
+        def ours(a: Tensor = a) -> object:
+            with backends.use_backend("cuda") if on_gpu() else nullcontext():
+                return decompositions.batched_svd(a)
+
+        yield {"what": f"svd {count} x {side} x {side}", "seconds": in_turn({
+            "ours": ours, "torch.linalg.svd": lambda a=a: torch.linalg.svd(a)})}
 
 
-def measure_models(dtype: torch.dtype, batches: tuple[int, ...]) -> Iterator[Row]:
-    """Whole models, and at batch 8 their relative error against float64."""
-    for name in MODELS:
-        torch.manual_seed(0)
-        architecture, rank, rank_mlp = MODELS[name]
-        dense = timm.create_model(architecture).eval().requires_grad_(False)
-        ours = low_rank(dense, rank, rank_mlp)
-        exact = copy.deepcopy(ours).cuda().double()
-        models: dict[str, nn.Module] = {
-            "same ranks, PyTorch": peers.plain(copy.deepcopy(ours)).cuda().to(dtype),
-            "dense, PyTorch": dense.cuda().to(dtype),
-        }
-        models = {"ours": adacomcat.optimize(ours.cuda().to(dtype)), **models}
-        for batch in batches:
-            x = torch.randn(batch, 3, 224, 224, device="cuda", dtype=dtype)
-            times = interleaved({label: partial(model, x) for label, model in models.items()}, 1)
-            row: Row = {"what": f"{architecture} {dtype} b{batch}", "seconds": times}
-            if batch == 8:
-                reference = exact(x.double())
-                row["errors"] = {label: ((model(x).double() - reference).norm()
-                                         / reference.norm()).item()
-                                 for label, model in models.items() if "dense" not in label}
-            yield row
+def arguments(given: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("part", nargs="?", choices=("ops", "models"),
+                        help="only these timings, and no tests")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="go through the timings on the CPU and write nothing")
+    return parser.parse_args(given)
 
 
-def main(part: str = "") -> int:
-    """Test and measure; the exit code of the tests. ``part``: 'ops' or 'models' alone, untested."""
-    if not torch.cuda.is_available():
-        print("no GPU here: nothing was run and nothing was written")
+def main(given: list[str] | None = None) -> int:
+    """Test and measure; the exit code of the tests."""
+    args = arguments(given)
+    if not args.dry_run and not torch.cuda.is_available():
+        print("no GPU here: nothing was run and nothing was written; --dry-run runs on the CPU")
         return 0
     failed = 0
-    if not part:
+    if not args.part and not args.dry_run:
         tests = HERE.parents[1] / "tests" / "gpu"
         command = [sys.executable, "-m", "pytest", "-q", tests, "-k", "device"]
         failed = subprocess.run(command).returncode
-    found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-                                "triton": triton.__version__, "rows": []}
-    name = found["gpu"].lower().replace(" ", "_") + (f"_{part}" if part else "")
-    with torch.no_grad():
-        for wanted, rows in (
-            ("ops", measure_ops), ("ops", measure_svd),
-            ("models", lambda: measure_models(torch.bfloat16, BATCHES)),
-            ("models", lambda: measure_models(torch.float32, (8, 64))),
-        ):
-            for row in rows() if part in ("", wanted) else ():
-                found["rows"].append(row)
-                print(told(row), flush=True)
-                (HERE / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    with torch.no_grad(), torch.device("cpu" if args.dry_run else "cuda"):
+        rows = []
+        for row in measure(args.part, (1,) if args.dry_run else BATCHES):
+            rows.append(row)
+            print(told(row), flush=True)
+            if not args.dry_run:
+                write(rows, args.part)
+        if args.dry_run:
+            print(as_timm_writes([row for row in rows if "cold seconds" in row]), end="")
     return failed
+
+
+def measure(part: str | None, batches: tuple[int, ...]) -> Iterator[Row]:
+    if part != "models":
+        yield from measure_ops(batches)
+        yield from measure_svd()
+    if part != "ops":
+        yield from measure_models(torch.bfloat16, batches)
+        yield from measure_models(torch.float32, batches[1:3] or batches)
+
+
+def write(rows: list[Row], part: str | None) -> None:
+    """The card's files, anew after each row."""
+    card = torch.cuda.get_device_name()
+    name = card.lower().replace(" ", "_") + (f"_{part}" if part else "")
+    found = {"gpu": card, "torch": torch.__version__, "triton": triton.__version__, "rows": rows}
+    (HERE / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    models = [row for row in rows if "cold seconds" in row]
+    if models:
+        (HERE / f"{name}.csv").write_text(as_timm_writes(models), encoding="utf-8")
 
 
 def told(row: Row) -> str:
@@ -241,4 +213,4 @@ def told(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())
