@@ -129,6 +129,23 @@ def test_datasets_of_timm_by_their_names(tmp_path):
             assert label == known
 
 
+def test_datasets_of_hugging_face(tmp_path, monkeypatch):
+    """A folder of pictures through the datasets library, by timm's reader 'hfds'."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    root = image_folder(tmp_path / "pictures")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=2)
+    args = arguments(tmp_path, "--data", f"hfds/{root}")
+    found = inputs.train_and_test(args, model)
+    folder = data.train_and_test("folder", root, data.model_data_config(model))
+    for named, plain in zip(found, folder, strict=True):
+        assert [label for _, label in named] == [label for _, label in plain] != []
+        order = sorted(range(len(plain)), key=lambda i: plain[i][0].sum().item())
+        for at, index in enumerate(sorted(range(len(named)),
+                                          key=lambda i: named[i][0].sum().item())):
+            torch.testing.assert_close(named[index][0], plain[order[at]][0])
+
+
 def test_a_folder_with_such_a_name_is_a_folder(tmp_path, monkeypatch):
     image_folder(tmp_path / "torch/cifar10")
     monkeypatch.chdir(tmp_path)
