@@ -11,6 +11,7 @@ from helpers.pictures import write_pictures
 
 import adacomcat
 from adacomcat import cost
+from adacomcat.cli.commands import pareto
 from adacomcat.cli.main import parse
 from adacomcat.evaluation.pareto import knee
 from adacomcat.report.tables import plot
@@ -95,6 +96,32 @@ def test_curve_without_labels_is_judged_by_the_other_half(tmp_path, run_json):
     assert small["cosine"] < 1 and found["images"] == 5 and found["quality"] == "cosine"
 
 
+def test_all_sizes_are_cut_from_one_calibration(tmp_path, run_json, monkeypatch):
+    """As compress makes each of them, with the blocks fitted and without."""
+    model = dense_model()
+    adacomcat.save(model, tmp_path / "d")
+    write_pictures(tmp_path / "photos", 24, seed=6)
+    photos = ["--calibration-dir", tmp_path / "photos", "--calibration-images", 24]
+    count, made = [], pareto.calibrate
+    monkeypatch.setattr(pareto, "calibrate", lambda *a, **k: count.append(1) or made(*a, **k))
+    run_json("calibrate", "-m", tmp_path / "d", *photos, "-o", tmp_path / "cal.safetensors")
+    kept = ["--calibration", tmp_path / "cal.safetensors"]
+    for flags in ([], ["--no-refit"]):
+        out = tmp_path / "-".join(["curve", *flags])
+        run_json("pareto", "-m", tmp_path / "d", *photos, *kept, *flags, "--keeps", "0.7,0.5",
+                 "--save-models", "-o", out)
+        for keep in (0.7, 0.5):
+            run_json("compress", "-m", tmp_path / "d", *kept, *flags, "--keep-params", keep,
+                     "-o", out / f"alone-{keep}", "--no-report")
+            alone = adacomcat.load(out / f"alone-{keep}").state_dict()
+            for name, tensor in adacomcat.load(out / f"keep-{keep}").state_dict().items():
+                assert torch.equal(tensor, alone[name]), name
+    assert not count
+    run_json("pareto", "-m", tmp_path / "d", *photos, "--keeps", "0.7,0.6,0.5", "-o",
+             tmp_path / "three")
+    assert len(count) == 1
+
+
 def test_curve_needs_images_and_labels_for_landmarks(tmp_path, run):
     adacomcat.save(dense_model(), tmp_path / "d")
     write_pictures(tmp_path / "few", 3, seed=5)
@@ -104,7 +131,8 @@ def test_curve_needs_images_and_labels_for_landmarks(tmp_path, run):
                        (["--calibration-dir", tmp_path / "few", "--landmarks", "x"],
                         "judged by labels"),
                        (["--calibration-dir", tmp_path / "few", "--keeps", "0.5", "--search", 1],
-                        "at least 4 pictures")):
+                        "at least 4 pictures"),
+                       (["--data", "digits", "--search", 1, "--no-refit"], "leave out")):
         code, _, err = run(*base, *more)
         assert code == 2 and says in err, err
     assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adacomcat import checkpoint, cost, train
+from adacomcat.calibration import Calibration, calibrate
 from adacomcat.cli.commands import Outcome, inputs
 from adacomcat.compression import compress
 from adacomcat.convert.calibrate import calibration_batches
@@ -42,11 +43,10 @@ def run(args: argparse.Namespace) -> Outcome:
     quality = _quality(args, model)
     if args.landmarks and quality == "cosine":
         raise UserError("--landmarks are judged by labels: pass --data")
-    fitting, judging = (pictures, None) if args.data is not None else _halves(pictures)
+    fitting, judging = _parts(args, pictures)
     judge = _judge(args, model, quality, judging)
     params = cost.model_params(model)
-    rows = points(_models(args, model, inputs.calibration(args, fitting), fitting), judge,
-                  args.dtypes, params, args.latency_batch)
+    rows = points(_models(args, model, fitting), judge, args.dtypes, params, args.latency_batch)
     found = _content(args, model, rows, quality)
     record(args.output, "pareto", found)
     page = write_page([args.output])
@@ -57,6 +57,13 @@ def _quality(args: argparse.Namespace, model: nn.Module) -> str:
     if args.data is None:
         return "cosine"
     return "knn" if args.knn or not class_count(model) else "top1"
+
+
+def _parts(args: argparse.Namespace, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(the pictures to fit to, those to judge by where no labels judge)"""
+    if args.data is not None:
+        return pictures, None
+    return _halves(pictures) if args.calibration is None else (pictures, pictures)
 
 
 def _halves(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,13 +105,13 @@ def _judge(args: argparse.Namespace, dense: nn.Module, quality: str,
     return by_dense if quality == "cosine" else by_labels
 
 
-def _models(args: argparse.Namespace, model: nn.Module, images: Tensor | None,
-            pictures: Tensor) -> Iterator[Sized]:
+def _models(args: argparse.Namespace, model: nn.Module, pictures: Tensor) -> Iterator[Sized]:
+    seen = _calibration(args, model, pictures)
     yield Sized("dense", "dense", model)
     for name in args.landmarks:
         yield Sized(Path(name).name, "landmark", _landmark(args, name).to(inputs.device(args)))
     for keep in progress(args.keeps, "compressing", total=len(args.keeps)):
-        small = _at_size(args, model, keep, images, pictures)
+        small = _at_size(args, model, keep, seen, pictures)
         if args.save_models:
             make_folder(args.output)
             checkpoint.save(small, Path(args.output) / f"keep-{keep:g}")
@@ -119,18 +126,33 @@ def _landmark(args: argparse.Namespace, name: str) -> nn.Module:
     return inputs.model(other)
 
 
-def _at_size(args: argparse.Namespace, model: nn.Module, keep: float, images: Tensor | None,
-             pictures: Tensor) -> nn.Module:
+def _calibration(args: argparse.Namespace, model: nn.Module,
+                 pictures: Tensor) -> Calibration | None:
+    """What all sizes are cut from; None where each is searched with images of its own."""
     if args.search is not None:
         if args.data is None:
             raise UserError("--search trains with labels: pass --data")
+        if args.calibration is not None or args.refit is not None:
+            raise UserError("--search calibrates and fits by itself: leave out --calibration, "
+                            "--refit and --no-refit")
+        return None
+    if args.calibration is not None:
+        return Calibration.load(args.calibration)
+    images = inputs.calibration(args, pictures)
+    return None if images is None else calibrate(model, images, include=args.include,
+                                                 exclude=args.exclude)
+
+
+def _at_size(args: argparse.Namespace, model: nn.Module, keep: float, seen: Calibration | None,
+             pictures: Tensor) -> nn.Module:
+    if args.search is not None:
         config = TrainConfig(keep_params=keep, epochs=args.search, seed=args.seed,
                              batch_size=args.batch_size, device=args.device,
                              calibration_images=args.calibration_images)
         train_set, _ = inputs.train_and_test(args, model)
         return train.run(model, config, train_set).model
-    small = compress(model, keep_params=keep, calibration=images, include=args.include,
-                     exclude=args.exclude)
+    small = compress(model, keep_params=keep, calibration=seen, refit=args.refit,
+                     include=args.include, exclude=args.exclude)
     if args.recover is None:
         return small
     batches = calibration_batches(pictures, model)
