@@ -169,6 +169,12 @@ def mlp_tile(rows: int, rank: int, x: Tensor) -> Tile:
     return Tile(128, 64, 128, 8, 3)
 
 
+def gated_mlp_tile(rows: int, rank: int, x: Tensor) -> Tile:
+    """`mlp_tile` with half as many hidden units at a time, since each takes two products."""
+    tile = mlp_tile(rows, rank, x)
+    return replace(tile, BLOCK_N=max(16, tile.BLOCK_N // 2))
+
+
 def is_wide(rank: int) -> bool:
     """Whether a rank is too wide for the registers: above 128.
 
@@ -212,6 +218,21 @@ def matmul_tile(rows: int, columns: int, x: Tensor, widest: int = 128) -> Tile:
     stage = depth * size * (rows_at_once + columns_at_once)
     count = warps(rows_at_once * columns_at_once * max(size, 4) > 32768)
     return Tile(rows_at_once, depth, columns_at_once, count, stages(stage))
+
+
+def pair_tile(rows: int, columns: int, x: Tensor, widest: int = 64) -> Tile:
+    """The tile of kernels that multiply x by two weights at once, BLOCK_N columns of each.
+
+    Args:
+        columns: of both weights together.
+        widest: columns of one weight beyond which a program has nothing to do.
+    """
+    # Exact products keep both halves of their operands in registers.
+    tile = matmul_tile(rows, columns, x, widest=128 if x.element_size() == 2 else 64)
+    columns_at_once = max(16, min(tile.BLOCK_N // 2, padded(widest)))
+    # At least 16 bytes of the smallest tile for each of 128 threads.
+    least = 2048 // (min(columns_at_once, tile.BLOCK_M) * x.element_size())
+    return replace(tile, BLOCK_N=columns_at_once, BLOCK_K=max(tile.BLOCK_K, least))
 
 
 def reduction_tile(rows: int, rank: int, x: Tensor, reads_columns: bool = True) -> Tile:
