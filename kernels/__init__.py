@@ -12,9 +12,13 @@ KERNELS = (
     "gated_low_rank_linear",
     "low_rank_mlp",
     "low_rank_attention",
+    "gated_mlp",
+    "rotary_attention",
 )
+# These have no backward pass; their `forward` gives the result alone.
+FOR_INFERENCE = ("gated_mlp", "rotary_attention")
 # For inference these ops also take the layer norm before and the residual after the sublayer.
-SUBLAYERS = ("low_rank_mlp", "low_rank_attention")
+SUBLAYERS = ("low_rank_mlp", "low_rank_attention", *FOR_INFERENCE)
 # Registers, shared memory and occupancy of each kernel, written by tools/gpu_resources.py.
 KNOWN = Path(__file__).with_name("known.json")
 # How the kernels of an architecture were tested; on all others they are only compiled.

@@ -247,20 +247,40 @@ def forward(
         # One torch product is faster in 16-bit types. The kernel adds bq, since the product cannot
         # take a bias for q alone.
         q, k, v = F.linear(x, joint).split([w.shape[0] for w in (wq, wk, wv)], -1)
+    context = attend(q, k, v, bq, num_heads, scale, attn_mask, tile)
+    (out,) = project(context, bo, wo, residual=residual)
+    return out, q, k, v, context
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    num_heads: int,
+    scale: float,
+    attn_mask: Tensor | None,
+    tile: tiles.Tile | None = None,
+) -> Tensor:
+    """softmax((q_h + bias_h) k_hᵀ · scale + mask) v_h of all heads, beside each other.
+
+    Args:
+        q, k: (batch, tokens, heads * rank_qk), of one row stride; bias: (heads * rank_qk,).
+        v: (batch, tokens, heads * rank_vo).
+    """
     context = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     heads = _Heads(q, v, num_heads, scale, attn_mask)
 
     def run(tile: tiles.Tile) -> None:
         heads.launch(
             attention_kernel, tile, q, k, v, heads.mask, context,
-            bias_ptr=None if bq is None else bq.contiguous(),
+            bias_ptr=None if bias is None else bias.contiguous(),
             stride_qk=q.stride(1), stride_v=v.stride(1), **tiles.registers(tile),
         )  # fmt: skip
 
     tile = tile or heads.tile()
-    run(tiles.best(tile, ("low_rank_attention", *q.shape, *v.shape, num_heads), x, run))
-    (out,) = project(context, bo, wo, residual=residual)
-    return out, q, k, v, context
+    run(tiles.best(tile, ("low_rank_attention", *q.shape, *v.shape, num_heads), q, run))
+    return context
 
 
 def joined(*weights: Tensor) -> Tensor | None:

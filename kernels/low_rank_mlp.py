@@ -214,7 +214,7 @@ def forward(
 
     def run(tile: tiles.Tile) -> None:
         tile = one_stage_if_unaligned(tile, u1, v2)
-        grid, hidden_per_program, partial = _split_hidden(x, m, h, r2, tile)
+        grid, hidden_per_program, partial = split_hidden(x, m, h, r2, tile)
         full = h % tile.BLOCK_N == 0 and (r1, r2) == (tiles.padded(r1), tiles.padded(r2))
         launch(
             low_rank_mlp_kernel, grid, x,
@@ -347,7 +347,7 @@ def _input_grads(
     two_launches = tiles.takes_two_launches(m, n, r2, grad)
     if two_launches:
         dmiddle2 = matmul(grad, u2)
-    grid, hidden_per_program, partial = _split_hidden(grad, m, h, r1, tile, need_x)
+    grid, hidden_per_program, partial = split_hidden(grad, m, h, r1, tile, need_x)
     launch(
         low_rank_mlp_backward_kernel, grid, grad,
         None if two_launches else flat, u2, v2, flat_middle1, u1, b1, v1,
@@ -362,7 +362,7 @@ def _input_grads(
     return dx, dmiddle1, dmiddle2
 
 
-def _split_hidden(
+def split_hidden(
     x: Tensor, m: int, h: int, r: int, tile: tiles.Tile, wanted: bool = True
 ) -> tuple[tuple[int, int], int, Tensor | None]:
     """The grid, the hidden units of one program, and memory for partial sums (splits, m, r).

@@ -77,6 +77,28 @@ def add_matmul(
 
 
 @triton.jit
+def two_products(
+    x_ptr, stride_x, w0_ptr, stride_w0, w1_ptr, stride_w1, columns, ROWS, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x W0ᵀ and x W1ᵀ for BLOCK_M rows in float32, with every tile of x loaded once.
+
+    x is (ROWS, K), W0 and W1 (N, K); the results are (BLOCK_M, columns).
+    """
+    rows = tl.arange(0, BLOCK_M)
+    y0 = tl.zeros((BLOCK_M, columns.shape[0]), tl.float32)
+    y1 = tl.zeros((BLOCK_M, columns.shape[0]), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        x = load_tile(x_ptr, stride_x, rows, inner, ROWS, K)
+        w0 = load_tile(w0_ptr, stride_w0, columns, inner, N, K)
+        y0 = tl.dot(x, tl.trans(w0), y0, input_precision=PRECISION)
+        w1 = load_tile(w1_ptr, stride_w1, columns, inner, N, K)
+        y1 = tl.dot(x, tl.trans(w1), y1, input_precision=PRECISION)
+    return y0, y1
+
+
+@triton.jit
 def matmul_sum_kernel(
     x0_ptr, x1_ptr, x2_ptr, w0_ptr, w1_ptr, w2_ptr, y_ptr,
     M, N, K0, K1, K2, stride_x0, stride_x1, stride_x2, stride_w0, stride_w1, stride_w2,

@@ -169,6 +169,18 @@ def mlp_tile(rows: int, rank: int, x: Tensor) -> Tile:
     return Tile(128, 64, 128, 8, 3)
 
 
+def gated_mlp_tile(rows: int, rank: int, x: Tensor) -> Tile:
+    """`mlp_tile` with half as many hidden units at a time, since each takes two products.
+
+    Exact products keep both halves of their operands in registers, and spill unless tiles are small.
+    """
+    if operand_bytes(x) == 8:
+        return replace(row_tile(rows, rank, x, factors=3, most=16), BLOCK_K=16, BLOCK_N=16,
+                       num_warps=2)
+    tile = mlp_tile(rows, rank, x)
+    return replace(tile, BLOCK_N=max(16, tile.BLOCK_N // 2))
+
+
 def is_wide(rank: int) -> bool:
     """Whether a rank is too wide for the registers: above 128.
 
@@ -212,6 +224,24 @@ def matmul_tile(rows: int, columns: int, x: Tensor, widest: int = 128) -> Tile:
     stage = depth * size * (rows_at_once + columns_at_once)
     count = warps(rows_at_once * columns_at_once * max(size, 4) > 32768)
     return Tile(rows_at_once, depth, columns_at_once, count, stages(stage))
+
+
+def pair_tile(rows: int, columns: int, x: Tensor, widest: int = 64) -> Tile:
+    """The tile of kernels that multiply x by two weights at once, BLOCK_N columns of each.
+
+    Args:
+        columns: of both weights together.
+        widest: columns of one weight beyond which a program has nothing to do.
+    """
+    # Exact products keep both halves of their operands in registers.
+    tile = matmul_tile(rows, columns, x, widest=128 if x.element_size() == 2 else 64)
+    columns_at_once = max(16, min(tile.BLOCK_N // 2, padded(widest)))
+    # At least 16 bytes of the smallest tile for each thread.
+    threads = tile.num_warps * (64 if on_amd() else 32)
+    least = 16 * threads // (min(columns_at_once, tile.BLOCK_M) * x.element_size())
+    depth = max(tile.BLOCK_K, least)
+    stage = depth * operand_bytes(x) * (tile.BLOCK_M + 2 * columns_at_once)
+    return replace(tile, BLOCK_N=columns_at_once, BLOCK_K=depth, num_stages=stages(stage))
 
 
 def reduction_tile(rows: int, rank: int, x: Tensor, reads_columns: bool = True) -> Tile:

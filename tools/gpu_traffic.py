@@ -52,21 +52,30 @@ LIBRARY = [(rows, columns, parts)
 
 @dataclass(frozen=True)
 class Shape:
-    """A projection k → n at rank r, or with `hidden` an MLP k → hidden → n at ranks r."""
+    """A projection k → n at rank r, or with `hidden` an MLP k → hidden → n at ranks r.
+
+    A gated MLP computes its hidden layer from two second factors.
+    """
 
     m: int
     k: int
     n: int
     r: int
     hidden: int = 0
+    gated: bool = False
+
+    @property
+    def made(self) -> int:
+        """Columns that the first product of an MLP makes: twice the hidden ones for a gate."""
+        return self.hidden * (2 if self.gated else 1)
 
     @property
     def weights(self) -> int:
         """Bytes of factors and biases."""
         if not self.hidden:
             return SIZE * (self.r * (self.k + self.n) + self.n)
-        factors = self.r * (self.k + self.hidden) + self.r * (self.hidden + self.n)
-        return SIZE * (factors + self.hidden + self.n)
+        factors = self.r * (self.k + self.made) + self.r * (self.hidden + self.n)
+        return SIZE * (factors + self.made + self.n)
 
     @property
     def minimum(self) -> int:
@@ -75,7 +84,9 @@ class Shape:
 
     @property
     def tile(self) -> tiles.Tile:
-        choose = tiles.mlp_tile if self.hidden else tiles.linear_tile
+        if not self.hidden:
+            return tiles.linear_tile(self.m, self.r, LIKE)
+        choose = tiles.gated_mlp_tile if self.gated else tiles.mlp_tile
         return choose(self.m, self.r, LIKE)
 
     @property
@@ -214,17 +225,16 @@ def dense(shape: Shape, gpu: Gpu) -> float:
     """The time of products with the dense weights; an MLP writes and reads its hidden layer."""
     if not shape.hidden:
         return library(shape.m, shape.k, shape.n, gpu)
-    return (library(shape.m, shape.k, shape.hidden, gpu)
+    return (library(shape.m, shape.k, shape.made, gpu)
             + library(shape.m, shape.hidden, shape.n, gpu))
 
 
 def products(shape: Shape, gpu: Gpu) -> float:
     """The time of the low-rank products one after the other, each result written and read."""
-    widths = [shape.k, shape.r, shape.n]
+    pairs = [(shape.k, shape.r), (shape.r, shape.n)]
     if shape.hidden:
-        widths[2:] = [shape.hidden, shape.r, shape.n]
-    return sum(library(shape.m, k, n, gpu)
-               for k, n in zip(widths, widths[1:], strict=False))
+        pairs[1:] = [(shape.r, shape.made), (shape.hidden, shape.r), (shape.r, shape.n)]
+    return sum(library(shape.m, k, n, gpu) for k, n in pairs)
 
 
 def ours(shape: Shape, gpu: Gpu) -> float:
@@ -240,6 +250,8 @@ def shapes() -> dict[str, Shape]:
             found[f"{model} b{batch} fc1"] = Shape(m, d, 4 * d, r)
             found[f"{model} b{batch} fc2"] = Shape(m, 4 * d, d, r)
             found[f"{model} b{batch} MLP"] = Shape(m, d, d, r, 4 * d)
+            eva = model.replace("DeiT", "EVA-02")
+            found[f"{eva} b{batch} gated MLP"] = Shape(m, d, d, r, 8 * d // 3, gated=True)
     return found
 
 

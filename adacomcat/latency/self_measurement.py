@@ -13,10 +13,11 @@ from torch import Tensor
 
 from adacomcat import ops
 from adacomcat.latency.timing import interleaved
-from adacomcat.ops import backends, measured
+from adacomcat.ops import backends, inference, measured
 from adacomcat.ops.decompositions import batched_svd
 
 TOKENS, WIDTH, HIDDEN, HEADS, RANK, HEAD_RANK = 197, 384, 1536, 6, 128, 32
+GATED = 1024  # hidden neurons of a gated MLP, of EVA-02 in this width
 BATCH = {"cpu": 1, "cuda": 32}
 REPEATS, SECONDS = 10, 1.5  # of one op in one dtype: some forty of them take about a minute
 
@@ -30,6 +31,7 @@ class Sample(NamedTuple):
     op: str
     tensors: tuple[Tensor, ...]
     run: Callable[..., Tensor]
+    trains: bool = True
 
 
 def measure(device: torch.device, timer: Timer | None = None) -> measured.Times:
@@ -43,7 +45,7 @@ def measure(device: torch.device, timer: Timer | None = None) -> measured.Times:
     found = {}
     for sample in samples(device):
         names = backends.compatible_backends(sample.op, sample.tensors[0])
-        for training in (False, True) if len(names) > 1 else ():
+        for training in (False, True)[:1 + sample.trains] if len(names) > 1 else ():
             key = measured.key(sample.op, sample.tensors[0].dtype, training)
             found[key] = timer({name: _on(name, sample, training) for name in names})
     return found
@@ -89,6 +91,23 @@ def samples(device: torch.device) -> Iterator[Sample]:
                      cast(x, rows[0], draw(attention), *rows[1:], draw(WIDTH, attention),
                           draw(WIDTH)),
                      partial(ops.low_rank_attention, num_heads=HEADS, scale=64 ** -0.5))
+        yield Sample("gated_mlp", cast(x, factors[0], draw(GATED, RANK), draw(GATED, RANK),
+                                       draw(GATED, RANK), draw(WIDTH, RANK)), _gated, trains=False)
+        yield Sample("rotary_attention",
+                     cast(x, *(draw(WIDTH, WIDTH) for _ in range(2)), rows[0],
+                          draw(WIDTH, attention),
+                          *(draw(TOKENS, WIDTH // HEADS) for _ in range(2))),
+                     _rotary, trains=False)
     for dtype in backends.DECOMPOSITION_DTYPES:
         yield Sample("batched_svd", (draw(HEADS, 64, 64).to(device, dtype),),
                      lambda a: batched_svd(a)[1])
+
+
+def _gated(x: Tensor, v1: Tensor, wg: Tensor, w1: Tensor, v2: Tensor, w2: Tensor) -> Tensor:
+    return inference.gated_mlp(x, v1, wg, None, w1, None, v2, w2, None, "silu")
+
+
+def _rotary(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor, sin: Tensor, cos: Tensor
+            ) -> Tensor:
+    return inference.rotary_attention(x, None, wq, None, None, wk, None, wv, wo, None, HEADS,
+                                      64 ** -0.5, sin, cos, True)

@@ -136,17 +136,25 @@ def fuses_dense(attn: nn.Module) -> bool:
 
     Elsewhere than on a CPU a dense attention gains more from one library product for q, k and v.
     """
-    if attention_tier(attn) is None:
-        return False
-    parts = attention_parts(attn)
-    return parts.plain and parts.q.weight.is_cpu
+    return is_plain_attention(attn) and attention_parts(attn).q.weight.is_cpu
+
+
+def is_plain_attention(attn: nn.Module) -> bool:
+    """Whether this dense attention folds, and its projections compute nothing else."""
+    return attention_tier(attn) is not None and attention_parts(attn).plain
 
 
 def fuses_rotary(attn: nn.Module) -> bool:
-    """The same where queries and keys may turn; nothing else stands behind their projections."""
+    """The same where queries and keys may turn; nothing else stands behind their projections.
+
+    Elsewhere than on a CPU a dense one gains where a kernel turns behind the projections.
+    """
     if isinstance(attn, ValueFoldedAttention):
         return is_affine(attn.q) and is_affine(attn.k)
-    return fuses_dense(attn)
+    if not is_plain_attention(attn):
+        return False
+    weight = attention_parts(attn).q.weight
+    return weight.is_cpu or inference.runs_kernel(FusedRotaryAttention.op, weight)
 
 
 class FusedMlp(PackedModule):

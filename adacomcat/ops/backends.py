@@ -277,12 +277,12 @@ def _cpu_kernel(op: str) -> Kernel:
 @cache
 def _triton_kernel(op: str) -> Kernel:
     contract, forward = getattr(shapes, op), kernels.load(op).forward
+    options = {} if op in kernels.FOR_INFERENCE else {"keep_intermediates": False}
 
     def run(x: Tensor, *arguments: Any, residual: Tensor | None = None,
-            epsilon: float | None = None) -> tuple[Tensor, ...]:
+            epsilon: float | None = None) -> Any:
         shapes.residual(x, residual, contract(x, *arguments)[0])
-        return forward(x, *arguments, keep_intermediates=False, epsilon=epsilon,
-                       residual=residual)
+        return forward(x, *arguments, **options, epsilon=epsilon, residual=residual)
 
     return run
 

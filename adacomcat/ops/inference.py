@@ -1,7 +1,8 @@
-"""Ops for inference alone, which ``optimize`` puts into models: C++ kernels on CPUs.
+"""Ops for inference alone, which ``optimize`` puts into models: C++ kernels on CPUs, for two of
+them Triton kernels on GPUs.
 
-The formulas serve wherever a kernel cannot: on GPUs, in float64, under autocast, in a trace, and
-where a gradient follows, which then passes through the formula.
+The formulas serve wherever a kernel cannot: in float64, under autocast, in a trace, and where a
+gradient follows, which then passes through the formula. No backend is refused here.
 """
 
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adacomcat.ops import backends, reference
+from adacomcat.ops import backends, reference, transforms
 
 __all__ = ["GEMV_ROWS", "class_attention", "gated_mlp", "linear", "patch_embedding", "patches",
            "rotary_attention"]
@@ -216,11 +217,21 @@ def _sublayer(op: str, arguments: tuple[Any, ...], epsilon: float | None, residu
     return y if residual is None else y + residual
 
 
+def runs_kernel(op: str, x: Tensor) -> bool:
+    """Whether a kernel would run ``op`` on what is like x, without gradients."""
+    return _kernel(op, x.detach()) is not None
+
+
 def _kernel(op: str, x: Tensor, *others: Any) -> backends.Kernel | None:
     wants_grad = torch.is_grad_enabled() and any(
         isinstance(t, Tensor) and t.requires_grad for t in (x, *others))
-    if wants_grad or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if wants_grad or (torch.is_autocast_enabled("cpu") if x.is_cpu
+                      else transforms.autocast_is_on(x.device.type)):
         return None
+    if not x.is_cpu:
+        asked = None if transforms.watched() else backends.in_use()
+        if asked is not None and backends.refusal(asked, op, x) is not None:
+            return None
     return backends.direct_kernel(op, x)
 
 

@@ -112,7 +112,8 @@ class Op:
         if isinstance(x, Proxy):  # of torch.fx
             return self._formula(x, others, epsilon, residual)
         # Small models feel every call of a function here, so the usual case is asked first.
-        if torch.is_autocast_enabled("cpu") if x.is_cpu else _autocast_is_on(x.device.type):
+        if torch.is_autocast_enabled("cpu") if x.is_cpu else transforms.autocast_is_on(
+                x.device.type):
             x, residual, *cast = _in_autocast_dtype(x, residual, *others)
             others = tuple(cast)
         keep = torch.is_grad_enabled() and _need_gradients(x, residual, *others)
@@ -221,10 +222,6 @@ class Op:
 def _returned(*results: Tensor) -> Any:
     """A single result stands alone, as its schema says."""
     return results[0] if len(results) == 1 else results
-
-
-def _autocast_is_on(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _in_autocast_dtype(x: Tensor, *others: Any) -> list[Any]:

@@ -250,6 +250,9 @@ def _require_angles(x: Tensor, sin: Tensor | None, cos: Tensor | None, head_dim:
     if sin is None or cos is None:
         return
     _require_dtype("sin", sin, "cos", cos)
+    for name, tensor in (("sin", sin), ("cos", cos)):
+        require(tensor.device == x.device,
+                lambda n=name, t=tensor: f"{n} is on {t.device} and x is on {x.device}")
     require(sin.is_floating_point(), lambda: f"sin must be floating point, got {sin.dtype}")
     require(sin.shape == cos.shape,
             lambda: f"cos must have sin's shape {tuple(sin.shape)}, got {tuple(cos.shape)}")

@@ -30,6 +30,11 @@ def by_formula() -> bool:
     return torch.jit.is_tracing() or transformed()
 
 
+def autocast_is_on(device: str) -> bool:
+    """Whether autocast chooses the dtypes of operators on this type of device."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def transformed() -> bool:
     """Whether a function is transformed or differentiated forwards, outside of a compilation."""
     return forward_ad._current_level >= 0 or _interpreters() is not None

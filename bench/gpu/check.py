@@ -6,7 +6,8 @@
 
 First the tests of tests/gpu that need a GPU run; ``ops`` or ``models`` skips them and takes only
 those timings. A timing is the median of CUDA events around replays of a CUDA graph. Our kernels, as
-they are chosen by default, and the alternatives take turns. Rooflines use the card's bandwidth and
+they are chosen by default, and the alternatives take turns; of gated MLPs and rotary attentions
+Triton is measured, whether it is the default or not. Rooflines use the card's bandwidth and
 arithmetic as measured here. The results go to bench/gpu/*.json, and those of whole models also to
 *.csv, with the columns of timm's benchmarks. A dry run goes through all of it on the CPU, for one
 image, and writes nothing.
@@ -18,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +30,7 @@ from models import Row, as_timm_writes, measure_models
 from torch import Tensor
 
 from adacomcat import ops
-from adacomcat.ops import backends, decompositions
+from adacomcat.ops import backends, decompositions, inference, reference
 
 HERE = Path(__file__).parent
 
@@ -122,17 +124,93 @@ def linear(model: str, batch: int) -> tuple[Ways, int, int]:
     return ways, 2 * rows * weights, 2 * (5 * rows * d + weights)
 
 
+def on_triton(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """An op that runs on Triton only where that is asked for; a dry run has no Triton."""
+    if not on_gpu():
+        return run
+
+    def asked() -> Tensor:
+        with backends.use_backend("triton"):
+            return run()
+    return asked
+
+
+def gated_mlp(model: str, batch: int, low_rank: bool) -> tuple[Ways, int, int]:
+    """Ways to compute x + swiglu(norm(x)) as in EVA-02, FLOPs, bytes of inputs and outputs."""
+    d = SIZES[model][0]
+    hidden, r = 8 * d // 3, 128
+    x, bg, b1, b2 = draw(batch, TOKENS, d), draw(hidden), draw(hidden), draw(d)
+    v1, v2 = (draw(d, r), draw(hidden, r)) if low_rank else (None, None)
+    inner, outer = (r, r) if low_rank else (d, hidden)
+    wg, w1, w2 = draw(hidden, inner), draw(hidden, inner), draw(d, outer)
+    weights = (v1, wg, bg, w1, b1, v2, w2, b2)
+    gate, up, down = draw(hidden, d), draw(hidden, d), draw(d, hidden)
+
+    def sublayer() -> Tensor:
+        return inference.gated_mlp(x, *weights, "silu", epsilon=EPSILON, residual=x)
+
+    def dense() -> Tensor:
+        normed = F.layer_norm(x, (d,), eps=EPSILON)
+        h = F.silu(F.linear(normed, gate, bg)) * F.linear(normed, up, b1)
+        return x + F.linear(h, down, b2)
+
+    ways = {
+        "ours": on_triton(sublayer),
+        "same ranks, PyTorch": lambda: x + reference.gated_mlp(
+            F.layer_norm(x, (d,), eps=EPSILON), *weights, "silu"),
+        "dense, PyTorch": dense,
+    }
+    size = sum(t.numel() for t in weights if t is not None)
+    rows = batch * TOKENS
+    return ways, 2 * rows * size, 2 * (2 * rows * d + size)
+
+
+def rotary_attention(model: str, batch: int, low_rank: bool) -> tuple[Ways, int, int]:
+    """Ways to compute x + attention(norm(x)) with turned queries and keys, as in DINOv3."""
+    d, _, heads = SIZES[model]
+    x, values, rank = draw(batch, TOKENS, d), 48 * heads, d // 4
+    angle = torch.randn(TOKENS - 1, HEAD)
+    sin, cos = angle.sin().bfloat16(), angle.cos().bfloat16()
+    vq, vk = (draw(d, rank), draw(d, rank)) if low_rank else (None, None)
+    wq, wk = (draw(d, rank if low_rank else d) for _ in range(2))
+    weights = (vq, wq, draw(d), vk, wk, draw(d), draw(values, d), draw(d, values), draw(d))
+    options = (heads, HEAD**-0.5, sin, cos, True)
+    joint, joint_bias, out = draw(3 * d, d), draw(3 * d), draw(d, d)
+
+    def sublayer() -> Tensor:
+        return inference.rotary_attention(x, *weights, *options, epsilon=EPSILON, residual=x)
+
+    def dense() -> Tensor:
+        qkv = F.linear(F.layer_norm(x, (d,), eps=EPSILON), joint, joint_bias)
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = (reference.rotate(t, sin, cos, True) for t in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v, scale=HEAD**-0.5)
+        return x + F.linear(y.transpose(1, 2).flatten(2), out, weights[-1])
+
+    ways = {
+        "ours": on_triton(sublayer),
+        "same ranks, PyTorch": lambda: x + reference.rotary_attention(
+            F.layer_norm(x, (d,), eps=EPSILON), *weights, *options),
+        "dense, PyTorch": dense,
+    }
+    size = sum(t.numel() for t in weights if t is not None)
+    rows = batch * TOKENS
+    return ways, 2 * rows * (size + TOKENS * (d + values)), 2 * (2 * rows * d + size)
+
+
 def measure_ops(batches: tuple[int, ...]) -> Iterator[Row]:
     """Each sublayer of each model at each batch size."""
     card = peaks()
     yield {"what": "peaks", **card}
-    for sublayer in (mlp, attention, linear):
+    forms = {f"{sublayer.__name__}, {form}": partial(sublayer, low_rank=form == "low-rank")
+             for sublayer in (gated_mlp, rotary_attention) for form in ("low-rank", "dense")}
+    for name, sublayer in ({f.__name__: f for f in (mlp, attention, linear)} | forms).items():
         for model in SIZES:
             for batch in batches:
                 ways, flops, size = sublayer(model, batch)
                 times = interleaved(ways)
                 floor = max(flops / card["flops"], size / card["bytes"])
-                yield {"what": f"{sublayer.__name__} {model} b{batch}", "seconds": times,
+                yield {"what": f"{name} {model} b{batch}", "seconds": times,
                        "fraction of the roofline": floor / next(iter(times.values()))}
 
 

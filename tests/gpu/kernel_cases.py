@@ -71,12 +71,50 @@ def low_rank_mlp(x, v1, u1, b1, v2, u2, b2, activation) -> Tensor:
     return low_rank_linear(hidden, v2, u2, b2, None, None)
 
 
-def low_rank_attention(x, wq, bq, wk, wv, wo, bo, num_heads, scale, attn_mask) -> Tensor:
-    def heads(t: Tensor) -> Tensor:
-        return t.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+def projected(x: Tensor, v: Tensor | None, w: Tensor, bias: Tensor | None) -> Tensor:
+    y = (x if v is None else x @ v) @ w.t()
+    return y if bias is None else y + bias
 
-    q = x @ wq.t() if bq is None else x @ wq.t() + bq
-    logits = heads(q) @ heads(x @ wk.t()).transpose(-2, -1) * scale
+
+def gated_mlp(x, v1, wg, bg, w1, b1, v2, w2, b2, activation) -> Tensor:
+    gate = activate(projected(x, v1, wg, bg), activation)
+    return projected(gate * projected(x, v1, w1, b1), v2, w2, b2)
+
+
+def split_heads(t: Tensor, num_heads: int) -> Tensor:
+    return t.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def low_rank_attention(x, wq, bq, wk, wv, wo, bo, num_heads, scale, attn_mask) -> Tensor:
+    q, k, v = (split_heads(projected(x, None, w, b), num_heads)
+               for w, b in ((wq, bq), (wk, None), (wv, None)))
+    return projected(attended(q, k, v, scale, attn_mask), None, wo, bo)
+
+
+def rotary_attention(x, vq, wq, bq, vk, wk, bk, wv, wo, bo, num_heads, scale, sin, cos, half,
+                     attn_mask) -> Tensor:
+    q, k, v = (split_heads(projected(x, v, w, b), num_heads)
+               for v, w, b in ((vq, wq, bq), (vk, wk, bk), (None, wv, None)))
+    if sin is not None:
+        q, k = turned(q, sin, cos, half), turned(k, sin, cos, half)
+    return projected(attended(q, k, v, scale, attn_mask), None, wo, bo)
+
+
+def turned(t: Tensor, sin: Tensor, cos: Tensor, half: bool) -> Tensor:
+    """The last tokens of t with each pair (a, b) of elements turned."""
+    pairs, still = t.shape[-1] // 2, t.shape[-2] - sin.shape[-2]
+    at_a, at_b = (slice(pairs), slice(pairs, None)) if half else (slice(0, None, 2),
+                                                                  slice(1, None, 2))
+    result, last = t.clone(), t[..., still:, :]
+    a, b = last[..., at_a], last[..., at_b]
+    result[..., still:, at_a] = a * cos[..., at_a] - b * sin[..., at_a]
+    result[..., still:, at_b] = b * cos[..., at_b] + a * sin[..., at_b]
+    return result
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, scale: float, attn_mask: Tensor | None) -> Tensor:
+    """The contexts of all heads beside each other."""
+    logits = q @ k.transpose(-2, -1) * scale
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         logits = logits.masked_fill(~attn_mask, -math.inf)
     elif attn_mask is not None:
@@ -84,8 +122,7 @@ def low_rank_attention(x, wq, bq, wk, wv, wo, bo, num_heads, scale, attn_mask) -
     # A row that is masked entirely has probabilities of zero.
     nothing = (logits == -math.inf).all(-1, keepdim=True)
     p = logits.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
-    y = (p @ heads(x @ wv.t())).transpose(1, 2).flatten(2) @ wo.t()
-    return y if bo is None else y + bo
+    return (p @ v).transpose(1, 2).flatten(2)
 
 
 def normalized(x: Tensor) -> Tensor:
@@ -98,6 +135,8 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
     "gated_low_rank_linear": gated_low_rank_linear,
     "low_rank_mlp": low_rank_mlp,
     "low_rank_attention": low_rank_attention,
+    "gated_mlp": gated_mlp,
+    "rotary_attention": rotary_attention,
 }
 # The arguments of each op in order; those in capitals are no tensors.
 ARGUMENTS = {
@@ -107,8 +146,14 @@ ARGUMENTS = {
     "low_rank_attention": (
         "x", "wq", "bq", "wk", "wv", "wo", "bo", "NUM_HEADS", "SCALE", "attn_mask",
     ),
+    "gated_mlp": ("x", "v1", "wg", "bg", "w1", "b1", "v2", "w2", "b2", "ACTIVATION"),
+    "rotary_attention": (
+        "x", "vq", "wq", "bq", "vk", "wk", "bk", "wv", "wo", "bo", "NUM_HEADS", "SCALE",
+        "sin", "cos", "HALF", "attn_mask",
+    ),
 }  # fmt: skip
-# The gradients of the backward launchers. The residual's gradient is the incoming one.
+# The gradients of the backward launchers, for ops that have them. The residual's gradient is the
+# incoming one.
 DIFFERENTIATED = {
     "low_rank_linear": ("x", "v", "u", "bias"),
     "gated_low_rank_linear": ("x", "v", "gate", "u", "bias"),
@@ -131,7 +176,24 @@ def _shapes(case: Case) -> dict[str, tuple[int, ...]]:
             "x": (*lead, d), "v1": (d, r1), "u1": (hidden, r1), "b1": (hidden,),
             "v2": (hidden, r2), "u2": (out, r2), "b2": (out,),
         }  # fmt: skip
+    if case.op == "gated_mlp":
+        lead, d, r1, hidden, r2, out = (s[k] for k in ("lead", "d", "r1", "hidden", "r2", "out"))
+        inner, outer = (d if r1 is None else r1), (hidden if r2 is None else r2)
+        return {
+            "x": (*lead, d), "v1": (d, inner), "wg": (hidden, inner), "bg": (hidden,),
+            "w1": (hidden, inner), "b1": (hidden,), "v2": (hidden, outer), "w2": (out, outer),
+            "b2": (out,),
+        }  # fmt: skip
     batch, n, d, heads = s["batch"], s["tokens"], s["d"], case.options["NUM_HEADS"]
+    if case.op == "rotary_attention":
+        qk, vo = heads * s["head_dim"], heads * s["rank_vo"]
+        rank_q, rank_k = (d if r is None else r for r in (s["rank_q"], s["rank_k"]))
+        angles = (*s["angles"], s["turned"], s["head_dim"])
+        return {
+            "x": (batch, n, d), "vq": (d, rank_q), "wq": (qk, rank_q), "bq": (qk,),
+            "vk": (d, rank_k), "wk": (qk, rank_k), "bk": (qk,), "wv": (vo, d), "wo": (d, vo),
+            "bo": (d,), "sin": angles, "cos": angles,
+        }  # fmt: skip
     qk, vo = heads * s["rank_qk"], heads * s["rank_vo"]
     return {
         "x": (batch, n, d), "wq": (qk, d), "bq": (qk,), "wk": (qk, d), "wv": (vo, d),
@@ -145,14 +207,16 @@ def draw(case: Case, dtype: torch.dtype) -> list[Any]:
     shapes, tensors = _shapes(case), {}
     for name, shape in shapes.items():
         value = torch.randn(shape, generator=generator)
-        if len(shape) == 2 and name != "x":
+        if name in ("sin", "cos"):
+            value = getattr(value, name)()
+        elif len(shape) == 2 and name != "x":
             rows_are_outputs = name[0] in "uw"
             value /= max(1, shape[1] if rows_are_outputs else shape[0]) ** 0.5
         value = value.to(dtype)
         if name in case.strided:
             value = value.transpose(-2, -1).contiguous().transpose(-2, -1)
         tensors[name] = None if name in case.absent else value
-    if case.op == "low_rank_attention":
+    if case.op.endswith("attention"):
         tensors["attn_mask"] = _mask(case, dtype, generator)
     named = tensors | case.options
     return [named[name] for name in ARGUMENTS[case.op]]
@@ -217,6 +281,8 @@ def differentiate(case: Case, arguments: list[Any], grad: Tensor) -> dict[str, T
     if case.sublayer:
         x, *others = arguments
         return {"out": FORMULAS[case.op](normalized(x), *others) + grad.to(x.dtype)}
+    if case.op not in DIFFERENTIATED:
+        return {"out": FORMULAS[case.op](*arguments)}
     leaves = {
         name: value.detach().clone().requires_grad_()
         for name, value in zip(ARGUMENTS[case.op], arguments, strict=True)
@@ -256,11 +322,13 @@ def run_kernels(
     from adacomcat.kernels import load
 
     module, names = load(case.op), ARGUMENTS[case.op]
+    options = dict(tile=tile, epsilon=EPSILON, residual=grad) if case.sublayer else dict(tile=tile)
+    if case.op not in DIFFERENTIATED:
+        return {"out": module.forward(*arguments, **options)}
     if case.sublayer:
         if case.op == "low_rank_attention":
             arguments = in_one_matrix(arguments)
-        fused = dict(keep_intermediates=False, tile=tile, epsilon=EPSILON, residual=grad)
-        return {"out": module.forward(*arguments, **fused)[0]}
+        return {"out": module.forward(*arguments, keep_intermediates=False, **options)[0]}
     out, *kept = module.forward(*arguments, tile=tile)
     needed = [name for name in DIFFERENTIATED[case.op]]
     present = dict(zip(names, arguments, strict=True))
@@ -282,7 +350,7 @@ def incoming(case: Case, arguments: list[Any]) -> Tensor:
     """A gradient for the result, seeded by the case."""
     generator = torch.Generator().manual_seed(zlib.crc32(case.id.encode()) + 1)
     shapes = _shapes(case)
-    last = {"low_rank_mlp": "b2", "low_rank_attention": "bo"}.get(case.op, "bias")
+    last = "b2" if case.op.endswith("mlp") else "bo" if case.op.endswith("attention") else "bias"
     shape = (*shapes["x"][:-1], *shapes[last])
     return torch.randn(shape, generator=generator).to(arguments[0].dtype)
 

@@ -1,5 +1,6 @@
 """The shapes of all cases: ragged ones that no tile divides, and those of DeiT-S and DeiT-B."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from kernel_cases import Case
@@ -60,8 +61,43 @@ ATTENTION = {
     "aligned": (1, 64, 32, 2, 32, 32, None),
     "lowest": (1, 45, 16, 2, 8, 16, "lowest"),
 }
-SUBLAYER_NAMES = ("tokens", "odd", "vector", "empty", "197", "wide-ranks", "many-rows", "long",
-                  "one-token", "rows", "keys", "additive", "rank-512", "aligned")
+# lead, in, rank 1, hidden, rank 2, out; None where a side is dense
+GATED = {
+    "tokens": ((2, 33), 48, 12, 100, 20, 48),
+    "rank-1": ((3, 5), 31, 1, 17, 1, 9),
+    "odd": ((65,), 33, 17, 71, 35, 29),
+    "vector": ((), 8, 3, 40, 4, 8),
+    "one-row": ((1,), 7, 5, 130, 3, 7),
+    "empty": ((0, 4), 8, 3, 16, 4, 8),
+    "rank-0": ((4,), 8, 0, 9, 2, 5),
+    "aligned": ((64,), 64, 32, 128, 64, 64),
+    "long": ((40,), 1030, 65, 70, 30, 50),
+    "dense": ((2, 33), 48, None, 100, None, 48),
+    "dense-up": ((70,), 33, None, 65, 9, 24),
+    "dense-down": ((1,), 40, 12, 70, None, 29),
+    "dense-vector": ((), 8, None, 40, None, 8),
+    "dense-empty": ((0,), 8, None, 40, None, 8),
+    "wide-ranks": ((18,), 40, 200, 50, 100, 40),
+}
+# batch, tokens, width, heads, head size, rank of values, of queries, of keys, tokens that turn,
+# leading sizes of the angles, mask
+ROTARY = {
+    "tokens": (2, 50, 24, 2, 8, 20, None, None, 49, (), None),
+    "odd": (2, 33, 17, 2, 6, 7, 5, None, 30, (2,), "rows"),
+    "one-token": (3, 1, 12, 2, 8, 8, None, None, 1, (), None),
+    "keys": (2, 40, 24, 2, 22, 24, None, 11, 40, (2, 1), "keys"),
+    "rank-1": (1, 20, 16, 2, 4, 1, 1, 1, 15, (1,), None),
+    "additive": (1, 37, 24, 3, 2, 16, 7, 9, 37, (1, 3), "additive"),
+    "wide-heads": (1, 20, 24, 1, 200, 8, None, None, 18, (), None),
+    "still": (2, 9, 12, 2, 5, 4, 3, None, 9, (), None),
+    "no-turn": (2, 9, 12, 2, 6, 4, None, 3, 0, (), None),
+    "empty": (0, 5, 12, 2, 8, 8, None, None, 4, (), None),
+    "aligned": (1, 64, 32, 2, 32, 32, None, None, 64, (), None),
+    "197": (1, 197, 24, 1, 16, 8, 8, 8, 196, (), None),
+}
+SUBLAYER_NAMES = ("dense", "dense-up", "dense-down", "dense-vector", "wide-heads", "tokens", "odd",
+                  "vector", "empty", "197", "wide-ranks", "many-rows", "long", "one-token",
+                  "rows", "keys", "additive", "rank-512", "aligned")
 DEIT = {"deit_s": (384, 128, 6), "deit_b": (768, 256, 12)}
 
 
@@ -87,18 +123,49 @@ def ragged() -> list[Case]:
         strided = ((), ("wq",), ("wo", "wv"), ("wk",))[i % 4]
         options = {"NUM_HEADS": heads, "SCALE": qk**-0.5}
         found.append(Case("low_rank_attention", name, sizes, options, absent, strided))
+    found += [*ragged_gated(), *ragged_rotary()]
     return found + [replace(case, sublayer=True) for case in found
                     if case.op in SUBLAYERS and case.name in SUBLAYER_NAMES]
 
 
+def ragged_gated() -> Iterator[Case]:
+    for i, (name, (lead, d, r1, hidden, r2, out)) in enumerate(GATED.items()):
+        sizes = dict(lead=lead, d=d, r1=r1, hidden=hidden, r2=r2, out=out)
+        dense = [factor for factor, rank in (("v1", r1), ("v2", r2)) if rank is None]
+        absent = ((), ("bg",), ("b1", "b2"), ("bg", "b1", "b2"))[i % 4]
+        strided = ((), ("v1", "w2"), ("wg", "v2"), ("w1",))[i % 4]
+        options = {"ACTIVATION": ACTIVATIONS[i % 5]}
+        yield Case("gated_mlp", name, sizes, options, (*absent, *dense), strided)
+
+
+def ragged_rotary() -> Iterator[Case]:
+    for i, (name, (batch, tokens, d, heads, head_dim, vo, rank_q, rank_k, turned, angles, mask)
+            ) in enumerate(ROTARY.items()):
+        sizes = dict(batch=batch, tokens=tokens, d=d, head_dim=head_dim, rank_vo=vo, rank_q=rank_q,
+                     rank_k=rank_k, turned=turned, angles=angles, mask=mask)
+        dense = [factor for factor, rank in (("vq", rank_q), ("vk", rank_k)) if rank is None]
+        absent = ((), ("bq",), ("bk", "bo"), ("bq", "bk"))[i % 4]
+        strided = ((), ("wq", "wv"), ("wk", "sin"), ("vq", "vk"))[i % 4]
+        unturned = ("sin", "cos") if name == "still" else ()
+        options = {"NUM_HEADS": heads, "SCALE": head_dim**-0.5, "HALF": i % 2 == 0}
+        yield Case("rotary_attention", name, sizes, options, (*absent, *dense, *unturned), strided)
+
+
 def vision(model: str, tokens: int) -> list[Case]:
-    """Every op of a DeiT: MLP ranks of 128 or 256, head ranks of 32 (qk) and 48 (vo)."""
+    """Every op of a DeiT: MLP ranks of 128 or 256, head ranks of 32 (qk) and 48 (vo).
+
+    Gated MLPs and rotary attentions are those of EVA-02 in its width, low-rank as sublayers, with
+    MLP ranks of 128, and else dense.
+    """
     d, r, heads = DEIT[model]
     name = f"{model}-{tokens}"
     linear = {"lead": (tokens,), "d": d, "r": r, "out": d}
     mlp = {"lead": (tokens,), "d": d, "r1": r, "hidden": 4 * d, "r2": r, "out": d}
     attention = dict(batch=tokens // 197, tokens=197, d=d, rank_qk=32, rank_vo=48)
     options = {"NUM_HEADS": heads, "SCALE": 64**-0.5}
+    gated = {"lead": (tokens,), "d": d, "r1": None, "hidden": 8 * d // 3, "r2": None, "out": d}
+    rotary = dict(batch=tokens // 197, tokens=197, d=d, head_dim=64, rank_vo=48, rank_q=None,
+                  rank_k=None, turned=196, angles=())
     return [
         Case("low_rank_linear", name, linear, {"ACTIVATION": "gelu"}),
         Case("gated_low_rank_linear", name, linear),
@@ -106,6 +173,12 @@ def vision(model: str, tokens: int) -> list[Case]:
         Case("low_rank_attention", name, attention, options),
         Case("low_rank_mlp", name, mlp, {"ACTIVATION": "gelu"}, sublayer=True),
         Case("low_rank_attention", name, attention, options, sublayer=True),
+        Case("gated_mlp", name, gated, {"ACTIVATION": "silu"}, ("v1", "v2")),
+        Case("gated_mlp", name, gated | {"r1": 128, "r2": 128}, {"ACTIVATION": "silu"},
+             sublayer=True),
+        Case("rotary_attention", name, rotary, options | {"HALF": True}, ("vq", "vk")),
+        Case("rotary_attention", name, rotary | {"rank_q": 64, "rank_k": 64},
+             options | {"HALF": False}, sublayer=True),
     ]
 
 

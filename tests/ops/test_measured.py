@@ -156,9 +156,9 @@ def test_every_op_with_a_choice_is_measured_in_both_directions():
     times = self_measurement.measure(CPU, timer)
     ops_measured = {key.split()[0] for key in times}
     assert ops_measured == {"low_rank_linear", "low_rank_mlp", "dense_mlp", "low_rank_attention",
-                            "batched_svd"}
+                            "batched_svd", "gated_mlp", "rotary_attention"}
     assert {key.split()[2] for key in times} == {"inference", "training"}
-    assert len(times) == 2 * (4 * 3 + 2) and set(called) == {"cpp", "reference"}
+    assert len(times) == 2 * (4 * 3 + 2) + 2 * 3 and set(called) == {"cpp", "reference"}
 
 
 @needs_cpp

@@ -42,6 +42,14 @@ def product_kernel(a_ptr, out_ptr):
 
 
 @triton.jit
+def turn_kernel(a_ptr, sin_ptr, out_ptr, n, PREFIX: tl.constexpr, BLOCK: tl.constexpr):
+    """Multiplies all but the first tokens by their angle's sine, which is read for those too."""
+    i = tl.arange(0, BLOCK)
+    a, sin = tl.load(a_ptr + i, mask=i < n), tl.load(sin_ptr + i - PREFIX, mask=i < n)
+    tl.store(out_ptr + i, tl.where(i < PREFIX, a, a * sin), mask=i < n)
+
+
+@triton.jit
 def bfloat16_kernel(a_ptr, b_ptr, sum_ptr, product_ptr, larger_ptr, rounded_ptr, f_ptr, n,
                     BLOCK: tl.constexpr):  # fmt: skip
     i = tl.arange(0, BLOCK)
@@ -78,6 +86,9 @@ def main() -> dict[str, str]:
     copy: Any = copy_kernel
     return {
         "reads_past_the_end": complaint(lambda: copy[(2,)](a, out, 100, 64, 64, 28)),
+        "reads_before_the_start": complaint(
+            lambda: turn_kernel[(1,)](a, torch.randn(96), out, 100, 4, 128)
+        ),
         "programs_overlap": complaint(lambda: copy[(2,)](a, out, 100, 32, 64, 0)),
         "reads_a_neighbour": complaint(lambda: shift_kernel[(2,)](a, 100, 64)),
         "reads_between_rows": complaint(lambda: copy[(4,)](rows, out, 128, 32, 32, 0)),

@@ -21,7 +21,7 @@ from adacomcat.ops import backends
 
 ARCHITECTURES = ("sm_80", "sm_90")
 # Some ragged cases; the interpreter has all of them. Most of the time goes to the compiler.
-SOME = {"fp16": ("odd",), "bf16": ("rank-1", "additive", "keys"), "tf32": ("odd",),
+SOME = {"fp16": ("odd", "dense-up"), "bf16": ("rank-1", "additive", "keys"), "tf32": ("odd",),
         "fp32": ("odd", "wide-rank", "wide-ranks")}
 RAGGED = [(case, dtype) for case in ragged() for dtype in DTYPES if case.name in SOME[dtype]]
 VISION = [case for model in DEIT for tokens in (197, 394) for case in vision(model, tokens)]
@@ -111,7 +111,8 @@ def test_vision_transformer_on_sm_90_with_wgmma(
     monkeypatch.setattr(tiles, "multiprocessors", lambda: 1)
     launches = run(case, "sm_90", "fp16")
     # The other reductions have fewer than the 64 rows of a wgmma at rank 256.
-    names = ("low_rank", "attention", "project", "matmul_sum", "weight_grad_kernel")
+    names = ("low_rank", "attention", "project", "matmul_sum", "weight_grad_kernel", "gated",
+             "rotary")
     for launch in launches:
         if launch.name.startswith(names):
             assert any(i.parts[0] == "wgmma" for i in launch.kernel.code), launch.name

@@ -87,6 +87,7 @@ def caught() -> dict[str, str]:
     "fault, message",
     [
         ("reads_past_the_end", "out of bounds"),
+        ("reads_before_the_start", "out of bounds"),
         ("programs_overlap", "race: a store"),
         ("reads_a_neighbour", "race: a "),
         ("reads_between_rows", "gap"),

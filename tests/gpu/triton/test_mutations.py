@@ -29,6 +29,7 @@ MLP = Case("low_rank_mlp", "mutated",
 ATTENTION = Case("low_rank_attention", "mutated",
                  dict(batch=1, tokens=150, d=32, rank_qk=32, rank_vo=32),
                  {"NUM_HEADS": 1, "SCALE": 0.2})
+GATED = Case("gated_mlp", "mutated", MLP.sizes, {"ACTIVATION": "silu"})
 
 
 def apart(x: torch.Tensor, padding: int = 50) -> torch.Tensor:
@@ -93,15 +94,15 @@ def reductions() -> None:
     weight_and_bias_grads(grad, middle, u, normal(64), "relu", (True, True))
 
 
-def mlp_arguments() -> list:
+def arguments_of(case: Case) -> list:
     return [apart(a, 48) if isinstance(a, torch.Tensor) and a.dim() == 2 else a
-            for a in draw(MLP, torch.float16)]
+            for a in draw(case, torch.float16)]
 
 
 def mlp() -> None:
     """Two programs share the same rows, with several steps along the hidden layer each."""
     with patch.object(tiles, "multiprocessors", lambda: 8):
-        load("low_rank_mlp").forward(*mlp_arguments(), keep_intermediates=False, tile=TILE)
+        load("low_rank_mlp").forward(*arguments_of(MLP), keep_intermediates=False, tile=TILE)
 
 
 def mlp_apart() -> None:
@@ -112,7 +113,7 @@ def mlp_apart() -> None:
 
 def mlp_backward() -> None:
     """The gradient of x."""
-    arguments = mlp_arguments()
+    arguments = arguments_of(MLP)
     grad = apart(incoming(MLP, arguments), 48)
     middle1 = apart(normal(*MLP.sizes["lead"], MLP.sizes["r1"]), 48)
     with patch.object(tiles, "multiprocessors", lambda: 8):
@@ -140,6 +141,26 @@ def unaligned_splits() -> None:
             partial, apart(normal(50, 30)), normal(50), None, out, None, TILE)
 
 
+def gated_mlp() -> None:
+    with patch.object(tiles, "multiprocessors", lambda: 8):
+        load("gated_mlp").forward(*arguments_of(GATED), tile=TILE)
+
+
+def gated_projection() -> None:
+    wg, w1 = apart(normal(140, 90)).chunk(2)
+    load("gated_mlp").gated_project(
+        apart(normal(150, 90)), wg, normal(70), w1, normal(70), "silu", tile=TILE)
+
+
+def rotation() -> None:
+    """Queries and keys of different widths, in two images whose first tokens do not turn."""
+    xq, xk = (apart(normal(150, n)).view(2, 75, n) for n in (90, 40))
+    sin, cos = apart(normal(140, 64)).chunk(2)
+    load("rotary_attention").rotary_project(
+        xq, apart(normal(128, 90)), normal(128), xk, apart(normal(128, 40)), normal(128), 2,
+        sin, cos, True, tile=TILE)
+
+
 TILE = tiles.Tile(64, 32, 32, 4, 3)
 RUNS = [
     ("low_rank_linear_kernel", linear),
@@ -159,6 +180,9 @@ RUNS = [
     ("low_rank_mlp_backward_kernel", mlp_backward),
     ("low_rank_mlp_backward_kernel", mlp_backward_apart),
     ("hidden_grads_kernel", hidden_grads),
+    ("gated_mlp_kernel", gated_mlp),
+    ("gated_project_kernel", gated_projection),
+    ("rotary_project_kernel", rotation),
 ]
 # `make mutants` runs all on both architectures, `make test` each in turn on one.
 PLACES = [(name, run, architecture) for at, (name, run) in enumerate(RUNS)

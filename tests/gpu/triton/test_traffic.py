@@ -36,7 +36,12 @@ def launch(shape: Shape) -> list[Launch]:
 
     m, k, n, r, hidden = shape.m, shape.k, shape.n, shape.r, shape.hidden
     with emulated("sm_80", traffic=True) as found:
-        if hidden:
+        if shape.gated:
+            load("gated_mlp").forward(
+                e(m, k), e(k, r), e(hidden, r), e(hidden), e(hidden, r), e(hidden), e(hidden, r),
+                e(n, r), e(n), "silu",
+            )  # fmt: skip
+        elif hidden:
             load("low_rank_mlp").forward(
                 e(m, k), e(k, r), e(hidden, r), e(hidden), e(hidden, r), e(n, r), e(n), "relu",
                 keep_intermediates=False,
@@ -65,7 +70,7 @@ def touched(launch: Launch) -> tuple[Counter[int], int]:
     return +found, SECTOR * int(sectors.sum())
 
 
-B1 = ("DeiT-S b1 proj", "DeiT-S b1 fc1", "DeiT-S b1 MLP")
+B1 = ("DeiT-S b1 proj", "DeiT-S b1 fc1", "DeiT-S b1 MLP", "EVA-02-S b1 gated MLP")
 
 
 @pytest.mark.parametrize("name", B1)
@@ -73,7 +78,8 @@ def test_the_model_is_what_the_emulator_counts(name: str) -> None:
     check(shapes()[name])
 
 
-@pytest.mark.parametrize("name", ["DeiT-S b64 proj", "DeiT-S b64 MLP", "DeiT-B b64 fc1"])
+@pytest.mark.parametrize("name", ["DeiT-S b64 proj", "DeiT-S b64 MLP", "DeiT-B b64 fc1",
+                                  "EVA-02-S b64 gated MLP"])
 def test_the_model_holds_for_the_tiles_of_large_batches(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +117,27 @@ def test_programs_read_their_rows_once() -> None:
         parts = shape.shared_out(shape.n)
     assert counts.requested[0, "load"] * SECTOR == 2 * shape.m * shape.k * parts
     assert counts.ideal["store"] * SECTOR == 2 * shape.m * shape.n
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_turning_costs_no_traffic_but_the_angles(half: bool) -> None:
+    """Every program reads its rows and the weights of its pairs once; no pair is stored twice."""
+    d, heads, tokens, prefix = 64, 2, 96, 1
+    x, w, bias, angle = (torch.zeros(size, dtype=torch.float16) for size in (
+        (1, tokens, d), (heads * 64, d), (heads * 64,), (tokens - prefix, 64)))
+    wk, bk, cos = w.clone(), bias.clone(), angle.clone()
+    with emulated("sm_80", traffic=True) as found:
+        load("rotary_attention").rotary_project(x, w, bias, x, wk, bk, heads, angle, cos, half)
+        tile = tiles.pair_tile(tokens, 4 * heads * 64, x, widest=32)
+    (only,) = found
+    blocks, columns = only.grid
+    assert columns == 2 * heads * 32 // tile.BLOCK_N
+    counts = counts_of(only)
+    assert counts.ideal["store"] * SECTOR == 2 * 2 * tokens * heads * 64
+    read = columns * 2 * tokens * d + blocks * 2 * 2 * heads * 64 * d
+    angles = 2 * heads * 2 * 2 * (tokens - prefix) * 64
+    asked = SECTOR * sum(counts.requested[key] for key in counts.requested if "load" in key)
+    assert read + angles <= asked <= 1.15 * (read + angles)
 
 
 @pytest.mark.parametrize("architecture", GPUS)
