@@ -172,7 +172,7 @@ def mlp_tile(rows: int, rank: int, x: Tensor) -> Tile:
 def gated_mlp_tile(rows: int, rank: int, x: Tensor) -> Tile:
     """`mlp_tile` with half as many hidden units at a time, since each takes two products.
 
-    Exact products keep both halves of their operands in registers, and spill unless tiles are small.
+    Exact products keep both halves of their operands in registers, and would spill in large tiles.
     """
     if operand_bytes(x) == 8:
         return replace(row_tile(rows, rank, x, factors=3, most=16), BLOCK_K=16, BLOCK_N=16,

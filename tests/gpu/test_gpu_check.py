@@ -16,7 +16,7 @@ import models  # noqa: E402
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "MODELS", {"tiny": ("test_vit", 8, 16)})
-    monkeypatch.setattr(check, "SIZES", {"tiny": (48, 16, 2)})
+    monkeypatch.setattr(check, "SIZES", {"tiny": (128, 16, 2)})
 
 
 def test_a_dry_run_measures_everything(capsys: pytest.CaptureFixture[str]) -> None:
