@@ -15,6 +15,7 @@ from adacomcat.layers.fused import (
     FusedMlp,
     FusedPatches,
     Sublayer,
+    gains_from_op,
     is_layer_norm,
     is_trivial,
 )
@@ -131,10 +132,7 @@ def fused_attention(block: BlockParts) -> nn.Module:
 
 
 def _takes_attention(part: Residual) -> bool:
-    """Whether the op computes an attention, low-rank or dense, float or int8.
-
-    Elsewhere than on a CPU a dense attention gains more from one library product for q, k and v.
-    """
+    """Whether the op computes an attention, low-rank or dense, float or int8."""
     attn = part.inner
     if isinstance(attn, LowRankAttention):
         return _takes_masks_alone(type(attn))
@@ -149,7 +147,7 @@ def _takes_attention(part: Residual) -> bool:
     parts = family.read(attn)
     layers = [p.origin for p in (parts.q, parts.k, parts.v, parts.out)]
     known = family.reads(attn) or all(type(layer) is Int8Linear for layer in layers)
-    return known and parts.q.weight.is_cpu and _takes_numbers(part.norm, *layers)
+    return known and gains_from_op(parts.q.weight) and _takes_numbers(part.norm, *layers)
 
 
 def _takes_masks_alone(low_rank: type[nn.Module]) -> bool:

@@ -131,12 +131,17 @@ class FusedRotaryAttention(PackedModule):
                           mask)
 
 
-def fuses_dense(attn: nn.Module) -> bool:
-    """Whether an op computes this dense attention, and faster than PyTorch does.
+def gains_from_op(weight: Tensor) -> bool:
+    """Whether an op is faster than PyTorch for a dense attention with this weight.
 
-    Elsewhere than on a CPU a dense attention gains more from one library product for q, k and v.
+    Elsewhere than on a CPU it gains more from one library product for q, k and v.
     """
-    return is_plain_attention(attn) and attention_parts(attn).q.weight.is_cpu
+    return weight.is_cpu
+
+
+def fuses_dense(attn: nn.Module) -> bool:
+    """Whether an op computes this dense attention, and faster than PyTorch does."""
+    return is_plain_attention(attn) and gains_from_op(attention_parts(attn).q.weight)
 
 
 def is_plain_attention(attn: nn.Module) -> bool:
