@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _interpreters = getattr(torch._C, "_functorch").peek_interpreter_stack  # noqa: B009
+_set_tracing_state = getattr(torch._C, "_set_tracing_state")  # noqa: B009
 # torch 2.6 does not tell an export from a compilation; there ops stay in both.
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
@@ -44,11 +45,11 @@ def transformed() -> bool:
 def untraced() -> Iterator[None]:
     """What is computed inside is a constant of TorchScript's trace."""
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    _set_tracing_state(None)
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        _set_tracing_state(state)
 
 
 def has_tangent(value: object) -> bool:
