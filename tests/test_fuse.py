@@ -21,6 +21,7 @@ from adacomcat.layers.fused import (
     Sublayer,
 )
 from adacomcat.layers.registry import block_parts
+from adacomcat.ops import backends
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4,
         "num_classes": 7}
@@ -70,6 +71,26 @@ def test_what_is_fused() -> None:
     assert type(block.attn) is Sublayer and type(block.mlp) is Sublayer
     block = adacomcat.optimize(compressed(qk_norm=True)).blocks[0]
     assert type(block.attn) is Sublayer and type(block.mlp) is FusedMlp
+
+
+@torch.no_grad()
+def test_cuda_takes_both_halves_of_a_block_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norm and residual go to the compiled kernels; the meta device stands for a GPU here."""
+    calls = []
+
+    def compiled(op: str, device: str):
+        def kernel(x: torch.Tensor, *others: object, **options: object) -> torch.Tensor:
+            calls.append((op, device, sorted(options)))
+            return x
+
+        return kernel
+
+    block = adacomcat.optimize(compressed()).blocks[0].to("meta")
+    monkeypatch.setattr(backends, "pick", lambda op, x, keep=False: "cuda")
+    monkeypatch.setattr(backends, "_compiled_kernel", compiled)
+    block(torch.empty(2, 17, 48, device="meta"))
+    assert calls == [("low_rank_attention", "cuda", ["epsilon", "residual"]),
+                     ("low_rank_mlp", "cuda", ["epsilon", "residual"])]
 
 
 @pytest.mark.parametrize("kwargs, shortcut", [

@@ -84,11 +84,13 @@ def choices() -> str:
     (major, minor), predicted = backends.MEASURED_CAPABILITY, backends.PREDICTED_CAPABILITY
     return markdown_table(
         ("op", "CPU", f"GPU from {predicted[0]}.{predicted[1]} on, 16 bits, inference",
-         f"GPU from {major}.{minor} on, 16 bits, training", "GPU, else"),
+         f"GPU from {major}.{minor} on, 16 bits, training", "GPU, else",
+         "GPU without Triton, 16 bits, inference"),
         ((f"`{op}`", "`cpp`" if op in backends.CPP_OPS else "`reference`",
           on_gpu(op, backends.TRITON_FOR_INFERENCE), on_gpu(op, backends.TRITON_FOR_TRAINING),
           f"`cuda` from {predicted[0]}.{predicted[1]} on, else `reference`"
-          if op in backends.CUDA_FIRST else "`reference`") for op in every))
+          if op in backends.CUDA_FIRST else "`reference`",
+          "`cuda`" if op in backends.CUDA_WITHOUT_TRITON else "as with it") for op in every))
 
 
 # Command line

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adacomcat import kernels
 from adacomcat.errors import UserError
-from adacomcat.ops import autograd_cpu, measured, reference, shapes, transforms
+from adacomcat.ops import autograd_cpu, measured, reference, refusals, shapes, transforms
 
 
 def _load_extension() -> tuple[Any, str | None]:
@@ -43,12 +43,18 @@ MEASURED_CAPABILITY, PREDICTED_CAPABILITY = (9, 0), (8, 0)
 TRITON_FOR_INFERENCE = ("low_rank_mlp", "low_rank_attention")
 TRITON_FOR_TRAINING = ("low_rank_attention",)
 CUDA_FIRST = ("batched_svd",)
+# Without Triton (Jetson, Windows) a whole sublayer in CUDA C++ comes before its parts in PyTorch,
+# for inference in 16 bits. It moves a fraction of the bytes; it was not timed.
+CUDA_WITHOUT_TRITON = ("low_rank_mlp", "low_rank_attention")
 # The ops with a compiled kernel for CPUs and for GPUs; `registry` declares each of these kernels.
 SPECTRA = ("gram", "eigenvalues", "singular_values")
 CPP_OPS = ("low_rank_linear", "low_rank_mlp", "dense_mlp", "low_rank_attention", "gated_mlp",
            "rotary_attention", "class_attention", "linear", "patch_embedding", "batched_svd",
            *SPECTRA)
-CUDA_OPS = ("low_rank_linear", "batched_svd", "truncation_errors")
+CUDA_OPS = ("low_rank_linear", "gated_low_rank_linear", "low_rank_mlp", "dense_mlp",
+            "low_rank_attention", "batched_svd", "truncation_errors")
+# GPU kernels of these ops take the layer norm before and the residual after the sublayer, too.
+GPU_SUBLAYERS = (*kernels.SUBLAYERS, "dense_mlp")
 CUDA_CAPABILITY = (8, 0)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Decompositions have no intermediates, and want more digits.
@@ -148,6 +154,8 @@ def _is_faster(backend: str, op: str, x: Tensor, keep_intermediates: bool) -> bo
     """Whether a GPU kernel was measured or predicted to beat plain PyTorch; True on CPUs."""
     if backend not in ("triton", "cuda"):
         return True
+    if backend == "cuda" and op in CUDA_WITHOUT_TRITON:
+        return find_spec("triton") is None and x.element_size() == 2 and not keep_intermediates
     if torch.version.hip:
         return False
     least = MEASURED_CAPABILITY if keep_intermediates else PREDICTED_CAPABILITY
@@ -234,33 +242,36 @@ def backward_kernel(
 
 
 def direct_kernel(op: str, x: Tensor) -> Kernel | None:
-    """The kernel for inference where ``pick`` would take C++ or Triton and nothing is traced
-    or transformed.
+    """The kernel for inference where ``pick`` would take one and nothing is traced or transformed.
 
     It runs without PyTorch's dispatcher in Python, takes ``epsilon`` and ``residual`` if it serves
-    a whole sublayer, and keeps the op's contract. Triton's kernels are called so only for whole
+    a whole sublayer, and keeps the op's contract. GPU kernels are called so only for whole
     sublayers.
     """
     if transforms.watched():
         return None
     if not x.is_cpu:
-        sublayer = op in kernels.SUBLAYERS and type(x) is Tensor
-        return _triton_kernel(op) if sublayer and pick(op, x) == "triton" else None
+        if op not in GPU_SUBLAYERS or type(x) is not Tensor:
+            return None
+        backend = pick(op, x)
+        if backend == "triton":
+            return _triton_kernel(op)
+        return _compiled_kernel(op, "cuda") if backend == "cuda" else None
     asked = _FORCED.get() or preferred()
     if asked not in (None, "cpp") or _NO_EXTENSION or _no_cpp_kernel(op, x):
         return None
     ranked = () if asked else measured.ranked(op, x.device, x.dtype, training=False)
-    return _cpu_kernel(op) if not ranked or ranked[0] == "cpp" else None
+    return _compiled_kernel(op, "cpu") if not ranked or ranked[0] == "cpp" else None
 
 
 @cache  # small models feel every look-up
-def _cpu_kernel(op: str) -> Kernel:
-    """The C++ kernel; where it refuses its arguments, the op's contract says why.
+def _compiled_kernel(op: str, device: str) -> Kernel:
+    """The kernel for 'cpu' or 'cuda'; where it refuses its arguments, the op's contract says why.
 
     The contract in Python takes longer than a product of single rows, so it runs only after a
     refusal.
     """
-    function, contract = _compiled(op, "cpu"), getattr(shapes, op)
+    function, contract = _compiled(op, device), getattr(shapes, op)
 
     def run(*arguments: Any, **sublayer: Any) -> Any:
         try:
@@ -333,22 +344,15 @@ def _no_cpp_kernel(op: str, x: Tensor) -> str | None:
     if not x.is_cpu:
         return f"the kernel runs on the CPU and the input is on {x.device}"
     if op not in DECOMPOSITIONS:
-        return _no_dtype(x, KERNEL_DTYPES)
+        return refusals.no_dtype(x, KERNEL_DTYPES)
     if op in ("gram", "eigenvalues"):
         if _EXTENSION.build_info()["instruction_set"] == "generic":
             return "the kernel is for AVX2 and AVX512; without them PyTorch's routine is faster"
-        return _no_dtype(x, DECOMPOSITION_DTYPES if op == "gram" else (torch.float64,))
+        return refusals.no_dtype(x, DECOMPOSITION_DTYPES if op == "gram" else (torch.float64,))
     width = min(x.shape[-2:])
     if width > SVD_WIDTH:
         return f"the kernel takes matrices up to {SVD_WIDTH} wide and this one is {width}"
-    return _no_dtype(x, DECOMPOSITION_DTYPES)
-
-
-def _no_dtype(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    if x.dtype in dtypes:
-        return None
-    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    return f"the kernel takes {names} and the input is {str(x.dtype).removeprefix('torch.')}"
+    return refusals.no_dtype(x, DECOMPOSITION_DTYPES)
 
 
 def _no_triton() -> str | None:
@@ -364,7 +368,7 @@ def _no_triton_kernel(op: str, x: Tensor) -> str | None:
         return f"it has no Triton kernel; those with one are {', '.join(kernels.KERNELS)}"
     if x.device.type != "cuda":
         return f"the kernel runs on GPUs and the input is on {x.device}"
-    return _no_dtype(x, KERNEL_DTYPES)
+    return refusals.no_dtype(x, KERNEL_DTYPES)
 
 
 def _no_cuda() -> str | None:
@@ -384,16 +388,9 @@ def _no_cuda_kernel(op: str, x: Tensor) -> str | None:
     if (gpu.major, gpu.minor) < CUDA_CAPABILITY:
         return f"the kernels are for sm_80 and later and this GPU is sm_{gpu.major}{gpu.minor}"
     if op not in DECOMPOSITIONS:
-        return _no_dtype(x, KERNEL_DTYPES)
-    no_dtype = _no_dtype(x, DECOMPOSITION_DTYPES)
+        return refusals.no_dtype(x, KERNEL_DTYPES)
+    no_dtype = refusals.no_dtype(x, DECOMPOSITION_DTYPES)
     if no_dtype or op != "batched_svd":
         return no_dtype
-    rows, columns = x.shape[-2:]
-    if max(rows, columns) > SVD_WIDTH:
-        return (f"the kernel takes matrices up to {SVD_WIDTH} x {SVD_WIDTH} and this one is "
-                f"{rows} x {columns}")
-    needed = _EXTENSION.svd_shared_memory(rows, columns, x.element_size())
-    if needed > gpu.shared_memory_per_block_optin:
-        return (f"a matrix takes {needed} bytes of shared memory and a block of this GPU has "
-                f"{gpu.shared_memory_per_block_optin}")
-    return None
+    available = gpu.shared_memory_per_block_optin
+    return refusals.no_svd(x, SVD_WIDTH, available, _EXTENSION.svd_shared_memory)

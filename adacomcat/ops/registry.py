@@ -37,8 +37,8 @@ from adacomcat.ops import autograd, backends, reference, shapes, transforms
 REGISTERED = torch.ops.adacomcat
 _LIBRARY = torch.library.Library("adacomcat", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-# C++ kernels of whole sublayers take two more arguments: `epsilon` of a layer norm applied to x
-# first (its weight and bias are already folded into the projections), and `residual`, added last.
+# Compiled kernels of whole sublayers take two more arguments: `epsilon` of a layer norm applied to
+# x first (its weight and bias are already folded into the projections), and `residual`, added last.
 _SUBLAYER = "float? epsilon=None, Tensor? residual=None"
 
 
@@ -60,7 +60,7 @@ class Op:
         fused: Whether the op takes ``keep_intermediates``, true when a gradient will be needed. If
             false, the intermediates are empty. Such an op obeys autocast, and the backend that ran
             it also runs its backward pass.
-        kernel_arguments: Additional keyword arguments of the CPU kernel.
+        kernel_arguments: Additional keyword arguments of the compiled kernels.
         float64: Whether the results are float64 whatever the arguments are.
     """
 
@@ -86,7 +86,7 @@ class Op:
                                             setup_context=self._setup_context, lib=_LIBRARY)
         keep = ["bool keep_intermediates=False"] if self.fused else []
         for device in backends.compiled_for(self.name):
-            extra = [self.kernel_arguments] if self.kernel_arguments and device == "cpu" else []
+            extra = [self.kernel_arguments] if self.kernel_arguments else []
             options = ["*", *extra, *keep] if extra or keep else []
             self._define(backends.compiled_name(self.name, device), [self.arguments, *options],
                          self._fake_kernel)

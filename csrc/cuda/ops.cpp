@@ -1,35 +1,18 @@
-// The CUDA kernels as ops on tensors: checks of the arguments, the current stream, errors.
+// The CUDA kernels of decompositions as ops on tensors: checks of the arguments, the current stream,
+// errors. fused_ops.cpp has the other ops.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <c10/core/DeviceGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <limits>
-#include <optional>
-#include <string_view>
 #include <tuple>
 
-#include "common/arguments.h"
 #include "common/svd.h"
-#include "cuda/kernels.h"
+#include "cuda/tensors.h"
 
 namespace adacomcat::cuda {
 namespace {
-
-void check_device(const at::Tensor& x, const char* name) {
-  TORCH_CHECK(x.device().is_cuda(), name, " must be on a GPU and is on ", x.device());
-}
-
-Stream stream_of(const at::Tensor& x) {
-  return c10::cuda::getCurrentCUDAStream(x.device().index()).stream();
-}
-
-void check_launch(const char* error) { TORCH_CHECK(!error, "CUDA: ", error); }
-
-Matrix matrix_of(const DenseRows& rows) { return {rows.data(), rows.stride}; }
 
 // Reading the status waits for the kernel.
 void check_status(const at::Tensor& status) {
@@ -98,53 +81,10 @@ at::Tensor truncation_errors_cuda(const at::Tensor& s) {
   return errors;
 }
 
-std::tuple<at::Tensor, at::Tensor> low_rank_linear_cuda(const at::Tensor& x, const at::Tensor& v,
-                                                        const at::Tensor& u,
-                                                        const OptionalTensor& bias,
-                                                        std::optional<std::string_view> activation,
-                                                        const OptionalTensor& residual,
-                                                        bool keep_intermediates) {
-  TORCH_CHECK(x.dim() > 0 && v.dim() == 2 && u.dim() == 2, "x (..., in), v, u matrices expected");
-  check_device(x, "x");
-  const int64_t in = x.size(-1), rank = v.size(1), out = u.size(0);
-  check_like(x, v, "v", {in, rank});
-  check_like(x, u, "u", {out, rank});
-  check_like(x, bias, "bias", {out});
-  check_like(x, residual, "residual", with_last(x, out));
-  TORCH_CHECK(std::max({in, rank, out}) <= std::numeric_limits<int>::max() - 128,
-              "too wide for the kernel: in ", in, ", rank ", rank, ", out ", out);
-  const c10::DeviceGuard guard(x.device());
-  const at::Tensor y = empty_rows(x, out), middle = empty_rows(x, rank, keep_intermediates);
-  const int64_t rows = row_count(x);
-  if (rows == 0 || (out == 0 && !keep_intermediates)) return {y, middle};
-  const Dtype dtype = dtype_of(x);
-  const int64_t needed = low_rank_linear_shared_memory(dtype, rank);
-  const int64_t available = shared_memory_limit();
-  TORCH_CHECK(needed <= available, "rank ", rank, " takes ", needed,
-              " bytes of shared memory and a block of this GPU has ", available);
-  const DenseRows xs(x), vs(v), us(u), residuals(residual ? *residual : x);
-  const at::Tensor biases = bias ? bias->contiguous() : at::Tensor();
-  const LowRankLinear problem{rows,
-                              static_cast<int>(in),
-                              static_cast<int>(rank),
-                              static_cast<int>(out),
-                              matrix_of(xs),
-                              matrix_of(vs),
-                              matrix_of(us),
-                              residual ? matrix_of(residuals) : Matrix{},
-                              bias ? biases.const_data_ptr() : nullptr,
-                              y.mutable_data_ptr(),
-                              keep_intermediates ? middle.mutable_data_ptr() : nullptr,
-                              parse_activation(activation)};
-  check_launch(low_rank_linear(dtype, problem, stream_of(x)));
-  return {y, middle};
-}
-
 }  // namespace
 }  // namespace adacomcat::cuda
 
 TORCH_LIBRARY_IMPL(adacomcat, CUDA, m) {
   m.impl("batched_svd_cuda", &adacomcat::cuda::batched_svd_cuda);
-  m.impl("low_rank_linear_cuda", &adacomcat::cuda::low_rank_linear_cuda);
   m.impl("truncation_errors_cuda", &adacomcat::cuda::truncation_errors_cuda);
 }

@@ -97,6 +97,38 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   return bits;
 }
 
+// 16 bytes at once, from or to an address that is a multiple of 16.
+struct Words {
+  uint32_t word[4];
+};
+__device__ __forceinline__ Words load_words(const void* from) {
+  const uint4 words = *static_cast<const uint4*>(from);
+  return {{words.x, words.y, words.z, words.w}};
+}
+__device__ __forceinline__ void store_words(void* to, const Words& words) {
+  *static_cast<uint4*>(to) = {words.word[0], words.word[1], words.word[2], words.word[3]};
+}
+
+// Two numbers in 16 bits each, the first one in the lower half.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  }
+  return bits;
+}
+
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 inline int64_t block_shared_memory() {
   int device = 0, bytes = 0;
   cudaGetDevice(&device);
@@ -134,6 +166,16 @@ __device__ __forceinline__ T sum_lanes(T x) {
   return x;
 }
 
+// The largest, likewise; NaN loses against numbers.
+template <int lanes>
+__device__ __forceinline__ float max_lanes(float x) {
+#pragma unroll
+  for (int step = lanes / 2; step > 0; step /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, step));
+  }
+  return x;
+}
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -146,6 +188,68 @@ __device__ __forceinline__ T from_float(float x) {
     return __float2bfloat16_rn(x);
   } else {
     return x;
+  }
+}
+
+// Element i of 16 bytes of T.
+template <class T>
+__device__ __forceinline__ float element(const Words& words, int i) {
+  if constexpr (std::is_same_v<T, float>) {
+    return __uint_as_float(words.word[i]);
+  } else {
+    const uint16_t bits = static_cast<uint16_t>(words.word[i / 2] >> 16 * (i % 2));
+    if constexpr (std::is_same_v<T, __half>) {
+      return to_float(__ushort_as_half(bits));
+    } else {
+      return to_float(__ushort_as_bfloat16(bits));
+    }
+  }
+}
+
+// 16 bytes of T, the inverse of `element`.
+template <class T>
+__device__ __forceinline__ Words words_of(const float (&values)[16 / sizeof(T)]) {
+  Words words;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same_v<T, float>) {
+      words.word[i] = __float_as_uint(values[i]);
+    } else {
+      words.word[i] = pack<T>(values[2 * i], values[2 * i + 1]);
+    }
+  }
+  return words;
+}
+
+__device__ __forceinline__ bool is_aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
+// The first `count` of the elements that 16 bytes hold, at once where that is possible; zeros beyond.
+template <class T>
+__device__ __forceinline__ void load_elements(float (&values)[16 / sizeof(T)], const T* from,
+                                              int count) {
+  constexpr int chunk = 16 / sizeof(T);
+  if (count >= chunk && is_aligned(from)) {
+    const Words words = load_words(from);
+#pragma unroll
+    for (int i = 0; i < chunk; ++i) values[i] = element<T>(words, i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < chunk; ++i) values[i] = i < count ? to_float(from[i]) : 0.0f;
+  }
+}
+template <class T>
+__device__ __forceinline__ void store_elements(T* to, const float (&values)[16 / sizeof(T)],
+                                               int count) {
+  constexpr int chunk = 16 / sizeof(T);
+  if (count >= chunk && is_aligned(to)) {
+    store_words(to, words_of<T>(values));
+  } else {
+#pragma unroll
+    for (int i = 0; i < chunk; ++i) {
+      if (i < count) to[i] = from_float<T>(values[i]);
+    }
   }
 }
 

@@ -18,15 +18,23 @@ namespace adacomcat::cuda {
 constexpr int kWarp = 32, kWarps = 4, kThreads = kWarp * kWarps;
 constexpr int kColumns = 128;  // columns of a tile of results
 
-// A block computes kRows x kColumns results. Each of its four warps computes a part of them.
+__host__ __device__ constexpr int64_t round_up(int64_t x, int64_t step) {
+  return (x + step - 1) / step * step;
+}
+
+// A block computes kRows x kColumns results. With many rows each of its four warps has rows of its own
+// and all columns, so that a warp reads its part of the rhs once for 32 rows; with few rows the warps
+// share the columns.
 template <class T, int rows>
 struct Tile {
   static constexpr int kRows = rows;
   static constexpr int kChunk = 16 / sizeof(T);  // elements of 16 bytes
   static constexpr int kStep = 2 * kChunk;       // depth of one instruction
   static constexpr int kDepth = 2 * kStep;       // depth of a tile of operands
-  static constexpr int kWarpRows = rows < 32 ? 16 : 32;
-  static constexpr int kWarpsAcross = kWarps / (rows / kWarpRows);
+  static constexpr int kStages = sizeof(T) == 2 ? 3 : 2;
+  static constexpr int kWarpsDown = rows >= 64 ? 4 : rows / 16;
+  static constexpr int kWarpsAcross = kWarps / kWarpsDown;
+  static constexpr int kWarpRows = rows / kWarpsDown;
   static constexpr int kWarpColumns = kColumns / kWarpsAcross;
   // Distances of rows. Eight consecutive rows start in different banks.
   static constexpr int kPitch = kDepth + kChunk, kWidePitch = kColumns + 8;
@@ -34,9 +42,8 @@ struct Tile {
   static constexpr int kLhs = rows * kPitch, kRhs = kColumns * kPitch;
   static_assert(kDepth * kWidePitch <= kRhs);
   static constexpr int kStage = kLhs + kRhs;
-  // Results of each warp on their way to global memory.
-  static constexpr int kOutPitch = kWarpColumns + 8, kOut = 16 * kOutPitch;
-  static_assert(kWarps * kOut * sizeof(float) <= 2 * kStage * sizeof(T));
+  // Bytes of the results of each warp on their way to global memory.
+  static constexpr int kStaging = kWarps * 16 * (kWarpColumns + 8) * sizeof(float);
 
   using Sums = float[kWarpRows / 16][kWarpColumns / 8][4];
 };
@@ -49,19 +56,23 @@ struct Source {
   int columns;
   bool chunks;  // 16 bytes may be read at a time
 
-  __device__ Source(const Matrix& from, int64_t rows, int columns)
-      : data(static_cast<const T*>(from.data)), stride(from.stride), rows(rows), columns(columns) {
+  __device__ Source(const T* data, int64_t stride, int64_t rows, int columns)
+      : data(data), stride(stride), rows(rows), columns(columns) {
     constexpr int chunk = 16 / sizeof(T);
-    chunks =
-        reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % chunk == 0 && columns % chunk == 0;
+    chunks = is_aligned(data) && stride % chunk == 0 && columns % chunk == 0;
   }
+  __device__ Source(const Matrix& from, int64_t rows, int columns)
+      : Source(static_cast<const T*>(from.data), from.stride, rows, columns) {}
 };
 
-template <int rows, int columns, class T>
+// Copies rows x columns elements from (row, column) on; `columns` is a multiple of 16 bytes.
+template <class T>
 __device__ __forceinline__ void load_tile(T* to, int pitch, const Source<T>& from, int64_t row,
-                                          int column) {
-  constexpr int chunk = 16 / sizeof(T), across = columns / chunk;
+                                          int column, int rows, int columns) {
+  constexpr int chunk = 16 / sizeof(T);
   if (from.chunks) {
+    const int across = columns / chunk;
+#pragma unroll 1  // addresses of 64 bits would take the registers that sums need
     for (int i = threadIdx.x; i < rows * across; i += kThreads) {
       const int r = i / across, c = i % across * chunk;
       const bool valid = row + r < from.rows && column + c < from.columns;
@@ -69,6 +80,7 @@ __device__ __forceinline__ void load_tile(T* to, int pitch, const Source<T>& fro
       copy_async(to + r * pitch + c, valid ? source : from.data, valid);
     }
   } else {
+#pragma unroll 1
     for (int i = threadIdx.x; i < rows * columns; i += kThreads) {
       const int r = i / columns, c = i % columns;
       const bool valid = row + r < from.rows && column + c < from.columns;
@@ -78,19 +90,25 @@ __device__ __forceinline__ void load_tile(T* to, int pitch, const Source<T>& fro
   }
 }
 
-// Calls load(step, stage) one step ahead of use(step, stage). One barrier per step suffices: after it,
-// this stage is loaded, and no thread uses the other stage any more.
-template <class Load, class Use>
+// Calls load(step, stage) `stages` - 1 steps ahead of use(step, stage). One barrier per step suffices:
+// after it, this stage is loaded, and no thread uses the stage before it any more.
+template <int stages, class Load, class Use>
 __device__ __forceinline__ void pipeline(int steps, Load load, Use use) {
   __syncthreads();
-  if (steps > 0) load(0, 0);
-  commit_copies();
-  for (int step = 0; step < steps; ++step) {
-    wait_for_copies<0>();
-    __syncthreads();
-    if (step + 1 < steps) load(step + 1, (step + 1) % 2);
+#pragma unroll
+  for (int step = 0; step < stages - 1; ++step) {
+    if (step < steps) load(step, step);
     commit_copies();
-    use(step, step % 2);
+  }
+  int stage = 0, next = stages - 1;
+  for (int step = 0; step < steps; ++step) {
+    wait_for_copies<stages - 2>();
+    __syncthreads();
+    if (step + stages - 1 < steps) load(step + stages - 1, next);
+    commit_copies();
+    use(step, stage);
+    stage = stage + 1 == stages ? 0 : stage + 1;
+    next = next + 1 == stages ? 0 : next + 1;
   }
 }
 
@@ -142,48 +160,63 @@ __device__ __forceinline__ int warp_column() {
   return threadIdx.x / kWarp % Tile::kWarpsAcross * Tile::kWarpColumns;
 }
 
-// Two adjacent groups of 8 columns of the rhs at depth k. The rhs is stored by columns of the result, or,
-// if `wide`, by depth.
-template <class Tile, class T>
-__device__ __forceinline__ Operand<T> rhs_operand(const T* rhs, bool wide, int column, int k) {
+// Two adjacent groups of 8 columns of an rhs that is stored by columns of the result, at depth k.
+template <class T>
+__device__ __forceinline__ Operand<T> rhs_operand(const T* rhs, int pitch, int column, int k) {
   const int lane = threadIdx.x % kWarp, half = lane / 8 % 2, pair = lane / 16;
   Operand<T> operand;
-  if (!wide) {
-    const int row = column + lane % 8 + 8 * pair;
-    load_matrices(operand.word, rhs + row * Tile::kPitch + k + half * Tile::kChunk);
-  } else if constexpr (sizeof(T) == 2) {
-    const int row = k + lane % 8 + 8 * half;
-    load_transposed(operand.word, rhs + row * Tile::kWidePitch + column + 8 * pair);
+  load_matrices(operand.word,
+                rhs + (column + lane % 8 + 8 * pair) * pitch + k + half * (16 / sizeof(T)));
+  operand.split();
+  return operand;
+}
+
+// The same of one that is stored by depth. With float32 lane 4 g + t of the lhs holds depths t and
+// t + 4 of a step, or, `chained`, 2 t and 2 t + 1.
+template <bool chained, class T>
+__device__ __forceinline__ Operand<T> wide_operand(const T* rhs, int pitch, int column, int k) {
+  const int lane = threadIdx.x % kWarp;
+  Operand<T> operand;
+  if constexpr (sizeof(T) == 2) {
+    const int row = k + lane % 8 + 8 * (lane / 8 % 2);
+    load_transposed(operand.word, rhs + row * pitch + column + 8 * (lane / 16));
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int row = k + lane % 4 + i % 2 * 4;
-      operand.word[i] =
-          __float_as_uint(rhs[row * Tile::kWidePitch + column + 8 * (i / 2) + lane / 4]);
+      const int row = k + (chained ? 2 * (lane % 4) + i % 2 : lane % 4 + i % 2 * 4);
+      operand.word[i] = __float_as_uint(rhs[row * pitch + column + 8 * (i / 2) + lane / 4]);
     }
   }
   operand.split();
   return operand;
 }
 
-// sums += lhs (kRows, kDepth) · rhs (kDepth, kColumns)
-template <class Tile, bool wide, class T>
-__device__ __forceinline__ void multiply_tiles(typename Tile::Sums& sums, const T* lhs, int pitch,
-                                               const T* rhs) {
-  constexpr int down = Tile::kWarpRows / 16, across = Tile::kWarpColumns / 16;
+struct AsItIs {
+  template <class T>
+  __device__ __forceinline__ void operator()(Operand<T>&, int) const {}
+};
+
+// sums += lhs · rhs of one warp, for its first row of the lhs and its first column of the rhs, which is
+// stored by depth if `wide`. prepare(operand, i) may change the lhs of the i-th 16 rows.
+template <bool wide, int down, int groups, class T, class Prepare = AsItIs>
+__device__ __forceinline__ void multiply_warp(float (&sums)[down][groups][4], const T* lhs,
+                                              int lhs_pitch, const T* rhs, int rhs_pitch,
+                                              int depth, Prepare prepare = {}) {
+  constexpr int chunk = 16 / sizeof(T);
   const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int k = 0; k < Tile::kDepth; k += Tile::kStep) {
+#pragma unroll 2
+  for (int k = 0; k < depth; k += 2 * chunk) {
     Operand<T> a[down];
 #pragma unroll
     for (int i = 0; i < down; ++i) {
-      const int row = warp_row<Tile>() + 16 * i + lane % 16;
-      load_matrices(a[i].word, lhs + row * pitch + k + lane / 16 * Tile::kChunk);
+      load_matrices(a[i].word, lhs + (16 * i + lane % 16) * lhs_pitch + k + lane / 16 * chunk);
+      prepare(a[i], i);
       a[i].split();
     }
 #pragma unroll
-    for (int j = 0; j < across; ++j) {
-      const Operand<T> b = rhs_operand<Tile>(rhs, wide, warp_column<Tile>() + 16 * j, k);
+    for (int j = 0; j < groups / 2; ++j) {
+      const Operand<T> b = wide ? wide_operand<false>(rhs, rhs_pitch, 16 * j, k)
+                                : rhs_operand(rhs, rhs_pitch, 16 * j, k);
 #pragma unroll
       for (int i = 0; i < down; ++i) {
         multiply_add(sums[i][2 * j], a[i], b, 0);
@@ -193,30 +226,51 @@ __device__ __forceinline__ void multiply_tiles(typename Tile::Sums& sums, const 
   }
 }
 
-// Calls use(row, column, sum) for every result of the tile; adjacent lanes get adjacent columns. Other
-// threads may still use `memory` when one arrives here.
+// Stores the sums of 16 rows in rows of 8 groups + 8 floats.
+template <int groups>
+__device__ __forceinline__ void put_sums(float* to, const float (&sums)[groups][4]) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int j = 0; j < groups; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      to[(lane / 4 + e / 2 * 8) * (8 * groups + 8) + 8 * j + lane % 4 * 2 + e % 2] = sums[j][e];
+    }
+  }
+}
+
+// Adds the elements of 16 bytes of T, from their place in rows that `put_sums` has stored.
+template <int chunk>
+__device__ __forceinline__ void add_sums(float (&values)[chunk], const float* from) {
+#pragma unroll
+  for (int i = 0; i < chunk; i += 4) {
+    const Words words = load_words(from + i);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) values[i + e] += __uint_as_float(words.word[e]);
+  }
+}
+
+// Calls use(row, column, values) for the results of the tile, as many adjacent ones as 16 bytes of T
+// hold; adjacent lanes get adjacent columns. Other threads may still use `memory`, kStaging bytes,
+// when one arrives here.
 template <class Tile, class Use>
 __device__ __forceinline__ void drain(const typename Tile::Sums& sums, float* memory, Use use) {
+  constexpr int chunk = Tile::kChunk, across = Tile::kWarpColumns / chunk;
+  constexpr int pitch = Tile::kWarpColumns + 8;
   __syncthreads();
   const int lane = threadIdx.x % kWarp;
-  float* own = memory + threadIdx.x / kWarp * Tile::kOut;
+  float* own = memory + threadIdx.x / kWarp * 16 * pitch;
 #pragma unroll
   for (int i = 0; i < Tile::kWarpRows / 16; ++i) {
-#pragma unroll
-    for (int j = 0; j < Tile::kWarpColumns / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        own[(lane / 4 + e / 2 * 8) * Tile::kOutPitch + 8 * j + lane % 4 * 2 + e % 2] =
-            sums[i][j][e];
-      }
-    }
+    put_sums(own, sums[i]);
     __syncwarp();
-    for (int at = lane; at < 16 * Tile::kWarpColumns; at += kWarp) {
-      const int row = at / Tile::kWarpColumns, column = at % Tile::kWarpColumns;
-      use(warp_row<Tile>() + 16 * i + row, warp_column<Tile>() + column,
-          own[row * Tile::kOutPitch + column]);
+    for (int at = lane; at < 16 * across; at += kWarp) {
+      const int row = at / across, column = at % across * chunk;
+      float values[chunk] = {};
+      add_sums(values, own + row * pitch + column);
+      use(warp_row<Tile>() + 16 * i + row, warp_column<Tile>() + column, values);
     }
-    __syncwarp();
+    if (i + 1 < Tile::kWarpRows / 16) __syncwarp();
   }
 }
 

@@ -125,6 +125,32 @@ def test_kernels_for_gpus_come_first_where_they_were_faster(
     assert backends.pick("batched_svd", single) == first("cuda")
 
 
+@pytest.mark.parametrize("capability", [(8, 7), (9, 0)])
+def test_without_triton_whole_sublayers_run_in_cuda(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For inference in 16 bits; a measured or forced choice comes first as always."""
+
+    def refusal(name: str, op: str, x: torch.Tensor) -> str | None:
+        there = {"triton": (), "cuda": backends.CUDA_OPS, "cpp": ()}
+        return None if op in there.get(name, (op,)) else "no"
+
+    def find_spec(name: str) -> object | None:
+        return None if name == "triton" else object()
+
+    monkeypatch.setattr(backends, "refusal", refusal)
+    monkeypatch.setattr(backends, "find_spec", find_spec)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    half, single = torch.zeros(1, dtype=torch.float16), torch.zeros(1)
+    for op in ("low_rank_mlp", "low_rank_attention"):
+        assert backends.pick(op, half) == "cuda"
+        assert backends.pick(op, half, keep_intermediates=True) == "reference"
+        assert backends.pick(op, single) == "reference"
+    assert backends.pick("dense_mlp", half) == "reference"
+    monkeypatch.setattr(backends, "find_spec", lambda name: object())
+    assert backends.pick("low_rank_mlp", half) == "reference"
+
+
 def test_compatible_backends() -> None:
     x, double = torch.zeros(3, 8), torch.zeros(3, 8).double()
     kernel = [] if backends.available()["cpp"] else ["cpp"]
@@ -222,7 +248,13 @@ class OnGpu:
 
 
 @pytest.mark.parametrize("op, x, capability, reason", [
-    ("low_rank_mlp", OnGpu((3, 8)), (9, 0), "no CUDA kernel; those with one are low_rank_linear"),
+    ("gated_mlp", OnGpu((3, 8)), (9, 0), "no CUDA kernel; those with one are low_rank_linear"),
+    ("low_rank_mlp", OnGpu((3, 8)), (7, 5), "this GPU is sm_75"),
+    ("low_rank_attention", OnGpu((3, 8), torch.float64), (8, 7), "takes float32, bfloat16"),
+    ("low_rank_mlp", OnGpu((3, 8), torch.float16), (8, 7), None),
+    ("low_rank_attention", OnGpu((3, 8), torch.bfloat16), (9, 0), None),
+    ("dense_mlp", OnGpu((3, 8)), (8, 0), None),
+    ("gated_low_rank_linear", OnGpu((3, 8)), (8, 0), None),
     ("batched_svd", torch.empty(4, 4), (9, 0), "the input is on cpu"),
     ("low_rank_linear", OnGpu((3, 8)), (7, 5), "this GPU is sm_75"),
     ("low_rank_linear", OnGpu((3, 8), torch.float64), (9, 0), "takes float32, bfloat16, float16"),

@@ -119,7 +119,7 @@ def test_other_errors_of_a_kernel_pass_through(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(backends, "_compiled", lambda op, device: fail)
-    run = backends._cpu_kernel.__wrapped__("low_rank_linear")
+    run = backends._compiled_kernel.__wrapped__("low_rank_linear", "cpu")
     x, v, u = torch.zeros(3, 8), torch.zeros(8, 2), torch.zeros(5, 2)
     with pytest.raises(RuntimeError, match="^out of memory$"):
         run(x, v, u, None, None, None)

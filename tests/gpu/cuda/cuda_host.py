@@ -1,16 +1,19 @@
-"""csrc/cuda as host C++: builds with the shim, and the kernels as functions of CPU tensors.
+"""csrc/cuda as host C++: builds with the shim, and runs of its kernels on CPU tensors.
 
 Each call runs in a process of its own, so that a fault, a deadlock or a sanitizer ends only that.
+`cuda_calls.py` has the kernels as functions.
 """
 
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,7 +23,17 @@ ROOT = Path(__file__).parents[3]
 SHIM = Path(__file__).parent / "shim"
 CUDA = ROOT / "csrc" / "cuda"
 COMMON = ROOT / "csrc" / "common"
-KERNELS = ("batched_svd.cu", "low_rank_linear.cu", "truncation_errors.cu")
+# The files that each op of the driver needs.
+SOURCES = {
+    "batched_svd": ("batched_svd.cu",),
+    "svd_needs_scratch": ("batched_svd.cu",),
+    "truncation_errors": ("truncation_errors.cu",),
+    "low_rank_linear": ("low_rank_linear.cu",),
+    "low_rank_mlp": ("low_rank_mlp.cu", "low_rank_linear.cu"),
+    "dense_mlp": ("dense_mlp.cu", "project.cu"),
+    "low_rank_attention": ("low_rank_attention.cu", "project.cu"),
+}
+KERNELS = tuple(dict.fromkeys(name for names in SOURCES.values() for name in names))
 # Compiler flags of the kernels and defines of the shim.
 MODES = {
     "plain": (["-O2"], []),
@@ -29,8 +42,6 @@ MODES = {
               "-fno-sanitize-recover=undefined"], ["-DSHIM_ASAN"]),
     "tsan": (["-O1", "-g1", "-fsanitize=thread"], ["-DSHIM_TSAN"]),
 }
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ACTIVATIONS = (None, "gelu", "gelu_tanh", "silu", "relu")
 CACHE = Path(tempfile.gettempdir()) / f"adacomcat-cuda-shim-{os.getuid()}"
 
 
@@ -46,33 +57,43 @@ class Failed(AssertionError):
 
 
 @dataclass(frozen=True)
+class Launch:
+    """A launch of a kernel, whose parameters are bytes; `symbol` is its name in the executable."""
+
+    blocks: int
+    threads: int
+    shared: int
+    symbol: str
+    parameters: list[bytes]
+
+
+@dataclass(frozen=True)
+class Announced:
+    """What a run has said: its launches, and (address, bytes) of inputs, outputs and scratch."""
+
+    launches: list[Launch]
+    arrays: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
 class Host:
-    """A build with its mode and replaced sources (by file name), and a seed of the warps' order."""
+    """A build with its mode and replaced sources (by file name), and a seed of the warps' order.
+
+    The number of multiprocessors decides about tiles and the number of blocks.
+    """
 
     mode: str = "plain"
     sources: dict[str, str] = field(default_factory=dict, hash=False)
     seed: int = 0
-    # `run` appends (blocks, threads of a block, bytes of shared memory) for each launch.
-    launches: list[tuple[int, int, int]] = field(default_factory=list, hash=False)
+    multiprocessors: int = 132
+    # `run` appends what it has launched.
+    launches: list[Launch] = field(default_factory=list, hash=False)
 
-    def run(self, op: str, numbers: Sequence[int], inputs: Sequence[Tensor],
+    def run(self, op: str, numbers: Sequence[float], inputs: Sequence[Tensor],
             outputs: Sequence[Tensor]) -> None:
-        """Run the kernel on `inputs` and fill `outputs`."""
-        command = [str(self.executable()), op, *(str(int(number)) for number in numbers)]
-        environment = {**os.environ, "SHIM_SEED": str(self.seed),
-                       "TSAN_OPTIONS": "exitcode=66", "ASAN_OPTIONS": "detect_leaks=0"}
-        try:
-            done = subprocess.run(command, input=b"".join(map(to_bytes, inputs)),
-                                  capture_output=True, env=environment,
-                                  timeout=300)
-        except subprocess.TimeoutExpired:
-            raise Failed(f"{op} does not end") from None
-        if done.returncode:
-            raise Failed(f"{op}, exit code {done.returncode}: {done.stderr.decode()[-4000:]}")
-        for line in done.stderr.decode().splitlines():
-            if line.startswith("launch "):
-                blocks, threads, shared = map(int, line.split()[1:])
-                self.launches.append((blocks, threads, shared))
+        """Run the kernels of an op on `inputs` and fill `outputs`."""
+        done = self._process(op, numbers, inputs, {"SHIM_SEED": str(self.seed)})
+        self.launches.extend(self._read(op, done.stderr).launches)
         at = 0
         for output in outputs:
             size = output.numel() * output.element_size()
@@ -80,17 +101,62 @@ class Host:
             at += size
         assert at == len(done.stdout)
 
-    def executable(self) -> Path:
-        """The driver executable, linked from cached objects."""
+    def announce(self, op: str, numbers: Sequence[float], inputs: Sequence[Tensor]) -> Announced:
+        """What `run` would launch; no kernel runs."""
+        done = self._process(op, numbers, inputs, {"SHIM_ANNOUNCE_ONLY": "1"})
+        return self._read(op, done.stderr)
+
+    def _process(self, op: str, numbers: Sequence[float], inputs: Sequence[Tensor],
+                 environment: dict[str, str]) -> subprocess.CompletedProcess:
+        arguments = (repr(n) if isinstance(n, float) else str(int(n)) for n in numbers)
+        environment = {**os.environ, "TSAN_OPTIONS": "exitcode=66",
+                       "ASAN_OPTIONS": "detect_leaks=0",
+                       "SHIM_MULTIPROCESSORS": str(self.multiprocessors), **environment}
+        try:
+            done = subprocess.run([str(self.executable(op)), op, *arguments],
+                                  input=b"".join(map(to_bytes, inputs)), capture_output=True,
+                                  env=environment, timeout=300)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"{op} does not end") from None
+        if done.returncode:
+            said = "\n".join(line[:1000] for line in done.stderr.decode().splitlines()
+                             if not line.startswith(("launch ", "array ")))
+            raise Failed(f"{op}, exit code {done.returncode}: {said[-4000:]}")
+        return done
+
+    def _read(self, op: str, said: bytes) -> Announced:
+        launches, arrays, names = [], [], symbols(self.executable(op))
+        for line in said.decode().splitlines():
+            kind, _, rest = line.partition(" ")
+            if kind == "array":
+                address, size = rest.split()
+                arrays.append((int(address, 16), int(size)))
+            elif kind == "launch":
+                blocks, threads, shared, place, *parameters = rest.split()
+                launches.append(Launch(int(blocks), int(threads), int(shared), names[int(place)],
+                                       [bytes.fromhex(one) for one in parameters]))
+        return Announced(launches, arrays)
+
+    def executable(self, op: str) -> Path:
+        """The driver with the kernels of one op, linked from cached objects."""
         flags, defines = MODES[self.mode]
         common = ["g++", "-std=c++17", f"-I{SHIM}", f"-I{CUDA}"]
         objects = [
             built([*common, "-O2", *defines, "-c"], SHIM / "shim.cpp", ".o"),
             built([*common, *flags, "-c"], SHIM / "driver.cpp", ".o"),
             *(built([*common, *flags, "-x", "c++", "-c"], CUDA / name, ".o", self.sources)
-              for name in KERNELS),
+              for name in SOURCES[op]),
         ]
-        return _linked(["g++", *flags], objects)
+        # The driver calls the kernels of all ops, of which the others are not there.
+        return _linked(["g++", *flags, "-no-pie", "-Wl,--unresolved-symbols=ignore-all"], objects)
+
+
+@cache
+def symbols(executable: Path) -> dict[int, str]:
+    """Where each kernel lies in the executable → its mangled name."""
+    listed = subprocess.run(["nm", str(executable)], capture_output=True, text=True, check=True)
+    found = (line.split() for line in listed.stdout.splitlines() if "_kernelI" in line)
+    return {int(fields[0], 16): fields[-1] for fields in found if len(fields) == 3}
 
 
 def replaced(name: str, old: str, new: str) -> dict[str, str]:
@@ -99,63 +165,6 @@ def replaced(name: str, old: str, new: str) -> dict[str, str]:
     if source.count(old) != 1:
         raise ValueError(f"{name} has {source.count(old)} times: {old}")
     return {name: source.replace(old, new)}
-
-
-def tile_of(rows: int) -> dict[str, str]:
-    """Sources in which low_rank_linear takes tiles of 16 rows, or else always the large ones."""
-    if rows == 16:
-        return {}
-    return replaced("low_rank_linear.cu", "kEnoughBlocks = 128", "kEnoughBlocks = 0")
-
-
-def needs_scratch(a: Tensor, available: int) -> bool:
-    """Whether a matrix and its rotations together exceed the shared memory."""
-    answer = torch.empty(1, dtype=torch.int32)
-    Host().run("svd_needs_scratch", [a.element_size(), *a.shape[-2:], available], [], [answer])
-    return bool(answer)
-
-
-def batched_svd(host: Host, a: Tensor, k: int,
-                available: int = 227 * 1024) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """u, s, v and the status of each matrix of a (count, m, n), whatever its strides."""
-    count, m, n = a.shape
-    flat = a.as_strided((a.untyped_storage().nbytes() // a.element_size(),), (1,), 0)
-    assert a.storage_offset() == 0
-    u, s, v = a.new_empty(count, m, k), a.new_empty(count, k), a.new_empty(count, n, k)
-    status = torch.empty(count, dtype=torch.int32)
-    numbers = [a.element_size(), count, m, n, k, *a.stride(), flat.numel(), available]
-    host.run("batched_svd", numbers, [flat], [u, s, v, status])
-    return u, s, v, status
-
-
-def truncation_errors(host: Host, s: Tensor) -> Tensor:
-    """errors (count, ranks + 1) of s (count, heads, ranks)."""
-    errors = s.new_empty(s.shape[0], s.shape[2] + 1)
-    host.run("truncation_errors", [s.element_size(), *s.shape], [s], [errors])
-    return errors
-
-
-def low_rank_linear(host: Host, x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None,
-                    activation: str | None = None, residual: Tensor | None = None,
-                    keep_intermediates: bool = False) -> tuple[Tensor, Tensor]:
-    """y and x V; the rows of x (m, in), V, U and the residual (m, out) may lie apart."""
-    (m, k), r, n = x.shape, v.shape[1], u.shape[0]
-    y, middle = x.new_empty(m, n), x.new_empty((m, r) if keep_intermediates else (0,))
-    strided = [x, v, u, x[:0] if residual is None else residual]
-    inputs = [memory(t) for t in strided]
-    inputs.insert(3, x.new_empty(0) if bias is None else bias)
-    host.run("low_rank_linear",
-             [TYPES[x.dtype], m, k, r, n, ACTIVATIONS.index(activation), keep_intermediates,
-              *(t.stride(0) for t in strided), *(t.numel() * t.element_size() for t in inputs)],
-             inputs, [y, middle])
-    return y, middle
-
-
-def memory(t: Tensor) -> Tensor:
-    """The memory that a matrix with dense rows spans, as a vector."""
-    if t.numel() == 0:
-        return t.new_empty(0)
-    return t.as_strided(((t.shape[0] - 1) * t.stride(0) + t.shape[1],), (1,))
 
 
 def to_bytes(tensor: Tensor) -> bytes:
@@ -173,12 +182,11 @@ def built(command: list[str], source: Path, suffix: str,
     """The compiler's output for `source`, cached by content; `replacing` has changed sources."""
     replacing = replacing or {}
     text = replacing.get(source.name, source.read_text())
-    # A replaced header lies beside the source, where it comes before the include folders.
-    beside = {name: other for name, other in replacing.items()
-              if f'"{name}"' in text and name.endswith("h")}
-    folders = (SHIM.glob("*.h"), CUDA.glob("*.h"), CUDA.glob("*.cuh"), COMMON.glob("*.h"))
-    headers = sorted(header for found in folders for header in found)
-    content = [*command, source.name, text, *beside.values(), *(h.read_text() for h in headers)]
+    headers = {path.name: replacing.get(path.name, path.read_text()) for path in included(text)}
+    # All headers lie beside the source if one is replaced, since each is looked for there first.
+    beside = headers if replacing.keys() & headers.keys() else {}
+    content = [*command, source.name, text]
+    content += [f"{name}\0{headers[name]}" for name in sorted(headers)]
 
     def build(target: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -187,6 +195,19 @@ def built(command: list[str], source: Path, suffix: str,
             _check([*command, str(Path(folder) / source.name), "-o", str(target)])
 
     return _cached("\0".join(content), source.stem + suffix, build)
+
+
+def included(text: str) -> set[Path]:
+    """The headers of the shim, of csrc/cuda and of csrc/common that a source includes."""
+    found: set[Path] = set()
+    waiting = re.findall(r'#include "([^"]+)"', text)
+    while waiting:
+        name = Path(waiting.pop()).name
+        for path in (folder / name for folder in (SHIM, CUDA, COMMON)):
+            if path.exists() and path not in found:
+                found.add(path)
+                waiting += re.findall(r'#include "([^"]+)"', path.read_text())
+    return found
 
 
 def _linked(command: list[str], objects: list[Path]) -> Path:

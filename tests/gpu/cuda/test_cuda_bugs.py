@@ -3,7 +3,7 @@
 import cuda_host
 import cuda_ptx
 import pytest
-from cuda_bugs import BUGS, Bug, noticed, ptx_tally, right_errors, right_linear, right_svd
+from cuda_bugs import BUGS, RIGHT, Bug, noticed, ptx_tally, right_linear
 from cuda_host import Host
 from ptx.mutations import ALL_MUTANTS
 
@@ -12,18 +12,19 @@ pytestmark = pytest.mark.skipif(cuda_host.missing() is not None, reason=str(cuda
 
 @pytest.mark.parametrize("mode", ["quick", "asan", "tsan"])
 def test_nothing_is_noticed_without_a_bug(mode: str) -> None:
-    for right in (right_svd, right_errors, right_linear):
+    for right in dict.fromkeys([*RIGHT.values(), right_linear]):
         assert right(Host(mode, seed=1))
 
 
-@pytest.mark.parametrize("bug", BUGS if ALL_MUTANTS else BUGS[::3], ids=lambda bug: bug.name)
+@pytest.mark.parametrize("bug", BUGS if ALL_MUTANTS else BUGS[::5], ids=lambda bug: bug.name)
 def test_a_bug_is_noticed(bug: Bug) -> None:
     """`make mutants` runs all."""
     assert noticed(bug, bug.check)
 
 
 @pytest.mark.skipif(cuda_ptx.missing() is not None, reason=str(cuda_ptx.missing()))
-@pytest.mark.parametrize("op, step", [("batched_svd", 12), ("low_rank_linear", 3)])
+@pytest.mark.parametrize("op, step", [("batched_svd", 12), ("low_rank_linear", 3),
+                                      ("low_rank_mlp", 6), ("low_rank_attention", 6)])
 def test_damaged_ptx_is_noticed(op: str, step: int) -> None:
     """Some of it; bench/gpu/CUDA.md has the whole tally."""
     tally = ptx_tally(op, "sm_80", step)

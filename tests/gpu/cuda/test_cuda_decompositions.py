@@ -2,6 +2,7 @@
 
 import math
 
+import cuda_calls
 import cuda_host
 import pytest
 import torch
@@ -26,7 +27,7 @@ def product(u: Tensor, s: Tensor, v: Tensor) -> Tensor:
 
 def check_truncated(a: Tensor, k: int, host: Host, **options: int) -> None:
     """The residual and orthogonality; signs; values and product not much worse than LAPACK's."""
-    u, s, v, status = cuda_host.batched_svd(host, a, k, **options)
+    u, s, v, status = cuda_calls.batched_svd(host, a, k, **options)
     assert status.tolist() == [0] * len(a)
     check(a, u, s, v)
     exact, plain = (reference.batched_svd(t, k) for t in (a.double(), a))
@@ -59,14 +60,14 @@ def test_batched_svd(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_the_widest(dtype: torch.dtype) -> None:
     """Those of float64 have no room for the rotations in shared memory."""
     a = torch.randn(1, 128, 128, dtype=dtype)
-    assert cuda_host.needs_scratch(a, 227 * 1024) == (dtype == torch.float64)
+    assert cuda_calls.needs_scratch(a, 227 * 1024) == (dtype == torch.float64)
     check_truncated(a, 128, Host())
 
 
 @pytest.mark.parametrize("shape", [(2, 33, 34), (1, 60, 37)], ids=str)
 def test_rotations_in_global_memory(shape: tuple[int, ...]) -> None:
     a = torch.randn(shape)
-    assert cuda_host.needs_scratch(a, SMALL)
+    assert cuda_calls.needs_scratch(a, SMALL)
     for dtype in DTYPES:
         check_truncated(a.to(dtype), min(shape[1:]), Host(seed=1), available=SMALL)
 
@@ -75,11 +76,11 @@ def test_rotations_in_global_memory(shape: tuple[int, ...]) -> None:
 def test_strides(shape: tuple[int, ...]) -> None:
     """Transposed, and with gaps."""
     a = torch.randn(shape)
-    expected = cuda_host.batched_svd(Host(), a, 5)
+    expected = cuda_calls.batched_svd(Host(), a, 5)
     gaps = torch.zeros(2 * shape[0], 3 * shape[1], 2 * shape[2])
     gaps[::2, ::3, ::2] = a
     for same in (a.mT.contiguous().mT, gaps[::2, ::3, ::2]):
-        actual = cuda_host.batched_svd(Host(), same, 5)
+        actual = cuda_calls.batched_svd(Host(), same, 5)
         assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
 
@@ -88,7 +89,7 @@ def test_strides(shape: tuple[int, ...]) -> None:
 def test_hard_matrices(n: int, dtype: torch.dtype) -> None:
     names = ("condition 1e12", "clusters", "rank 3", "huge", "tiny", "zeros", "identity")
     a = torch.stack([hard(name, n, dtype) for name in names])
-    *found, status = cuda_host.batched_svd(Host(seed=2), a, n)
+    *found, status = cuda_calls.batched_svd(Host(seed=2), a, n)
     assert status.tolist() == [0] * len(names)
     for matrix, u, s, v in zip(a, *found, strict=True):
         check(matrix, u, s, v, factor=4)
@@ -98,7 +99,7 @@ def test_hard_matrices(n: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(4, 6), (16, 16), (64, 64)], ids=str)
 def test_low_ranks(shape: tuple[int, int], dtype: torch.dtype) -> None:
     a = torch.stack([of_low_rank(name, *shape, dtype) for name in LOW_RANKS])
-    *found, status = cuda_host.batched_svd(Host(seed=3), a, min(shape))
+    *found, status = cuda_calls.batched_svd(Host(seed=3), a, min(shape))
     assert status.tolist() == [0] * len(a)
     for matrix, u, s, v in zip(a, *found, strict=True):
         check(matrix, u, s, v, factor=4)
@@ -112,7 +113,7 @@ def test_columns_whose_squares_are_no_numbers(dtype: torch.dtype, exponents: tup
         a = torch.randn(1, 12, 9, dtype=torch.float64)
         a[..., ::2] *= 10.0 ** exponent
         for matrix in (a.to(dtype), a.mT.to(dtype)):
-            u, s, v, status = cuda_host.batched_svd(Host(), matrix, 9)
+            u, s, v, status = cuda_calls.batched_svd(Host(), matrix, 9)
             assert status.tolist() == [0]
             check(matrix, u, s, v)
 
@@ -123,7 +124,7 @@ def test_graded_columns_keep_small_singular_values(dtype: torch.dtype, least: in
     d = torch.logspace(0, least, 24, dtype=torch.float64)
     a = (q * d)[:, torch.randperm(24)].to(dtype)[None]
     for matrix in (a, a.mT):
-        _, s, _, _ = cuda_host.batched_svd(Host(), matrix, 24)
+        _, s, _, _ = cuda_calls.batched_svd(Host(), matrix, 24)
         assert ((s.double() - d).abs() / d).max() < 64 * torch.finfo(dtype).eps
 
 
@@ -132,7 +133,7 @@ def test_the_range_of_numbers(dtype: torch.dtype) -> None:
     info = torch.finfo(dtype)
     for scale in (info.max / 32, info.tiny, info.tiny * info.eps * 64):
         a = (torch.rand(1, 9, 9, dtype=torch.float64) * scale).to(dtype)
-        _, s, _, status = cuda_host.batched_svd(Host(), a, 9)
+        _, s, _, status = cuda_calls.batched_svd(Host(), a, 9)
         assert status.tolist() == [0]
         exact = torch.linalg.svdvals(a.double())
         unit = 32 * info.eps * exact.max() + 2 * info.tiny * info.eps
@@ -143,14 +144,14 @@ def test_the_range_of_numbers(dtype: torch.dtype) -> None:
 def test_values_that_are_not_numbers_are_named(n: int) -> None:
     a = torch.randn(6, n, n)
     a[1, 2, 1], a[3, n - 1, n - 1], a[4, 0, 0] = math.nan, math.inf, -math.inf
-    assert cuda_host.batched_svd(Host(), a, 3)[3].tolist() == [0, 1, 0, 1, 1, 0]
+    assert cuda_calls.batched_svd(Host(), a, 3)[3].tolist() == [0, 1, 0, 1, 1, 0]
 
 
 def test_sweeps_are_bounded() -> None:
     """With a single sweep allowed, a kernel says that it has not converged, and ends."""
     host = Host(sources=cuda_host.replaced("batched_svd.cu", "kMaxSweeps = 40", "kMaxSweeps = 1"))
     a = torch.stack([torch.eye(8), torch.randn(8, 8)])
-    assert cuda_host.batched_svd(host, a, 8)[3].tolist() == [0, 2]
+    assert cuda_calls.batched_svd(host, a, 8)[3].tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("mode", ["asan", "tsan"])
@@ -160,7 +161,7 @@ def test_batched_svd_under_sanitizers(mode: str, shape: tuple[int, ...]) -> None
     a = torch.randn(shape)
     a[0, 3] = 0
     a[0, :, 5] = 0
-    u, s, v, _ = cuda_host.batched_svd(Host(mode, seed=1), a, min(shape[1:]))
+    u, s, v, _ = cuda_calls.batched_svd(Host(mode, seed=1), a, min(shape[1:]))
     check(a, u, s, v)
 
 
@@ -171,6 +172,6 @@ def test_batched_svd_under_sanitizers(mode: str, shape: tuple[int, ...]) -> None
 def test_truncation_errors(shape: tuple[int, ...], dtype: torch.dtype, mode: str) -> None:
     s = torch.rand(shape, dtype=dtype).sort(-1, descending=True).values
     s = s * torch.logspace(0, -6, max(shape[2], 1), dtype=dtype)[: shape[2]]
-    actual = cuda_host.truncation_errors(Host(mode), s)
+    actual = cuda_calls.truncation_errors(Host(mode), s)
     expected = reference.truncation_errors(s.double())
     torch.testing.assert_close(actual, expected.to(dtype), rtol=4 * torch.finfo(dtype).eps, atol=0)

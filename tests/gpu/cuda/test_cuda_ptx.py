@@ -1,19 +1,19 @@
 """What nvcc gives to ptxas of csrc/cuda, executed for sm_80 and sm_90: results, bounds, races."""
 
-import cuda_host
+import cuda_calls
 import cuda_ptx
 import pytest
 import torch
-from cuda_host import ACTIVATIONS, Host
+from cuda_calls import ACTIVATIONS
+from cuda_host import Host
 from cuda_ptx import Emulated
 from helpers.matrices import check
-from test_cuda_low_rank_linear import TYPES, complaints, draw
+from test_cuda_low_rank_linear import TILES, TYPES, complaints, draw
 
 from adacomcat.ops import reference
 
 pytestmark = pytest.mark.skipif(cuda_ptx.missing() is not None, reason=str(cuda_ptx.missing()))
 ARCHITECTURES = ("sm_80", "sm_90")
-LARGE = {"fp16": 64, "bf16": 64, "fp32": 32}
 # Copied 16 bytes at a time; element by element; several tiles of ranks and of columns; sums so long
 # that errors which do not average out would show.
 SHAPES = {"aligned": (70, 72, 40, 144), "odd": (19, 33, 21, 131), "wide": (18, 40, 136, 264),
@@ -21,15 +21,15 @@ SHAPES = {"aligned": (70, 72, 40, 144), "odd": (19, 33, 21, 131), "wide": (18, 4
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("tile", ["small", "large"])
+@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_low_rank_linear(shape: tuple[int, int, int, int], dtype: str, tile: str,
                          architecture: str) -> None:
     tensors = draw(shape, TYPES[dtype])
-    emulated = Emulated(architecture)
-    found = emulated.low_rank_linear(16 if tile == "small" else LARGE[dtype], **tensors,
-                                     activation="gelu")
+    emulated = Emulated(architecture, multiprocessors=TILES[tile])
+    found = cuda_calls.low_rank_linear(emulated, **tensors, activation="gelu",
+                                       keep_intermediates=True)
     assert complaints(found, tensors, "gelu", dtype) == []
 
 
@@ -40,7 +40,8 @@ def test_activations(activation: str | None, architecture: str) -> None:
     tensors = draw((9, 8, 4, 40), torch.float32)
     tensors["x"] *= torch.logspace(-3, 3, 9).unsqueeze(1)
     plain = {name: tensors[name] for name in "xvu"}
-    found = Emulated(architecture).low_rank_linear(16, **plain, activation=activation)
+    found = cuda_calls.low_rank_linear(Emulated(architecture), **plain, activation=activation,
+                                       keep_intermediates=True)
     assert complaints(found, plain, activation, "fp32") == []
 
 
@@ -51,11 +52,11 @@ def test_batched_svd(shape: tuple[int, ...], dtype: torch.dtype, architecture: s
     a = torch.randn(shape, dtype=dtype)
     a[0, :, 1] = 0
     k = min(shape[1:])
-    u, s, v, status = Emulated(architecture).batched_svd(a, k)
+    u, s, v, status = cuda_calls.batched_svd(Emulated(architecture), a, k)
     assert status.tolist() == [0] * len(a)
     check(a, u, s, v)
     # The shim computes the same; only fused multiply-adds round otherwise.
-    other = cuda_host.batched_svd(Host(), a, k)[1]
+    other = cuda_calls.batched_svd(Host(), a, k)[1]
     torch.testing.assert_close(s, other, rtol=1e-5, atol=1e-6)
 
 
@@ -63,7 +64,7 @@ def test_batched_svd(shape: tuple[int, ...], dtype: torch.dtype, architecture: s
 def test_values_that_are_not_numbers_are_named(architecture: str) -> None:
     a = torch.randn(3, 4, 5)
     a[1, 2, 1] = torch.nan
-    assert Emulated(architecture).batched_svd(a, 2)[3].tolist() == [0, 1, 0]
+    assert cuda_calls.batched_svd(Emulated(architecture), a, 2)[3].tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -72,5 +73,5 @@ def test_values_that_are_not_numbers_are_named(architecture: str) -> None:
 def test_truncation_errors(shape: tuple[int, ...], dtype: torch.dtype, architecture: str) -> None:
     s = torch.rand(shape, dtype=dtype).sort(-1, descending=True).values
     expected = reference.truncation_errors(s.double()).to(dtype)
-    torch.testing.assert_close(Emulated(architecture).truncation_errors(s), expected,
+    torch.testing.assert_close(cuda_calls.truncation_errors(Emulated(architecture), s), expected,
                                rtol=4 * torch.finfo(dtype).eps, atol=0)

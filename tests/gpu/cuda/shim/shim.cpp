@@ -2,7 +2,8 @@
 // and SHIM_ASAN say that the kernels are built with one.
 //
 // SHIM_SEED in the environment chooses the order of blocks, warps and lanes and how far each warp
-// runs ahead; 0, the default, lets each run in order as far as it can.
+// runs ahead; 0, the default, lets each run in order as far as it can. With SHIM_ANNOUNCE_ONLY
+// nothing runs.
 #include "shim.h"
 
 #include <sys/mman.h>
@@ -287,8 +288,23 @@ void wait(int pending) {
   }
 }
 
-void launch(unsigned blocks, int threads, int64_t shared, const std::function<void()>& body) {
-  std::fprintf(stderr, "launch %u %d %lld\n", blocks, threads, static_cast<long long>(shared));
+// One line for each launch: blocks, threads, shared memory, where the kernel lies in the executable,
+// and its parameters in hexadecimal.
+void announce(const void* kernel, const Parameters& parameters, unsigned blocks, int threads,
+              int64_t shared) {
+  std::fprintf(stderr, "launch %u %d %lld %zu", blocks, threads, static_cast<long long>(shared),
+               reinterpret_cast<uintptr_t>(kernel));
+  for (const std::string& parameter : parameters) {
+    std::fputc(' ', stderr);
+    for (const unsigned char byte : parameter) std::fprintf(stderr, "%02x", byte);
+  }
+  std::fputc('\n', stderr);
+}
+
+void launch(const void* kernel_address, const Parameters& parameters, unsigned blocks, int threads,
+            int64_t shared, const std::function<void()>& body) {
+  announce(kernel_address, parameters, blocks, threads, shared);
+  if (std::getenv("SHIM_ANNOUNCE_ONLY")) return;
   if (threads < 1 || threads > 1024 || threads % kWarp) fail("a bad number of threads");
   const char* seed = std::getenv("SHIM_SEED");
   std::mt19937 random(seed ? std::atoi(seed) : 0);

@@ -9,8 +9,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <string>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -51,7 +54,15 @@ void touch(const void* memory, size_t size, bool writes);
 void copy(void* to, const void* from, bool valid);
 void commit();
 void wait(int pending);
-void launch(unsigned blocks, int threads, int64_t shared, const std::function<void()>& body);
+
+// The bytes of a kernel's parameters, one string each.
+using Parameters = std::vector<std::string>;
+template <class T>
+std::string bytes_of(const T& parameter) {
+  return {reinterpret_cast<const char*>(&parameter), sizeof parameter};
+}
+void launch(const void* kernel, const Parameters& parameters, unsigned blocks, int threads,
+            int64_t shared, const std::function<void()>& body);
 
 template <class T>
 T shuffle(T value, int source, const char* what) {
@@ -101,6 +112,8 @@ struct __half {
 struct __nv_bfloat16 {
   uint16_t bits;
 };
+inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
+inline __nv_bfloat16 __ushort_as_bfloat16(uint16_t bits) { return {bits}; }
 inline float __half2float(__half x) {
   _Float16 half;
   std::memcpy(&half, &x, sizeof half);
@@ -218,6 +231,39 @@ inline void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, ui
 }
 inline uint32_t to_tf32(float x) { return (__float_as_uint(x) + 0x1000u) & 0xffffe000u; }
 
+struct Words {
+  uint32_t word[4];
+};
+inline void require_words(const void* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 16) shim::fail("16 bytes off their alignment");
+}
+inline Words load_words(const void* from) {
+  require_words(from);
+  Words words;
+  std::memcpy(&words, from, 16);
+  return words;
+}
+inline void store_words(void* to, const Words& words) {
+  require_words(to);
+  std::memcpy(to, &words, 16);
+}
+
+inline uint32_t bits_of(__half x) { return x.bits; }
+inline uint32_t bits_of(__nv_bfloat16 x) { return x.bits; }
+template <class T>
+uint32_t pack(float low, float high) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return bits_of(__float2half_rn(low)) | bits_of(__float2half_rn(high)) << 16;
+  } else {
+    return bits_of(__float2bfloat16_rn(low)) | bits_of(__float2bfloat16_rn(high)) << 16;
+  }
+}
+
+// Those of an H100, unless the environment says otherwise: few make the launchers take large tiles.
+inline int multiprocessors() {
+  const char* count = std::getenv("SHIM_MULTIPROCESSORS");
+  return count ? std::atoi(count) : 132;
+}
 // That of sm_90.
 inline int64_t block_shared_memory() { return 227 * 1024; }
 
@@ -225,7 +271,9 @@ template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared,
                    cudaStream_t, const Arguments&... arguments) {
   if (shared > block_shared_memory()) return "more shared memory than a block can have";
-  shim::launch(static_cast<unsigned>(blocks), threads, shared, [=] { kernel(arguments...); });
+  shim::launch(reinterpret_cast<const void*>(kernel),
+               {shim::bytes_of<Parameters>(arguments)...}, static_cast<unsigned>(blocks),
+               threads, shared, [=] { kernel(arguments...); });
   return nullptr;
 }
 
