@@ -228,7 +228,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
   const c10::DeviceGuard guard(x.device());
   const at::Tensor y = empty_rows(x, out), q = empty_rows(x, qk), k = empty_rows(x, qk),
                    v = empty_rows(x, vo), context = empty_rows(x, vo);
-  const at::Tensor none = empty_rows(x, 0, false);
+  const auto none = [&] { return empty_rows(x, 0, false); };
   if (row_count(x) && out) {
     const Dtype dtype = dtype_of(x);
     check_shared_memory(low_rank_attention_shared_memory(dtype, qk / num_heads), qk / num_heads);
@@ -263,7 +263,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
     set_mask(problem, attn_mask);
     check_launch(low_rank_attention(dtype, problem, stream_of(x)));
   }
-  if (!keep_intermediates) return {y, none, none, none, none};
+  if (!keep_intermediates) return {y, none(), none(), none(), none()};
   return {y, q, k, v, context};
 }
 
