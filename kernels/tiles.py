@@ -170,8 +170,12 @@ def mlp_tile(rows: int, rank: int, x: Tensor) -> Tile:
 
 
 def gated_mlp_tile(rows: int, rank: int, x: Tensor) -> Tile:
-    """`mlp_tile` with half as many hidden units at a time, since each takes two products."""
-    tile = mlp_tile(rows, rank, x)
+    """`mlp_tile` with half as many hidden units at a time, since each takes two products.
+
+    Exact products keep both halves of their operands in registers, and spill beyond 16 rows.
+    """
+    exact = operand_bytes(x) == 8
+    tile = row_tile(rows, rank, x, factors=3, most=16) if exact else mlp_tile(rows, rank, x)
     return replace(tile, BLOCK_N=max(16, tile.BLOCK_N // 2))
 
 
@@ -230,9 +234,12 @@ def pair_tile(rows: int, columns: int, x: Tensor, widest: int = 64) -> Tile:
     # Exact products keep both halves of their operands in registers.
     tile = matmul_tile(rows, columns, x, widest=128 if x.element_size() == 2 else 64)
     columns_at_once = max(16, min(tile.BLOCK_N // 2, padded(widest)))
-    # At least 16 bytes of the smallest tile for each of 128 threads.
-    least = 2048 // (min(columns_at_once, tile.BLOCK_M) * x.element_size())
-    return replace(tile, BLOCK_N=columns_at_once, BLOCK_K=max(tile.BLOCK_K, least))
+    # At least 16 bytes of the smallest tile for each thread.
+    threads = tile.num_warps * (64 if on_amd() else 32)
+    least = 16 * threads // (min(columns_at_once, tile.BLOCK_M) * x.element_size())
+    depth = max(tile.BLOCK_K, least)
+    stage = depth * operand_bytes(x) * (tile.BLOCK_M + 2 * columns_at_once)
+    return replace(tile, BLOCK_N=columns_at_once, BLOCK_K=depth, num_stages=stages(stage))
 
 
 def reduction_tile(rows: int, rank: int, x: Tensor, reads_columns: bool = True) -> Tile:

@@ -110,9 +110,9 @@ def test_optimized_models_launch_both_kernels(form: str, launched: Calls) -> Non
     assert [op for op, *_ in launched] == ["rotary_attention", "gated_mlp"] * 2
     assert all(options["residual"].shape == (2, 21, 96) for *_, options in launched)
     rotary, gated = (arguments for _, arguments, _ in launched[:2])
-    factors = [rotary[0], rotary[3], gated[0], gated[6]]
+    factors = [rotary[0], rotary[3], gated[0], gated[5]]
     assert [v is None for v in factors] == [form == "dense"] * 4
-    assert [rotary[name].shape for name in (12, 13)] == [(16, 32)] * 2 and rotary[14] is True
+    assert [rotary[place].shape for place in (11, 12)] == [(16, 32)] * 2 and rotary[13] is True
 
 
 @torch.no_grad()
