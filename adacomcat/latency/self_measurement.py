@@ -95,7 +95,8 @@ def samples(device: torch.device) -> Iterator[Sample]:
                                        draw(GATED, RANK), draw(WIDTH, RANK)), _gated, trains=False)
         yield Sample("rotary_attention",
                      cast(x, *(draw(WIDTH, WIDTH) for _ in range(2)), rows[0],
-                          draw(WIDTH, attention), *(draw(TOKENS, WIDTH // HEADS) for _ in range(2))),
+                          draw(WIDTH, attention),
+                          *(draw(TOKENS, WIDTH // HEADS) for _ in range(2))),
                      _rotary, trains=False)
     for dtype in backends.DECOMPOSITION_DTYPES:
         yield Sample("batched_svd", (draw(HEADS, 64, 64).to(device, dtype),),
