@@ -62,7 +62,8 @@ def gated_mlp_kernel(
 
     With `partial_ptr` only one split of h V2 is stored, which `expand_splits_kernel` continues.
     Without `x_ptr` x V1 is read from `middle_ptr`. FULL promises that no tile of Wg, W1 or V2 needs
-    a mask.
+    a mask. An output takes one product and a hidden unit two, so twice BLOCK_N outputs are computed
+    at a time.
     """
     dtype: tl.constexpr = wg_ptr.dtype.element_ty
     first, remaining = row_block(M, BLOCK_M)
@@ -91,7 +92,7 @@ def gated_mlp_kernel(
             residual_ptr += first * stride_residual
         expand(
             middle2.to(dtype), w2_ptr, stride_w2, b2_ptr, residual_ptr, stride_residual,
-            y_ptr + first * N, remaining, N, R2, 0, N, BLOCK_M, BLOCK_N, BLOCK_R2, PRECISION,
+            y_ptr + first * N, remaining, N, R2, 0, N, BLOCK_M, 2 * BLOCK_N, BLOCK_R2, PRECISION,
         )  # fmt: skip
 
 

@@ -172,12 +172,10 @@ def mlp_tile(rows: int, rank: int, x: Tensor) -> Tile:
 def gated_mlp_tile(rows: int, rank: int, x: Tensor) -> Tile:
     """`mlp_tile` with half as many hidden units at a time, since each takes two products.
 
-    Exact products keep both halves of their operands in registers, and would spill in large tiles.
+    Exact products keep both halves of their operands in registers, and spill beyond 16 rows.
     """
-    if operand_bytes(x) == 8:
-        return replace(row_tile(rows, rank, x, factors=3, most=16), BLOCK_K=16, BLOCK_N=16,
-                       num_warps=2)
-    tile = mlp_tile(rows, rank, x)
+    exact = operand_bytes(x) == 8
+    tile = row_tile(rows, rank, x, factors=3, most=16) if exact else mlp_tile(rows, rank, x)
     return replace(tile, BLOCK_N=max(16, tile.BLOCK_N // 2))
 
 

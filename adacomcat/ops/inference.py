@@ -1,5 +1,5 @@
-"""Ops for inference alone, which ``optimize`` puts into models: C++ kernels on CPUs, for two of
-them Triton kernels on GPUs.
+"""Ops for inference alone, which ``optimize`` puts into models: C++ kernels on CPUs; two of them
+also have Triton kernels for GPUs.
 
 The formulas serve wherever a kernel cannot: in float64, under autocast, in a trace, and where a
 gradient follows, which then passes through the formula. No backend is refused here.

@@ -77,27 +77,26 @@ GATED = {
     "dense-down": ((1,), 40, 12, 70, None, 29),
     "dense-vector": ((), 8, None, 40, None, 8),
     "dense-empty": ((0,), 8, None, 40, None, 8),
-    "wide-ranks": ((18,), 40, 200, 50, 100, 40),
+    "dense-wide": ((18,), 40, 200, 50, 100, 40),
 }
 # batch, tokens, width, heads, head size, rank of values, of queries, of keys, tokens that turn,
 # leading sizes of the angles, mask
 ROTARY = {
-    "tokens": (2, 50, 24, 2, 8, 20, None, None, 49, (), None),
+    "images": (2, 20, 24, 2, 8, 20, None, None, 19, (), None),
     "odd": (2, 33, 17, 2, 6, 7, 5, None, 30, (2,), "rows"),
     "one-token": (3, 1, 12, 2, 8, 8, None, None, 1, (), None),
-    "keys": (2, 40, 24, 2, 22, 24, None, 11, 40, (2, 1), "keys"),
+    "keys": (2, 24, 24, 2, 22, 24, None, 11, 24, (2, 1), "keys"),
     "rank-1": (1, 20, 16, 2, 4, 1, 1, 1, 15, (1,), None),
-    "additive": (1, 37, 24, 3, 2, 16, 7, 9, 37, (1, 3), "additive"),
+    "additive": (1, 21, 24, 3, 2, 16, 7, 9, 21, (1, 3), "additive"),
     "wide-heads": (1, 20, 24, 1, 200, 8, None, None, 18, (), None),
     "still": (2, 9, 12, 2, 5, 4, 3, None, 9, (), None),
     "no-turn": (2, 9, 12, 2, 6, 4, None, 3, 0, (), None),
     "empty": (0, 5, 12, 2, 8, 8, None, None, 4, (), None),
-    "aligned": (1, 64, 32, 2, 32, 32, None, None, 64, (), None),
-    "197": (1, 197, 24, 1, 16, 8, 8, 8, 196, (), None),
+    "aligned": (1, 32, 32, 2, 32, 32, None, None, 32, (), None),
 }
-SUBLAYER_NAMES = ("dense", "dense-up", "dense-down", "dense-vector", "wide-heads", "tokens", "odd",
-                  "vector", "empty", "197", "wide-ranks", "many-rows", "long", "one-token",
-                  "rows", "keys", "additive", "rank-512", "aligned")
+SUBLAYER_NAMES = ("dense", "dense-up", "dense-down", "dense-vector", "dense-wide", "tokens", "odd",
+                  "vector", "empty", "197", "wide-ranks", "many-rows", "long", "one-token", "rows",
+                  "keys", "additive", "rank-512", "aligned")
 DEIT = {"deit_s": (384, 128, 6), "deit_b": (768, 256, 12)}
 
 

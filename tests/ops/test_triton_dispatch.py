@@ -1,6 +1,6 @@
 """Rotary attention and gated MLPs reach their Triton kernels, and only where these may run.
 
-Tensors on the meta device stand for those on a GPU: their calls are the same, without numbers.
+Tensors on the meta device stand for those on a GPU: they take the same way, without numbers.
 """
 
 from collections.abc import Iterator

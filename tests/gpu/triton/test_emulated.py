@@ -15,24 +15,33 @@ from ptx.emulate import Launch, emulated
 from ptx.mutations import ALL_MUTANTS
 
 from adacomcat import ops
-from adacomcat.kernels import load, tiles
+from adacomcat.kernels import FOR_INFERENCE, load, tiles
 from adacomcat.kernels.reductions import sum_splits
 from adacomcat.ops import backends
 
 ARCHITECTURES = ("sm_80", "sm_90")
 # Some ragged cases; the interpreter has all of them. Most of the time goes to the compiler.
-SOME = {"fp16": ("odd", "dense-up"), "bf16": ("rank-1", "additive", "keys"), "tf32": ("odd",),
+SOME = {"fp16": ("odd",), "bf16": ("rank-1", "additive", "keys"), "tf32": ("odd",),
         "fp32": ("odd", "wide-rank", "wide-ranks")}
-RAGGED = [(case, dtype) for case in ragged() for dtype in DTYPES if case.name in SOME[dtype]]
+RAGGED = [(case, dtype) for case in ragged() for dtype in DTYPES
+          if case.name in SOME[dtype] and case.op not in FOR_INFERENCE]
+# Ops for inference alone run as sublayers; each of these cases on one of the architectures.
+SOME_FOR_INFERENCE = {"fp16": ("odd", "dense-up"), "bf16": ("keys",), "tf32": ("odd",)}
+INFERENCE = [(case, dtype) for case in ragged() for dtype in DTYPES if case.op in FOR_INFERENCE
+             and (ALL_MUTANTS or case.sublayer and case.name in SOME_FOR_INFERENCE.get(dtype, ()))]
 VISION = [case for model in DEIT for tokens in (197, 394) for case in vision(model, tokens)]
 
 
 def in_turn(turn: int) -> list[Case]:
-    """One size of each op: another on each architecture; `make mutants` runs all of them."""
+    """One size of each op: another on each architecture; `make mutants` runs all of them.
+
+    Ops for inference alone run low-rank on one architecture, and dense on the other.
+    """
     names = [f"{model}-{tokens}" for tokens in (394, 197) for model in ("deit_s", "deit_b")]
     ops = list(dict.fromkeys((case.op, case.sublayer) for case in VISION))
-    return [case for case in VISION if ALL_MUTANTS or case.name == names[
-        (ops.index((case.op, case.sublayer)) + turn) % len(names)]]
+    return [case for case in VISION if ALL_MUTANTS or (
+        case.name == "deit_s-197" and case.sublayer != bool(turn) if case.op in FOR_INFERENCE
+        else case.name == names[(ops.index((case.op, case.sublayer)) + turn) % len(names)])]
 
 
 @pytest.fixture(autouse=True)
@@ -65,10 +74,19 @@ def test_ragged(case: Case, dtype: str, architecture: str) -> None:
     run(case, architecture, dtype)
 
 
+@pytest.mark.parametrize("case, dtype, architecture", [
+    (case, dtype, architecture) for at, (case, dtype) in enumerate(INFERENCE)
+    for number, architecture in enumerate(ARCHITECTURES) if ALL_MUTANTS or number == at % 2
+], ids=lambda v: getattr(v, "id", v))
+def test_ragged_for_inference(case: Case, dtype: str, architecture: str) -> None:
+    run(case, architecture, dtype)
+
+
 MIXED = [Case("low_rank_mlp", f"mixed-{r1}-{r2}",
               dict(lead=(150,), d=64, r1=r1, hidden=128, r2=r2, out=40), {"ACTIVATION": "gelu"})
          for r1, r2 in ((24, 32), (32, 24))]
-ODD = [case for case in ragged() if case.name == "odd"]
+ODD = [case for case in ragged()
+       if case.name == "odd" and (ALL_MUTANTS or case.op not in FOR_INFERENCE)]
 
 
 @pytest.mark.parametrize(
