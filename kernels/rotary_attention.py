@@ -178,5 +178,6 @@ def rotary_project(
         m, tokens, prefix, flat_q.shape[1], flat_k.shape[1], num_heads,
         flat_q.stride(0), flat_k.stride(0), wq.stride(0), wk.stride(0), *strides,
         HALF=half, PAIRS=pairs, PRECISION=tiles.precision(xq), **tile.arguments(),
+        **tiles.registers(tile, blocks=1, always=True),
     )  # fmt: skip
     return q, k
