@@ -13,7 +13,7 @@ from adacomcat import ops
 from adacomcat.ops import backends, decompositions, reference, registry
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-CASES = ragged_and_vision()
+CASES = [case for case in ragged_and_vision() if case.op in backends.CUDA_OPS]
 
 
 def needs_cuda() -> None:

@@ -13,18 +13,18 @@ from kernel_shapes import ragged, vision
 from ptx.mutations import ALL_MUTANTS
 from test_cuda_low_rank_linear import TYPES
 
-from adacomcat.ops import reference
+from adacomcat.ops import backends, reference
 
 pytestmark = pytest.mark.skipif(cuda_host.missing() is not None, reason=str(cuda_host.missing()))
-CASES = [case for case in ragged() if case.op != "low_rank_linear"]
+CASES = [case for case in ragged() if case.op in backends.CUDA_OPS and case.op != "low_rank_linear"]
 # Many multiprocessors share out the hidden units among blocks of few rows, four do so among blocks
 # of many rows, and for a single one a block takes the whole hidden layer.
 MULTIPROCESSORS = (132, 4, 1)
-SHOWN = CASES if ALL_MUTANTS else CASES[::2]
+SHOWN = [(case, dtype) for at, case in enumerate(CASES) for number, dtype in enumerate(TYPES)
+         if ALL_MUTANTS or number == at // 2 % 3 and at % 2 == 0]
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("case", SHOWN, ids=lambda case: case.id)
+@pytest.mark.parametrize("case, dtype", SHOWN, ids=lambda v: getattr(v, "id", v))
 def test_fused_ops(case: Case, dtype: str) -> None:
     """Numbers of multiprocessors take turns; with all mutants each case has all."""
     turn = CASES.index(case) % 3
@@ -106,8 +106,9 @@ SANITIZED = [("low_rank_mlp-odd-sublayer", "fp16", 132), ("low_rank_mlp-odd-subl
              ("gated_low_rank_linear-odd", "fp16", 1)]
 
 
-@pytest.mark.parametrize("mode", ["asan", "tsan"])
-@pytest.mark.parametrize("name, dtype, count", SANITIZED, ids=str)
+@pytest.mark.parametrize("name, dtype, count, mode", [
+    (*one, mode) for at, one in enumerate(SANITIZED) for number, mode in enumerate(("asan", "tsan"))
+    if ALL_MUTANTS or number == at % 2], ids=str)
 def test_under_sanitizers(name: str, dtype: str, count: int, mode: str) -> None:
     case = next(case for case in CASES if case.id == name)
     if case.op == "low_rank_mlp":  # fewer rows: sanitizers are slow
