@@ -7,10 +7,12 @@ import pytest
 from cuda_cases import complaints, deit, traffic
 from cuda_ptx import Emulated, outside
 from kernel_cases import Case
-from kernel_shapes import ragged
+from kernel_shapes import ragged, vision
 from ptx.memory import SECTOR
 from ptx.mutations import ALL_MUTANTS
 from test_cuda_low_rank_linear import TYPES
+
+from adacomcat.ops import backends
 
 pytestmark = pytest.mark.skipif(cuda_ptx.missing() is not None, reason=str(cuda_ptx.missing()))
 BY_ID = {case.id: case for case in ragged()}
@@ -29,6 +31,14 @@ def test_fused_ops(name: str, count: int, dtype: str, architecture: str) -> None
     if name == "low_rank_mlp-odd-sublayer":
         case = replace(case, sizes=case.sizes | {"lead": (35,)})
     assert complaints(Emulated(architecture, multiprocessors=count), case, dtype) == []
+
+
+@pytest.mark.parametrize("case", [case for case in vision("deit_s", 197)
+                                  if case.sublayer and case.op in backends.CUDA_OPS],
+                         ids=lambda case: case.id)
+def test_a_vision_transformer(case: Case) -> None:
+    """Attention and MLP of a block of DeiT-S, one image."""
+    assert complaints(Emulated("sm_80", multiprocessors=108), case, "bf16") == []
 
 
 @pytest.mark.parametrize("count", [132, 1])
