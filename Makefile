@@ -11,7 +11,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 PROCESSES := $(shell expr $$(nproc) + 1)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -rs -n $(PROCESSES) --dist worksteal
 
-.PHONY: install demo check test mutants fuzz torture soak bench gpu-check gpu-reports lint types docs sanitize
+.PHONY: install demo check test mutants fuzz torture soak bench gpu-check gpu-reports lint types docs wheel sanitize
 
 install: $(INSTALLED)
 
@@ -82,6 +82,12 @@ types: install
 # The site, in build/site. The build fails on every warning.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+# A wheel with the CPU kernels, in dist/, tried in an environment that sees no compiler.
+wheel: install
+	$(PY) -m pip install -q auditwheel "setuptools>=77" wheel
+	ADACOMCAT_NO_CUDA=1 $(PY) -m pip wheel --no-deps --no-build-isolation -w dist .
+	$(PY) tools/try_wheel.py dist/adacomcat-*.whl
 
 # The C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer. The build for it
 # stands apart in build/sanitize; libasan comes first, since python itself is built without.

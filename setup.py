@@ -18,12 +18,15 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# The extension uses PyTorch's stable ABI as of 2.10, so what is built with one torch serves later ones.
+LEAST_TORCH = (2, 10)
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # A kernel that spills registers does not get through.
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xptxas=--warn-on-spills", "-Xptxas=-Werror"]
 
 
-def find_torch() -> bool:
-    """Whether torch imports, also from inside pip's isolated build environment."""
+def find_torch() -> str | None:
+    """torch's version, also from inside pip's isolated build environment; None without torch."""
     # Isolation hides site-packages, but sys.prefix is still the environment's own.
     names = {"base": sys.prefix, "platbase": sys.prefix}
     for key in ("purelib", "platlib"):
@@ -31,10 +34,10 @@ def find_torch() -> bool:
         if path not in sys.path:
             sys.path.append(path)
     try:
-        import torch  # noqa: F401
+        from torch import version
     except ImportError:
-        return False
-    return True
+        return None
+    return version.__version__
 
 
 def find_cuda_home() -> str | None:
@@ -62,7 +65,7 @@ def ask_nvcc(home: str, flag: str) -> str:
 
 def use_cuda(sources: list[str]) -> bool:
     """Whether to compile CUDA: sources, a CUDA torch, its toolkit; a visible GPU is no matter."""
-    if not sources:
+    if not sources or os.environ.get("ADACOMCAT_NO_CUDA", "0") not in ("", "0"):
         return False
     import torch
     from torch.utils import cpp_extension
@@ -97,9 +100,12 @@ def why_without_extension() -> str | None:
     if not find_compiler():
         return ("there is no C++ compiler; Triton and PyTorch compute in the place of the CPU "
                 "kernels. To get them, install g++ 11 or later, then adacomcat again")
-    if not find_torch():
+    found = find_torch()
+    if found is None:
         return ("no torch in this environment. To get it, install torch first, then adacomcat "
                 "again")
+    if tuple(map(int, found.split(".")[:2])) < LEAST_TORCH:
+        return f"torch is {found}; the extension needs {'.'.join(map(str, LEAST_TORCH))} or later"
     return None
 
 
@@ -118,7 +124,7 @@ def extension_arguments() -> dict[str, Any]:
     include_dirs = [str(ROOT / "csrc")]
     # No errno and no traps, as torch itself is built: else square roots are not vectorised.
     # g++ 12 warns of the inside of its own AVX-512 intrinsics.
-    flags = ["-std=c++20", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+    flags = ["-std=c++20", "-O3", TORCH_TARGET, "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
              "-Wno-maybe-uninitialized"]
     link = []
     if "-g" not in os.environ.get("CFLAGS", ""):

@@ -1,9 +1,9 @@
 // adacomcat._C: how the extension was built, and what the CPU offers. Importing it registers the kernels
 // of the other files with PyTorch.
-#include <ATen/Version.h>
 #include <pybind11/pybind11.h>
-#include <torch/version.h>
+#include <torch/headeronly/version.h>
 
+#include "cpu/gemm/engine.h"
 #include "cpu/isa.h"
 #include "cpu/runtime/cores.h"
 #include "cpu/runtime/scratch.h"
@@ -47,7 +47,6 @@ py::dict build_info() {
   info["compiler"] = kCompiler;
   info["torch"] = TORCH_VERSION;
   info["cuda"] = kCuda;
-  info["cpu_capability"] = at::get_cpu_capability();
   info["instruction_set"] = adacomcat::instruction_set().name;
   info["cpu_features"] = cpu_features();
   return info;
@@ -69,6 +68,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("emulated") = false,
         "Run the CPU kernels on an instruction set; False where this CPU lacks it, unless its "
         "instructions are emulated.");
+  m.def("reduce_float32", &adacomcat::reduce_float32, py::arg("reduce"),
+        "Whether products of float32 may lose digits from now on, in the whole process.");
   m.def("cores", &cores,
         "Cores that affinity and control groups allow (quota 0: no limit), and threads of an op.");
   m.def("quota_cores", &adacomcat::quota_cores, py::arg("root"),

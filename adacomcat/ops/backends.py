@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
-from importlib import import_module
 from importlib.util import find_spec
 from os import environ
 from typing import Any
@@ -18,20 +17,10 @@ from torch import Tensor
 
 from adacomcat import kernels
 from adacomcat.errors import UserError
-from adacomcat.ops import autograd_cpu, measured, reference, refusals, shapes, transforms
+from adacomcat.ops import autograd_cpu, extension, measured, reference, refusals, shapes, transforms
+from adacomcat.ops.extension import build_info as build_info
+from adacomcat.ops.extension import cores as cores
 
-
-def _load_extension() -> tuple[Any, str | None]:
-    """The compiled extension, or the reason why there is none."""
-    try:
-        return import_module("adacomcat._C"), None
-    except ModuleNotFoundError:
-        return None, "the C++ extension was not built: install again where torch is installed"
-    except ImportError as error:
-        return None, f"the C++ extension does not load ({error}): install again with this torch"
-
-
-_EXTENSION, _NO_EXTENSION = _load_extension()
 _FORCED: ContextVar[str | None] = ContextVar("adacomcat_backend", default=None)
 _PREFERRED: ContextVar[str | None] = ContextVar("adacomcat_preferred_backend", default=None)
 
@@ -73,26 +62,16 @@ def available() -> dict[str, str | None]:
     """Backend → None where it can run on this machine, else the reason why it cannot."""
     return {
         "reference": None,
-        "cpp": _NO_EXTENSION,
+        "cpp": extension.MISSING,
         "triton": _no_triton(),
         "cuda": _no_cuda(),
     }
 
 
-def cores() -> dict[str, float]:
-    """Cores that affinity and quota (0: no limit) allow, threads of an op; empty without C++."""
-    return {} if _EXTENSION is None else _EXTENSION.cores()
-
-
-def build_info() -> dict[str, object] | None:
-    """Compiler, torch and CPU features of the C++ extension; None without one."""
-    return None if _EXTENSION is None else _EXTENSION.build_info()
-
-
 def refusal(backend: str, op: str, x: Tensor) -> str | None:
     """Why ``backend`` cannot run ``op`` on ``x``; None if it can."""
     if backend == "cpp":
-        return _NO_EXTENSION or _no_cpp_kernel(op, x)
+        return extension.MISSING or _no_cpp_kernel(op, x)
     if backend == "triton":
         return _no_triton() or _no_triton_kernel(op, x)
     if backend == "cuda":
@@ -208,6 +187,7 @@ def kernel(op: str, x: Tensor, keep_intermediates: bool = True) -> Kernel:
     """The function that runs ``op`` on ``x``, with the signature of the reference."""
     backend = pick(op, x, keep_intermediates)
     if backend in ("cpp", "cuda"):
+        extension.follow_precision()
         function = _compiled(op, "cpu" if backend == "cpp" else "cuda")
         if op in DECOMPOSITIONS:
             return function
@@ -237,6 +217,7 @@ def backward_kernel(
     if type(grad) is not Tensor:
         return None
     if backend == "cpp":
+        extension.follow_precision()
         return getattr(autograd_cpu, op)
     return kernels.load(op).backward if backend == "triton" else None
 
@@ -258,7 +239,7 @@ def direct_kernel(op: str, x: Tensor) -> Kernel | None:
             return _triton_kernel(op)
         return _compiled_kernel(op, "cuda") if backend == "cuda" else None
     asked = _FORCED.get() or preferred()
-    if asked not in (None, "cpp") or _NO_EXTENSION or _no_cpp_kernel(op, x):
+    if asked not in (None, "cpp") or extension.MISSING or _no_cpp_kernel(op, x):
         return None
     ranked = () if asked else measured.ranked(op, x.device, x.dtype, training=False)
     return _compiled_kernel(op, "cpu") if not ranked or ranked[0] == "cpp" else None
@@ -274,6 +255,7 @@ def _compiled_kernel(op: str, device: str) -> Kernel:
     function, contract = _compiled(op, device), getattr(shapes, op)
 
     def run(*arguments: Any, **sublayer: Any) -> Any:
+        extension.follow_precision()
         try:
             return function(*arguments, **sublayer)
         except RuntimeError as error:
@@ -346,7 +328,7 @@ def _no_cpp_kernel(op: str, x: Tensor) -> str | None:
     if op not in DECOMPOSITIONS:
         return refusals.no_dtype(x, KERNEL_DTYPES)
     if op in ("gram", "eigenvalues"):
-        if _EXTENSION.build_info()["instruction_set"] == "generic":
+        if extension.MODULE.build_info()["instruction_set"] == "generic":
             return "the kernel is for AVX2 and AVX512; without them PyTorch's routine is faster"
         return refusals.no_dtype(x, DECOMPOSITION_DTYPES if op == "gram" else (torch.float64,))
     width = min(x.shape[-2:])
@@ -372,9 +354,9 @@ def _no_triton_kernel(op: str, x: Tensor) -> str | None:
 
 
 def _no_cuda() -> str | None:
-    if _EXTENSION is None:
-        return _NO_EXTENSION
-    if not _EXTENSION.build_info()["cuda"]:
+    if extension.MODULE is None:
+        return extension.MISSING
+    if not extension.MODULE.build_info()["cuda"]:
         return "the extension was built without CUDA kernels"
     return None if torch.cuda.is_available() else "torch sees no GPU"
 
@@ -393,4 +375,4 @@ def _no_cuda_kernel(op: str, x: Tensor) -> str | None:
     if no_dtype or op != "batched_svd":
         return no_dtype
     available = gpu.shared_memory_per_block_optin
-    return refusals.no_svd(x, SVD_WIDTH, available, _EXTENSION.svd_shared_memory)
+    return refusals.no_svd(x, SVD_WIDTH, available, extension.MODULE.svd_shared_memory)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adacomcat.ops import backends
+from adacomcat.ops import backends, extension
 
 _PARTS = 3  # of a float32 in bfloat16 (AMX): their sum is the value
 
@@ -101,6 +101,7 @@ def pack(weight: Tensor, transposed: bool,
     if not (backends.build_info() and weight.is_cpu and supported and weight.numel()):
         return None
     rows, columns = weight.shape
+    extension.follow_precision()
     if scale is None:
         data = torch.ops.adacomcat.pack_weight_cpu(weight.detach(), transposed)
     else:

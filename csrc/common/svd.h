@@ -6,17 +6,17 @@
 namespace adacomcat {
 
 // Checks that a is a matrix (m, n) or a batch of them (..., m, n).
-void check_matrices(const at::Tensor& a);
+void check_matrices(const Tensor& a);
 
 // a (..., m, n) as (count, m, n).
-at::Tensor as_batch(const at::Tensor& a);
+Tensor as_batch(const Tensor& a);
 
 // The results of a truncated SVD of a (..., m, n), uninitialised: u (..., m, k), s (..., k) and
 // v (..., n, k). Checks that 0 <= k <= min(m, n).
 struct SvdResult {
-  at::Tensor u, s, v;
+  Tensor u, s, v;
 
-  SvdResult(const at::Tensor& a, int64_t k);
+  SvdResult(const Tensor& a, int64_t k);
 };
 
 // Throws where one of `count` matrices has no SVD. The indices are those of the first matrix that holds

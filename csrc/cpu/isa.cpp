@@ -1,10 +1,10 @@
 #include "cpu/isa.h"
 
-#include <c10/util/Exception.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <stdexcept>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -59,18 +59,20 @@ std::vector<InstructionSet> detect() {
   const Engine* const reduced = vnni ? &kAvx512VnniFloat : &kAvx512;
   const Engine* const int8 = vnni ? &kAvx512VnniInt8 : &kAvx512Int8;
   const auto* const linalg = &kAvx512Linalg;
-  const InstructionSet with_bf16{"avx512_bf16", bf16,         linalg,      &kAvx512,
+  const InstructionSet with_bf16{"avx512_bf16", bf16,         linalg,       &kAvx512,
                                  reduced,       &kAvx512Bf16, &kAvx512Bf16, int8};
-  const InstructionSet with_vnni{"avx512_vnni", vnni,         linalg,  &kAvx512,
+  const InstructionSet with_vnni{"avx512_vnni", vnni,         linalg,   &kAvx512,
                                  reduced,       &kAvx512Vnni, &kAvx512, int8};
   // Outside AMX, Intel's CPUs multiply bfloat16 at half the rate of float32, AMD's at twice the rate.
   const bool slow_bf16 = __builtin_cpu_is("intel");
-  sets.push_back({"amx", bf16 && amx_allowed(), linalg, &kAmxBf16x3, &kAmxBf16x3, &kAmx, &kAmx, int8});
+  sets.push_back(
+      {"amx", bf16 && amx_allowed(), linalg, &kAmxBf16x3, &kAmxBf16x3, &kAmx, &kAmx, int8});
   sets.push_back(slow_bf16 ? with_vnni : with_bf16);
   sets.push_back(slow_bf16 ? with_bf16 : with_vnni);
   sets.push_back({"avx512", avx512, linalg, &kAvx512, &kAvx512, &kAvx512, &kAvx512, &kAvx512Int8});
   const auto* const avx2_linalg = &kAvx2Linalg;
-  sets.push_back({"avx_vnni", avx2 && has_avx_vnni(), avx2_linalg, &kAvx2, &kAvx2, &kAvx2, &kAvx2, &kAvxVnniInt8});
+  sets.push_back({"avx_vnni", avx2 && has_avx_vnni(), avx2_linalg, &kAvx2, &kAvx2, &kAvx2, &kAvx2,
+                  &kAvxVnniInt8});
   sets.push_back({"avx2", avx2, avx2_linalg, &kAvx2, &kAvx2, &kAvx2, &kAvx2, &kAvx2Int8});
 #endif
   sets.push_back({"generic", true, &kGenericLinalg, &kGeneric, &kGeneric, &kGeneric, &kGeneric,
@@ -92,9 +94,12 @@ std::atomic<const InstructionSet*>& chosen() {
   static std::atomic<const InstructionSet*> set = [] {
     const char* wish = std::getenv("ADACOMCAT_CPU");
     const InstructionSet* found = find(wish && *wish ? wish : nullptr);
-    TORCH_CHECK(found, "ADACOMCAT_CPU=", wish,
-                " is not an instruction set of this CPU; its best is ", find(nullptr)->name,
-                " of amx, avx512_vnni, avx512_bf16, avx512, avx_vnni, avx2, generic");
+    if (!found) {
+      throw std::runtime_error(
+          "ADACOMCAT_CPU=" + std::string(wish) +
+          " is not an instruction set of this CPU; its best is " + find(nullptr)->name +
+          " of amx, avx512_vnni, avx512_bf16, avx512, avx_vnni, avx2, generic");
+    }
     return found;
   }();
   return set;
@@ -103,10 +108,10 @@ std::atomic<const InstructionSet*>& chosen() {
 // Every engine of this build, in an order that stays: packed weights name theirs by its place.
 const std::vector<const Engine*>& engines() {
   static const std::vector<const Engine*> all = {
-      &kGeneric, &kGenericInt8,
+      &kGeneric,   &kGenericInt8,
 #ifdef ADACOMCAT_X86
-      &kAvx2, &kAvx512, &kAvx512Bf16, &kAvx512Vnni, &kAvx512VnniFloat, &kAmx, &kAmxBf16x3,
-      &kAvx2Int8, &kAvxVnniInt8, &kAvx512Int8, &kAvx512VnniInt8,
+      &kAvx2,      &kAvx512,      &kAvx512Bf16,  &kAvx512Vnni, &kAvx512VnniFloat, &kAmx,
+      &kAmxBf16x3, &kAvx2Int8,    &kAvxVnniInt8, &kAvx512Int8, &kAvx512VnniInt8,
 #endif
   };
   return all;
@@ -118,8 +123,8 @@ const Engine* engine_at(int64_t index) {
   if (index < 0 || index >= static_cast<int64_t>(engines().size())) return nullptr;
   const Engine* const engine = engines()[index];
   const InstructionSet& set = instruction_set();
-  const bool runs = engine == set.full || engine == set.reduced || engine == set.bf16 ||
-                    engine == set.int8;
+  const bool runs =
+      engine == set.full || engine == set.reduced || engine == set.bf16 || engine == set.int8;
   return runs ? engine : nullptr;
 }
 

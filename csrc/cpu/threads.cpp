@@ -1,6 +1,6 @@
 #include "cpu/threads.h"
 
-#include <ATen/Parallel.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 
@@ -9,8 +9,8 @@
 namespace adacomcat {
 
 int64_t thread_count() {
-  if (is_inside_loop() || at::in_parallel_region()) return 1;
-  return std::min<int64_t>(at::get_num_threads(), usable_cores());
+  if (is_inside_loop()) return 1;
+  return std::min<int64_t>(torch::stable::get_num_threads(), usable_cores());
 }
 
 }  // namespace adacomcat

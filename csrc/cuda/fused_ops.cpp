@@ -1,11 +1,9 @@
 // The CUDA kernels of fused ops as ops on tensors: checks of the arguments, scratch memory, launches.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <optional>
-#include <string_view>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -16,14 +14,15 @@
 namespace adacomcat::cuda {
 namespace {
 
-using Activate = std::optional<std::string_view>;
+using Activate = std::optional<std::string>;
 
 // What low_rank_linear and gated_low_rank_linear have in common.
-std::tuple<at::Tensor, at::Tensor> run_low_rank_linear(
-    const at::Tensor& x, const at::Tensor& v, const OptionalTensor& gate, const at::Tensor& u,
-    const OptionalTensor& bias, Activation activation, const OptionalTensor& residual,
-    float epsilon, bool keep_intermediates) {
-  TORCH_CHECK(x.dim() > 0 && v.dim() == 2 && u.dim() == 2, "x (..., in), v, u matrices expected");
+std::tuple<Tensor, Tensor> run_low_rank_linear(const Tensor& x, const Tensor& v,
+                                               const OptionalTensor& gate, const Tensor& u,
+                                               const OptionalTensor& bias, Activation activation,
+                                               const OptionalTensor& residual, float epsilon,
+                                               bool keep_intermediates) {
+  REQUIRE(x.dim() > 0 && v.dim() == 2 && u.dim() == 2, "x (..., in), v, u matrices expected");
   check_device(x, "x");
   const int64_t in = x.size(-1), rank = v.size(1), out = u.size(0);
   check_like(x, v, "v", {in, rank});
@@ -32,8 +31,8 @@ std::tuple<at::Tensor, at::Tensor> run_low_rank_linear(
   check_like(x, bias, "bias", {out});
   check_like(x, residual, "residual", with_last(x, out));
   check_sizes({in, rank, out});
-  const c10::DeviceGuard guard(x.device());
-  const at::Tensor y = empty_rows(x, out), middle = empty_rows(x, rank, keep_intermediates);
+  const DeviceGuard guard(x.get_device_index());
+  const Tensor y = empty_rows(x, out), middle = empty_rows(x, rank, keep_intermediates);
   const int64_t rows = row_count(x);
   if (rows == 0 || (out == 0 && !keep_intermediates)) return {y, middle};
   const Dtype dtype = dtype_of(x);
@@ -59,28 +58,27 @@ std::tuple<at::Tensor, at::Tensor> run_low_rank_linear(
   return {y, middle};
 }
 
-std::tuple<at::Tensor, at::Tensor> low_rank_linear_cuda(const at::Tensor& x, const at::Tensor& v,
-                                                        const at::Tensor& u,
-                                                        const OptionalTensor& bias,
-                                                        Activate activation,
-                                                        const OptionalTensor& residual,
-                                                        bool keep_intermediates) {
+std::tuple<Tensor, Tensor> low_rank_linear_cuda(const Tensor& x, const Tensor& v, const Tensor& u,
+                                                const OptionalTensor& bias, Activate activation,
+                                                const OptionalTensor& residual,
+                                                bool keep_intermediates) {
   return run_low_rank_linear(x, v, {}, u, bias, parse_activation(activation), residual, kNoNorm,
                              keep_intermediates);
 }
 
-std::tuple<at::Tensor, at::Tensor> gated_low_rank_linear_cuda(
-    const at::Tensor& x, const at::Tensor& v, const at::Tensor& gate, const at::Tensor& u,
-    const OptionalTensor& bias, bool keep_intermediates) {
+std::tuple<Tensor, Tensor> gated_low_rank_linear_cuda(const Tensor& x, const Tensor& v,
+                                                      const Tensor& gate, const Tensor& u,
+                                                      const OptionalTensor& bias,
+                                                      bool keep_intermediates) {
   return run_low_rank_linear(x, v, gate, u, bias, Activation::none, {}, kNoNorm,
                              keep_intermediates);
 }
 
-void check_mlp(const at::Tensor& x, const at::Tensor& v1, const at::Tensor& u1,
-               const OptionalTensor& b1, const at::Tensor& v2, const at::Tensor& u2,
-               const OptionalTensor& b2, const OptionalTensor& residual) {
-  TORCH_CHECK(x.dim() > 0 && v1.dim() == 2 && u1.dim() == 2 && v2.dim() == 2 && u2.dim() == 2,
-              "x (..., in) and matrices v1, u1, v2, u2 expected");
+void check_mlp(const Tensor& x, const Tensor& v1, const Tensor& u1, const OptionalTensor& b1,
+               const Tensor& v2, const Tensor& u2, const OptionalTensor& b2,
+               const OptionalTensor& residual) {
+  REQUIRE(x.dim() > 0 && v1.dim() == 2 && u1.dim() == 2 && v2.dim() == 2 && u2.dim() == 2,
+          "x (..., in) and matrices v1, u1, v2, u2 expected");
   check_device(x, "x");
   const int64_t in = x.size(-1), rank1 = v1.size(1), hidden = u1.size(0), rank2 = v2.size(1),
                 out = u2.size(0);
@@ -94,17 +92,16 @@ void check_mlp(const at::Tensor& x, const at::Tensor& v1, const at::Tensor& u1,
   check_sizes({in, rank1, hidden, rank2, out});
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> low_rank_mlp_cuda(
-    const at::Tensor& x, const at::Tensor& v1, const at::Tensor& u1, const OptionalTensor& b1,
-    const at::Tensor& v2, const at::Tensor& u2, const OptionalTensor& b2,
-    Activate activation, std::optional<double> epsilon,
+std::tuple<Tensor, Tensor, Tensor> low_rank_mlp_cuda(
+    const Tensor& x, const Tensor& v1, const Tensor& u1, const OptionalTensor& b1, const Tensor& v2,
+    const Tensor& u2, const OptionalTensor& b2, Activate activation, std::optional<double> epsilon,
     const OptionalTensor& residual, bool keep_intermediates) {
   check_mlp(x, v1, u1, b1, v2, u2, b2, residual);
   const int64_t rank1 = v1.size(1), rank2 = v2.size(1), out = u2.size(0), rows = row_count(x);
-  const c10::DeviceGuard guard(x.device());
+  const DeviceGuard guard(x.get_device_index());
   const Dtype dtype = dtype_of(x);
-  const at::Tensor y = empty_rows(x, out), middle1 = empty_rows(x, rank1, keep_intermediates),
-                   middle2 = empty_rows(x, rank2, keep_intermediates);
+  const Tensor y = empty_rows(x, out), middle1 = empty_rows(x, rank1, keep_intermediates),
+               middle2 = empty_rows(x, rank2, keep_intermediates);
   if (rows == 0 || (out == 0 && !keep_intermediates)) return {y, middle1, middle2};
   const DenseRows xs(x), v1s(v1), u1s(u1), v2s(v2), u2s(u2);
   const MaybeRows residuals(residual);
@@ -132,27 +129,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> low_rank_mlp_cuda(
                      epsilon_of(epsilon),
                      1};
   problem.parts = low_rank_mlp_parts(dtype, problem);
-  at::Tensor partial, layer;
+  OptionalTensor partial, layer;
   if (!low_rank_mlp_fits(dtype, rank1, rank2)) {
     check_shared_memory(low_rank_linear_shared_memory(dtype, std::max(rank1, rank2)),
                         std::max(rank1, rank2));
     layer = empty_rows(x, u1.size(0));
-    problem.layer = layer.mutable_data_ptr();
+    problem.layer = layer->mutable_data_ptr();
   }
   if (problem.parts > 1) {
-    partial = at::empty({problem.parts, rows, rank2}, x.options().dtype(at::kFloat));
-    problem.partial = partial.mutable_data_ptr<float>();
+    partial = empty_beside(x, {problem.parts, rows, rank2}, ScalarType::Float);
+    problem.partial = partial->mutable_data_ptr<float>();
   }
   check_launch(low_rank_mlp(dtype, problem, stream_of(x)));
   return {y, middle1, middle2};
 }
 
-at::Tensor dense_mlp_cuda(const at::Tensor& x, const at::Tensor& w1, const OptionalTensor& b1,
-                          const at::Tensor& w2, const OptionalTensor& b2,
-                          Activate activation,
-                          std::optional<double> epsilon, const OptionalTensor& residual,
-                          bool) {
-  TORCH_CHECK(x.dim() > 0 && w1.dim() == 2 && w2.dim() == 2, "x (..., in), w1, w2 matrices expected");
+Tensor dense_mlp_cuda(const Tensor& x, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+                      const OptionalTensor& b2, Activate activation, std::optional<double> epsilon,
+                      const OptionalTensor& residual, bool) {
+  REQUIRE(x.dim() > 0 && w1.dim() == 2 && w2.dim() == 2, "x (..., in), w1, w2 matrices expected");
   check_device(x, "x");
   const int64_t in = x.size(-1), width = w1.size(0), out = w2.size(0), rows = row_count(x);
   check_like(x, w1, "w1", {width, in});
@@ -161,8 +156,8 @@ at::Tensor dense_mlp_cuda(const at::Tensor& x, const at::Tensor& w1, const Optio
   check_like(x, b2, "b2", {out});
   check_like(x, residual, "residual", with_last(x, out));
   check_sizes({in, width, out});
-  const c10::DeviceGuard guard(x.device());
-  const at::Tensor y = empty_rows(x, out), hidden = empty_rows(x, width);
+  const DeviceGuard guard(x.get_device_index());
+  const Tensor y = empty_rows(x, out), hidden = empty_rows(x, width);
   if (rows == 0 || out == 0) return y;
   const DenseRows xs(x), w1s(w1), w2s(w2);
   const MaybeRows residuals(residual);
@@ -188,23 +183,23 @@ at::Tensor dense_mlp_cuda(const at::Tensor& x, const at::Tensor& w1, const Optio
 // The mask as the kernel takes it: any strides, of zero where it is broadcast to (B, H, N, N).
 void set_mask(LowRankAttention& problem, const OptionalTensor& attn_mask) {
   if (!attn_mask) return;
-  const std::vector<int64_t> full{problem.batch, problem.heads, problem.tokens, problem.tokens};
-  const at::Tensor mask = attn_mask->expand(full);
-  for (int d = 0; d < 4; ++d) problem.mask_strides[d] = mask.stride(d);
-  problem.mask = mask.const_data_ptr();
-  problem.mask_kind = mask.scalar_type() == at::kBool ? Mask::boolean : Mask::additive;
+  const auto strides =
+      broadcast_strides(*attn_mask, {problem.batch, problem.heads, problem.tokens, problem.tokens});
+  std::copy(strides.begin(), strides.end(), problem.mask_strides);
+  problem.mask = attn_mask->const_data_ptr();
+  problem.mask_kind = attn_mask->scalar_type() == ScalarType::Bool ? Mask::boolean : Mask::additive;
 }
 
-void check_attention(const at::Tensor& x, const at::Tensor& wq, const OptionalTensor& bq,
-                     const at::Tensor& wk, const at::Tensor& wv, const at::Tensor& wo,
-                     const OptionalTensor& bo, int64_t num_heads, const OptionalTensor& attn_mask,
+void check_attention(const Tensor& x, const Tensor& wq, const OptionalTensor& bq, const Tensor& wk,
+                     const Tensor& wv, const Tensor& wo, const OptionalTensor& bo,
+                     int64_t num_heads, const OptionalTensor& attn_mask,
                      const OptionalTensor& residual) {
-  TORCH_CHECK(x.dim() == 3 && wq.dim() == 2 && wk.dim() == 2 && wv.dim() == 2 && wo.dim() == 2,
-              "x (B, N, d) and matrices wq, wk, wv, wo expected");
+  REQUIRE(x.dim() == 3 && wq.dim() == 2 && wk.dim() == 2 && wv.dim() == 2 && wo.dim() == 2,
+          "x (B, N, d) and matrices wq, wk, wv, wo expected");
   check_device(x, "x");
   const int64_t in = x.size(2), qk = wq.size(0), vo = wv.size(0), out = wo.size(0);
-  TORCH_CHECK(num_heads > 0 && qk % num_heads == 0 && vo % num_heads == 0, qk, " and ", vo,
-              " rows do not split into ", num_heads, " heads");
+  REQUIRE(num_heads > 0 && qk % num_heads == 0 && vo % num_heads == 0, qk, " and ", vo,
+          " rows do not split into ", num_heads, " heads");
   check_like(x, wq, "wq", {qk, in});
   check_like(x, bq, "bq", {qk});
   check_like(x, wk, "wk", {qk, in});
@@ -212,22 +207,22 @@ void check_attention(const at::Tensor& x, const at::Tensor& wq, const OptionalTe
   check_like(x, wo, "wo", {out, vo});
   check_like(x, bo, "bo", {out});
   check_like(x, residual, "residual", with_last(x, out));
-  if (attn_mask && attn_mask->scalar_type() != at::kBool) {
+  if (attn_mask && attn_mask->scalar_type() != ScalarType::Bool) {
     check_like(x, attn_mask, "attn_mask", attn_mask->sizes());
   }
   check_sizes({x.size(1), in, qk, vo, out});
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_attention_cuda(
-    const at::Tensor& x, const at::Tensor& wq, const OptionalTensor& bq, const at::Tensor& wk,
-    const at::Tensor& wv, const at::Tensor& wo, const OptionalTensor& bo, int64_t num_heads,
-    double scale, const OptionalTensor& attn_mask, std::optional<double> epsilon,
-    const OptionalTensor& residual, bool keep_intermediates) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_attention_cuda(
+    const Tensor& x, const Tensor& wq, const OptionalTensor& bq, const Tensor& wk, const Tensor& wv,
+    const Tensor& wo, const OptionalTensor& bo, int64_t num_heads, double scale,
+    const OptionalTensor& attn_mask, std::optional<double> epsilon, const OptionalTensor& residual,
+    bool keep_intermediates) {
   check_attention(x, wq, bq, wk, wv, wo, bo, num_heads, attn_mask, residual);
   const int64_t in = x.size(2), qk = wq.size(0), vo = wv.size(0), out = wo.size(0);
-  const c10::DeviceGuard guard(x.device());
-  const at::Tensor y = empty_rows(x, out), q = empty_rows(x, qk), k = empty_rows(x, qk),
-                   v = empty_rows(x, vo), context = empty_rows(x, vo);
+  const DeviceGuard guard(x.get_device_index());
+  const Tensor y = empty_rows(x, out), q = empty_rows(x, qk), k = empty_rows(x, qk),
+               v = empty_rows(x, vo), context = empty_rows(x, vo);
   const auto none = [&] { return empty_rows(x, 0, false); };
   if (row_count(x) && out) {
     const Dtype dtype = dtype_of(x);
@@ -270,10 +265,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> low_rank_
 }  // namespace
 }  // namespace adacomcat::cuda
 
-TORCH_LIBRARY_IMPL(adacomcat, CUDA, m) {
-  m.impl("dense_mlp_cuda", &adacomcat::cuda::dense_mlp_cuda);
-  m.impl("gated_low_rank_linear_cuda", &adacomcat::cuda::gated_low_rank_linear_cuda);
-  m.impl("low_rank_attention_cuda", &adacomcat::cuda::low_rank_attention_cuda);
-  m.impl("low_rank_linear_cuda", &adacomcat::cuda::low_rank_linear_cuda);
-  m.impl("low_rank_mlp_cuda", &adacomcat::cuda::low_rank_mlp_cuda);
+STABLE_TORCH_LIBRARY_IMPL(adacomcat, CUDA, m) {
+  m.impl("dense_mlp_cuda", TORCH_BOX(&adacomcat::cuda::dense_mlp_cuda));
+  m.impl("gated_low_rank_linear_cuda", TORCH_BOX(&adacomcat::cuda::gated_low_rank_linear_cuda));
+  m.impl("low_rank_attention_cuda", TORCH_BOX(&adacomcat::cuda::low_rank_attention_cuda));
+  m.impl("low_rank_linear_cuda", TORCH_BOX(&adacomcat::cuda::low_rank_linear_cuda));
+  m.impl("low_rank_mlp_cuda", TORCH_BOX(&adacomcat::cuda::low_rank_mlp_cuda));
 }

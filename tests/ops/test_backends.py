@@ -271,7 +271,7 @@ def test_cuda_refuses_with_the_reason(op: str, x: object, capability: tuple[int,
                           shared_memory_per_block_optin=232448 if capability[1] == 0 else 101376)
     built = SimpleNamespace(svd_shared_memory=lambda m, n, size: size * m * n + 3928)
     monkeypatch.setattr(backends, "_no_cuda", lambda: None)
-    monkeypatch.setattr(backends, "_EXTENSION", built)
+    monkeypatch.setattr(backends.extension, "MODULE", built)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     found = backends.refusal("cuda", op, x)
     assert found is None if reason is None else re.search(reason, found)

@@ -35,10 +35,24 @@ def test_extension_was_built_against_this_torch() -> None:
     assert info["compiler"].split()[0] in ("gcc", "clang")
     assert isinstance(info["cuda"], bool)
     features = info["cpu_features"]
-    if info["cpu_capability"] == "AVX2":
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX2":
         assert features["avx2"]
-    if info["cpu_capability"] == "AVX512":
+    if capability == "AVX512":
         assert features["avx512f"]
+
+
+def test_extension_needs_the_stable_abi_alone() -> None:
+    """No symbol of C++ PyTorch, so that the binary serves other torch versions than its own."""
+    found = importlib.util.find_spec("adacomcat._C")
+    if found is None or found.origin is None or shutil.which("nm") is None:
+        pytest.skip("no extension, or no nm")
+    wanted = subprocess.run(["nm", "-D", "--undefined-only", found.origin], capture_output=True,
+                            text=True, check=True).stdout
+    assert "aoti_torch_get_sizes" in wanted
+    unstable = [line.split()[-1] for line in wanted.splitlines()
+                if re.match(r"_Z\w*?(2at|3c10|5torch)\d", line.split()[-1])]
+    assert unstable == []
 
 
 def test_import_is_light() -> None:

@@ -75,17 +75,17 @@ struct Mask {
 
 struct Engine {
   const char* name;
-  Dtype operand;        // the format of the lhs
-  int64_t tile_rows;    // mr: rows of a full tile of C
-  int64_t row_step;     // fewer rows than these cost as much as these
-  int64_t block_rows;   // mc: rows that an op takes through all its products at a time
-  int64_t lanes;        // nr is one or two times this; packed columns are padded to a multiple
-  int64_t k_group;      // columns of the lhs are padded with zeros to a multiple of this
-  int64_t k_multiple;   // rows of the packed rhs are padded with zeros to a multiple of this
-  int64_t packed_size;  // bytes of an element of the packed rhs
+  Dtype operand;         // the format of the lhs
+  int64_t tile_rows;     // mr: rows of a full tile of C
+  int64_t row_step;      // fewer rows than these cost as much as these
+  int64_t block_rows;    // mc: rows that an op takes through all its products at a time
+  int64_t lanes;         // nr is one or two times this; packed columns are padded to a multiple
+  int64_t k_group;       // columns of the lhs are padded with zeros to a multiple of this
+  int64_t k_multiple;    // rows of the packed rhs are padded with zeros to a multiple of this
+  int64_t packed_size;   // bytes of an element of the packed rhs
   int64_t packed_group;  // rows of the packed rhs that are adjacent in each column
-  int64_t packed_zero;  // what is added to the integers of the packed rhs
-  int64_t scale_rows;   // rows of the packed rhs that hold the scales of its columns
+  int64_t packed_zero;   // what is added to the integers of the packed rhs
+  int64_t scale_rows;    // rows of the packed rhs that hold the scales of its columns
 
   // Packs the rhs B (k, n), whose element (i, j) stands at b + i * row + j * column. Engines of int8 read
   // the scales (n) of its columns.
@@ -135,6 +135,9 @@ constexpr int64_t kKStep = 32;
 
 // The engine of the current instruction set for products of this dtype with weights.
 const Engine& engine(Dtype dtype);
+
+// Whether products of float32 may lose digits from now on, in the whole process.
+void reduce_float32(bool reduce);
 // The one for products of activations with activations. It has the same operand format.
 const Engine& activation_engine(Dtype dtype);
 // The one whose operands are those of `weights`, which multiplied x of this dtype.

@@ -1,9 +1,6 @@
 // The truncated SVD of many small matrices, a (..., m, n) → u (..., m, k), s (..., k), v (..., n, k), and
 // their singular values alone.
-#include <ATen/Dispatch.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <atomic>
@@ -23,22 +20,23 @@ SvdStatus decompose(const LinalgKernels& kernels, const SvdProblem<double>& prob
 
 // A matrix of floats in double, which has the squares of all floats.
 SvdStatus decompose_in_double(const LinalgKernels& kernels, const SvdProblem<float>& p) {
-  const int64_t size = svd_workspace<double>(std::max(p.rows, p.columns),
-                                             std::min(p.rows, p.columns));
-  const auto memory = [](int64_t count) { return at::empty({count}, at::kDouble); };
-  const at::Tensor a = memory(p.rows * p.columns), workspace = memory(size), s = memory(p.rank),
-                   u = memory(p.rows * p.rank), v = memory(p.columns * p.rank);
-  double* next = a.data_ptr<double>();
+  const int64_t size =
+      svd_workspace<double>(std::max(p.rows, p.columns), std::min(p.rows, p.columns));
+  const auto memory = [](int64_t count) { return empty({count}, ScalarType::Double); };
+  const Tensor a = memory(p.rows * p.columns), workspace = memory(size), s = memory(p.rank),
+               u = memory(p.rows * p.rank), v = memory(p.columns * p.rank);
+  double* next = a.mutable_data_ptr<double>();
   for (int64_t i = 0; i < p.rows; ++i) {
     for (int64_t j = 0; j < p.columns; ++j) *next++ = p.a[i * p.row_stride + j * p.column_stride];
   }
   const SvdStatus status = decompose(
-      kernels, SvdProblem<double>{p.rows, p.columns, p.rank, a.data_ptr<double>(), p.columns, 1,
-                                  p.u ? u.data_ptr<double>() : nullptr, s.data_ptr<double>(),
-                                  p.v ? v.data_ptr<double>() : nullptr,
-                                  workspace.data_ptr<double>(), p.workers});
-  const auto store = [](const at::Tensor& from, float* to) {
-    if (to) std::copy_n(from.data_ptr<double>(), from.numel(), to);
+      kernels,
+      SvdProblem<double>{p.rows, p.columns, p.rank, a.mutable_data_ptr<double>(), p.columns, 1,
+                         p.u ? u.mutable_data_ptr<double>() : nullptr, s.mutable_data_ptr<double>(),
+                         p.v ? v.mutable_data_ptr<double>() : nullptr,
+                         workspace.mutable_data_ptr<double>(), p.workers});
+  const auto store = [](const Tensor& from, float* to) {
+    if (to) std::copy_n(from.const_data_ptr<double>(), from.numel(), to);
   };
   store(u, p.u), store(s, p.s), store(v, p.v);
   return status;
@@ -67,7 +65,7 @@ class IdleThreads final : public Workers {
 
 // Decomposes all matrices of a (count, rows, columns). u and v are null if they are not wanted.
 template <class T>
-void decompose_all(const at::Tensor& a, int64_t k, T* u, T* s, T* v) {
+void decompose_all(const Tensor& a, int64_t k, T* u, T* s, T* v) {
   const int64_t rows = a.size(1), columns = a.size(2), count = a.size(0);
   if (!rows || !columns) return;  // there is nothing to write
   const int64_t size = svd_workspace<T>(std::max(rows, columns), std::min(rows, columns));
@@ -75,7 +73,7 @@ void decompose_all(const at::Tensor& a, int64_t k, T* u, T* s, T* v) {
   const T* data = a.const_data_ptr<T>();
   std::atomic<int64_t> not_finite{count}, not_converged{count};
   share_out(count, [&](Items& items) {
-    const at::Tensor workspace = at::empty({size}, a.options());
+    const Tensor workspace = empty_beside(a, {size});
     IdleThreads workers;
     for (int64_t i; items.take(i);) {
       const SvdProblem<T> problem{rows,
@@ -87,7 +85,7 @@ void decompose_all(const at::Tensor& a, int64_t k, T* u, T* s, T* v) {
                                   u ? u + i * rows * k : nullptr,
                                   s + i * k,
                                   v ? v + i * columns * k : nullptr,
-                                  workspace.data_ptr<T>(),
+                                  workspace.mutable_data_ptr<T>(),
                                   workers};
       const SvdStatus status = decompose(kernels, problem);
       if (status == SvdStatus::not_finite) lower(not_finite, i);
@@ -97,28 +95,30 @@ void decompose_all(const at::Tensor& a, int64_t k, T* u, T* s, T* v) {
   check_svd(count, not_finite, not_converged);
 }
 
-void check(const at::Tensor& a) {
+void check(const Tensor& a) {
   check_matrices(a);
-  TORCH_CHECK(a.device().is_cpu(), "a must be on the CPU, got ", a.device());
+  REQUIRE(a.is_cpu(), "a must be on the CPU, got ", a.device());
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batched_svd_cpu(const at::Tensor& a, int64_t k) {
+std::tuple<Tensor, Tensor, Tensor> batched_svd_cpu(const Tensor& a, int64_t k) {
   check(a);
   const SvdResult result(a, k);
-  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "batched_svd", [&] {
-    decompose_all<scalar_t>(as_batch(a), k, result.u.data_ptr<scalar_t>(),
-                            result.s.data_ptr<scalar_t>(), result.v.data_ptr<scalar_t>());
+  for_floating(a.scalar_type(), "batched_svd", [&](auto zero) {
+    using T = decltype(zero);
+    decompose_all<T>(as_batch(a), k, result.u.mutable_data_ptr<T>(), result.s.mutable_data_ptr<T>(),
+                     result.v.mutable_data_ptr<T>());
   });
   return {result.u, result.s, result.v};
 }
 
 // All singular values of a (..., m, n), without vectors.
-at::Tensor singular_values_cpu(const at::Tensor& a) {
+Tensor singular_values_cpu(const Tensor& a) {
   check(a);
   const int64_t k = std::min(a.size(-2), a.size(-1));
-  const at::Tensor s = at::empty(join_sizes(a.sizes().slice(0, a.dim() - 2), {k}), a.options());
-  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "singular_values", [&] {
-    decompose_all<scalar_t>(as_batch(a), k, nullptr, s.data_ptr<scalar_t>(), nullptr);
+  const Tensor s = empty_beside(a, join_sizes(a.sizes().slice(0, a.dim() - 2), {k}));
+  for_floating(a.scalar_type(), "singular_values", [&](auto zero) {
+    using T = decltype(zero);
+    decompose_all<T>(as_batch(a), k, nullptr, s.mutable_data_ptr<T>(), nullptr);
   });
   return s;
 }
@@ -126,7 +126,7 @@ at::Tensor singular_values_cpu(const at::Tensor& a) {
 }  // namespace
 }  // namespace adacomcat
 
-TORCH_LIBRARY_IMPL(adacomcat, CPU, m) {
-  m.impl("batched_svd_cpu", &adacomcat::batched_svd_cpu);
-  m.impl("singular_values_cpu", &adacomcat::singular_values_cpu);
+STABLE_TORCH_LIBRARY_IMPL(adacomcat, CPU, m) {
+  m.impl("batched_svd_cpu", TORCH_BOX(&adacomcat::batched_svd_cpu));
+  m.impl("singular_values_cpu", TORCH_BOX(&adacomcat::singular_values_cpu));
 }

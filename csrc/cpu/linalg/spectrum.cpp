@@ -1,15 +1,13 @@
 // Gram matrices, a (..., m, n) → aᵀ a (..., n, n) in double, and the eigenvalues of symmetric matrices in
 // ascending order, a (..., n, n) → (..., n).
-#include <ATen/Dispatch.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 
+#include "common/svd.h"
 #include "cpu/isa.h"
 #include "cpu/linalg/kernels.h"
 #include "cpu/threads.h"
@@ -19,7 +17,7 @@ namespace {
 
 const Spectrum& spectrum() {
   const Spectrum* found = instruction_set().linalg->spectrum;
-  TORCH_CHECK(found, "there are kernels for AVX2 and AVX512 only");
+  REQUIRE(found, "there are kernels for AVX2 and AVX512 only");
   return *found;
 }
 
@@ -51,8 +49,8 @@ void gram_of_one(int64_t m, int64_t n, const T* a, int64_t row, int64_t column, 
   const Spectrum& with = spectrum();
   const int64_t panels = (n + with.panel - 1) / with.panel;
   const int64_t rows = std::min(m, kGramRows);
-  const at::Tensor workspace = at::empty({rows * panels * with.panel}, at::kDouble);
-  double* packed = workspace.data_ptr<double>();
+  const Tensor workspace = empty({rows * panels * with.panel}, ScalarType::Double);
+  double* packed = workspace.mutable_data_ptr<double>();
   for (int64_t first = 0; first < m; first += kGramRows) {
     const int64_t count = std::min(kGramRows, m - first);
     parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
@@ -71,18 +69,19 @@ void gram_of_one(int64_t m, int64_t n, const T* a, int64_t row, int64_t column, 
   mirror(n, gram);
 }
 
-at::Tensor gram_cpu(const at::Tensor& a) {
-  TORCH_CHECK(a.dim() >= 2, "a must be a matrix or a batch of them, got shape ", a.sizes());
-  TORCH_CHECK(a.device().is_cpu(), "a must be on the CPU, got ", a.device());
+Tensor gram_cpu(const Tensor& a) {
+  REQUIRE(a.dim() >= 2, "a must be a matrix or a batch of them, got shape ", a.sizes());
+  REQUIRE(a.is_cpu(), "a must be on the CPU, got ", a.device());
   const int64_t m = a.size(-2), n = a.size(-1);
   auto shape = a.sizes().vec();
   shape[shape.size() - 2] = n;
-  const at::Tensor gram = at::zeros(shape, at::kDouble);
+  const Tensor gram = empty(shape, ScalarType::Double);
+  double* to = gram.mutable_data_ptr<double>();
+  std::fill_n(to, gram.numel(), 0.0);
   if (gram.numel() == 0 || m == 0) return gram;
-  const at::Tensor batch = a.dim() == 2 ? a.unsqueeze(0) : a.flatten(0, -3);
-  double* to = gram.data_ptr<double>();
-  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "gram", [&] {
-    const scalar_t* data = batch.const_data_ptr<scalar_t>();
+  const Tensor batch = as_batch(a);
+  for_floating(a.scalar_type(), "gram", [&](auto zero) {
+    const auto* data = batch.const_data_ptr<decltype(zero)>();
     parallel_for(0, batch.size(0), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         gram_of_one(m, n, data + i * batch.stride(0), batch.stride(1), batch.stride(2),
@@ -93,23 +92,23 @@ at::Tensor gram_cpu(const at::Tensor& a) {
   return gram;
 }
 
-at::Tensor eigenvalues_cpu(const at::Tensor& a) {
-  TORCH_CHECK(a.dim() >= 2 && a.size(-1) == a.size(-2), "a must be square, got shape ", a.sizes());
-  TORCH_CHECK(a.device().is_cpu() && a.scalar_type() == at::kDouble,
-              "a must be float64 on the CPU, got ", a.scalar_type(), " on ", a.device());
+Tensor eigenvalues_cpu(const Tensor& a) {
+  REQUIRE(a.dim() >= 2 && a.size(-1) == a.size(-2), "a must be square, got shape ", a.sizes());
+  REQUIRE(a.is_cpu() && a.scalar_type() == ScalarType::Double, "a must be float64 on the CPU, got ",
+          a.scalar_type(), " on ", a.device());
   const Spectrum& with = spectrum();
   const int64_t n = a.size(-1);
-  const at::Tensor matrices = a.contiguous();
-  const at::Tensor values = at::empty(a.sizes().slice(0, a.dim() - 1), a.options());
+  const Tensor matrices = torch::stable::contiguous(a);
+  const Tensor values = empty_beside(a, a.sizes().slice(0, a.dim() - 1));
   if (values.numel() == 0) return values;
   const double* data = matrices.const_data_ptr<double>();
-  double* to = values.data_ptr<double>();
+  double* to = values.mutable_data_ptr<double>();
   std::atomic<bool> finite{true}, converged{true};
   parallel_for(0, values.numel() / n, 1, [&](int64_t begin, int64_t end) {
-    const at::Tensor workspace = at::empty({eigenvalue_workspace(n)}, a.options());
+    const Tensor workspace = empty_beside(a, {eigenvalue_workspace(n)});
     for (int64_t i = begin; i < end; ++i) {
       double* found = to + i * n;
-      if (!with.eigenvalues(n, data + i * n * n, found, workspace.data_ptr<double>())) {
+      if (!with.eigenvalues(n, data + i * n * n, found, workspace.mutable_data_ptr<double>())) {
         converged = false;
       }
       if (std::all_of(found, found + n, [](double x) { return std::isfinite(x); })) {
@@ -119,15 +118,15 @@ at::Tensor eigenvalues_cpu(const at::Tensor& a) {
       }
     }
   });
-  TORCH_CHECK_VALUE(finite, "a holds NaN or infinite values; it has no eigenvalues");
-  TORCH_CHECK(converged, "the eigenvalues of a matrix did not converge");
+  REQUIRE_VALUE(finite, "a holds NaN or infinite values; it has no eigenvalues");
+  REQUIRE(converged, "the eigenvalues of a matrix did not converge");
   return values;
 }
 
 }  // namespace
 }  // namespace adacomcat
 
-TORCH_LIBRARY_IMPL(adacomcat, CPU, m) {
-  m.impl("gram_cpu", &adacomcat::gram_cpu);
-  m.impl("eigenvalues_cpu", &adacomcat::eigenvalues_cpu);
+STABLE_TORCH_LIBRARY_IMPL(adacomcat, CPU, m) {
+  m.impl("gram_cpu", TORCH_BOX(&adacomcat::gram_cpu));
+  m.impl("eigenvalues_cpu", TORCH_BOX(&adacomcat::eigenvalues_cpu));
 }

@@ -18,17 +18,16 @@ constexpr int64_t kLogitBytes = 32 * 1024;  // of the rows of logits that a thre
 
 // An attention mask broadcast to (B, H, N, N), read where it is.
 struct Masks {
-  at::Tensor tensor;
   int64_t batch = 0, head = 0;
   Mask first;
 
   Masks(const OptionalTensor& mask, int64_t batches, int64_t heads, int64_t tokens) {
     if (!mask) return;
-    tensor = mask->expand({batches, heads, tokens, tokens});
-    batch = tensor.stride(0), head = tensor.stride(1);
-    first = {tensor.const_data_ptr(), tensor.stride(2), tensor.stride(3),
-             tensor.scalar_type() == at::kBool};
-    if (!first.boolean) first.dtype = dtype_of(tensor);
+    const auto strides = broadcast_strides(*mask, {batches, heads, tokens, tokens});
+    batch = strides[0], head = strides[1];
+    first = {mask->const_data_ptr(), strides[2], strides[3],
+             mask->scalar_type() == ScalarType::Bool};
+    if (!first.boolean) first.dtype = dtype_of(*mask);
   }
 
   // The mask of head h in batch b, from `row` on.
@@ -44,16 +43,17 @@ struct Masks {
 
 // Sines or cosines (P, head_dim) of every image and head, broadcast to (B, H, P, head_dim).
 struct Angles {
-  at::Tensor tensor;
+  OptionalTensor tensor;
   int64_t batch = 0, head = 0;
   Rows first{nullptr, 0, Dtype::f32};
 
   Angles(const OptionalTensor& angles, int64_t batches, int64_t heads) {
     if (!angles) return;
-    tensor = angles->stride(-1) == 1 ? *angles : angles->contiguous();
-    tensor = tensor.expand({batches, heads, tensor.size(-2), tensor.size(-1)});
-    batch = tensor.stride(0), head = tensor.stride(1);
-    first = {tensor.const_data_ptr(), tensor.stride(2), dtype_of(tensor)};
+    tensor = angles->stride(-1) == 1 ? *angles : torch::stable::contiguous(*angles);
+    const auto strides =
+        broadcast_strides(*tensor, {batches, heads, tensor->size(-2), tensor->size(-1)});
+    batch = strides[0], head = strides[1];
+    first = {tensor->const_data_ptr(), strides[2], dtype_of(*tensor)};
   }
 
   Rows of(int64_t b, int64_t h) const {
@@ -116,8 +116,8 @@ bool shares_images(int64_t images) {
 // One call of an op.
 class Attention {
  public:
-  Attention(const at::Tensor& x, const AttentionWeights& w, const AttentionOptions& options,
-            const at::Tensor& y)
+  Attention(const Tensor& x, const AttentionWeights& w, const AttentionOptions& options,
+            const Tensor& y)
       : e(engine_for(x, w.wq)), wq(read_weight(e, w.wq, true)), wk(read_weight(e, w.wk, true)),
         wv(read_weight(e, w.wv, true)), wo(read_weight(e, w.wo, true)),
         vq(options.rotary ? read_factor(e, options.rotary->vq) : PackedWeight{}),
@@ -133,8 +133,8 @@ class Attention {
   void run(int64_t image, int64_t images, Turn turn, const Intermediates* intermediates) const {
     const int64_t rows = images * tokens, size = e.operand_size();
     const int64_t qk_bytes = rows * wq.n * size, vo_bytes = rows * wv.n * size;
-    Workspace workspace({qk_bytes, qk_bytes, vo_bytes, vo_bytes, rows * vq.n * size,
-                         rows * vk.n * size});
+    Workspace workspace(
+        {qk_bytes, qk_bytes, vo_bytes, vo_bytes, rows * vq.n * size, rows * vk.n * size});
     const auto next = [&](int64_t columns) {
       return Activations{workspace.next<char>(), columns, size};
     };
@@ -149,7 +149,7 @@ class Attention {
     const Activations* const activations[] = {&q, &k, &v, &context};
     for (int i = 0; i < 4; ++i) {
       const Activations& a = *activations[i];
-      const at::Tensor& to = (*intermediates)[i];
+      const Tensor& to = (*intermediates)[i];
       if (to.numel()) store_rows(e, rows, a.columns, a.data, a.columns, to, image * tokens);
     }
   }
@@ -206,7 +206,7 @@ class Attention {
   // Turns queries and keys of the last tokens, in place.
   void rotate(const Sweep& sweep) const {
     if (!sin.first.data) return;
-    const int64_t rotated = sin.tensor.size(2), head_dim = sin.tensor.size(3);
+    const int64_t rotated = sin.tensor->size(-2), head_dim = sin.tensor->size(-1);
     for_each_item(e, sweep.images * options.num_heads, [&](int64_t i, Turn) {
       const int64_t image = i / options.num_heads, head = i % options.num_heads;
       const int64_t row = (image + 1) * tokens - rotated;
@@ -301,15 +301,14 @@ class Attention {
 
 }  // namespace
 
-void run_attention(const at::Tensor& x, const AttentionWeights& weights,
-                   const AttentionOptions& options, const at::Tensor& y,
+void run_attention(const Tensor& x, const AttentionWeights& weights,
+                   const AttentionOptions& options, const Tensor& y,
                    const Intermediates* intermediates) {
   const Attention call(x, weights, options, y);
   const int64_t images = x.size(0);
   if (!shares_images(images)) return call.run(0, images, {true, true}, intermediates);
-  for_each_item(engine_for(x, weights.wq), images, [&](int64_t image, Turn turn) {
-    call.run(image, 1, turn, intermediates);
-  });
+  for_each_item(engine_for(x, weights.wq), images,
+                [&](int64_t image, Turn turn) { call.run(image, 1, turn, intermediates); });
 }
 
 }  // namespace adacomcat

@@ -9,7 +9,7 @@
 namespace adacomcat {
 
 struct AttentionWeights {
-  const at::Tensor &wq, &wk, &wv, &wo;
+  const Tensor &wq, &wk, &wv, &wo;
   const OptionalTensor &bq, &bo;
 };
 
@@ -30,22 +30,21 @@ struct AttentionOptions {
 };
 
 // q, k, v and the context, (rows, columns) each; those that have elements are stored.
-using Intermediates = std::array<at::Tensor, 4>;
+using Intermediates = std::array<Tensor, 4>;
 
 // Writes y (B, N, out), which has elements.
-void run_attention(const at::Tensor& x, const AttentionWeights& weights,
-                   const AttentionOptions& options, const at::Tensor& y,
+void run_attention(const Tensor& x, const AttentionWeights& weights,
+                   const AttentionOptions& options, const Tensor& y,
                    const Intermediates* intermediates);
 
 // x (B, N, d), wv (H · rank_vo, d), wo (out, H · rank_vo).
-inline void check_values(const at::Tensor& x, const AttentionWeights& w, int64_t num_heads) {
-  TORCH_CHECK(x.dim() == 3, "x must be (B, N, d), got ", x.sizes());
-  TORCH_CHECK(is_weight(w.wq) && is_weight(w.wv) && is_weight(w.wo),
-              "wq, wv, wo must be matrices");
+inline void check_values(const Tensor& x, const AttentionWeights& w, int64_t num_heads) {
+  REQUIRE(x.dim() == 3, "x must be (B, N, d), got ", x.sizes());
+  REQUIRE(is_weight(w.wq) && is_weight(w.wv) && is_weight(w.wo), "wq, wv, wo must be matrices");
   const int64_t columns_qk = weight_size(w.wq, 0), columns_vo = weight_size(w.wv, 0);
   const int64_t out = weight_size(w.wo, 0);
-  TORCH_CHECK(num_heads > 0 && columns_qk % num_heads == 0 && columns_vo % num_heads == 0,
-              "the rows of wq and wv must split into ", num_heads, " heads");
+  REQUIRE(num_heads > 0 && columns_qk % num_heads == 0 && columns_vo % num_heads == 0,
+          "the rows of wq and wv must split into ", num_heads, " heads");
   check_weight(x, w.wv, "wv", {columns_vo, x.size(2)});
   check_weight(x, w.wo, "wo", {out, columns_vo});
   check_like(x, w.bq, "bq", {columns_qk});
@@ -53,7 +52,7 @@ inline void check_values(const at::Tensor& x, const AttentionWeights& w, int64_t
 }
 
 // The same, and wq and wk (H · rank_qk, d).
-inline void check_attention(const at::Tensor& x, const AttentionWeights& w, int64_t num_heads) {
+inline void check_attention(const Tensor& x, const AttentionWeights& w, int64_t num_heads) {
   check_values(x, w, num_heads);
   const int64_t d = x.size(2), columns_qk = weight_size(w.wq, 0);
   check_weight(x, w.wq, "wq", {columns_qk, d});

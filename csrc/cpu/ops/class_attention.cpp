@@ -1,8 +1,7 @@
 // The class token of x + low_rank_attention(x̂), x̂ the layer norm of x: the last attention of a classifier
 // needs no other token. No key and no value is computed. The logits of head h are x̂ (Wk_hᵀ q_h), and its
 // values are Wv_h (x̂ᵀ p_h) for the softmax p_h, so each weight meets single vectors only.
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
 
 #include <cmath>
 
@@ -26,8 +25,8 @@ void softmax(float* row, int64_t n, float scale) {
 // One call of the op.
 class ClassAttention {
  public:
-  ClassAttention(const at::Tensor& x, const AttentionWeights& w, int64_t num_heads, double scale,
-                 double epsilon, const at::Tensor& y)
+  ClassAttention(const Tensor& x, const AttentionWeights& w, int64_t num_heads, double scale,
+                 double epsilon, const Tensor& y)
       : e(engine(dtype_of(x))), xs(x), qs(w.wq), ks(w.wk), vs(w.wv), os(w.wo), bias_q(w.bq),
         bias_o(w.bo), out(y), tokens(x.size(1)), d(x.size(2)), num_heads(num_heads),
         rank_qk(w.wq.size(0) / num_heads), rank_vo(w.wv.size(0) / num_heads),
@@ -100,16 +99,15 @@ class ClassAttention {
   const float scale, epsilon;
 };
 
-at::Tensor class_attention(const at::Tensor& x, const at::Tensor& wq, const OptionalTensor& bq,
-                           const at::Tensor& wk, const at::Tensor& wv, const at::Tensor& wo,
-                           const OptionalTensor& bo, int64_t num_heads, double scale,
-                           double epsilon) {
+Tensor class_attention(const Tensor& x, const Tensor& wq, const OptionalTensor& bq,
+                       const Tensor& wk, const Tensor& wv, const Tensor& wo,
+                       const OptionalTensor& bo, int64_t num_heads, double scale, double epsilon) {
   const AttentionWeights weights{wq, wk, wv, wo, bq, bo};
   check_attention(x, weights, num_heads);
   const int64_t images = x.size(0), d = x.size(2);
-  TORCH_CHECK(x.size(1) > 0, "x must be (B, N, d) with a token, got ", x.sizes());
+  REQUIRE(x.size(1) > 0, "x must be (B, N, d) with a token, got ", x.sizes());
   check_like(x, wo, "wo", {d, wv.size(0)});
-  const at::Tensor y = at::empty({images, 1, d}, x.options());
+  const Tensor y = empty_beside(x, {images, 1, d});
   const ClassAttention call(x, weights, num_heads, scale, epsilon, y);
   const auto attend = [&](int64_t begin, int64_t end) {
     for (int64_t image = begin; image < end; ++image) call.attend(image);
@@ -125,6 +123,8 @@ at::Tensor class_attention(const at::Tensor& x, const at::Tensor& wq, const Opti
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(adacomcat, CPU, m) { m.impl("class_attention_cpu", &class_attention); }
+STABLE_TORCH_LIBRARY_IMPL(adacomcat, CPU, m) {
+  m.impl("class_attention_cpu", TORCH_BOX(&class_attention));
+}
 
 }  // namespace adacomcat

@@ -1,5 +1,5 @@
 // y = act(x̂ W1ᵀ + b1) W2ᵀ + b2 + residual.
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
 
 #include "cpu/ops/mlp.h"
 
@@ -7,12 +7,11 @@ namespace adacomcat {
 namespace {
 
 // The last argument is `keep_intermediates`, which all ops have: this one has none to keep.
-at::Tensor dense_mlp(const at::Tensor& x, const at::Tensor& w1, const OptionalTensor& b1,
-                     const at::Tensor& w2, const OptionalTensor& b2,
-                     std::optional<std::string_view> activation, std::optional<double> epsilon,
-                     const OptionalTensor& residual, bool) {
-  TORCH_CHECK(x.dim() > 0 && is_weight(w1) && is_weight(w2),
-              "x (..., in) and matrices w1, w2 expected");
+Tensor dense_mlp(const Tensor& x, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2,
+                 const OptionalTensor& b2, std::optional<std::string> activation,
+                 std::optional<double> epsilon, const OptionalTensor& residual, bool) {
+  REQUIRE(x.dim() > 0 && is_weight(w1) && is_weight(w2),
+          "x (..., in) and matrices w1, w2 expected");
   const int64_t hidden = weight_size(w1, 0), out = weight_size(w2, 0);
   check_weight(x, w1, "w1", {hidden, x.size(-1)});
   check_weight(x, w2, "w2", {out, hidden});
@@ -20,7 +19,7 @@ at::Tensor dense_mlp(const at::Tensor& x, const at::Tensor& w1, const OptionalTe
   check_like(x, b2, "b2", {out});
   check_like(x, residual, "residual", with_last(x, out));
 
-  const at::Tensor y = empty_rows(x, out);
+  const Tensor y = empty_rows(x, out);
   if (!row_count(x) || !out) return y;
 
   const Engine& e = engine_for(x, w1);
@@ -37,6 +36,6 @@ at::Tensor dense_mlp(const at::Tensor& x, const at::Tensor& w1, const OptionalTe
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(adacomcat, CPU, m) { m.impl("dense_mlp_cpu", &dense_mlp); }
+STABLE_TORCH_LIBRARY_IMPL(adacomcat, CPU, m) { m.impl("dense_mlp_cpu", TORCH_BOX(&dense_mlp)); }
 
 }  // namespace adacomcat

@@ -1,7 +1,7 @@
 // The gradient of a hidden layer h = act(middle Uᵀ + b), which is computed anew, and of what surrounds it.
 // Neither middle Uᵀ nor the gradient of h is ever stored whole: each block of rows meets the hidden layer
 // in chunks of columns.
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
 
 #include <cstring>
 #include <tuple>
@@ -16,19 +16,19 @@ namespace {
 constexpr int64_t kHiddenPanels = 8;  // of a chunk
 
 struct Weights {
-  const at::Tensor& u;
+  const Tensor& u;
   const OptionalTensor &bias, &u2, &v2, &v;
 
   // Columns of grad U2, or of grad.
-  int64_t inner2(const at::Tensor& grad) const { return u2 ? u2->size(1) : grad.size(-1); }
+  int64_t inner2(const Tensor& grad) const { return u2 ? u2->size(1) : grad.size(-1); }
 };
 
 // Each is empty if it is not wanted.
 struct Gradients {
-  at::Tensor pre, h, middle2, middle, x;
+  Tensor pre, h, middle2, middle, x;
 };
 
-void check(const at::Tensor& grad, const at::Tensor& middle, const Weights& w) {
+void check(const Tensor& grad, const Tensor& middle, const Weights& w) {
   const int64_t inner = middle.size(-1), hidden = w.u.size(0), out = grad.size(-1);
   check_like(middle, w.u, "u", {hidden, inner});
   check_like(middle, w.bias, "bias", {hidden});
@@ -45,7 +45,7 @@ PackedWeight pack_optional(const Engine& e, const OptionalTensor& weight, bool t
 // One call of the op.
 class HiddenGradient {
  public:
-  HiddenGradient(const at::Tensor& grad, const at::Tensor& middle, const Weights& w, Activation act,
+  HiddenGradient(const Tensor& grad, const Tensor& middle, const Weights& w, Activation act,
                  const Gradients& to)
       : e(activation_engine(dtype_of(middle))), into2(pack_optional(e, w.u2, false)),
         out_of2(pack_optional(e, w.v2, true)), up(read_weight(e, w.u, true)),
@@ -142,10 +142,10 @@ class HiddenGradient {
 // The gradient of h is grad_h = (grad U2) V2ᵀ, or grad V2ᵀ without u2, or grad without both. Returns
 // act'(middle Uᵀ + b) · grad_h, h if it is wanted, grad U2, and the gradients of the middle and, if there
 // is a v, of x: grad_pre U and grad_pre U Vᵀ.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> hidden_gradient(
-    const at::Tensor& grad, const at::Tensor& middle, const at::Tensor& u,
-    const OptionalTensor& bias, std::optional<std::string_view> activation,
-    const OptionalTensor& u2, const OptionalTensor& v2, const OptionalTensor& v, bool want_hidden) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hidden_gradient(
+    const Tensor& grad, const Tensor& middle, const Tensor& u, const OptionalTensor& bias,
+    std::optional<std::string> activation, const OptionalTensor& u2, const OptionalTensor& v2,
+    const OptionalTensor& v, bool want_hidden) {
   const Weights w{u, bias, u2, v2, v};
   check(grad, middle, w);
   const int64_t hidden = u.size(0), inner = middle.size(-1), in = v ? v->size(0) : 0;
@@ -160,13 +160,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> hidden_gr
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(adacomcat, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(adacomcat, m) {
   m.def(
       "hidden_gradient_cpu(Tensor grad, Tensor middle, Tensor u, Tensor? bias, str? activation, "
       "Tensor? u2, Tensor? v2, Tensor? v, bool want_hidden) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(adacomcat, CPU, m) { m.impl("hidden_gradient_cpu", &hidden_gradient); }
+STABLE_TORCH_LIBRARY_IMPL(adacomcat, CPU, m) {
+  m.impl("hidden_gradient_cpu", TORCH_BOX(&hidden_gradient));
+}
 
 }  // namespace adacomcat

@@ -1,5 +1,5 @@
 // y = x Wᵀ + b for a few rows: a gemv with W as it is. Threads share out the columns of y.
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
 
 #include "cpu/runtime/gemv.h"
 #include "cpu/runtime/scratch.h"
@@ -7,14 +7,14 @@
 namespace adacomcat {
 namespace {
 
-at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
-  TORCH_CHECK(x.dim() > 0 && weight.dim() == 2, "x (..., in) and a matrix expected, got ",
-              x.sizes(), " and ", weight.sizes());
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  REQUIRE(x.dim() > 0 && weight.dim() == 2, "x (..., in) and a matrix expected, got ", x.sizes(),
+          " and ", weight.sizes());
   const int64_t rows = row_count(x), in = x.size(-1), out = weight.size(0);
-  TORCH_CHECK(uses_gemv(x), "at most ", kMostGemvRows, " rows expected, got ", rows);
+  REQUIRE(uses_gemv(x), "at most ", kMostGemvRows, " rows expected, got ", rows);
   check_like(x, weight, "weight", {out, in});
   check_like(x, bias, "bias", {out});
-  const at::Tensor y = empty_rows(x, out);
+  const Tensor y = empty_rows(x, out);
   if (!rows || !out) return y;
 
   const Engine& e = engine(dtype_of(x));
@@ -37,6 +37,6 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const OptionalT
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(adacomcat, CPU, m) { m.impl("linear_cpu", &linear); }
+STABLE_TORCH_LIBRARY_IMPL(adacomcat, CPU, m) { m.impl("linear_cpu", TORCH_BOX(&linear)); }
 
 }  // namespace adacomcat

@@ -1,5 +1,5 @@
 // y = act((x V) Uᵀ + b) + residual. The product x V of a block of rows stays in cache.
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
 
 #include <cstring>
 #include <tuple>
@@ -13,12 +13,12 @@ namespace adacomcat {
 namespace {
 
 // Returns y and, if intermediates are kept, x V.
-std::tuple<at::Tensor, at::Tensor> low_rank_linear(const at::Tensor& x, const at::Tensor& v,
-                                                   const at::Tensor& u, const OptionalTensor& bias,
-                                                   std::optional<std::string_view> activation,
-                                                   const OptionalTensor& residual,
-                                                   bool keep_intermediates) {
-  TORCH_CHECK(x.dim() > 0 && is_weight(v) && is_weight(u), "x (..., in), v, u matrices expected");
+std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& v, const Tensor& u,
+                                           const OptionalTensor& bias,
+                                           std::optional<std::string> activation,
+                                           const OptionalTensor& residual,
+                                           bool keep_intermediates) {
+  REQUIRE(x.dim() > 0 && is_weight(v) && is_weight(u), "x (..., in), v, u matrices expected");
   const int64_t in = x.size(-1), rank = weight_size(v, 1), out = weight_size(u, 0);
   const int64_t rows = row_count(x);
   check_weight(x, v, "v", {in, rank});
@@ -26,7 +26,7 @@ std::tuple<at::Tensor, at::Tensor> low_rank_linear(const at::Tensor& x, const at
   check_like(x, bias, "bias", {out});
   check_like(x, residual, "residual", with_last(x, out));
 
-  const at::Tensor y = empty_rows(x, out), middle = empty_rows(x, rank, keep_intermediates);
+  const Tensor y = empty_rows(x, out), middle = empty_rows(x, rank, keep_intermediates);
   if (!rows || !out) return {y, middle};
 
   const Engine& e = engine_for(x, v);
@@ -57,6 +57,8 @@ std::tuple<at::Tensor, at::Tensor> low_rank_linear(const at::Tensor& x, const at
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(adacomcat, CPU, m) { m.impl("low_rank_linear_cpu", &low_rank_linear); }
+STABLE_TORCH_LIBRARY_IMPL(adacomcat, CPU, m) {
+  m.impl("low_rank_linear_cpu", TORCH_BOX(&low_rank_linear));
+}
 
 }  // namespace adacomcat

@@ -1,5 +1,5 @@
 // y = act(x̂ V1 U1ᵀ + b1) V2 U2ᵀ + b2 + residual.
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
@@ -9,13 +9,12 @@ namespace adacomcat {
 namespace {
 
 // Returns y and, if intermediates are kept, x̂ V1 and act(...) V2.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> low_rank_mlp(
-    const at::Tensor& x, const at::Tensor& v1, const at::Tensor& u1, const OptionalTensor& b1,
-    const at::Tensor& v2, const at::Tensor& u2, const OptionalTensor& b2,
-    std::optional<std::string_view> activation, std::optional<double> epsilon,
-    const OptionalTensor& residual, bool keep_intermediates) {
-  TORCH_CHECK(x.dim() > 0 && is_weight(v1) && is_weight(u1) && is_weight(v2) && is_weight(u2),
-              "x (..., in) and matrices v1, u1, v2, u2 expected");
+std::tuple<Tensor, Tensor, Tensor> low_rank_mlp(
+    const Tensor& x, const Tensor& v1, const Tensor& u1, const OptionalTensor& b1, const Tensor& v2,
+    const Tensor& u2, const OptionalTensor& b2, std::optional<std::string> activation,
+    std::optional<double> epsilon, const OptionalTensor& residual, bool keep_intermediates) {
+  REQUIRE(x.dim() > 0 && is_weight(v1) && is_weight(u1) && is_weight(v2) && is_weight(u2),
+          "x (..., in) and matrices v1, u1, v2, u2 expected");
   const int64_t rank1 = weight_size(v1, 1), hidden = weight_size(u1, 0);
   const int64_t rank2 = weight_size(v2, 1), out = weight_size(u2, 0);
   check_weight(x, v1, "v1", {x.size(-1), rank1});
@@ -26,8 +25,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> low_rank_mlp(
   check_like(x, b2, "b2", {out});
   check_like(x, residual, "residual", with_last(x, out));
 
-  const at::Tensor y = empty_rows(x, out), middle1 = empty_rows(x, rank1, keep_intermediates),
-                   middle2 = empty_rows(x, rank2, keep_intermediates);
+  const Tensor y = empty_rows(x, out), middle1 = empty_rows(x, rank1, keep_intermediates),
+               middle2 = empty_rows(x, rank2, keep_intermediates);
   if (!row_count(x) || !out) return {y, middle1, middle2};
 
   const Engine& e = engine_for(x, v1);
@@ -47,6 +46,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> low_rank_mlp(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(adacomcat, CPU, m) { m.impl("low_rank_mlp_cpu", &low_rank_mlp); }
+STABLE_TORCH_LIBRARY_IMPL(adacomcat, CPU, m) {
+  m.impl("low_rank_mlp_cpu", TORCH_BOX(&low_rank_mlp));
+}
 
 }  // namespace adacomcat

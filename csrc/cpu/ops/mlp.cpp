@@ -36,13 +36,14 @@ struct HiddenRange {
 // What all rows of a call have in common.
 class Mlp {
  public:
-  Mlp(const Engine& engine, const at::Tensor& x, const MlpWeights& weights,
-      const MlpOptions& options, const at::Tensor& y)
+  Mlp(const Engine& engine, const Tensor& x, const MlpWeights& weights, const MlpOptions& options,
+      const Tensor& y)
       : e(engine), w(weights), xs(x), residuals(options.residual ? *options.residual : x),
         bias1(options.b1), bias2(options.b2),
-        bias_gate(options.gate_bias ? *options.gate_bias : OptionalTensor{}), act(parse_activation(options.activation)),
-        epsilon(options.epsilon), has_residual(options.residual.has_value()), in(x.size(-1)),
-        out(y.size(-1)), rows(row_count(x)), hidden(weights.down.k), result(y) {}
+        bias_gate(options.gate_bias ? *options.gate_bias : OptionalTensor{}),
+        act(parse_activation(options.activation)), epsilon(options.epsilon),
+        has_residual(options.residual.has_value()), in(x.size(-1)), out(y.size(-1)),
+        rows(row_count(x)), hidden(weights.down.k), result(y) {}
 
   // The epilogue of the last product, for rows from `row` on.
   Epilogue last_epilogue(int64_t row) const {
@@ -199,14 +200,14 @@ class Mlp {
   PrefetchHint hint_for_down(int64_t first, int64_t columns) const {
     const int64_t n = sum_stride(), row_bytes = std::min(e.panel_columns(), n) * e.packed_size;
     const int64_t panels = row_bytes ? ceil_div(n * e.packed_size, row_bytes) : 0;
-    return {static_cast<const char*>(w.down.data) + first * row_bytes,
-            panels * columns * row_bytes, columns * row_bytes, w.down.rows * row_bytes};
+    return {static_cast<const char*>(w.down.data) + first * row_bytes, panels * columns * row_bytes,
+            columns * row_bytes, w.down.rows * row_bytes};
   }
 };
 
 // Stores the intermediates of some rows in those tensors that have elements.
 void store_middles(const Mlp& mlp, int64_t row, int64_t m, const void* t1, const void* t2,
-                   const at::Tensor& middle1, const at::Tensor& middle2) {
+                   const Tensor& middle1, const Tensor& middle2) {
   const Engine& e = mlp.e;
   const int64_t k1 = mlp.w.up.k, k2 = mlp.w.down.n;
   if (middle1.numel()) store_rows(e, m, k1, t1, e.padded_k(k1), middle1, row);
@@ -214,7 +215,7 @@ void store_middles(const Mlp& mlp, int64_t row, int64_t m, const void* t1, const
 }
 
 // Threads share out the rows; each takes its rows through the whole MLP.
-void share_rows(const Mlp& mlp, const at::Tensor& middle1, const at::Tensor& middle2) {
+void share_rows(const Mlp& mlp, const Tensor& middle1, const Tensor& middle2) {
   const Engine& e = mlp.e;
   const MlpWeights& w = mlp.w;
   const int64_t block = block_rows(e, mlp.rows), begin = mlp.first_multiplied, end = mlp.hidden;
@@ -273,7 +274,7 @@ void add_parts(int64_t parts, int64_t count, int64_t stride, float* sum) {
 
 // Threads share out the hidden layer: each takes all rows through its part, and so reads only that part of
 // the weights. For few rows.
-void share_hidden(const Mlp& mlp, const at::Tensor& middle1, const at::Tensor& middle2) {
+void share_hidden(const Mlp& mlp, const Tensor& middle1, const Tensor& middle2) {
   const Engine& e = mlp.e;
   const MlpWeights& w = mlp.w;
   const int64_t start = mlp.first_multiplied, rows = mlp.rows;
@@ -291,8 +292,7 @@ void share_hidden(const Mlp& mlp, const at::Tensor& middle1, const at::Tensor& m
     const int64_t last = std::min(first + share * e.panel_columns(), mlp.hidden);
     mlp.multiply_hidden(rows, {lhs, e.padded_k(w.up.k)},
                         {first, last, scratch.next<char>(), sums + i * rows * mlp.sum_stride()},
-                        nullptr,
-                        {turn.first, {}, w.has_out() ? w.out.hint() : w.down.next_weight});
+                        nullptr, {turn.first, {}, w.has_out() ? w.out.hint() : w.down.next_weight});
   });
   for_each_block(e, rows, [&](int64_t row, int64_t m, Turn turn) {
     float* sum = sums + row * mlp.sum_stride();
@@ -310,9 +310,8 @@ void share_hidden(const Mlp& mlp, const at::Tensor& middle1, const at::Tensor& m
 
 }  // namespace
 
-void run_mlp(const Engine& e, const at::Tensor& x, const MlpWeights& weights,
-             const MlpOptions& options, const at::Tensor& y, const at::Tensor& middle1,
-             const at::Tensor& middle2) {
+void run_mlp(const Engine& e, const Tensor& x, const MlpWeights& weights, const MlpOptions& options,
+             const Tensor& y, const Tensor& middle1, const Tensor& middle2) {
   const Mlp mlp(e, x, weights, options, y);
   const int64_t panels = panel_count(e, mlp.hidden - mlp.first_multiplied);
   (shares_columns(e, mlp.rows, panels) ? share_hidden : share_rows)(mlp, middle1, middle2);

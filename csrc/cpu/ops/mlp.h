@@ -34,9 +34,8 @@ struct MlpWeights {
 
 // Products of packed weights. x V1 and act(...) V2 are stored in middle1 and middle2 if these have
 // elements.
-void run_mlp(const Engine& e, const at::Tensor& x, const MlpWeights& weights,
-             const MlpOptions& options, const at::Tensor& y, const at::Tensor& middle1 = {},
-             const at::Tensor& middle2 = {});
+void run_mlp(const Engine& e, const Tensor& x, const MlpWeights& weights, const MlpOptions& options,
+             const Tensor& y, const Tensor& middle1 = {}, const Tensor& middle2 = {});
 
 // Weights that are not packed, and the columns of in, up and down.
 struct MlpGemvWeights {
@@ -47,7 +46,7 @@ struct MlpGemvWeights {
 };
 
 // The same for a few rows.
-void run_mlp_gemv(const Engine& e, const at::Tensor& x, const MlpGemvWeights& weights,
-                  const MlpOptions& options, const at::Tensor& y);
+void run_mlp_gemv(const Engine& e, const Tensor& x, const MlpGemvWeights& weights,
+                  const MlpOptions& options, const Tensor& y);
 
 }  // namespace adacomcat

@@ -47,8 +47,8 @@ void multiply_hidden(const Engine& e, const MlpGemvWeights& w, const HiddenShare
 
 }  // namespace
 
-void run_mlp_gemv(const Engine& e, const at::Tensor& x, const MlpGemvWeights& w,
-                  const MlpOptions& options, const at::Tensor& y) {
+void run_mlp_gemv(const Engine& e, const Tensor& x, const MlpGemvWeights& w,
+                  const MlpOptions& options, const Tensor& y) {
   const int64_t rows = row_count(x), in = x.size(-1), out = y.size(-1);
   const int64_t sum_stride = e.padded_n(w.middle), out_stride = e.padded_n(out);
   const TensorRows xs(x), residuals(options.residual ? *options.residual : x);

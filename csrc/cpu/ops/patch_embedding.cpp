@@ -1,6 +1,5 @@
 // A convolution whose kernel is as large as its stride: each patch is a row of a product.
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
 
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/scratch.h"
@@ -12,12 +11,12 @@ namespace {
 
 // The patches of all images, numbered image after image.
 struct Patches {
-  at::Tensor image;       // (B, C, H, W), its rows of pixels dense
+  Tensor image;           // (B, C, H, W), its rows of pixels dense
   int64_t height, width;  // of a patch
   int64_t across, count;  // patches in a row, and in an image
 
-  Patches(const at::Tensor& x, int64_t height, int64_t width)
-      : image(x.stride(3) == 1 ? x : x.contiguous()), height(height), width(width),
+  Patches(const Tensor& x, int64_t height, int64_t width)
+      : image(x.stride(3) == 1 ? x : torch::stable::contiguous(x)), height(height), width(width),
         across(x.size(3) / width), count(x.size(2) / height * across) {}
 
   int64_t elements() const { return image.size(1) * height * width; }
@@ -36,24 +35,24 @@ struct Patches {
   }
 };
 
-void check(const at::Tensor& image, const at::Tensor& weight, const OptionalTensor& bias,
+void check(const Tensor& image, const Tensor& weight, const OptionalTensor& bias,
            const OptionalTensor& prefix) {
-  TORCH_CHECK(image.dim() == 4 && weight.dim() == 4,
-              "image (B, C, H, W) and weight "
-              "(out, C, height, width) expected, got ",
-              image.sizes(), " and ", weight.sizes());
+  REQUIRE(image.dim() == 4 && weight.dim() == 4,
+          "image (B, C, H, W) and weight "
+          "(out, C, height, width) expected, got ",
+          image.sizes(), " and ", weight.sizes());
   const int64_t out = weight.size(0), height = weight.size(2), width = weight.size(3);
   check_like(image, weight, "weight", {out, image.size(1), height, width});
   check_like(image, bias, "bias", {out});
   if (prefix) check_like(image, *prefix, "prefix", {prefix->size(0), out});
-  TORCH_CHECK(height > 0 && width > 0 && width % engine(dtype_of(image)).k_group == 0,
-              "patches of ", height, " x ", width, " pixels: the kernel takes an even width");
+  REQUIRE(height > 0 && width > 0 && width % engine(dtype_of(image)).k_group == 0, "patches of ",
+          height, " x ", width, " pixels: the kernel takes an even width");
 }
 
 // The patches' rows of y (B, tokens, out), `leading` tokens after the start of each image.
 void embed(const Engine& e, const Patches& patches, const PackedWeight& weight,
            const OptionalTensor& bias, const OptionalTensor& positions, int64_t leading,
-           const at::Tensor& y) {
+           const Tensor& y) {
   const int64_t rows = y.size(0) * patches.count, k = patches.elements(), out = y.size(2);
   const Bias b(bias);
   std::optional<TensorRows> added;
@@ -81,27 +80,43 @@ void embed(const Engine& e, const Patches& patches, const PackedWeight& weight,
   });
 }
 
+// The tokens of prefix (n, out) as the first ones of every image of y (B, n + patches, out).
+void put_before(const Tensor& prefix, int64_t patches, const Tensor& y) {
+  const DenseRows tokens(prefix);
+  const OutputRows to(y);
+  const int64_t leading = prefix.size(0), bytes = y.size(2) * dtype_size(to.dtype);
+  for (int64_t row = 0; row < y.size(0) * leading; ++row) {
+    const int64_t image = row / leading, token = row % leading;
+    std::memcpy(
+        to.at(image * (leading + patches) + token),
+        static_cast<const char*>(tokens.data()) + token * tokens.stride * dtype_size(to.dtype),
+        bytes);
+  }
+}
+
 // image (B, C, H, W), weight (out, C, height, width), bias (out), prefix (n, out), positions
 // (patches, out) → (B, n + patches, out).
-at::Tensor patch_embedding(const at::Tensor& image, const at::Tensor& weight,
-                           const OptionalTensor& bias, const OptionalTensor& prefix,
-                           const OptionalTensor& positions) {
+Tensor patch_embedding(const Tensor& image, const Tensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& prefix, const OptionalTensor& positions) {
   check(image, weight, bias, prefix);
   const int64_t images = image.size(0), out = weight.size(0);
   const Patches patches(image, weight.size(2), weight.size(3));
   if (positions) check_like(image, *positions, "positions", {patches.count, out});
   const int64_t leading = prefix ? prefix->size(0) : 0;
-  at::Tensor y = at::empty({images, leading + patches.count, out}, image.options());
-  if (leading) y.narrow(1, 0, leading).copy_(prefix->expand({images, leading, out}));
+  const Tensor y = empty_beside(image, {images, leading + patches.count, out});
+  if (leading) put_before(*prefix, patches.count, y);
   if (!images || !patches.count || !out) return y;
   const Engine& e = engine(dtype_of(image));
-  const PackedWeight packed = read_weight(e, weight.reshape({out, patches.elements()}), true);
+  const PackedWeight packed =
+      read_weight(e, torch::stable::reshape(weight, {out, patches.elements()}), true);
   embed(e, patches, packed, bias, positions, leading, y);
   return y;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(adacomcat, CPU, m) { m.impl("patch_embedding_cpu", &patch_embedding); }
+STABLE_TORCH_LIBRARY_IMPL(adacomcat, CPU, m) {
+  m.impl("patch_embedding_cpu", TORCH_BOX(&patch_embedding));
+}
 
 }  // namespace adacomcat

@@ -1,5 +1,5 @@
 // a b (+ c), b packed: the gradient of an input, or a part of one.
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
 
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/scratch.h"
@@ -9,11 +9,11 @@ namespace adacomcat {
 namespace {
 
 // a (..., k), b (k, n), c (..., n) → (..., n).
-at::Tensor row_product(const at::Tensor& a, const at::Tensor& b, const OptionalTensor& c) {
+Tensor row_product(const Tensor& a, const Tensor& b, const OptionalTensor& c) {
   const int64_t k = a.size(-1), n = b.size(1), rows = row_count(a);
   check_like(a, b, "b", {k, n});
   check_like(a, c, "c", with_last(a, n));
-  const at::Tensor y = empty_rows(a, n);
+  const Tensor y = empty_rows(a, n);
   if (!rows || !n) return y;
   const Engine& e = activation_engine(dtype_of(a));
   const PackedWeight weight = read_weight(e, b, false);
@@ -33,10 +33,10 @@ at::Tensor row_product(const at::Tensor& a, const at::Tensor& b, const OptionalT
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(adacomcat, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(adacomcat, m) {
   m.def("row_product_cpu(Tensor a, Tensor b, Tensor? c=None) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(adacomcat, CPU, m) { m.impl("row_product_cpu", &row_product); }
+STABLE_TORCH_LIBRARY_IMPL(adacomcat, CPU, m) { m.impl("row_product_cpu", TORCH_BOX(&row_product)); }
 
 }  // namespace adacomcat

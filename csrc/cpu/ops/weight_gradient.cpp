@@ -1,8 +1,6 @@
 // aᵀ b over all rows: the gradient of a weight. The wider factor is packed piece by piece, so the narrower
 // one is transposed.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/sum.h>
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
 
 #include <tuple>
 #include <vector>
@@ -56,11 +54,11 @@ std::vector<char> transposed_with_ones(const Engine& e, const Rows& x, int64_t r
 }
 
 // [small, 1]ᵀ large, (n + 1, m), for small (rows, n) and large (rows, m).
-at::Tensor product_over_rows(const at::Tensor& small, const at::Tensor& large) {
+Tensor product_over_rows(const Tensor& small, const Tensor& large) {
   const Engine& e = activation_engine(dtype_of(large));
   const int64_t rows = row_count(large), n = small.size(-1) + 1, m = large.size(-1);
   const TensorRows small_rows(small), large_rows(large);
-  const at::Tensor result = at::empty({n, m}, large.options());
+  const Tensor result = empty_beside(large, {n, m});
   const OutputRows out(result);
   const int64_t size = e.operand_size(), stride = e.padded_k(rows);
   const std::vector<char> lhs = transposed_with_ones(e, small_rows.rows, rows, n - 1);
@@ -92,22 +90,26 @@ at::Tensor product_over_rows(const at::Tensor& small, const at::Tensor& large) {
 }
 
 // a (..., m), b (..., n) → aᵀ b (m, n), and the sum of a over all rows.
-std::tuple<at::Tensor, at::Tensor> weight_gradient(const at::Tensor& a, const at::Tensor& b) {
+std::tuple<Tensor, Tensor> weight_gradient(const Tensor& a, const Tensor& b) {
   check_like(a, b, "b", with_last(a, b.size(-1)));
+  using namespace torch::stable;
   const int64_t m = a.size(-1), n = b.size(-1);
   if (n <= m) {
-    const at::Tensor result = product_over_rows(b, a);
-    return {result.narrow(0, 0, n).t(), result.select(0, n)};
+    Tensor result = product_over_rows(b, a);
+    return {transpose(narrow(result, 0, 0, n), 0, 1), select(result, 0, n)};
   }
-  return {product_over_rows(a, b).narrow(0, 0, m), a.reshape({row_count(a), m}).sum(0)};
+  Tensor result = product_over_rows(a, b);
+  return {narrow(result, 0, 0, m), sum(reshape(a, {row_count(a), m}), Sizes{0})};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(adacomcat, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(adacomcat, m) {
   m.def("weight_gradient_cpu(Tensor a, Tensor b) -> (Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(adacomcat, CPU, m) { m.impl("weight_gradient_cpu", &weight_gradient); }
+STABLE_TORCH_LIBRARY_IMPL(adacomcat, CPU, m) {
+  m.impl("weight_gradient_cpu", TORCH_BOX(&weight_gradient));
+}
 
 }  // namespace adacomcat

@@ -1,6 +1,8 @@
 // The tensors of an op as rows and operands of an engine.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <optional>
 
@@ -15,18 +17,18 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct TensorRows : DenseRows {
   Rows rows;
 
-  explicit TensorRows(const at::Tensor& x) : DenseRows(x), rows{data(), stride, dtype_of(tensor)} {}
+  explicit TensorRows(const Tensor& x) : DenseRows(x), rows{data(), stride, dtype_of(tensor)} {}
 };
 
 // A bias (n) or none.
 struct Bias {
-  at::Tensor tensor;
+  OptionalTensor tensor;
   Rows rows{nullptr, 0, Dtype::f32};
 
   explicit Bias(const OptionalTensor& bias) {
     if (!bias) return;
-    tensor = bias->contiguous();
-    rows = {tensor.const_data_ptr(), 0, dtype_of(tensor)};
+    tensor = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
+    rows = {tensor->const_data_ptr(), 0, dtype_of(*tensor)};
   }
 };
 
@@ -43,7 +45,7 @@ struct OutputRows {
   int64_t stride;
   Dtype dtype;
 
-  explicit OutputRows(const at::Tensor& y)
+  explicit OutputRows(const Tensor& y)
       : data(static_cast<char*>(y.mutable_data_ptr())), stride(y.size(-1)), dtype(dtype_of(y)) {}
 
   void* at(int64_t row, int64_t column = 0) const {
@@ -92,6 +94,6 @@ inline int64_t lhs_bytes(const Engine& e, int64_t m, int64_t k) {
 
 // Stores rows (m, k) of the operand format in a contiguous tensor, from `row` on.
 void store_rows(const Engine& e, int64_t m, int64_t k, const void* from, int64_t stride,
-                const at::Tensor& to, int64_t row);
+                const Tensor& to, int64_t row);
 
 }  // namespace adacomcat

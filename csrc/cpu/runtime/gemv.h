@@ -13,7 +13,7 @@ namespace adacomcat {
 // With more rows than these, ops multiply packed weights.
 constexpr int64_t kMostGemvRows = 4;
 
-inline bool uses_gemv(const at::Tensor& x) { return row_count(x) <= kMostGemvRows; }
+inline bool uses_gemv(const Tensor& x) { return row_count(x) <= kMostGemvRows; }
 
 // Converts a row to floats. No row gives zeros.
 inline void row_to_floats(const Engine& e, const Rows& row, int64_t k, float* out) {
@@ -39,9 +39,9 @@ inline void rows_to_floats(const Engine& e, int64_t count, int64_t k, const Rows
 // of B or to one row of it.
 class GemvWeight {
  public:
-  GemvWeight(const at::Tensor& weight, bool transposed)
+  GemvWeight(const Tensor& weight, bool transposed)
       : k_is_adjacent_(transposed != is_column_major(weight)),
-        stored_(is_column_major(weight) ? weight.t() : weight) {}
+        stored_(is_column_major(weight) ? torch::stable::transpose(weight, 0, 1) : weight) {}
 
   // out (count, columns) = vectors (count, depth) · B[k : k + depth, n : n + columns].
   void multiply(const Engine& e, int64_t count, const float* vectors, int64_t stride, int64_t k,
@@ -56,7 +56,7 @@ class GemvWeight {
   }
 
  private:
-  static bool is_column_major(const at::Tensor& weight) {
+  static bool is_column_major(const Tensor& weight) {
     return weight.stride(0) == 1 && weight.stride(1) != 1;
   }
 

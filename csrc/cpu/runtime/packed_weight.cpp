@@ -1,7 +1,6 @@
 #include "cpu/runtime/packed_weight.h"
 
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
 
 #include <atomic>
 #include <cstring>
@@ -32,7 +31,7 @@ struct Source {
   Dtype dtype;
   const float* scales = nullptr;
 
-  Source(const at::Tensor& weight, bool transposed)
+  Source(const Tensor& weight, bool transposed)
       : k(weight.size(transposed)), n(weight.size(!transposed)), row(weight.stride(transposed)),
         column(weight.stride(!transposed)), data(weight.const_data_ptr()), dtype(dtype_of(weight)) {
   }
@@ -83,30 +82,31 @@ PackedWeight pack(const Engine& engine, const Source& b, int64_t before) {
   packed.k = b.k, packed.n = b.n, packed.rows = engine.packed_k(b.k);
   packed.bytes = engine.packed_bytes(b.k, b.n);
   // A weight without elements has an address too, for ops tell by it whether there is one.
-  packed.memory = at::empty({std::max<int64_t>(before + packed.bytes, 64)}, at::kByte);
-  char* data = static_cast<char*>(packed.memory.mutable_data_ptr()) + before;
+  packed.memory = empty({std::max<int64_t>(before + packed.bytes, 64)}, ScalarType::Byte);
+  char* data = static_cast<char*>(packed.memory->mutable_data_ptr()) + before;
   packed.data = data;
   pack_panels(engine, b, data);
   if (b.dtype == Dtype::f32 && !b.scales) find_identities(packed, b);
   return packed;
 }
 
-const Header& header_of(const at::Tensor& packed) {
+const Header& header_of(const Tensor& packed) {
   return *static_cast<const Header*>(packed.const_data_ptr());
 }
 
 // Throws if the bytes are not those of a packed weight.
-void check_packed(const at::Tensor& packed) {
+void check_packed(const Tensor& packed) {
   const int64_t size = packed.numel();
-  TORCH_CHECK(size >= static_cast<int64_t>(sizeof(Header)) && packed.is_contiguous() &&
-                  !std::memcmp(header_of(packed).magic, Header::kMagic, sizeof Header::kMagic),
-              "these bytes are no packed weight");
+  REQUIRE(size >= static_cast<int64_t>(sizeof(Header)) && packed.is_contiguous() &&
+              !std::memcmp(header_of(packed).magic, Header::kMagic, sizeof Header::kMagic),
+          "these bytes are no packed weight");
   const Header& h = header_of(packed);
   const Engine* engine = engine_at(h.engine);
-  TORCH_CHECK(engine, "a weight was packed for an instruction set that does not run here; pack it "
-                      "again");
-  TORCH_CHECK(size == static_cast<int64_t>(sizeof(Header)) + engine->packed_bytes(h.k, h.n),
-              "a packed weight is cut off");
+  REQUIRE(engine,
+          "a weight was packed for an instruction set that does not run here; pack it "
+          "again");
+  REQUIRE(size == static_cast<int64_t>(sizeof(Header)) + engine->packed_bytes(h.k, h.n),
+          "a packed weight is cut off");
 }
 
 // Which packed weight followed which in the last pass over a model. Its places are found by address and may
@@ -140,27 +140,32 @@ PrefetchHint successor(const void* weight, int64_t bytes) {
 }
 
 // The packed weight with its header.
-at::Tensor pack_with_header(const Engine& e, const Source& source, bool transposed) {
+Tensor pack_with_header(const Engine& e, const Source& source, bool transposed) {
   const PackedWeight packed = pack(e, source, sizeof(Header));
-  Header header{{},         index_of(e),     packed.k,
-                packed.n,   transposed,      static_cast<int64_t>(source.dtype),
-                packed.identity_rows,        packed.identity_columns};
+  Header header{{},
+                index_of(e),
+                packed.k,
+                packed.n,
+                transposed,
+                static_cast<int64_t>(source.dtype),
+                packed.identity_rows,
+                packed.identity_columns};
   std::memcpy(header.magic, Header::kMagic, sizeof header.magic);
-  std::memcpy(packed.memory.mutable_data_ptr(), &header, sizeof header);
-  return packed.memory;
+  std::memcpy(packed.memory->mutable_data_ptr(), &header, sizeof header);
+  return *packed.memory;
 }
 
-at::Tensor pack_weight(const at::Tensor& weight, bool transposed) {
-  TORCH_CHECK(weight.dim() == 2, "a matrix expected, got ", weight.sizes());
+Tensor pack_weight(const Tensor& weight, bool transposed) {
+  REQUIRE(weight.dim() == 2, "a matrix expected, got ", weight.sizes());
   return pack_with_header(engine(dtype_of(weight)), Source(weight, transposed), transposed);
 }
 
-at::Tensor pack_int8_weight(const at::Tensor& weight, const at::Tensor& scale, bool transposed) {
-  TORCH_CHECK(weight.dim() == 2, "a matrix expected, got ", weight.sizes());
-  TORCH_CHECK(scale.dim() == 1 && scale.size(0) == weight.size(!transposed) &&
-                  scale.scalar_type() == at::kFloat && scale.is_contiguous(),
-              "a float32 scale for each of the ", weight.size(!transposed),
-              " outputs expected, got ", scale.scalar_type(), " of ", scale.sizes());
+Tensor pack_int8_weight(const Tensor& weight, const Tensor& scale, bool transposed) {
+  REQUIRE(weight.dim() == 2, "a matrix expected, got ", weight.sizes());
+  REQUIRE(scale.dim() == 1 && scale.size(0) == weight.size(!transposed) &&
+              scale.scalar_type() == ScalarType::Float && scale.is_contiguous(),
+          "a float32 scale for each of the ", weight.size(!transposed), " outputs expected, got ",
+          scale.scalar_type(), " of ", scale.sizes());
   Source source(weight, transposed);
   source.scales = scale.const_data_ptr<float>();
   return pack_with_header(int8_engine(), source, transposed);
@@ -169,50 +174,55 @@ at::Tensor pack_int8_weight(const at::Tensor& weight, const at::Tensor& scale, b
 // Of a packed weight: bytes of the header, panel columns, packed rows, rows that are adjacent in a column,
 // bytes of an element, rows of scales, and what is added to integers. ops/packing.py reads weights back by
 // them.
-std::vector<int64_t> packed_layout(const at::Tensor& packed) {
+std::vector<int64_t> packed_layout(const Tensor& packed) {
   check_packed(packed);
   const Header& h = header_of(packed);
   const Engine& e = *engine_at(h.engine);
-  return {static_cast<int64_t>(sizeof(Header)), e.panel_columns(), e.packed_k(h.k), e.packed_group,
-          e.packed_size, e.scale_rows, e.packed_zero};
+  return {static_cast<int64_t>(sizeof(Header)),
+          e.panel_columns(),
+          e.packed_k(h.k),
+          e.packed_group,
+          e.packed_size,
+          e.scale_rows,
+          e.packed_zero};
 }
 
 }  // namespace
 
-bool is_packed(const at::Tensor& weight) {
-  return weight.dim() == 1 && weight.scalar_type() == at::kByte;
+bool is_packed(const Tensor& weight) {
+  static const int32_t bytes = dtype_code(ScalarType::Byte);
+  return weight.dim() == 1 && dtype_code(weight) == bytes;
 }
 
-int64_t weight_size(const at::Tensor& weight, int64_t dimension) {
+int64_t weight_size(const Tensor& weight, int64_t dimension) {
   if (!is_packed(weight)) return weight.size(dimension);
   check_packed(weight);
   const Header& h = header_of(weight);
   return (dimension == 0) == (h.transposed != 0) ? h.n : h.k;
 }
 
-void check_weight(const at::Tensor& x, const at::Tensor& weight, const char* name,
-                  at::IntArrayRef shape) {
+void check_weight(const Tensor& x, const Tensor& weight, const char* name, Sizes shape) {
   if (!is_packed(weight)) return check_like(x, weight, name, shape);
-  TORCH_CHECK(x.device().is_cpu() && weight.device().is_cpu(), name, " is packed for CPUs");
-  TORCH_CHECK(weight_size(weight, 0) == shape[0] && weight_size(weight, 1) == shape[1], name,
-              " was packed from a matrix (", weight_size(weight, 0), ", ", weight_size(weight, 1),
-              "); ", shape, " expected");
-  TORCH_CHECK(header_of(weight).dtype == static_cast<int64_t>(dtype_of(x)), name,
-              " was packed from another dtype than x has");
+  REQUIRE(x.is_cpu() && weight.is_cpu(), name, " is packed for CPUs");
+  REQUIRE(weight_size(weight, 0) == shape[0] && weight_size(weight, 1) == shape[1], name,
+          " was packed from a matrix (", weight_size(weight, 0), ", ", weight_size(weight, 1),
+          "); ", shape, " expected");
+  REQUIRE(header_of(weight).dtype == static_cast<int64_t>(dtype_of(x)), name,
+          " was packed from another dtype than x has");
 }
 
-const Engine& engine_for(const at::Tensor& x, const at::Tensor& weight) {
+const Engine& engine_for(const Tensor& x, const Tensor& weight) {
   if (!is_packed(weight)) return engine(dtype_of(x));
   check_packed(weight);
   return *engine_at(header_of(weight).engine);
 }
 
-PackedWeight read_weight(const Engine& engine, const at::Tensor& weight, bool transposed) {
+PackedWeight read_weight(const Engine& engine, const Tensor& weight, bool transposed) {
   if (!is_packed(weight)) return pack(engine, Source(weight, transposed), 0);
   check_packed(weight);
   const Header& h = header_of(weight);
-  TORCH_CHECK(engine_at(h.engine) == &engine && (h.transposed != 0) == transposed,
-              "the weights of an op must be packed together, in one way");
+  REQUIRE(engine_at(h.engine) == &engine && (h.transposed != 0) == transposed,
+          "the weights of an op must be packed together, in one way");
   PackedWeight packed;
   packed.k = h.k, packed.n = h.n, packed.rows = engine.packed_k(h.k);
   packed.bytes = engine.packed_bytes(h.k, h.n);
@@ -224,14 +234,14 @@ PackedWeight read_weight(const Engine& engine, const at::Tensor& weight, bool tr
 
 }  // namespace adacomcat
 
-TORCH_LIBRARY_FRAGMENT(adacomcat, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(adacomcat, m) {
   m.def("pack_weight_cpu(Tensor weight, bool transposed) -> Tensor");
   m.def("pack_int8_weight_cpu(Tensor weight, Tensor scale, bool transposed) -> Tensor");
   m.def("packed_layout_cpu(Tensor packed) -> int[]");
 }
 
-TORCH_LIBRARY_IMPL(adacomcat, CPU, m) {
-  m.impl("pack_weight_cpu", &adacomcat::pack_weight);
-  m.impl("pack_int8_weight_cpu", &adacomcat::pack_int8_weight);
-  m.impl("packed_layout_cpu", &adacomcat::packed_layout);
+STABLE_TORCH_LIBRARY_IMPL(adacomcat, CPU, m) {
+  m.impl("pack_weight_cpu", TORCH_BOX(&adacomcat::pack_weight));
+  m.impl("pack_int8_weight_cpu", TORCH_BOX(&adacomcat::pack_int8_weight));
+  m.impl("packed_layout_cpu", TORCH_BOX(&adacomcat::packed_layout));
 }

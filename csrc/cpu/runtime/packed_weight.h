@@ -5,8 +5,6 @@
 // panels. Nothing is kept between calls, so no copy of a weight can be out of date.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include "cpu/gemm/engine.h"
 #include "cpu/runtime/arguments.h"
 
@@ -20,7 +18,7 @@ constexpr int64_t kIdentityStep = 32;
 struct PackedWeight {
   int64_t k = 0, n = 0, rows = 0, bytes = 0;
   const void* data = nullptr;
-  at::Tensor memory;  // holds data if it was packed for this call
+  OptionalTensor memory;  // holds data if it was packed for this call
   // The weight that followed this one in the last pass; ops prefetch it. Nothing if it is unknown. It may be
   // gone: a prefetch of memory that is no more does nothing.
   PrefetchHint next_weight{};
@@ -46,22 +44,21 @@ struct PackedWeight {
   PrefetchHint hint() const { return {data, bytes}; }
 };
 
-bool is_packed(const at::Tensor& weight);
+bool is_packed(const Tensor& weight);
 
 // A matrix, or a packed one.
-inline bool is_weight(const at::Tensor& weight) { return weight.dim() == 2 || is_packed(weight); }
+inline bool is_weight(const Tensor& weight) { return weight.dim() == 2 || is_packed(weight); }
 
 // weight.size(dimension) of a matrix, or of the one that was packed.
-int64_t weight_size(const at::Tensor& weight, int64_t dimension);
+int64_t weight_size(const Tensor& weight, int64_t dimension);
 
 // Checks that a weight has the dtype and device of `x` and this shape, or was packed from one that had.
-void check_weight(const at::Tensor& x, const at::Tensor& weight, const char* name,
-                  at::IntArrayRef shape);
+void check_weight(const Tensor& x, const Tensor& weight, const char* name, Sizes shape);
 
 // The engine of an op on x whose first weight is this one: the one that the weight is packed for.
-const Engine& engine_for(const at::Tensor& x, const at::Tensor& weight);
+const Engine& engine_for(const Tensor& x, const Tensor& weight);
 
 // `weight` is B, or Bᵀ if `transposed`. A packed one was packed in the same way, for the same engine.
-PackedWeight read_weight(const Engine& engine, const at::Tensor& weight, bool transposed);
+PackedWeight read_weight(const Engine& engine, const Tensor& weight, bool transposed);
 
 }  // namespace adacomcat

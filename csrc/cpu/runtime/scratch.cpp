@@ -1,9 +1,8 @@
 #include "cpu/runtime/scratch.h"
 
-#include <c10/util/Exception.h>
-
 #include <algorithm>
 #include <atomic>
+#include <stdexcept>
 
 namespace adacomcat {
 namespace {
@@ -15,8 +14,10 @@ std::atomic<int64_t> held{0};
 int64_t scratch_bytes() { return held.load(); }
 
 ThreadMemory::ThreadMemory(Buffer& buffer, std::initializer_list<int64_t> sizes) : buffer_(buffer) {
-  TORCH_INTERNAL_ASSERT(!buffer.taken, "a thread may hold one Scratch and one Workspace at a time");
-  TORCH_INTERNAL_ASSERT(sizes.size() <= kMostPieces);
+  if (buffer.taken || sizes.size() > kMostPieces) {
+    throw std::logic_error(
+        "a thread may hold one Scratch and one Workspace at a time, of few pieces");
+  }
   std::copy(sizes.begin(), sizes.end(), sizes_);
   int64_t needed = 64;
   for (const int64_t size : sizes) needed += aligned(size);

@@ -3,7 +3,7 @@
 // CPU without it.
 #pragma once
 
-#include <c10/util/Half.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <utility>
