@@ -131,7 +131,8 @@ def extension_arguments() -> dict[str, Any]:
         # Python's own flags ask for debug symbols: six times the size, and a longer build.
         flags, link = [*flags, "-g0"], ["-s"]
     if use_cuda(cuda_sources):
-        flags = [*flags, "-DADACOMCAT_CUDA"]
+        # USE_CUDA: the stable ABI then declares the current stream.
+        flags = [*flags, "-DADACOMCAT_CUDA", "-DUSE_CUDA"]
         extension = CUDAExtension(
             "adacomcat._C",
             [*sources, *cuda_sources],

@@ -10,20 +10,20 @@ from ptx.mutations import ALL_MUTANTS
 pytestmark = pytest.mark.skipif(cuda_host.missing() is not None, reason=str(cuda_host.missing()))
 
 
-@pytest.mark.parametrize("mode", ["quick", "tsan", *(["asan"] if ALL_MUTANTS else [])])
+@pytest.mark.parametrize("mode", ["quick", *(["asan", "tsan"] if ALL_MUTANTS else [])])
 def test_nothing_is_noticed_without_a_bug(mode: str) -> None:
     for right in dict.fromkeys([*RIGHT.values(), right_linear]):
         assert right(Host(mode, seed=1))
 
 
-@pytest.mark.parametrize("bug", BUGS if ALL_MUTANTS else BUGS[::8], ids=lambda bug: bug.name)
+@pytest.mark.parametrize("bug", BUGS if ALL_MUTANTS else BUGS[3::8], ids=lambda bug: bug.name)
 def test_a_bug_is_noticed(bug: Bug) -> None:
     """`make mutants` runs all."""
     assert noticed(bug, bug.check)
 
 
 @pytest.mark.skipif(cuda_ptx.missing() is not None, reason=str(cuda_ptx.missing()))
-@pytest.mark.parametrize("op, step", [("batched_svd", 12), ("low_rank_linear", 3),
+@pytest.mark.parametrize("op, step", [("batched_svd", 24), ("low_rank_linear", 3),
                                       ("low_rank_mlp", 6), ("low_rank_attention", 6)])
 def test_damaged_ptx_is_noticed(op: str, step: int) -> None:
     """Some of it; bench/gpu/CUDA.md has the whole tally."""
