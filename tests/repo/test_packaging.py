@@ -1,6 +1,9 @@
 """The installed package: the extension fits this torch, imports stay light, the parts are there."""
 
+import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
