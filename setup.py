@@ -18,7 +18,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
-# The extension uses PyTorch's stable ABI as of 2.10, so what is built with one torch serves later ones.
+# The extension uses PyTorch's stable ABI as of 2.10: what is built with one torch serves others.
 LEAST_TORCH = (2, 10)
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # A kernel that spills registers does not get through.
@@ -124,8 +124,8 @@ def extension_arguments() -> dict[str, Any]:
     include_dirs = [str(ROOT / "csrc")]
     # No errno and no traps, as torch itself is built: else square roots are not vectorised.
     # g++ 12 warns of the inside of its own AVX-512 intrinsics.
-    flags = ["-std=c++20", "-O3", TORCH_TARGET, "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
-             "-Wno-maybe-uninitialized"]
+    flags = ["-std=c++20", "-O3", TORCH_TARGET, "-fvisibility=hidden", "-fno-math-errno",
+             "-fno-trapping-math", "-Wno-maybe-uninitialized"]
     link = []
     if "-g" not in os.environ.get("CFLAGS", ""):
         # Python's own flags ask for debug symbols: six times the size, and a longer build.

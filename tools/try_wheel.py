@@ -2,8 +2,8 @@
 
     python tools/try_wheel.py dist/adacomcat-*.whl
 
-auditwheel says which Linux the wheel runs on. Then the wheel is installed into an environment of its
-own, which takes everything else from this one, and PATH is emptied: the C++ kernels must load,
+auditwheel says which Linux the wheel runs on. Then the wheel is installed into an environment of
+its own, which takes everything else from this one, and PATH is emptied: the C++ kernels must load,
 ``doctor`` must find them, and a ViT must be compressed, saved, optimised and run. With --installed
 the last part runs in this environment.
 """
