@@ -12,6 +12,7 @@ SQRT_HALF = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
 TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 CUBIC = tl.constexpr(0.044715)
+QUICK = tl.constexpr(1.702)
 
 
 @triton.jit
@@ -72,6 +73,8 @@ def activate(x, ACTIVATION: tl.constexpr, TYPE: tl.constexpr):
         x = x * tl.sigmoid(x * TWO_SQRT_2_OVER_PI * (1.0 + x * x * CUBIC))
     elif ACTIVATION == "silu":
         x = x * tl.sigmoid(x)
+    elif ACTIVATION == "quick_gelu":
+        x = x * tl.sigmoid(x * QUICK)
     elif ACTIVATION == "relu":
         x = relu(x)
     return x
@@ -91,6 +94,9 @@ def activation_grad(x, ACTIVATION: tl.constexpr, TYPE: tl.constexpr):
     elif ACTIVATION == "silu":
         sigmoid = tl.sigmoid(x)
         result = sigmoid * (1.0 + x * (1.0 - sigmoid))
+    elif ACTIVATION == "quick_gelu":
+        sigmoid = tl.sigmoid(x * QUICK)
+        result = sigmoid * (1.0 + x * QUICK * (1.0 - sigmoid))
     else:
         result = tl.where(x > 0.0, 1.0, 0.0)
     return result

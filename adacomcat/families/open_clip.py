@@ -53,7 +53,7 @@ def _block_parts(block: Any) -> BlockParts | None:
         partial(FusedResidualBlock, dtype=block.ln_1.weight.dtype))
 
 
-add_activation(QuickGELU)
+add_activation(QuickGELU, "quick_gelu")
 add_layer_norm(LayerNorm)
 add_block(ResidualAttentionBlock, _block_parts)
 add_patch_projection(VisionTransformer, "conv1")

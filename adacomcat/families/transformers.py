@@ -300,7 +300,7 @@ for _kind, _name in ((vit.ViTPatchEmbeddings, "projection"),
                      (siglip.SiglipVisionEmbeddings, "patch_embedding")):
     add_patch_projection(_kind, _name)
 for _kind, _name in ((GELUActivation, "gelu"), (GELUTanh, "gelu_tanh"), (SiLUActivation, "silu"),
-                     (NewGELUActivation, None), (QuickGELUActivation, None),
+                     (QuickGELUActivation, "quick_gelu"), (NewGELUActivation, None),
                      (ClippedGELUActivation, None)):
     add_activation(_kind, _name)
 for _kind, _name in (

@@ -4,7 +4,7 @@ import copy
 from typing import Any, cast
 
 import torch
-from timm.layers import GELU, GELUTanh
+from timm.layers import GELU, GELUTanh, QuickGELU
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
@@ -18,7 +18,8 @@ from adacomcat.layers.registry import MlpParts, mlp_parts
 from adacomcat.layers.stock import refuse_scripting
 
 _ACTIVATIONS: dict[type[nn.Module], str | None] = {
-    nn.ReLU: "relu", nn.SiLU: "silu", GELU: "gelu", GELUTanh: "gelu_tanh"}
+    nn.ReLU: "relu", nn.SiLU: "silu", GELU: "gelu", GELUTanh: "gelu_tanh",
+    QuickGELU: "quick_gelu"}
 
 
 def add_activation(kind: type[nn.Module], name: str | None = None) -> None:

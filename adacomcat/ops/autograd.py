@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adacomcat.ops import shapes
-from adacomcat.ops.reference import activate, broadcast_mask, merge_heads, probability, split_heads
+from adacomcat.ops.reference import (
+    QUICK,
+    activate,
+    broadcast_mask,
+    merge_heads,
+    probability,
+    split_heads,
+)
 
 Gradient = Tensor | None
 
@@ -67,10 +74,11 @@ def _activation_backward(grad: Tensor, pre: Tensor, activation: str | None) -> T
         return grad
     if activation == "relu":
         return grad * (pre > 0)
-    if activation == "silu":
+    if activation in ("silu", "quick_gelu"):
         # aten.silu_backward has no derivative of its own.
-        sigmoid = pre.sigmoid()
-        return grad * sigmoid * (1 + pre * (1 - sigmoid))
+        inner = pre if activation == "silu" else QUICK * pre
+        sigmoid = inner.sigmoid()
+        return grad * sigmoid * (1 + inner * (1 - sigmoid))
     if activation not in ("gelu", "gelu_tanh"):
         raise ValueError(f"unknown activation '{activation}'")
     approximate = "tanh" if activation == "gelu_tanh" else "none"

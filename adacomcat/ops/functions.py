@@ -36,7 +36,7 @@ def low_rank_linear(
         v: V, (in, r).
         u: U, (out, r).
         bias: b, (out,).
-        activation: 'gelu', 'gelu_tanh', 'silu', 'relu' or None for the identity.
+        activation: 'gelu', 'gelu_tanh', 'silu', 'relu', 'quick_gelu' or None for the identity.
         residual: (..., out), added last.
 
     Returns:
@@ -98,7 +98,7 @@ def low_rank_mlp(
         v2: V2, (hidden, r2).
         u2: U2, (out, r2).
         b2: (out,) or None.
-        activation: 'gelu', 'gelu_tanh', 'silu', 'relu' or None for the identity.
+        activation: 'gelu', 'gelu_tanh', 'silu', 'relu', 'quick_gelu' or None for the identity.
         epsilon: x̂ is the layer norm of x with this epsilon, without weight and bias; without an
             epsilon x̂ is x.
         residual: (..., out), added last.
@@ -133,7 +133,7 @@ def dense_mlp(
         b1: (hidden,) or None.
         w2: W2, (out, hidden).
         b2: (out,) or None.
-        activation: 'gelu', 'gelu_tanh', 'silu', 'relu' or None for the identity.
+        activation: 'gelu', 'gelu_tanh', 'silu', 'relu', 'quick_gelu' or None for the identity.
         epsilon: x̂ is the layer norm of x with this epsilon, without weight and bias; without an
             epsilon x̂ is x.
         residual: (..., out), added last.

@@ -47,7 +47,7 @@ def gated_mlp(
         v2: V2, (hidden, r2); None where the last projection is dense.
         w2: W2, (out, r2), or (out, hidden) without v2.
         b2: (out,) or None.
-        activation: 'gelu', 'gelu_tanh', 'silu', 'relu' or None for the identity.
+        activation: 'gelu', 'gelu_tanh', 'silu', 'relu', 'quick_gelu' or None for the identity.
         epsilon: As in ``low_rank_mlp``.
         residual: (..., out), added last.
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from adacomcat.ops.transforms import by_formula, transformed
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "quick_gelu")
+QUICK = 1.702  # of quick_gelu: x sigmoid(1.702 x), as CLIP was trained
 
 
 def activate(x: Tensor, activation: str | None) -> Tensor:
@@ -26,6 +27,8 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
         return F.silu(x)
     if activation == "relu":
         return F.relu(x)
+    if activation == "quick_gelu":
+        return x * torch.sigmoid(QUICK * x)
     raise ValueError(f"unknown activation '{activation}'")
 
 

@@ -4,6 +4,6 @@
 
 namespace adacomcat {
 
-enum class Activation : int { none, gelu, gelu_tanh, silu, relu };
+enum class Activation : int { none, gelu, gelu_tanh, silu, relu, quick_gelu };
 
 }  // namespace adacomcat

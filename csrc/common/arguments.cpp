@@ -19,8 +19,9 @@ Activation parse_activation(const std::optional<std::string_view>& name) {
   if (*name == "gelu") return Activation::gelu;
   if (*name == "gelu_tanh") return Activation::gelu_tanh;
   if (*name == "silu") return Activation::silu;
-  REQUIRE(*name == "relu", "unknown activation '", *name, "'");
-  return Activation::relu;
+  if (*name == "relu") return Activation::relu;
+  REQUIRE(*name == "quick_gelu", "unknown activation '", *name, "'");
+  return Activation::quick_gelu;
 }
 
 void check_like(const Tensor& x, const Tensor& t, const char* name, Sizes shape) {

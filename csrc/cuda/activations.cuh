@@ -69,6 +69,8 @@ __device__ __forceinline__ void activate(float* values, Activation activation) {
       return each([](float x) { return times_sigmoid(x, x); });
     case Activation::relu:
       return each([](float x) { return relu(x); });
+    case Activation::quick_gelu:
+      return each([](float x) { return times_sigmoid(x, 1.702f * x); });
     default:
       return;
   }

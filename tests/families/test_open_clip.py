@@ -54,6 +54,7 @@ def test_both_towers(quick_gelu: bool, scale: float | None) -> None:
         assert relative(features(fused, inputs), features(model, inputs)) < 1e-9
         names = [type(module).__name__ for module in fused.modules()]
         assert names.count("FusedAttention") == 3
+        assert sum(name in ("FusedMlp", "FusedDenseMlp") for name in names) == 3
         assert "FusedPatches" in names
 
 

@@ -222,8 +222,7 @@ def test_layers_are_fused(name: str) -> None:
     kinds = [type(module).__name__ for module in adacomcat.optimize(small).modules()]
     attentions = sum(kind in ("FusedAttention", "FusedRotaryTokens") for kind in kinds)
     mlps = sum(kind in ("FusedMlp", "FusedDenseMlp", "FusedGatedMlp") for kind in kinds)
-    assert attentions == 2
-    assert mlps == (0 if name == "CLIPVisionModel" else 2)  # CLIP's activation is in no kernel
+    assert attentions == mlps == 2
     assert "FusedPatches" in kinds
 
 

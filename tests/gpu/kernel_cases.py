@@ -52,6 +52,8 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     if activation == "silu":
         return x * torch.sigmoid(x)
+    if activation == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
     return x.clamp_min(0) if activation == "relu" else x
 
 

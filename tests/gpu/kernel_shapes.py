@@ -7,7 +7,7 @@ from kernel_cases import Case
 
 from adacomcat.kernels import SUBLAYERS
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", None)
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", None, "quick_gelu")
 # lead, in, rank, out
 LINEAR = {
     "tokens": ((2, 97), 48, 12, 96),
@@ -107,14 +107,14 @@ def ragged() -> list[Case]:
         sizes = {"lead": lead, "d": d, "r": r, "out": out}
         absent = ((), ("bias",), ("residual",), ("bias", "residual"))[i % 4]
         strided = ((), ("v",), ("u", "x"), ("residual",))[i % 4] if len(lead) == 1 else ()
-        options = {"ACTIVATION": ACTIVATIONS[i % 5]}
+        options = {"ACTIVATION": ACTIVATIONS[i % 6]}
         found.append(Case("low_rank_linear", name, sizes, options, absent, strided))
         found.append(Case("gated_low_rank_linear", name, sizes, {}, absent, strided))
     for i, (name, (lead, d, r1, hidden, r2, out)) in enumerate(MLP.items()):
         sizes = dict(lead=lead, d=d, r1=r1, hidden=hidden, r2=r2, out=out)
         absent = ((), ("b1",), ("b2",), ("b1", "b2"))[i % 4]
         strided = ((), ("v1", "u2"), ("u1", "v2"), ())[i % 4]
-        options = {"ACTIVATION": ACTIVATIONS[i % 5]}
+        options = {"ACTIVATION": ACTIVATIONS[i % 6]}
         found.append(Case("low_rank_mlp", name, sizes, options, absent, strided))
     for i, (name, (batch, tokens, d, heads, qk, vo, mask)) in enumerate(ATTENTION.items()):
         sizes = dict(batch=batch, tokens=tokens, d=d, rank_qk=qk, rank_vo=vo, mask=mask)
@@ -133,7 +133,7 @@ def ragged_gated() -> Iterator[Case]:
         dense = [factor for factor, rank in (("v1", r1), ("v2", r2)) if rank is None]
         absent = ((), ("bg",), ("b1", "b2"), ("bg", "b1", "b2"))[i % 4]
         strided = ((), ("v1", "w2"), ("wg", "v2"), ("w1",))[i % 4]
-        options = {"ACTIVATION": ACTIVATIONS[i % 5]}
+        options = {"ACTIVATION": ACTIVATIONS[i % 6]}
         yield Case("gated_mlp", name, sizes, options, (*absent, *dense), strided)
 
 

@@ -25,6 +25,7 @@ SHAPES = {
     "mlp-197": mlp_case((197,), 64, 24, 300, 40, "gelu"),
     "mlp-hidden": mlp_case((2, 50), 48, 15, 129, 65, "gelu_tanh"),
     "mlp-relu": mlp_case((25,), 33, 31, 256, 16, "relu"),
+    "mlp-quick": mlp_case((50,), 40, 24, 129, 33, "quick_gelu"),
     "dense-197": dense_case((197,), 64, 300, 64, "gelu"),
     "dense-hidden": dense_case((2, 50), 47, 1027, 65, "gelu_tanh"),
     "dense-256": dense_case((25,), 33, 256, 16, "relu", bias=False),

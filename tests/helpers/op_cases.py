@@ -21,6 +21,8 @@ def activation_by_formula(x: Tensor, activation: str | None) -> Tensor:
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     if activation == "silu":
         return x / (1 + torch.exp(-x))
+    if activation == "quick_gelu":
+        return x / (1 + torch.exp(-1.702 * x))
     return x.clamp_min(0) if activation == "relu" else x
 
 
@@ -138,6 +140,7 @@ CASES = {
     "linear-tanh": linear_case((70,), 33, 7, 65, activation="gelu_tanh"),
     "linear-silu": linear_case((2, 9), 16, 5, 24, bias=False, activation="silu"),
     "linear-relu": linear_case((1, 65), 24, 17, 129, activation="relu", residual=True),
+    "linear-quick": linear_case((9,), 16, 5, 24, activation="quick_gelu"),
     "linear-vector": linear_case((), 12, 3, 8),
     "linear-empty": linear_case((0, 5), 12, 3, 8, residual=True),
     "gated": gated_case((2, 197), 40, 19, 33),

@@ -23,6 +23,14 @@ from helpers.tolerance import assert_close_to_float64
 
 from adacomcat import ops
 from adacomcat.ops import autograd_cpu, backends
+from adacomcat.ops.reference import ACTIVATIONS
+
+
+def by_pytorch(x: torch.Tensor, activation: str) -> torch.Tensor:
+    if activation == "quick_gelu":
+        return F.silu(1.702 * x) / 1.702
+    options = {"approximate": "tanh"} if activation == "gelu_tanh" else {}
+    return getattr(F, activation.removesuffix("_tanh"))(x, **options)
 
 
 @each_dtype
@@ -98,7 +106,7 @@ def test_gradients_may_lie_anyhow_in_memory(layout: str, instruction_set: str) -
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_slopes_over_their_whole_range(activation: str, instruction_set: str) -> None:
     x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([-1e30, 1e30, 3e38])])
     x = x.unsqueeze(1).requires_grad_()
@@ -106,8 +114,7 @@ def test_slopes_over_their_whole_range(activation: str, instruction_set: str) ->
     y = ops.low_rank_linear(x, one, one, activation=activation)
     slope, = torch.autograd.grad(y.sum(), x)
     exact = x.detach().double().requires_grad_()
-    getattr(F, activation.removesuffix("_tanh"))(
-        exact, **({"approximate": "tanh"} if activation == "gelu_tanh" else {})).sum().backward()
+    by_pytorch(exact, activation).sum().backward()
     expected = exact.grad.where(exact.grad.isfinite(), (exact.detach() > 0).double())
     torch.testing.assert_close(slope.double(), expected, rtol=3e-6, atol=4e-6)
 
@@ -131,13 +138,12 @@ def test_norm_and_residual_in_one(name: str, dtype: torch.dtype, instruction_set
     check_norm_and_residual(ALL[name], dtype)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_over_their_whole_range(activation: str, instruction_set: str) -> None:
     x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([-1e30, 1e30, -0.0, 3e38])])
     one = torch.ones(1, 1)
     y = ops.low_rank_linear(x.unsqueeze(1), one, one, activation=activation).squeeze(1)
-    exact = getattr(F, activation.removesuffix("_tanh"))(
-        x.double(), **({"approximate": "tanh"} if activation == "gelu_tanh" else {}))
+    exact = by_pytorch(x.double(), activation)
     torch.testing.assert_close(y.double(), exact, rtol=3e-6, atol=2e-6)
 
 
@@ -146,12 +152,12 @@ def test_values_that_are_not_numbers_stay_visible(instruction_set: str) -> None:
     for dtype in DTYPES:
         x = torch.randn(4, 8).to(dtype)
         x[1, 2] = float("nan")
-        for activation in (None, "gelu", "gelu_tanh", "silu", "relu"):
+        for activation in (None, *ACTIVATIONS):
             y = ops.low_rank_linear(x, v.to(dtype), u.to(dtype), activation=activation)
             assert y[1].isnan().all() and y[[0, 2, 3]].isfinite().all(), activation
 
 
-@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "silu", "relu"])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf])
 def test_infinity_comes_out_as_in_pytorch(value: float, activation: str | None,
                                           instruction_set: str) -> None:

@@ -15,7 +15,7 @@ from adacomcat import ops
 from adacomcat.ops import reference
 
 # Absolute error where the result is near zero; elsewhere a unit in the last place comes on top.
-TAILS = {"gelu": 2.5e-4, "gelu_tanh": 1e-6, "silu": 1e-6, "relu": 0.0}
+TAILS = {"gelu": 2.5e-4, "gelu_tanh": 1e-6, "silu": 1e-6, "relu": 0.0, "quick_gelu": 1e-6}
 
 
 def all_numbers(dtype: torch.dtype) -> Tensor:
@@ -27,6 +27,8 @@ def all_numbers(dtype: torch.dtype) -> Tensor:
 
 
 def exact_activation(activation: str, x: Tensor) -> Tensor:
+    if activation == "quick_gelu":
+        return F.silu(1.702 * x) / 1.702
     options = {"approximate": "tanh"} if activation == "gelu_tanh" else {}
     return getattr(F, activation.removesuffix("_tanh"))(x, **options)
 

@@ -18,7 +18,7 @@ from adacomcat import ops
 from adacomcat.ops import decompositions, reference
 
 DRAWS = int(120 * float(os.environ.get("NUMERICAL_CHECKS", "1")))
-ACTIVATIONS = [None, "gelu", "gelu_tanh", "silu", "relu"]
+ACTIVATIONS = [None, "gelu", "gelu_tanh", "silu", "relu", "quick_gelu"]
 # The units in the last place that every sum of products may lose.
 UNITS = 4.0
 # Absolute error of an activation near zero: 16-bit polynomials, and all others.

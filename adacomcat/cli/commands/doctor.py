@@ -6,6 +6,7 @@ import math
 import os
 import platform
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -112,6 +113,16 @@ def _advice() -> list[str]:
     return advice
 
 
+def _by_architecture(known: list[dict[str, Any]]) -> list[tuple]:
+    """A row for each architecture; ``--json`` has one for each kernel."""
+    rows = []
+    for name in dict.fromkeys(one["architecture"] for one in known):
+        ours = [one for one in known if one["architecture"] == name]
+        rows.append((name, len(ours), kernels.SHOWN_BY.get(name, "compiling it"),
+                     max(one["registers"] for one in ours), sum(one["spilled"] for one in ours)))
+    return rows
+
+
 def _show(found: dict[str, dict]) -> None:
     print_table("versions", ["package", "version"],
                 [(name, version or "not installed") for name, version in
@@ -119,15 +130,12 @@ def _show(found: dict[str, dict]) -> None:
     print_table("backends", ["backend", "here"],
                 [(name, reason or "runs") for name, reason in found["backends"].items()])
     if found["build"]:
-        print_table("extension", ["", ""], list(found["build"].items()))
-    print_table(
-        f"Triton kernels (triton {found['kernels']['triton']})",
-        ["kernel", "dtype", "architecture", "shown by", "registers", "spilled", "shared"],
-        [(known["kernel"], known["dtype"], known["architecture"],
-          kernels.SHOWN_BY.get(known["architecture"], "compiling it"),
-          known["registers"], known["spilled"], known["shared"])
-         for known in found["kernels"]["kernels"]],
-    )
+        features = [name for name, there in found["build"]["cpu_features"].items() if there]
+        rows = found["build"] | {"cpu_features": ", ".join(features) or "none"}
+        print_table("extension", ["", ""], list(rows.items()))
+    print_table(f"Triton kernels (triton {found['kernels']['triton']})",
+                ["architecture", "kernels", "shown by", "most registers", "bytes spilled"],
+                _by_architecture(found["kernels"]["kernels"]))
     for device, times in found["measured"].items():
         print_table(f"measured on {device}: milliseconds, the fastest first", ["op", "backends"],
                     [(key, ", ".join(f"{name} {times[key][name]:.3g}" for name in

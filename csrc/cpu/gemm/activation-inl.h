@@ -99,6 +99,8 @@ inline Vector gelu(Vector x) {
 inline Vector gelu(Vector x) { return x * normal_distribution(x); }
 #endif
 
+constexpr float kQuick = 1.702f;  // of quick_gelu: x sigmoid(1.702 x)
+
 inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
 
 inline Vector activate(Vector x, Activation activation) {
@@ -111,6 +113,8 @@ inline Vector activate(Vector x, Activation activation) {
       return x * sigmoid(x);
     case Activation::relu:
       return select(x < 0.0f, Vector{}, x);  // keeps NaN
+    case Activation::quick_gelu:
+      return x * sigmoid(kQuick * x);
     case Activation::none:
       break;
   }
@@ -140,6 +144,12 @@ inline Vector activate(Vector x, Activation activation, Vector& grad) {
     case Activation::relu:
       grad = select(x > 0.0f, broadcast(1), Vector{});
       return activate(x, Activation::relu);
+    case Activation::quick_gelu: {  // far out, where 1.702 x would overflow, the sigmoid is 0 or 1
+      const Vector inner = minimum(broadcast(1e30f), maximum(broadcast(-1e30f), kQuick * x));
+      const Vector below = sigmoid(inner);
+      grad = below * (1.0f + inner * (1.0f - below));
+      return x * below;
+    }
     case Activation::none:
       grad = broadcast(1);
   }

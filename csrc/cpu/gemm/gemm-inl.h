@@ -168,6 +168,8 @@ void multiply(const Gemm& p, const Epilogue& f) {
       return multiply_to<Activation::silu>(p, f);
     case Activation::relu:
       return multiply_to<Activation::relu>(p, f);
+    case Activation::quick_gelu:
+      return multiply_to<Activation::quick_gelu>(p, f);
     case Activation::none:
       return multiply_to<Activation::none>(p, f);
   }

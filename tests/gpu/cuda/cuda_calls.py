@@ -8,7 +8,7 @@ from cuda_host import Host
 from torch import Tensor
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ACTIVATIONS = (None, "gelu", "gelu_tanh", "silu", "relu")
+ACTIVATIONS = (None, "gelu", "gelu_tanh", "silu", "relu", "quick_gelu")
 NO_NORM = -1.0
 
 

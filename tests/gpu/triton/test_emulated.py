@@ -190,7 +190,7 @@ def test_gradients_are_the_same_every_time() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "quick_gelu"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_activations_keep_nan(dtype: torch.dtype, activation: str) -> None:
     x, v, u = (torch.randn(*shape).to(dtype) for shape in ((4, 16), (16, 16), (16, 16)))
