@@ -38,7 +38,7 @@ from adacomcat.layers.registry import (
 from adacomcat.layers.stock import LinearPair, PlainAttention
 from adacomcat.moved import forward
 from adacomcat.utils.memory import return_freed_memory
-from adacomcat.utils.model import copied, unwrapped
+from adacomcat.utils.model import copied, replace_, unwrapped
 
 
 def optimize(model: nn.Module) -> nn.Module:
@@ -69,7 +69,7 @@ def optimize(model: nn.Module) -> nn.Module:
         block, proj = block_parts(module), patch_projection(module)
         if block is not None:
             fused = fused_block(block)
-            optimized.set_submodule(name, fused)
+            replace_(optimized, name, fused)
             if module is not last:  # that one multiplies single tokens, by weights as they are
                 _pack_(fused)
             elif isinstance(mlp := fused.mlp, PackedModule) and mlp.is_int8:  # but not of int8
@@ -91,7 +91,7 @@ def _unpack_int4_(model: nn.Module) -> None:
     dtype = next(model.parameters()).dtype
     for name, module in list(model.named_modules()):
         if type(module) is Int4Linear:
-            model.set_submodule(name, module.to_linear(dtype))
+            replace_(model, name, module.to_linear(dtype))
 
 
 def _pack_(module: nn.Module) -> None:

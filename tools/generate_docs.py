@@ -9,8 +9,6 @@ A page marks the place of a table with ``<!-- generated: NAME -->`` and ``<!-- e
 import argparse
 import re
 import sys
-import warnings
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -18,8 +16,6 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = {"backends": "backends.md", "choices": "backends.md", "commands": "command-line.md",
          "families": "families.md", "doors": "families.md", "cost": "many-machines.md",
          "reference": "published-training.md", "presets": "published-training.md"}
-LEAST_SHARE = 0.5  # of the parameters, in sites: families below are not listed
-EXAMPLES = {"vision_transformer": "vit_base_patch16_224"}  # elsewhere the first by name
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -151,50 +147,11 @@ def doors() -> str:
 
 
 def families() -> str:
-    """Families whose parameters mostly lie in sites: those that fold, then the others."""
-    rows = [row for module in family_modules() if (row := family(module)) is not None]
-    folding = [row for row in rows if row[4] != "–" or row[5] != "–"]
-    others = [row for row in rows if row not in folding]
-    header = ("timm module", "architectures", "example", "parameters, M", "A", "B", "C",
-              "in sites")
-    return "\n\n".join(("### Attention folds", markdown_table(header, folding),
-                        "### Linear layers only", markdown_table(header, others)))
+    """timm's families, and the attentions that do not fold; from the census of ``zoo.py``."""
+    import zoo
+    import zoo_tables
 
-
-def family_modules() -> list[str]:
-    import timm
-
-    import adacomcat  # noqa: F401  (its entry point is no family)
-    return sorted(set(timm.list_modules()) - {"entrypoint"})
-
-
-def family(module: str) -> tuple[str, ...] | None:
-    """One row: the part of an architecture's parameters that lies in sites of each tier.
-
-    None where all sites together hold less than LEAST_SHARE.
-    """
-    import timm
-    import torch
-
-    from adacomcat.sites import find_sites
-
-    names = sorted(timm.list_models(module=module))
-    if not names:
-        return None
-    example = EXAMPLES.get(module, names[0])
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")
-        model = timm.create_model(example)
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    inside: Counter[str] = Counter()
-    for site in find_sites(model):
-        inside[site.tier] += site.dense_params
-    share = inside.total() / whole
-    if share < LEAST_SHARE:
-        return None
-    parts = (f"{inside[tier] / whole:.2f}" if inside[tier] else "–" for tier in "ABC")
-    return (f"`{module}`", str(len(names)), f"`{example}`", f"{whole / 1e6:.1f}", *parts,
-            f"{share:.2f}")
+    return zoo_tables.tables(zoo.read_census())
 
 
 # Training on many machines

@@ -32,7 +32,7 @@ from adacomcat.quantization.model import rounded, token_layers
 from adacomcat.sites import MULTIPLE, Rank, Site, find_sites
 from adacomcat.utils.inputs import Inputs
 from adacomcat.utils.limits import FLOAT_BITS
-from adacomcat.utils.model import evaluating, tokens_and_outputs
+from adacomcat.utils.model import evaluating, replace_, tokens_and_outputs
 from adacomcat.utils.progress import progress
 
 # Place → bits → what rounding it adds to the sum that the knapsack makes least.
@@ -202,8 +202,8 @@ def _changed(model: nn.Module, layers: Mapping[str, QuantizedLinear], images: In
     """The relative change of tokens and outputs with these layers in place."""
     whole = {name: model.get_submodule(name) for name in layers}
     for name, layer in layers.items():
-        model.set_submodule(name, layer)
+        replace_(model, name, layer)
     found = tokens_and_outputs(model, images)
     for name, layer in whole.items():
-        model.set_submodule(name, layer)
+        replace_(model, name, layer)
     return relative_change(dense, found)

@@ -16,7 +16,7 @@ from adacomcat.layers.mlp import prune_mlp
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Rank, Site
 from adacomcat.utils.inputs import Inputs
-from adacomcat.utils.model import evaluating, tokens_and_outputs
+from adacomcat.utils.model import evaluating, replace_, tokens_and_outputs
 from adacomcat.utils.progress import progress
 
 # Site name → what its squared error counts in the sum that the knapsack makes least.
@@ -50,9 +50,9 @@ def probed_changes(model: nn.Module, factors: Factors, images: Inputs,
         dense = tokens_and_outputs(model, images)
         for site in progress(sites, "probing"):
             whole = model.get_submodule(site.module)
-            model.set_submodule(site.module, probe_module(whole, site, factors))
+            replace_(model, site.module, probe_module(whole, site, factors))
             changes[site.name] = relative_change(dense, tokens_and_outputs(model, images))
-            model.set_submodule(site.module, whole)
+            replace_(model, site.module, whole)
     return changes
 
 

@@ -36,7 +36,7 @@ from adacomcat.convert.model import ALLOCATION_IMAGES, model_statistics
 from adacomcat.convert.sequential import sequential_blocks, sequential_encoder
 from adacomcat.sites import Site
 from adacomcat.utils.inputs import Inputs, call, joined
-from adacomcat.utils.model import evaluating, tokens_and_outputs
+from adacomcat.utils.model import evaluating, replace_, tokens_and_outputs
 from adacomcat.utils.progress import progress
 
 
@@ -146,9 +146,9 @@ class _BlockSurvey:
     def _probed(self, block: nn.Module, start: Tensor, site: Site, factors: Factors) -> Tensor:
         """What leaves ``block`` with this site truncated."""
         whole = self.model.get_submodule(site.module)
-        self.model.set_submodule(site.module, probe_module(whole, site, factors))
+        replace_(self.model, site.module, probe_module(whole, site, factors))
         found = self.encoder.step(block, start)
-        self.model.set_submodule(site.module, whole)
+        replace_(self.model, site.module, whole)
         return found
 
     def _changes(self, index: int, probed: list[Tensor]) -> list[float]:
@@ -176,20 +176,20 @@ class _BlockSurvey:
         self.factors |= self._factorized(sites, collected(collectors))
         for site in sites:
             whole = self.model.get_submodule(site.module)
-            self.model.set_submodule(site.module, probe_module(whole, site, self.factors))
+            replace_(self.model, site.module, probe_module(whole, site, self.factors))
             with self._leaving_blocks(streams[0][:len(self.probes)]):
                 found = tokens_and_outputs(self.model, self.probes)
-            self.model.set_submodule(site.module, whole)
+            replace_(self.model, site.module, whole)
             self.changes[site.name] = relative_change(self.dense, found)
 
     @contextmanager
     def _leaving_blocks(self, stream: Tensor) -> Iterator[None]:
         """Inside, the model's blocks give ``stream``, whatever enters them."""
-        self.model.set_submodule(self.encoder.name, nn.Sequential(_Given(stream)))
+        replace_(self.model, self.encoder.name, nn.Sequential(_Given(stream)))
         try:
             yield
         finally:
-            self.model.set_submodule(self.encoder.name, self.encoder.blocks)
+            replace_(self.model, self.encoder.name, self.encoder.blocks)
 
 
 class _Given(nn.Module):

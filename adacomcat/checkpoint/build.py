@@ -47,12 +47,35 @@ def create(name: str, model_args: Mapping[str, Any], **options: Any) -> nn.Modul
         UserError: timm refuses an argument, an image cannot pass through the model, or the machine
             has not as much memory.
     """
+    with _told(name, model_args):
+        if model_args:
+            _require_numbers(model_args)
+            _require_sound(_outline(lambda: timm.create_model(name, **model_args)))
+        return timm.create_model(name, **options, **model_args)
+
+
+def outline(name: str, model_args: Mapping[str, Any]) -> nn.Module:
+    """The model of ``create`` on the meta device, without weights.
+
+    Where its constructor reads numbers, the model has random weights.
+
+    Raises:
+        UserError: As in ``create``.
+    """
+    with _told(name, model_args):
+        _require_numbers(model_args)
+        made = _outline(lambda: timm.create_model(name, **model_args))
+        if model_args:
+            _require_sound(made)
+        return timm.create_model(name, **model_args) if made is None else made
+
+
+@contextlib.contextmanager
+def _told(name: str, model_args: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, the errors of timm's constructors become a ``UserError``, and models are bounded."""
     try:
         with _bounded(MOST_PARTS):
-            if model_args:
-                _require_numbers(model_args)
-                _require_sound(_outline(lambda: timm.create_model(name, **model_args)))
-            return timm.create_model(name, **options, **model_args)
+            yield
     except OSError:
         raise
     except Exception as error:  # whatever timm's constructors stumble over

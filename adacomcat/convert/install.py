@@ -19,6 +19,7 @@ from adacomcat.layers.mlp import LowRankMlp, mlp_of_width, prune_mlp
 from adacomcat.layers.registry import mlp_parts
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Site
+from adacomcat.utils.model import replace_
 
 
 def build_skeleton(model: nn.Module, plan: RankPlan) -> nn.Module:
@@ -41,7 +42,7 @@ def _swap(model: nn.Module, plan: RankPlan,
     for name, group in groupby(plan.validate(model, widened), key=lambda site: site.module):
         sites = list(group)
         if any(plan[site.name] != DENSE for site in sites):
-            model.set_submodule(name, make(model.get_submodule(name), sites))
+            replace_(model, name, make(model.get_submodule(name), sites))
     join_mlps_(model)
     record_(model, plan=merged(compression_of(model).ranks, plan))
     return model
@@ -102,4 +103,4 @@ def join_mlps_(model: nn.Module) -> None:
         fc1, fc2 = parts.fc1, parts.fc2
         if type(fc1) is LowRankLinear and type(fc2) is LowRankLinear:
             joined = LowRankMlp(fc1, parts.act, fc2, parts.drop)
-            model.set_submodule(name, joined.train(module.training))
+            replace_(model, name, joined.train(module.training))

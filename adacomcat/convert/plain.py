@@ -17,7 +17,7 @@ from adacomcat.layers.fused import FusedAttention, FusedDenseMlp, FusedMlp, Fuse
 from adacomcat.layers.linear import LowRankLinear, unplain_linear
 from adacomcat.layers.mlp import LowRankMlp
 from adacomcat.layers.stock import LinearPair, PlainAttention
-from adacomcat.utils.model import copied, unwrapped
+from adacomcat.utils.model import copied, replace_, unwrapped
 
 _LOW_RANK = LowRankAttention | LowRankMlp | LowRankLinear
 _FUSED = FusedAttention | FusedMlp | FusedDenseMlp | FusedPatches
@@ -94,7 +94,7 @@ def _replaced(model: nn.Module, kinds: Any, make: Any) -> nn.Module:
     if isinstance(model, kinds):
         return make(model)
     for name in list(_outermost(model, kinds)):
-        model.set_submodule(name, make(model.get_submodule(name)))
+        replace_(model, name, make(model.get_submodule(name)))
     return model
 
 

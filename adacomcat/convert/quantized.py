@@ -12,6 +12,7 @@ from adacomcat.errors import UserError
 from adacomcat.layers.packed import PackedModule
 from adacomcat.layers.plain import is_plain_linear
 from adacomcat.layers.quantized import QUANTIZED, QuantizedLinear
+from adacomcat.utils.model import replace_
 
 
 def quantized_layers(model: nn.Module, bits: int | None = None) -> list[str]:
@@ -49,5 +50,5 @@ def quantized_skeleton_(model: nn.Module, names: Iterable[str], bits: int) -> nn
         if not (isinstance(linear, nn.Linear) and is_plain_linear(linear)):
             raise UserError(f"int{bits} names {name!r:.100}, which is no linear layer of this "
                             "model")
-        model.set_submodule(name, QUANTIZED[bits].like(linear))
+        replace_(model, name, QUANTIZED[bits].like(linear))
     return model.requires_grad_(False)

@@ -36,7 +36,7 @@ from adacomcat.layers.registry import (
 )
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Rank
-from adacomcat.utils.model import copied, evaluating
+from adacomcat.utils.model import copied, evaluating, replace_
 from adacomcat.utils.progress import progress
 
 
@@ -122,7 +122,7 @@ class BlockCompression:
         weight, bias = fit.on_mapped(mixing, replacement.wo).solve_dense()
         replacement.wo.copy_(weight)
         replacement.bo.copy_(bias)
-        self.block.set_submodule(self.dense.attn.name, replacement)
+        replace_(self.block, self.dense.attn.name, replacement)
         output = (weight @ mixing).to(stream.dtype)
         scale = self.compressed.attn.scale
         return torch.cat([
@@ -175,7 +175,7 @@ class BlockCompression:
             regression.add(mlp.act(mlp.fc1(part.norm(x))), target - x)
         if (width := self.ranks["hidden"]) != DENSE:
             pruned = _pruned(part, scale, regression, width)
-            self.block.set_submodule(part.name, pruned)
+            replace_(self.block, part.name, pruned)
         elif rank == DENSE:
             weight, bias = regression.solve_dense()
             kept = _linears(part)[1]

@@ -15,6 +15,7 @@ from adacomcat.customize.vit import (
 )
 from adacomcat.layers.attention import LowRankAttention
 from adacomcat.sites import Rank
+from adacomcat.utils.model import replace_
 
 
 def places_in(model: nn.Module) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def adapt_(model: nn.Module, place: str) -> AdapterStack:
         attention.set_processor(diffusion.adapted_processor(attention))
         return attention.processor
     adapted = AdaptedAttention(attention)
-    model.set_submodule(place, adapted)
+    replace_(model, place, adapted)
     return adapted
 
 
@@ -81,7 +82,7 @@ def restore_(model: nn.Module, place: str) -> None:
     """Take the stack of a place away."""
     attention: Any = model.get_submodule(place)
     if isinstance(attention, AdaptedAttention):
-        model.set_submodule(place, attention.base)
+        replace_(model, place, attention.base)
     else:
         attention.set_processor(attention.processor.original)
 
@@ -93,7 +94,7 @@ def merge_at_(model: nn.Module, place: str) -> None:
     if stack is None or not stack.active(TOKENS):
         restore_(model, place)
     elif isinstance(attention, AdaptedAttention):
-        model.set_submodule(place, merged_attention(attention))
+        replace_(model, place, merged_attention(attention))
     else:
         diffusion.merge_attention_(attention)
 

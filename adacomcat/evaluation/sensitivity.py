@@ -22,7 +22,7 @@ from adacomcat.errors import UserError
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, MULTIPLE, Rank, Site
 from adacomcat.utils.inputs import Inputs, joined
-from adacomcat.utils.model import evaluating, tokens_and_outputs
+from adacomcat.utils.model import evaluating, replace_, tokens_and_outputs
 from adacomcat.utils.progress import progress
 
 RANKS = 4  # candidate ranks of a site that are measured
@@ -52,11 +52,11 @@ def measured_damage(model: nn.Module, factors: Factors, batches: Sequence[Inputs
             whole = model.get_submodule(site.module)
             for rank in spread_ranks(site, count):
                 plan = RankPlan({site.name: rank})
-                model.set_submodule(site.module, low_rank_module(whole, [site], plan, factors))
+                replace_(model, site.module, low_rank_module(whole, [site], plan, factors))
                 try:
                     found[site.name][rank] = relative_change(dense, _features(model, batches))
                 finally:
-                    model.set_submodule(site.module, whole)
+                    replace_(model, site.module, whole)
     return found
 
 

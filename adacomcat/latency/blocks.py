@@ -24,7 +24,7 @@ from adacomcat.layers.registry import mlp_parts
 from adacomcat.plan import RankPlan
 from adacomcat.quantization.model import int8_form_
 from adacomcat.sites import DENSE, Rank, Site
-from adacomcat.utils.model import copied
+from adacomcat.utils.model import copied, replace_
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class TimedBlock:
             sites = list(group)
             if any(plan[site.name] != DENSE for site in sites):
                 made = skeleton_module(model.get_submodule(name), sites, plan)
-                root.set_submodule(relative(name), made)
+                replace_(root, relative(name), made)
         join_mlps_(root)
         if self.int8:
             int8_form_(root)

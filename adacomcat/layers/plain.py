@@ -9,12 +9,15 @@ what is not plain is called as a module and stays as it is.
 import inspect
 
 import torch
+from timm.layers import Linear
 from torch import nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Where the hooks come from that a library attaches to its own modules, to record outputs.
 _OBSERVERS = ("transformers.utils.output_capturing",)
+# timm's own differs in TorchScript alone; MobileNetV3 and others have it as their classifier.
+_LINEARS = (nn.Linear, Linear)
 # Subclasses of nn.Linear that their libraries always use; nobody attached anything to them.
 _LIBRARIES = ("adacomcat.", "timm.", "torch.nn.modules.")
 
@@ -42,7 +45,7 @@ def is_plain(module: object, *kinds: type[nn.Module]) -> bool:
 
 def is_plain_linear(module: object) -> bool:
     """Whether ``module`` computes x Wᵀ + b of its own floating-point parameters, and no more."""
-    return (is_plain(module, nn.Linear) and isinstance(module, nn.Linear)
+    return (is_plain(module, *_LINEARS) and isinstance(module, nn.Linear)
             and all(parameter is None or is_ordinary(parameter)
                     for parameter in (module.weight, module.bias)))
 
@@ -53,7 +56,7 @@ def is_altered_linear(module: nn.Module) -> bool:
     if not linear or is_plain_linear(module):
         return False
     from_library = f"{type(module).__module__}.".startswith(_LIBRARIES)
-    return not from_library or altered(module) or type(module) is nn.Linear
+    return not from_library or altered(module) or type(module) in _LINEARS
 
 
 def is_ordinary(parameter: object) -> bool:

@@ -37,7 +37,7 @@ from adacomcat.quantization.fold import (
 from adacomcat.quantization.rounding import round_linear
 from adacomcat.utils.inputs import Inputs, call
 from adacomcat.utils.limits import QUANTIZATIONS
-from adacomcat.utils.model import copied, unwrapped
+from adacomcat.utils.model import copied, replace_, unwrapped
 from adacomcat.utils.progress import progress
 
 Groups = list[list[str]]  # names of layers, those together that read the same tensor
@@ -114,7 +114,7 @@ def quantize_(model: nn.Module, batches: list[Inputs] | None, bits: Bits | None 
         rotate_middles_(model)
     made = list(rounded(model, groups, batches, lambda name: _chosen(name, chosen)))
     for name, layer in made:
-        model.set_submodule(name, layer)
+        replace_(model, name, layer)
     for attn in attentions:  # what rounding gave the values
         move_value_bias_(attn)
     return model
@@ -130,7 +130,7 @@ def int8_form_(module: nn.Module) -> None:
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
         elif is_plain_linear(part) and not any(map(is_position_network, name.split("."))):
-            module.set_submodule(name, Int8Linear.like(cast(nn.Linear, part)))
+            replace_(module, name, Int8Linear.like(cast(nn.Linear, part)))
 
 
 def _chosen(name: str, bits: Bits) -> tuple[int, ...]:

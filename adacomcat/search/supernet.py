@@ -26,7 +26,7 @@ from adacomcat.layers.mlp import mlp_of_width, prune_mlp
 from adacomcat.layers.registry import mlp_parts
 from adacomcat.plan import RankPlan
 from adacomcat.sites import DENSE, Rank, Site, find_sites
-from adacomcat.utils.model import copied
+from adacomcat.utils.model import copied, replace_
 
 
 class GatedLinear(LowRankLinear):
@@ -250,7 +250,7 @@ def build_supernet(model: nn.Module, factors: Factors,
     supernet = copied(model)
     sites = find_sites(model) if sites is None else sites
     for name, group in groupby(sites, key=lambda site: site.module):
-        supernet.set_submodule(name, _gated(model.get_submodule(name), list(group), factors))
+        replace_(supernet, name, _gated(model.get_submodule(name), list(group), factors))
     return supernet
 
 
@@ -330,11 +330,11 @@ def finalize(supernet: nn.Module, plan: RankPlan) -> nn.Module:
             parts: dict[str, Rank] = {
                 part: ranks[f"{name}.{part}"] for part in ("q", "k", "qk", "vo")
                 if f"{name}.{part}" in ranks}
-            model.set_submodule(name, module.finalized(parts).train(module.training))
+            replace_(model, name, module.finalized(parts).train(module.training))
         elif isinstance(module, GatedLinear) and ".full." not in name:
-            model.set_submodule(name, module.finalized(plan[name]))
+            replace_(model, name, module.finalized(plan[name]))
         elif isinstance(module, GatedMlp):
-            model.set_submodule(name, module.finalized().train(module.training))
+            replace_(model, name, module.finalized().train(module.training))
     join_mlps_(model)
     record_(model, plan=RankPlan(ranks))
     return model

@@ -18,11 +18,20 @@ def input_size(model: nn.Module) -> InputSize:
     embed = getattr(model, "patch_embed", None)
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, height, width = config.get("input_size", (3, 224, 224))
-    size = getattr(embed, "img_size", None) or _image_size(model)
+    traits = getattr(model, "_traits", {})  # timm's record of what the model was built for
+    size = getattr(embed, "img_size", None) or traits.get("img_size") or _image_size(model)
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
+    return (_image_channels(model, channels), height, width)
+
+
+def _image_channels(model: Any, default: int) -> int:
+    """What the model says itself, or those of its first convolution, which may see other maps."""
+    known = getattr(model, "in_chans", None)
+    if isinstance(known, int):
+        return known
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return (first.in_channels if first is not None else channels, height, width)
+    return default if first is None else first.in_channels
 
 
 def _image_size(model: Any) -> Any:
@@ -75,6 +84,19 @@ def ancestors(module: nn.Module, model: nn.Module) -> list[nn.Module]:
     name = next(name for name, found in model.named_modules() if found is module)
     names = [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)]
     return [model.get_submodule(above) for above in names] + ([model] if name else [])
+
+
+def replace_(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` where the module ``name`` of ``model`` stands: under each of its names.
+
+    A module that several others share, such as the MLP of CoaT's parallel blocks, has several.
+    """
+    old = model.get_submodule(name)
+    places = [(holder, child) for holder in model.modules()
+              for child, part in holder._modules.items() if part is old]
+    model.set_submodule(name, module)
+    for holder, child in places:
+        holder._modules[child] = module
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

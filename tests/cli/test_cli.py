@@ -110,8 +110,25 @@ def test_inspect_names_sites_and_errors(weights, run, run_json):
     for rank, error in sites["blocks.1.mlp.fc1"]["errors"].items():
         tail = spectrum[int(rank):].norm() / spectrum.norm()
         assert error == pytest.approx(tail.item(), rel=1e-5)
-    code, out, _ = run("inspect", *MODEL)
+    code, out, _ = run("inspect", *MODEL, "--checkpoint", weights)
     assert code == 0 and "blocks.1.attn.vo" in out and "error at 0.25" in out
+
+
+def test_inspect_needs_no_weights(weights, run, run_json):
+    """What it lists is the same; errors of random weights would say nothing."""
+    with_weights = run_json("inspect", *MODEL, "--checkpoint", weights)
+    found = run_json("inspect", *MODEL)
+    assert all(row.pop("errors") for row in with_weights["sites"])
+    assert not any(row.pop("errors") for row in found["sites"])
+    assert found == with_weights
+    code, out, err = run("inspect", "-m", "vit_giant_patch14_224")  # of 4 GB
+    assert code == 0 and "blocks.39.attn.qk" in out and "error at" not in out and not err
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "volo_d1_224", "swinv2_tiny_window8_256"])
+def test_products_are_counted_without_weights(name, run_json):
+    model = timm.create_model(name).eval()
+    assert run_json("inspect", "-m", name)["macs"] == adacomcat.cost.model_macs(model)
 
 
 def test_doctor_says_what_runs_and_why_not(run, run_json):

@@ -82,6 +82,18 @@ def model(args: argparse.Namespace, weights_matter: bool = True, *,
     return found.eval()
 
 
+def outline(args: argparse.Namespace) -> nn.Module | None:
+    """The architecture that -m names, on the meta device, where nothing gives it weights.
+
+    Raises:
+        UserError: there is no such architecture, or arguments do not fit it.
+    """
+    if is_folder(args.model) or args.pretrained or args.checkpoint:
+        return None
+    checkpoint.require_architecture(args.model)
+    return checkpoint.outline(args.model, model_args(args)).eval()
+
+
 def folder_name(name: str) -> str:
     """The folder that -m or --teacher means, without 'local-dir:' or 'hf:'."""
     return name.removeprefix("local-dir:").removeprefix(HUGGING_FACE)

@@ -1,6 +1,7 @@
 """adacomcat inspect: the sites of a model, their ranks, and the error of truncation there."""
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,14 +29,13 @@ PARTS = (0.125, 0.25, 0.5, 0.75)
 
 def run(args: argparse.Namespace) -> Outcome:
     _require_images(args)
-    model = inputs.model(args).to(inputs.device(args))
+    outline = None if _sees_images(args) else inputs.outline(args)
+    model = inputs.model(args).to(inputs.device(args)) if outline is None else outline
     sites = find_sites(model, include=args.include, exclude=args.exclude)
-    require_finite_model(model)
-    images = inputs.calibration(args, inputs.pictures(args, model))
-    curves = error_curves(model, {} if images is None else calibrate(model, images))
-    rows = [_row(site, curves[site.name]) for site in sites]
+    images, curves = _judged(args, model) if outline is None else (None, {})
+    rows = [_row(site, curves.get(site.name)) for site in sites]
     data = {
-        "model": args.model, "params": cost.model_params(model), "macs": cost.model_macs(model),
+        "model": args.model, "params": cost.model_params(model), "macs": _macs(model),
         "bytes": cost.model_bytes(model), "low_rank_modules": _low_rank(model),
         **{f"int{bits}_layers": len(quantized_layers(model, bits)) for bits in QUANTIZED},
         "sites": rows,
@@ -64,6 +64,28 @@ def _require_images(args: argparse.Namespace) -> None:
                         "--calibration-images")
 
 
+def _sees_images(args: argparse.Namespace) -> bool:
+    return args.calibration_dir is not None or args.data is not None
+
+
+def _judged(args: argparse.Namespace, model: nn.Module
+            ) -> tuple[Tensor | None, Mapping[str, Tensor]]:
+    """(images, site → error of each rank)"""
+    require_finite_model(model)
+    images = inputs.calibration(args, inputs.pictures(args, model))
+    return images, error_curves(model, {} if images is None else calibrate(model, images))
+
+
+def _macs(model: nn.Module) -> int | None:
+    """Multiply-accumulates of an image; None where an outline would have to look at numbers."""
+    try:
+        return cost.model_macs(model)
+    except Exception as error:  # whatever a model stumbles over that reads its numbers
+        if next(model.parameters()).is_meta and "meta" in str(error):
+            return None
+        raise
+
+
 def _decisions(args: argparse.Namespace, model: nn.Module) -> list[Site]:
     """The sites of ``compress`` with images: MLPs lose neurons where they can."""
     sites = find_sites(model, prunable_mlps(model), args.include, args.exclude)
@@ -72,14 +94,15 @@ def _decisions(args: argparse.Namespace, model: nn.Module) -> list[Site]:
     return sites
 
 
-def _row(site: Site, errors: Tensor) -> dict[str, Any]:
+def _row(site: Site, errors: Tensor | None) -> dict[str, Any]:
+    """``errors``: of each rank; None where there are no weights."""
     ranks = [max(1, int(part * site.break_even)) for part in PARTS]
     return {
         "site": site.name, "tier": site.tier, "kind": site.kind, "in": site.in_features,
         "out": site.out_features, "heads": site.num_heads, "full_rank": site.full_rank,
         "break_even": round(site.break_even, 1), "params": site.dense_params,
-        "errors": {rank: (errors[rank] / errors[0].clamp_min(1e-300)).sqrt().item()
-                   for rank in ranks},
+        "errors": {} if errors is None else {
+            rank: (errors[rank] / errors[0].clamp_min(1e-300)).sqrt().item() for rank in ranks},
     }
 
 
@@ -107,8 +130,10 @@ def _show(data: dict[str, Any]) -> None:
     if "sensitivity" in data:
         _show_sensitivity(data)
         return
-    columns = ["site", "tier", "in → out", "full rank", "break-even", "parameters",
-               *(f"error at {part:g}" for part in PARTS)]
+    columns = ["site", "tier", "in → out", "full rank", "break-even", "parameters"]
+    judged = any(row["errors"] for row in data["sites"])
+    if judged:
+        columns += [f"error at {part:g}" for part in PARTS]
     rows = []
     for row in data["sites"]:
         heads = f" × {row['heads']}" if row["kind"] in ("qk", "vo") else ""
@@ -116,9 +141,9 @@ def _show(data: dict[str, Any]) -> None:
                      f"{row['full_rank']}{heads}", f"{row['break_even']:g}{heads}",
                      f"{row['params']:,}",
                      *(f"{error:.3f}" for error in row["errors"].values())])
-    print_table(f"{data['model']}: {data['params']:,} parameters, {data['macs'] / 1e6:,.1f} MMACs",
-                columns, rows)
-    if data["sites"]:
+    macs = "" if data["macs"] is None else f", {data['macs'] / 1e6:,.1f} MMACs"
+    print_table(f"{data['model']}: {data['params']:,} parameters{macs}", columns, rows)
+    if judged:
         print("error at 0.5: relative error that truncation to half of the break-even rank leaves")
     if data["low_rank_modules"]:
         print_table("fused attention of other runtimes",
