@@ -48,10 +48,11 @@ def create(name: str, model_args: Mapping[str, Any], **options: Any) -> nn.Modul
             has not as much memory.
     """
     with _told(name, model_args):
+        make = _bounded(lambda **given: timm.create_model(name, **given, **model_args))
         if model_args:
             _require_numbers(model_args)
-            _require_sound(_outline(lambda: timm.create_model(name, **model_args)))
-        return timm.create_model(name, **options, **model_args)
+            _require_sound(_outline(make))
+        return make(**options)
 
 
 def outline(name: str, model_args: Mapping[str, Any]) -> nn.Module:
@@ -64,18 +65,18 @@ def outline(name: str, model_args: Mapping[str, Any]) -> nn.Module:
     """
     with _told(name, model_args):
         _require_numbers(model_args)
-        made = _outline(lambda: timm.create_model(name, **model_args))
+        make = _bounded(lambda: timm.create_model(name, **model_args))
+        made = _outline(make)
         if model_args:
             _require_sound(made)
-        return timm.create_model(name, **model_args) if made is None else made
+        return make() if made is None else made
 
 
 @contextlib.contextmanager
 def _told(name: str, model_args: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, the errors of timm's constructors become a ``UserError``, and models are bounded."""
+    """Inside, the errors of timm's constructors become a ``UserError``."""
     try:
-        with _bounded(MOST_PARTS):
-            yield
+        yield
     except OSError:
         raise
     except Exception as error:  # whatever timm's constructors stumble over
@@ -102,22 +103,21 @@ def build(config: Mapping[str, Any], source: str,
     if pretrained_cfg and "num_classes" in config:
         pretrained_cfg["num_classes"] = config["num_classes"]
 
-    def make() -> nn.Module:
-        return timm.create_model(config["architecture"], pretrained=False,
-                                 pretrained_cfg=pretrained_cfg or None, **args)
     most = MOST_PARTS if weights is None else min(MOST_PARTS, 1000 + 64 * len(weights))
+    make = _bounded(lambda: timm.create_model(
+        config["architecture"], pretrained=False, pretrained_cfg=pretrained_cfg or None, **args),
+        most)
     try:
-        with _bounded(most):
-            _require_numbers(args)
-            if weights is not None:
-                _require_no_larger(args, weights)
-                outline = _outline(make)
-                if outline is not None:
-                    require_fit(outline, weights, source)
-                    _require_sound(outline)
-                    with _Unfilled():
-                        return make()
-            return make()
+        _require_numbers(args)
+        if weights is not None:
+            _require_no_larger(args, weights)
+            outline = _outline(make)
+            if outline is not None:
+                require_fit(outline, weights, source)
+                _require_sound(outline)
+                with _Unfilled():
+                    return make()
+        return make()
     except UserError:
         raise
     except Exception as error:  # whatever timm's constructors stumble over
@@ -125,8 +125,16 @@ def build(config: Mapping[str, Any], source: str,
                         f"{reason(error)}") from error
 
 
+def _bounded(make: Callable[..., nn.Module], most: int = MOST_PARTS) -> Callable[..., nn.Module]:
+    """``make``, which stops once it has made so many modules and parameters."""
+    def bounded(**given: Any) -> nn.Module:
+        with _at_most(most):
+            return make(**given)
+    return bounded
+
+
 @contextlib.contextmanager
-def _bounded(most: int) -> Iterator[None]:
+def _at_most(most: int) -> Iterator[None]:
     """Inside, the constructors of this thread make at most so many modules and parameters."""
     thread, made = threading.get_ident(), 0
 

@@ -12,9 +12,11 @@ import torch
 from helpers import comcat
 from helpers.models import compressed, dense_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import adacomcat
 from adacomcat import checkpoint
+from adacomcat.checkpoint import build
 from adacomcat.checkpoint.gauge import with_gauge
 from adacomcat.errors import UserError
 
@@ -267,3 +269,11 @@ def test_ranks_that_are_no_ranks(text, tmp_path):
     (tmp_path / "ranks.txt").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match="is no rank"):
         comcat.imported(tmp_path)
+
+
+def test_the_bound_on_parts_is_for_each_construction() -> None:
+    """The outline counted, too, so a model of half as many parts was refused."""
+    make = build._bounded(lambda: nn.Sequential(*(nn.Linear(1, 1) for _ in range(20))), most=70)
+    assert len(make()) == len(make()) == 20
+    with pytest.raises(ValueError, match="more than 50 modules and parameters"):
+        build._bounded(make, most=50)()

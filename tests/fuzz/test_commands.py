@@ -23,8 +23,8 @@ ARGUMENTS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_
 
 
 def is_quick(word: str) -> bool:
-    """No width that this machine has the memory for, and that takes a minute to fill."""
-    return "\0" not in word and not (word.isdecimal() and 1000 < int(word[:20]) < 10**8)
+    """No width or depth that this machine has the memory for, and that takes long to fill."""
+    return "\0" not in word and not (word.isdecimal() and 100 < int(word[:20]) < 10**8)
 
 
 # Widths and depths that are taken when they can be made, without hours of work.
