@@ -68,7 +68,7 @@ def audit(wheel: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("wheel", nargs="?", type=Path)
     parser.add_argument("--installed", action="store_true")
     arguments = parser.parse_args()
