@@ -296,7 +296,8 @@ class FusedPatches(nn.Conv2d):
         require_tensor(input)
         rows = input.shape[2] // self.kernel_size[0]
         # (B, out, rows, columns), laid out patch after patch: timm's flatten copies nothing.
-        return inference.patch_embedding(input, self.weight, self.bias).mT.unflatten(2, (rows, -1))
+        tokens = inference.patch_embedding(input, self.weight, self.bias)
+        return tokens.transpose(1, 2).unflatten(2, (rows, -1))
 
 
 class GemvLinear(nn.Linear):
