@@ -278,7 +278,14 @@ class FusedBlock(nn.Module):
         return self.mlp(self.attn(x, attn_mask=attn_mask, is_causal=is_causal))
 
     def class_token(self, x: Tensor) -> Tensor:
-        """The class token of the result, (B, 1, d); ``attn`` is a ``FusedAttention``."""
+        """The class token of the result, (B, 1, d); ``attn`` is a ``FusedAttention``.
+
+        Raises:
+            UserError: ``fully_shard`` has cut the weights, and gathers them for ``forward`` alone.
+        """
+        if hasattr(self.attn.wq, "device_mesh"):
+            raise UserError("an optimized model holds packed weights, which fully_shard does not "
+                            "cut; shard the model that adacomcat.optimize was given")
         return self.mlp(cast(FusedAttention, self.attn).class_token(x))
 
 
