@@ -278,7 +278,14 @@ class FusedBlock(nn.Module):
         return self.mlp(self.attn(x, attn_mask=attn_mask, is_causal=is_causal))
 
     def class_token(self, x: Tensor) -> Tensor:
-        """The class token of the result, (B, 1, d); ``attn`` is a ``FusedAttention``."""
+        """The class token of the result, (B, 1, d); ``attn`` is a ``FusedAttention``.
+
+        Raises:
+            UserError: ``fully_shard`` has cut the weights, and gathers them for ``forward`` alone.
+        """
+        if hasattr(self.attn.wq, "device_mesh"):
+            raise UserError("an optimized model holds packed weights, which fully_shard does not "
+                            "cut; shard the model that adacomcat.optimize was given")
         return self.mlp(cast(FusedAttention, self.attn).class_token(x))
 
 
@@ -296,7 +303,8 @@ class FusedPatches(nn.Conv2d):
         require_tensor(input)
         rows = input.shape[2] // self.kernel_size[0]
         # (B, out, rows, columns), laid out patch after patch: timm's flatten copies nothing.
-        return inference.patch_embedding(input, self.weight, self.bias).mT.unflatten(2, (rows, -1))
+        tokens = inference.patch_embedding(input, self.weight, self.bias)
+        return tokens.transpose(1, 2).unflatten(2, (rows, -1))
 
 
 class GemvLinear(nn.Linear):

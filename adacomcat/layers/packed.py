@@ -28,6 +28,9 @@ class PackedModule(nn.Module):
             one, which is then None.
         forms: Name of each packed weight → how it is read back; None for one that is also kept as
             it is, since packing rounds it. Empty if nothing is packed.
+        packed: Name of each packed weight → its bytes. They are no buffers: an export would replace
+            these by symbols, and no other runtime reads bytes as floats.
+        kept: Name of each weight that packing rounds → the weight.
         epsilon: That of the layer norm in front.
     """
 
@@ -35,11 +38,13 @@ class PackedModule(nn.Module):
     operands: ClassVar[tuple[str, ...]]
     weights: ClassVar[dict[str, bool]]
     forms: dict[str, packing.Form | None]
+    packed: dict[str, Tensor]
+    kept: dict[str, Tensor]
     epsilon: float
 
     def __init__(self) -> None:
         super().__init__()
-        self.forms = {}
+        self.forms, self.packed, self.kept = {}, {}, {}
 
     __prepare_scriptable__ = refuse_scripting
 
@@ -61,9 +66,9 @@ class PackedModule(nn.Module):
             forms[name] = one[1]
         for name, one in packed.items():
             assert one is not None
-            self.register_buffer(f"{name}_packed", one[0], persistent=False)
+            self.packed[name] = one[0]
             if one[1] is None:
-                self.register_buffer(f"{name}_kept", found[name].detach(), persistent=False)
+                self.kept[name] = found[name].detach()
             self._parameters[name] = None
         self.forms = forms
 
@@ -89,12 +94,9 @@ class PackedModule(nn.Module):
     def unpack_(self) -> None:
         """Make the packed weights parameters again."""
         plain = {name: self._weight(name) for name in self.forms}
-        self.forms = {}
+        self.forms, self.packed, self.kept = {}, {}, {}
         for name, weight in plain.items():
             self._parameters[name] = nn.Parameter(weight, requires_grad=False)
-            for kind in ("packed", "kept"):
-                self._buffers.pop(f"{name}_{kind}", None)
-                self._non_persistent_buffers_set.discard(f"{name}_{kind}")
 
     def fused(self, x: Tensor, *options: Any) -> Tensor:
         """x + op(norm(x), operands, options), on the packed weights where a kernel takes them.
@@ -103,9 +105,9 @@ class PackedModule(nn.Module):
         """
         kernel = self._packed_kernel(x)
         if kernel is not None:
-            # Reading a buffer here takes a tenth of the time that the module's attribute takes.
-            buffers, parameters = self._buffers, self._parameters
-            operands = [buffers[f"{name}_packed"] if name in self.forms else parameters[name]
+            # Reading a parameter here takes a tenth of the time that the module's attribute takes.
+            packed, parameters = self.packed, self._parameters
+            operands = [packed[name] if name in packed else parameters[name]
                         for name in self.operands]
             with suppress(RuntimeError):
                 results = kernel(x, *operands, *options, epsilon=self.epsilon, residual=x)
@@ -141,14 +143,8 @@ class PackedModule(nn.Module):
 
     def _weight(self, name: str) -> Tensor:
         form = self.forms[name]
-        if form is None:
-            kept = self._buffers[f"{name}_kept"]
-            assert kept is not None
-            return kept.clone()
-        data = self._buffers[f"{name}_packed"]
-        assert data is not None
-        with transforms.untraced():  # its tracer does not know how bytes become floats
-            return form.read(data)
+        with transforms.untraced():  # no tracer knows how bytes become floats
+            return self.kept[name].clone() if form is None else form.read(self.packed[name])
 
     # What PyTorch asks of a module.
 
@@ -199,14 +195,11 @@ class PackedModule(nn.Module):
         # Another machine may have another instruction set.
         state = dict(self.__dict__)
         if self.forms:
-            hidden = {f"{name}_{kind}" for name in self.forms for kind in ("packed", "kept")}
             state["_parameters"] = {
                 name: w if w is None or isinstance(w, nn.Parameter)
                 else nn.Parameter(w, requires_grad=False)
                 for name, w in self.plain_weights().items()}
-            state["_buffers"] = {n: b for n, b in self._buffers.items() if n not in hidden}
-            state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - hidden
-            state["forms"] = {}
+            state |= {"forms": {}, "packed": {}, "kept": {}}
             state["_packs"] = True
         return state
 

@@ -243,7 +243,7 @@ def _class_attention(x: Tensor, wq: Tensor, bq: Tensor | None, wk: Tensor, wv: T
     normed = F.layer_norm(x, x.shape[-1:], eps=epsilon)
     q = F.linear(normed[:, 0], wq, bq).unflatten(-1, (num_heads, -1))
     directions = torch.einsum("bhr,hrd->bhd", q, per_head(wk))
-    p = (directions @ normed.mT * scale).softmax(-1)  # (B, H, N)
+    p = (directions @ normed.transpose(1, 2) * scale).softmax(-1)  # (B, H, N)
     heads = torch.einsum("bhd,hrd->bhr", p @ normed, per_head(wv))
     return x[:, :1] + F.linear(heads.flatten(1), wo, bo).unsqueeze(1)
 
@@ -255,7 +255,7 @@ def _patch_embedding(image: Tensor, weight: Tensor, bias: Tensor | None, prefix:
     if image.is_cuda:
         tokens = F.linear(patches(image, height, width), weight.flatten(1), bias)
     else:
-        tokens = F.conv2d(image, weight, bias, stride=(height, width)).flatten(2).mT
+        tokens = F.conv2d(image, weight, bias, stride=(height, width)).flatten(2).transpose(1, 2)
     if positions is not None:
         tokens = tokens + positions
     return tokens if prefix is None else torch.cat(

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 _interpreters = getattr(torch._C, "_functorch").peek_interpreter_stack  # noqa: B009
 _set_tracing_state = getattr(torch._C, "_set_tracing_state")  # noqa: B009
@@ -43,11 +44,16 @@ def transformed() -> bool:
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """What is computed inside is a constant of TorchScript's trace."""
+    """What is computed inside, of tensors with numbers, is a constant of an export's program or of
+    TorchScript's trace. Dynamo, which follows Python itself, writes it down all the same."""
+    if torch.compiler.is_dynamo_compiling():
+        yield
+        return
     state = torch._C._get_tracing_state()
     _set_tracing_state(None)
     try:
-        yield
+        with _disable_current_modes():
+            yield
     finally:
         _set_tracing_state(state)
 

@@ -6,11 +6,16 @@ import io
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import adacomcat
 from adacomcat.layers.packed import PackedModule
@@ -44,7 +49,7 @@ def test_weights_are_held_once(model: nn.Module) -> None:
     for module in packed_modules(fast):
         held = {name for name, p in module._parameters.items() if p is not None}
         assert not held & set(module.weights)
-        assert not [name for name in module._buffers if name.endswith("_kept")]
+        assert set(module.packed) == set(module.weights) and not module.kept
     theirs = {p.untyped_storage().data_ptr() for p in model.parameters()}
     mine = [*fast.parameters(), *fast.buffers()]
     assert not [p for p in mine if p.untyped_storage().data_ptr() in theirs]
@@ -151,6 +156,69 @@ def test_export(model: nn.Module) -> None:
     with torch.inference_mode():
         exported = torch.export.export(fast, (IMAGES,)).module()
         torch.testing.assert_close(exported(IMAGES), fast(IMAGES), rtol=1e-4, atol=1e-4)
+
+
+def test_programs_hold_weights_in_floats(model: nn.Module) -> None:
+    """No other runtime reads bytes as floats, and OpenVINO has no rule for aten::mT."""
+    fast = adacomcat.optimize(model)
+    with torch.no_grad():
+        program = torch.export.export(fast, (IMAGES,))
+        held = {**program.state_dict, **program.constants}.values()
+        trace = torch.jit.trace(fast, IMAGES).inlined_graph
+    assert torch.uint8 not in {tensor.dtype for tensor in held if isinstance(tensor, torch.Tensor)}
+    operators = {str(node.target) for node in program.graph.nodes}
+    assert not operators & {"aten.view.dtype", "aten.mT.default"}
+    assert not [node for node in trace.nodes() if node.kind() == "aten::mT"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exporter", ["onnx", "openvino"])
+def test_exporters_take_optimized_models(exporter: str, model: nn.Module, tmp_path) -> None:
+    runtime = pytest.importorskip("onnxruntime" if exporter == "onnx" else "openvino")
+    fast = adacomcat.optimize(model)
+    if exporter == "onnx":
+        pytest.importorskip("onnxscript")
+        torch.onnx.export(fast, (IMAGES,), str(tmp_path / "x.onnx"), dynamo=True, verbose=False)
+        session = runtime.InferenceSession(tmp_path / "x.onnx")
+        found = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})[0]
+    else:
+        converted = runtime.convert_model(fast, example_input=IMAGES)
+        found = runtime.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(
+            [IMAGES.numpy()])[0]
+    torch.testing.assert_close(torch.from_numpy(found), outputs(fast), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("optimized", [False, True])
+@torch.no_grad()
+def test_blocks_of_many_ranks_are_one_graph(optimized: bool) -> None:
+    dense = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48,
+                              depth=12, num_heads=3, num_classes=5).eval()
+    small = adacomcat.compress(dense, plan=adacomcat.RankPlan({
+        f"blocks.{i}.{site}": i + 3 for i in range(12)
+        for site in ("attn.qk", "attn.vo", "mlp.fc1", "mlp.fc2")}))
+    fast, counter = adacomcat.optimize(small) if optimized else small, CompileCounter()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.compile(fast, backend=counter)(x), fast(x))
+    assert counter.frame_count == 1
+
+
+@pytest.fixture
+def one_process() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_a_sharded_optimized_model_says_why_not(model: nn.Module, one_process: DeviceMesh) -> None:
+    for made in (copy.deepcopy(model), adacomcat.optimize(model)):
+        expected = outputs(made)
+        for part in (*made.blocks, made):
+            fully_shard(part, mesh=one_process)
+        if packed_modules(made):
+            with pytest.raises(adacomcat.UserError, match="packed weights, which fully_shard"):
+                made(IMAGES)
+        else:
+            torch.testing.assert_close(made(IMAGES), expected)
 
 
 def test_threads_that_pack_and_run(model: nn.Module) -> None:
