@@ -137,7 +137,7 @@ def test_doctor_says_what_runs_and_why_not(run, run_json):
     assert found["versions"]["torch"] == metadata.version("torch")
     assert found["machine"]["threads"] == torch.get_num_threads()
     code, out, _ = run("doctor")
-    assert len(out.splitlines()) < 80  # it had a line for each of 180 kernels
+    assert len(out.splitlines()) < 80  # no line for each Triton kernel
     assert code == 0
     assert all(reason in out for reason in found["backends"].values() if reason)
 
