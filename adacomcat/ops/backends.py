@@ -1,7 +1,7 @@
 """Which implementation of an op runs: what this machine can run, why not the rest, and the choice.
 
 ``registry`` and the public functions ask ``pick``, ``kernel`` and ``direct_kernel``. Optional parts
-are imported through ``extension``, which has the C++ kernels, and ``kernels.load``, which has Triton.
+come through ``extension``, which has the C++ kernels, and ``kernels.load``, which has Triton.
 """
 
 from collections.abc import Callable, Iterator
